@@ -1,0 +1,211 @@
+"""The helix flags, what they imply for Megatron's flags, and every refusal of a bad combination.
+
+All of it happens on the command line, before Megatron validates its own arguments and before any
+process group exists: :func:`complete` takes the user's flags and returns them with what follows from
+them appended, or raises the one error the user must read.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any, Sequence
+
+import torch
+
+from megatron_helix import cpu_device
+from megatron_helix.layout import HelixLayout, require_divides
+
+EXCHANGES = ("activations",)
+SPLITS = ("batch",)
+DEVICES = ("auto", "cpu", "cuda")
+
+# What a CPU needs of Megatron. Each line is appended unless the user said something about its flag.
+_CPU_FLAGS = (
+    ("--transformer-impl", "local"),
+    ("--distributed-backend", "gloo"),
+    ("--use-cpu-initialization",),
+    ("--no-persist-layer-norm",),
+    ("--no-gradient-accumulation-fusion",),
+    ("--no-masked-softmax-fusion",),
+    ("--no-bias-gelu-fusion",),
+    ("--no-bias-swiglu-fusion",),
+    ("--no-bias-dropout-fusion",),
+    ("--no-rope-fusion",),
+)
+
+
+def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the helix flags; an ``extra_args_provider`` of Megatron's parser."""
+    group = parser.add_argument_group(title="helix")
+    group.add_argument(
+        "--helix-m",
+        type=int,
+        metavar="M",
+        help="Segments every head's dimension is cut into. The tensor-parallel size is M * N.",
+    )
+    group.add_argument(
+        "--helix-n", type=int, metavar="N", help="Head groups the attention heads are cut into."
+    )
+    group.add_argument(
+        "--helix-exchange",
+        default=EXCHANGES[0],
+        help="What moves over the M segments of a head: %s." % ", ".join(EXCHANGES),
+    )
+    group.add_argument(
+        "--helix-split",
+        default=SPLITS[0],
+        help="Which tokens a rank attends for: %s." % ", ".join(SPLITS),
+    )
+    group.add_argument(
+        "--helix-device",
+        default="auto",
+        help="%s. auto is cuda; cpu runs Megatron on gloo ranks and fills in the flags a CPU needs."
+        % ", ".join(DEVICES),
+    )
+    return parser
+
+
+def wants_helix(args: argparse.Namespace) -> bool:
+    """Whether the flags ask for an m x n partition; without one the run is stock Megatron."""
+    return args.helix_m is not None or args.helix_n is not None
+
+
+def device(argv: Sequence[str]) -> str:
+    """The device the flags name, ``"cpu"`` or ``"cuda"``, read without importing Megatron.
+
+    Raises:
+        ValueError: for an unknown device, and where there is no GPU and the CPU was not asked for.
+    """
+    parser = add_helix_arguments(argparse.ArgumentParser(allow_abbrev=False, add_help=False))
+    name = parser.parse_known_args(argv)[0].helix_device
+    _require_one_of("--helix-device", name, DEVICES)
+    if name == "cpu":
+        return "cpu"
+    if cpu_device.is_enabled() or not torch.cuda.is_available():
+        raise ValueError(
+            "--helix-device: needs a GPU that torch can see, and found none; add --helix-device cpu"
+            " to run Megatron's loop on the CPU"
+        )
+    return "cuda"
+
+
+def complete(argv: Sequence[str], world_size: int) -> list[str]:
+    """``argv`` with the Megatron flags that follow from it appended.
+
+    Args:
+        argv: the user's flags, without the program name.
+        world_size: ranks of the run.
+
+    Raises:
+        ValueError: for a combination that cannot run; names field, requirement, value and remedy.
+        SystemExit: from argparse, for an unknown flag or a value of the wrong type.
+    """
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = argparse.ArgumentParser(
+        prog="megatron_helix.pretrain_gpt", allow_abbrev=False, usage="%(prog)s FLAGS (see --help)"
+    )
+    args = add_helix_arguments(add_megatron_arguments(parser)).parse_args(argv)
+    added = [] if device(argv) == "cuda" else _cpu_flags(argv)
+    if wants_helix(args):
+        added += _helix_flags(args, argv, world_size)
+    _require_data(args)
+    return [*argv, *added]
+
+
+def layout(
+    args: argparse.Namespace,
+    *,
+    num_attention_heads: int,
+    num_query_groups: int,
+    kv_channels: int,
+) -> HelixLayout:
+    """The partition the flags name, for a model's head counts."""
+    rotary = args.position_embedding_type in ("rope", "yarn", "mrope")
+    return HelixLayout(
+        m=args.helix_m,
+        n=args.helix_n,
+        num_attention_heads=num_attention_heads,
+        num_query_groups=num_query_groups,
+        kv_channels=kv_channels,
+        rotary_dim=int(kv_channels * args.rotary_percent) if rotary else 0,
+        rotary_interleaved=args.rotary_interleaved,
+        output_gate=args.attention_output_gate,
+    )
+
+
+def _cpu_flags(argv: Sequence[str]) -> list[str]:
+    return [word for flag in _CPU_FLAGS if flag[0] not in argv for word in flag]
+
+
+def _helix_flags(args: argparse.Namespace, argv: Sequence[str], world_size: int) -> list[str]:
+    """Check the helix flags against the run and return the tensor-parallel size they imply."""
+    for name in ("helix_m", "helix_n"):
+        flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
+        if value is None or value < 1:
+            raise ValueError(
+                f"{flag}: must be a positive integer when the other one of --helix-m, --helix-n is"
+                f" given, got {value}; the tensor-parallel size is their product"
+            )
+    _require_one_of("--helix-exchange", args.helix_exchange, EXCHANGES)
+    _require_one_of("--helix-split", args.helix_split, SPLITS)
+    size = args.helix_m * args.helix_n
+    if "--tensor-model-parallel-size" in argv and args.tensor_model_parallel_size != size:
+        raise ValueError(
+            f"--tensor-model-parallel-size: must be --helix-m x --helix-n = {args.helix_m} x"
+            f" {args.helix_n} = {size}, got {args.tensor_model_parallel_size}; leave it away"
+        )
+    model_size = size * args.pipeline_model_parallel_size * args.context_parallel_size
+    require_divides(
+        "--helix-m x --helix-n (x pipeline x context parallel size)",
+        model_size,
+        "the number of ranks",
+        world_size,
+        remedy="change --helix-m or --helix-n, or start another number of ranks",
+    )
+    if args.num_attention_heads:  # else they come with --use-checkpoint-args
+        groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+        channels = args.kv_channels or args.hidden_size // args.num_attention_heads
+        layout(
+            args,
+            num_attention_heads=args.num_attention_heads,
+            num_query_groups=groups,
+            kv_channels=channels,
+        )
+    if args.helix_m > 1 and args.micro_batch_size % args.helix_m:
+        raise ValueError(
+            f"--micro-batch-size: must be a multiple of --helix-m ({args.helix_m}) to split the"
+            f" batch, got {args.micro_batch_size}; use a multiple or a smaller --helix-m"
+        )
+    return ["--tensor-model-parallel-size", str(size)]
+
+
+def _require_one_of(flag: str, value: Any, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{flag}: must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def _require_data(args: argparse.Namespace) -> None:
+    """Fail on a missing dataset now, once, instead of on one rank after minutes of set-up."""
+    words = [
+        word
+        for paths in (args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path)
+        for word in paths or ()
+    ]
+    for word in words:
+        if _is_number(word):  # a blend's weight
+            continue
+        for suffix in (".bin", ".idx"):
+            if "://" not in word and not Path(word + suffix).exists():
+                raise ValueError(
+                    f"--data-path: {word} must be the prefix of a Megatron dataset, and"
+                    f" {word}{suffix} does not exist; make one with"
+                    f" `helix data FILES --out {word}`"
+                )
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True

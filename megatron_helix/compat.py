@@ -1,0 +1,40 @@
+"""Every place where upstream is touched, with the version it was read in.
+
+Megatron offers a seam for all the rest: layer specs, the argument parser, the model config. What is
+here has none.
+"""
+
+from importlib.metadata import version
+
+from packaging.version import Version
+
+SUPPORTED = ("0.19", "0.20")  # first, and first no longer
+
+
+def require_supported_megatron() -> None:
+    """Refuse a megatron-core the plugin was not written against.
+
+    Raises:
+        ImportError: outside megatron-core 0.19.
+    """
+    found = Version(version("megatron-core"))
+    if not Version(SUPPORTED[0]) <= found < Version(SUPPORTED[1]):
+        raise ImportError(
+            f"megatron-core: need >= {SUPPORTED[0]} and < {SUPPORTED[1]}, found {found};"
+            f" pip install 'megatron-core=={SUPPORTED[0]}.*'"
+        )
+
+
+def use_compiled_dataset_helpers() -> None:
+    """Spare Megatron the compilation of dataset helpers that are compiled already.
+
+    A Megatron-LM checkout compiles them with the Makefile beside them. The wheel ships them compiled,
+    without the Makefile, and calls it all the same.
+    """
+    from megatron.core.datasets import utils
+
+    try:
+        import megatron.core.datasets.helpers_cpp  # noqa: F401  # is it there?
+    except ImportError:
+        return
+    utils.compile_helpers = lambda: None

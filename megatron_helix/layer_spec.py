@@ -1,0 +1,85 @@
+"""``helixify``: any stock layer spec with its self-attention cut m x n."""
+
+import dataclasses
+from functools import partial
+from typing import Any, Callable
+
+from megatron.core.transformer.attention import CrossAttention, SelfAttention
+from megatron.core.transformer.multi_latent_attention import MultiLatentAttention
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_helix.attention import HelixSelfAttention
+from megatron_helix.layout import HelixLayout
+from megatron_helix.norm import sequence_parallel_norm
+
+
+def helixify(spec: Any, layout: HelixLayout) -> Any:
+    """``spec`` with every ``SelfAttention`` in it replaced by :class:`HelixSelfAttention`.
+
+    Args:
+        spec: a layer, block or multi-token-prediction spec: local or TransformerEngine, dense or MoE.
+        layout: the partition. With m = 1 plain tensor parallelism does it: ``spec`` comes back as is.
+
+    Raises:
+        ValueError: for an attention that has no m x n partition (cross attention, MLA).
+    """
+    if layout.m == 1:
+        return spec
+
+    def swap(node: Any) -> Any:
+        if not (isinstance(node, ModuleSpec) and isinstance(node.module, type)):
+            return node
+        if issubclass(node.module, (CrossAttention, MultiLatentAttention)):
+            raise ValueError(
+                f"--helix-m: {node.module.__name__} has no head-dimension partition, got"
+                f" {layout.m}; use --helix-m 1, which is plain tensor parallelism"
+            )
+        if node.module is not SelfAttention:
+            return node
+        return dataclasses.replace(
+            node, module=HelixSelfAttention, params={**node.params, "layout": layout}
+        )
+
+    return _map_spec(spec, swap)
+
+
+def with_sequence_parallel_norms(
+    spec: Any, config: TransformerConfig, vp_stage: int | None = None
+) -> Any:
+    """A local ``spec`` whose torch norms also work under sequence parallelism.
+
+    Returned as a block spec, since a layer spec leaves the choice of the final norm to the block.
+    Unchanged where Megatron has a norm of its own for the case.
+    """
+    if not config.sequence_parallel or config.transformer_impl != "local":
+        return spec
+    spec = _map_spec(
+        spec, lambda node: sequence_parallel_norm if node is WrappedTorchNorm else node
+    )
+    if isinstance(spec, TransformerBlockSubmodules):
+        return spec
+    num_layers = get_num_layers_to_build(config, vp_stage)
+    return TransformerBlockSubmodules([spec] * num_layers, layer_norm=sequence_parallel_norm)
+
+
+def _map_spec(node: Any, change: Callable[[Any], Any]) -> Any:
+    """``node`` with ``change`` applied to it and to everything a spec can hold, innermost first."""
+    if isinstance(node, (list, tuple)):
+        return type(node)(_map_spec(item, change) for item in node)
+    if isinstance(node, partial):
+        keywords = {key: _map_spec(value, change) for key, value in node.keywords.items()}
+        return change(partial(node.func, *node.args, **keywords))
+    if dataclasses.is_dataclass(node) and not isinstance(node, type):
+        parts = {
+            field.name: _map_spec(getattr(node, field.name), change)
+            for field in dataclasses.fields(node)
+            if field.init
+        }
+        return change(dataclasses.replace(node, **parts))
+    return change(node)

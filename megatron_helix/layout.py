@@ -1,0 +1,167 @@
+"""The m x n partition of multi-head attention, as pure arithmetic on ranks and indices.
+
+A tensor-parallel group of ``T = m * n`` ranks is cut along two axes:
+
+* the **head axis**, ``n`` head groups, and
+* the **dim axis**, ``m`` segments of the head dimension.
+
+Rank ``t`` of the group is ``(i, j) = divmod(t, m)``: it owns segment ``j`` of every head of head
+group ``i``. The dim axis is the fast one, so the ``m`` ranks of a dim group are neighbours.
+
+Sharded einsums, with K query groups, slots (the query heads of a group, its gates, its key, its
+value) and head dimension d:
+
+* ``W_qkv[K_n, slot, d_m, hidden]``: rank (i, j) stores ``[K/n, slot, d/m, hidden]``;
+* ``W_o[hidden, H_n, d_m]``: rank (i, j) stores ``[hidden, H/n, d/m]``.
+
+Which rows of d make a segment: d is viewed as ``[blocks, m, d / (blocks * m)]`` and segment ``j``
+takes index ``j`` of the middle axis. ``blocks`` is 2 with rotate-half rotary embeddings, whose pairs
+are ``d/2`` apart, so that a segment is closed under rotation; it is 1 otherwise. Q, K, V and the
+columns of W_o are cut alike, which makes the exchange of a packed QKV one transposition; since
+attention is invariant under a permutation of d common to Q and K, and of one common to V and W_o,
+the choice costs nothing.
+
+Nothing here imports ``torch.distributed``: it is tested without processes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class HelixLayout:
+    """How attention is cut over one tensor-parallel group.
+
+    Args:
+        m: segments of the head dimension (size of the dim axis).
+        n: head groups (size of the head axis).
+        num_attention_heads: query heads H of the whole model.
+        num_query_groups: key/value groups K of the whole model; equal to H without GQA.
+        kv_channels: head dimension d.
+        rotary_dim: how many of the d channels rotary embeddings rotate; 0 without rotary.
+        rotary_interleaved: whether rotation pairs are neighbours instead of ``rotary_dim / 2``
+            apart.
+        output_gate: whether every query head has a gate packed behind it in the QKV projection.
+
+    Raises:
+        ValueError: when n does not divide K or H, or m does not cut d into whole segments.
+    """
+
+    m: int
+    n: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    rotary_dim: int = 0
+    rotary_interleaved: bool = False
+    output_gate: bool = False
+
+    def __post_init__(self) -> None:
+        require_divides("--helix-n", self.n, "--num-attention-heads", self.num_attention_heads)
+        require_divides(
+            "--helix-n",
+            self.n,
+            "--num-query-groups",
+            self.num_query_groups,
+            remedy="use a smaller --helix-n and a larger --helix-m",
+        )
+        require_divides(
+            "--helix-m",
+            self.m,
+            "--kv-channels",
+            self.kv_channels,
+            remedy="use a smaller --helix-m and a larger --helix-n",
+        )
+        require_divides(
+            f"{self.segment_blocks} x --helix-m",
+            self.segment_blocks * self.m,
+            "--kv-channels",
+            self.kv_channels,
+            remedy="rotary pairs must stay within a segment: use a smaller --helix-m",
+        )
+        if self.rotary_interleaved and self.rotary_dim and self.segment_size % 2:
+            raise ValueError(
+                "--helix-m: interleaved rotary embeddings need segments of an even number of"
+                f" channels, got --kv-channels {self.kv_channels} / --helix-m {self.m} ="
+                f" {self.segment_size}; use a smaller --helix-m"
+            )
+
+    @property
+    def size(self) -> int:
+        """Ranks of the tensor-parallel group, T = m * n."""
+        return self.m * self.n
+
+    @property
+    def segment_blocks(self) -> int:
+        """Blocks of d of which a segment takes an equal part each, so that it holds whole pairs."""
+        if self.rotary_dim == 0 or self.rotary_interleaved:
+            return 1
+        # Pairs are (k, k + rotary_dim / 2): with blocks of rotary_dim / 2 channels both of a pair
+        # have the same place in their blocks.
+        return max(1, 2 * self.kv_channels // self.rotary_dim)
+
+    @property
+    def segment_size(self) -> int:
+        """Channels of one head that a rank owns, d / m."""
+        return self.kv_channels // self.m
+
+    @property
+    def heads_per_group(self) -> int:
+        """Query heads that share one key/value head, H / K."""
+        return self.num_attention_heads // self.num_query_groups
+
+    @property
+    def slots(self) -> int:
+        """Heads packed in one query group's rows: its queries, their gates, one key, one value."""
+        return self.heads_per_group * (2 if self.output_gate else 1) + 2
+
+    def coordinates(self, rank: int) -> tuple[int, int]:
+        """(head group i, segment j) of a rank of the tensor-parallel group."""
+        if not 0 <= rank < self.size:
+            raise ValueError(f"rank: need 0 <= rank < m * n = {self.size}, got {rank}")
+        return divmod(rank, self.m)
+
+    def dim_group(self, rank: int) -> list[int]:
+        """Ranks that own the same heads as ``rank``, in segment order; m of them."""
+        i, _ = self.coordinates(rank)
+        return [i * self.m + j for j in range(self.m)]
+
+    def head_group(self, rank: int) -> list[int]:
+        """Ranks that own the same segment as ``rank``, in head-group order; n of them."""
+        _, j = self.coordinates(rank)
+        return [i * self.m + j for i in range(self.n)]
+
+    def qkv_rows(self) -> torch.Tensor:
+        """Canonical row of every stored row of the QKV projection, ``[K * slots * d]``.
+
+        Stored rows are those of rank 0, of rank 1, ...: each its tile ``[K/n, slots, d/m]``.
+        Canonical rows are Megatron's, ``[K, slots, d]``.
+        """
+        rows = torch.arange(self.num_query_groups * self.slots * self.kv_channels)
+        return self._tiles(rows, self.num_query_groups * self.slots)
+
+    def proj_columns(self) -> torch.Tensor:
+        """Canonical column of every stored column of the output projection, ``[H * d]``."""
+        columns = torch.arange(self.num_attention_heads * self.kv_channels)
+        return self._tiles(columns, self.num_attention_heads)
+
+    def _tiles(self, index: torch.Tensor, heads: int) -> torch.Tensor:
+        """``index`` of ``[heads, d]`` reordered to ``[n, m, heads/n, d/m]``, flat."""
+        blocks = self.segment_blocks
+        view = index.view(self.n, heads // self.n, blocks, self.m, self.segment_size // blocks)
+        return view.permute(0, 3, 1, 2, 4).reshape(-1)
+
+
+def require_divides(
+    name: str, value: int, of_name: str, of_value: int, *, remedy: str = "choose a divisor"
+) -> None:
+    """Raise the one error every divisibility rule of a layout gives.
+
+    Raises:
+        ValueError: when ``value`` is not a positive divisor of ``of_value``.
+    """
+    if value < 1 or of_value % value:
+        raise ValueError(
+            f"{name}: must be a positive divisor of {of_name} ({of_value}), got {value}; {remedy}"
+        )

@@ -1,0 +1,44 @@
+"""The one call that turns helix on for a Megatron run."""
+
+import argparse
+from typing import Any
+
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
+
+from megatron_helix import arguments, compat
+from megatron_helix.layer_spec import helixify, with_sequence_parallel_norms
+
+
+def enable(args: argparse.Namespace, model_config: GPTModelConfig) -> GPTModelConfig:
+    """Make ``model_config`` build its layers with attention cut ``--helix-m`` x ``--helix-n``.
+
+    Args:
+        args: Megatron's validated arguments, with the helix flags.
+        model_config: the model config made from them. Its layer spec (given by ``--spec`` or
+            Megatron's default) is kept, with its self-attention swapped; without the helix flags only
+            the torch norms are exchanged for ones that allow sequence parallelism.
+
+    Returns:
+        The same ``model_config``.
+    """
+    compat.require_supported_megatron()
+    base = model_config.transformer_layer_spec or default_layer_spec
+
+    def layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Any:
+        spec = base
+        if callable(base) and not isinstance(base, ModuleSpec):
+            spec = base(config, vp_stage)
+        if arguments.wants_helix(args):
+            transformer = config.transformer
+            layout = arguments.layout(
+                args,
+                num_attention_heads=transformer.num_attention_heads,
+                num_query_groups=transformer.num_query_groups,
+                kv_channels=transformer.kv_channels,
+            )
+            spec = helixify(spec, layout)
+        return with_sequence_parallel_norms(spec, config.transformer, vp_stage)
+
+    model_config.transformer_layer_spec = layer_spec
+    return model_config

@@ -1,0 +1,73 @@
+"""``torchrun -m megatron_helix.pretrain_gpt FLAGS``: Megatron's training loop, with the helix flags.
+
+Takes every flag of Megatron-LM's ``pretrain_gpt.py`` and those of :mod:`megatron_helix.arguments`.
+Without ``--helix-m`` and ``--helix-n`` it is stock Megatron: that is how baselines run.
+"""
+
+import contextlib
+import io
+import os
+import sys
+import warnings
+from typing import Sequence
+
+from megatron_helix import arguments, cpu_device
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one rank. Rank and world size come from the environment, as torchrun sets them."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    rank = int(os.environ.get("RANK", "0"))
+    quiet = contextlib.nullcontext() if rank == 0 else contextlib.redirect_stderr(io.StringIO())
+    with quiet:  # one rank tells the user what is wrong
+        try:
+            argv = prepare(argv, int(os.environ.get("WORLD_SIZE", "1")))
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+    train(argv)
+
+
+def prepare(argv: Sequence[str], world_size: int) -> list[str]:
+    """Everything before the first process group: device, imports, flags.
+
+    Returns:
+        The flags to :func:`train` with.
+
+    Raises:
+        ValueError: for flags that cannot run.
+    """
+    if arguments.device(argv) == "cpu":
+        cpu_device.enable()
+    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|absl|transformer-engine).*")
+    import megatron.training  # noqa: F401  # slow: a launcher that forks its ranks pays it once
+
+    return arguments.complete(argv, world_size)
+
+
+def train(argv: Sequence[str]) -> None:
+    """Megatron's ``pretrain`` with flags that :func:`prepare` has completed."""
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import (
+        gpt_config_from_args,
+        pretrain_cfg_container_from_args,
+    )
+    from megatron.training.arguments import parse_and_validate_args
+
+    from megatron_helix import compat, gpt_training, plugin
+
+    compat.use_compiled_dataset_helpers()
+    sys.argv = [sys.argv[0], *argv]  # Megatron's parser reads it there
+    args = parse_and_validate_args(extra_args_provider=arguments.add_helix_arguments)
+    model_config = plugin.enable(args, gpt_config_from_args(args))
+    pretrain(
+        pretrain_cfg_container_from_args(args, model_config),
+        gpt_training.train_valid_test_datasets,
+        ModelType.encoder_or_decoder,
+        gpt_training.forward_step,
+    )
+
+
+if __name__ == "__main__":
+    main()
