@@ -61,6 +61,12 @@ def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         help="%s. auto is cuda; cpu runs Megatron on gloo ranks and fills in the flags a CPU needs."
         % ", ".join(DEVICES),
     )
+    group.add_argument(
+        "--helix-metrics",
+        type=Path,
+        metavar="DIR",
+        help="Write one JSON line a step and rank to DIR: loss, gradient norm, times, traffic.",
+    )
     return parser
 
 

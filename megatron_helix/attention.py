@@ -55,6 +55,8 @@ class HelixSelfAttention(SelfAttention):
             **kwargs,
         )
         self.helix_layout, self.helix_groups = layout, groups
+        # Checkpoints read it to tell replicas apart: norms are replicated over all m * n ranks.
+        self.tp_group = groups.tp
 
     def forward(
         self,

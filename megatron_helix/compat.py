@@ -4,7 +4,11 @@ Megatron offers a seam for all the rest: layer specs, the argument parser, the m
 here has none.
 """
 
+import logging
+import warnings
+from functools import partial
 from importlib.metadata import version
+from typing import Any, Callable
 
 from packaging.version import Version
 
@@ -25,6 +29,12 @@ def require_supported_megatron() -> None:
         )
 
 
+def quieten_imports() -> None:
+    """Keep back what Megatron and torch say, on every import, about packages that are optional."""
+    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|transformer-engine|absl).*")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+
+
 def use_compiled_dataset_helpers() -> None:
     """Spare Megatron the compilation of dataset helpers that are compiled already.
 
@@ -38,3 +48,14 @@ def use_compiled_dataset_helpers() -> None:
     except ImportError:
         return
     utils.compile_helpers = lambda: None
+
+
+def observe_train_step(observer: Callable[..., Any]) -> None:
+    """Call ``observer(train_step, *args)`` where the loop calls ``train_step(*args)``.
+
+    ``megatron.training.training.train`` looks the function up in its module at every step, and has no
+    callback that sees losses, gradient norm and duration of a step.
+    """
+    from megatron.training import training
+
+    training.train_step = partial(observer, training.train_step)

@@ -11,6 +11,7 @@ from typing import Any, Callable
 
 import torch
 
+from megatron_helix.checkpoint import tile_in_canonical_order
 from megatron_helix.exchange.activations import context_to_segments, qkv_to_whole_heads
 from megatron_helix.layout import HelixLayout
 from megatron_helix.process_groups import HelixGroups
@@ -35,12 +36,11 @@ def in_tile_order(init_method: Init, order: torch.Tensor, dim: int) -> Init:
     return init
 
 
-class _HelixQKV:
-    """Column-parallel QKV projection whose output is whole heads for 1/m of the tokens.
+class _HelixLinear:
+    """What the two ends of attention share: tiles for shards, in memory and in checkpoints."""
 
-    ``[s, b, hidden] -> [s, b/m, K/n * slots * d]``: what stock attention expects of ``linear_qkv`` on
-    a tensor-parallel group of n ranks.
-    """
+    tile_axis: int  # the dimension of the weight that is cut
+    tiled: tuple[str, ...]  # the parameters that are cut along it
 
     def __init__(
         self,
@@ -53,45 +53,59 @@ class _HelixQKV:
         tp_group: Any = None,  # attention passes its head group; the tiles span the whole group
         **kwargs: Any,
     ):
+        self.tile_order = self.canonical_order(layout)
         super().__init__(
             input_size,
             output_size,
-            init_method=in_tile_order(init_method, layout.qkv_rows(), dim=0),
+            init_method=in_tile_order(init_method, self.tile_order, self.tile_axis),
             tp_group=groups.tp,
             **kwargs,
         )
         self.helix_layout, self.helix_groups = layout, groups
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """Megatron's, with every tile described by its canonical rows."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        for name in self.tiled:
+            if f"{prefix}{name}" in state:
+                state[f"{prefix}{name}"] = tile_in_canonical_order(
+                    state[f"{prefix}{name}"],
+                    self.tile_order,
+                    layout=self.helix_layout,
+                    rank=self.helix_groups.tp.rank(),
+                    axis=self.tile_axis,
+                    sharded_offsets=sharded_offsets,
+                )
+        return state
+
+
+class _HelixQKV(_HelixLinear):
+    """Column-parallel QKV projection whose output is whole heads for 1/m of the tokens.
+
+    ``[s, b, hidden] -> [s, b/m, K/n * slots * d]``: what stock attention expects of ``linear_qkv`` on
+    a tensor-parallel group of n ranks.
+    """
+
+    tile_axis = 0
+    tiled = ("weight", "bias")
+    canonical_order = staticmethod(HelixLayout.qkv_rows)
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
         qkv, bias = super().forward(*args, **kwargs)
         return qkv_to_whole_heads(qkv, self.helix_layout, self.helix_groups.dim), bias
 
 
-class _HelixProj:
+class _HelixProj(_HelixLinear):
     """Row-parallel output projection that takes whole heads for 1/m of the tokens.
 
     ``[s, b/m, H/n * d] -> [s, b, hidden]`` (``[s/T, b, hidden]`` under sequence parallelism).
     """
 
-    def __init__(
-        self,
-        input_size: int,
-        output_size: int,
-        *,
-        layout: HelixLayout,
-        groups: HelixGroups,
-        init_method: Init,
-        tp_group: Any = None,
-        **kwargs: Any,
-    ):
-        super().__init__(
-            input_size,
-            output_size,
-            init_method=in_tile_order(init_method, layout.proj_columns(), dim=1),
-            tp_group=groups.tp,
-            **kwargs,
-        )
-        self.helix_layout, self.helix_groups = layout, groups
+    tile_axis = 1
+    tiled = ("weight",)
+    canonical_order = staticmethod(HelixLayout.proj_columns)
 
     def forward(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         segments = context_to_segments(context, self.helix_layout, self.helix_groups.dim)

@@ -8,10 +8,9 @@ import contextlib
 import io
 import os
 import sys
-import warnings
 from typing import Sequence
 
-from megatron_helix import arguments, cpu_device
+from megatron_helix import arguments, compat, cpu_device
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -39,7 +38,7 @@ def prepare(argv: Sequence[str], world_size: int) -> list[str]:
     """
     if arguments.device(argv) == "cpu":
         cpu_device.enable()
-    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|absl|transformer-engine).*")
+    compat.quieten_imports()
     import megatron.training  # noqa: F401  # slow: a launcher that forks its ranks pays it once
 
     return arguments.complete(argv, world_size)
@@ -55,12 +54,17 @@ def train(argv: Sequence[str]) -> None:
     )
     from megatron.training.arguments import parse_and_validate_args
 
-    from megatron_helix import compat, gpt_training, plugin
+    from megatron_helix import gpt_training, plugin
+    from megatron_helix.experiment import metrics
 
     compat.use_compiled_dataset_helpers()
     sys.argv = [sys.argv[0], *argv]  # Megatron's parser reads it there
     args = parse_and_validate_args(extra_args_provider=arguments.add_helix_arguments)
     model_config = plugin.enable(args, gpt_config_from_args(args))
+    if args.helix_metrics:
+        metrics.record(
+            args.helix_metrics, args.rank, batch=args.global_batch_size, sequence=args.seq_length
+        )
     pretrain(
         pretrain_cfg_container_from_args(args, model_config),
         gpt_training.train_valid_test_datasets,

@@ -1,0 +1,88 @@
+"""Text files as Megatron's indexed dataset, one token a byte.
+
+The tokenizer is Megatron's ``ByteLevelTokenizer``: token = byte of the UTF-8 text, 256 tokens, 0 (which
+no text contains) ends a document. Train on it with the flags :data:`TOKENIZER_FLAGS`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from megatron_helix import compat
+
+VOCAB_SIZE = 256
+TOKENIZER_FLAGS = (
+    *("--tokenizer-type", "NullTokenizer"),
+    *("--vocab-size", str(VOCAB_SIZE)),
+    *("--null-tokenizer-eod-id", "0"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What a dataset holds."""
+
+    documents: int
+    tokens: int
+
+
+def build(sources: Sequence[Path], prefix: Path, *, pattern: str = "*") -> Summary:
+    """Write ``prefix.bin`` and ``prefix.idx`` from text files, in the order of their names.
+
+    Files that are not UTF-8 text are left out.
+
+    Args:
+        sources: files, or folders to take all files from.
+        prefix: path of the dataset without suffix; its folder is made.
+        pattern: which files of a folder.
+
+    Raises:
+        ValueError: when a source does not exist, or no source holds any text.
+    """
+    for source in sources:
+        if not source.exists():
+            raise ValueError(f"sources: must exist, and {source} does not; check the path")
+    compat.quieten_imports()
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+    from megatron.core.tokenizers.text.libraries import ByteLevelTokenizer
+
+    tokenizer = ByteLevelTokenizer(vocab_size=VOCAB_SIZE)
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = prefix.with_name(prefix.name + ".part")
+    builder = IndexedDatasetBuilder(str(unfinished), dtype=np.uint8)
+    documents = tokens = 0
+    for file in _files(sources, pattern):
+        ids = tokenizer.text_to_ids(_text(file))
+        if not ids:
+            continue
+        builder.add_document(torch.tensor([*ids, tokenizer.eod]), [len(ids) + 1])
+        documents, tokens = documents + 1, tokens + len(ids) + 1
+    if not documents:
+        unfinished.unlink()
+        raise ValueError(
+            f"sources: need UTF-8 text, and found none in {', '.join(map(str, sources))};"
+            f" name other files, or another --pattern than {pattern!r}"
+        )
+    builder.finalize(f"{prefix}.idx")
+    unfinished.rename(f"{prefix}.bin")  # last: an interrupted build leaves no dataset behind
+    return Summary(documents=documents, tokens=tokens)
+
+
+def _files(sources: Sequence[Path], pattern: str) -> Iterator[Path]:
+    for source in sources:
+        if source.is_dir():
+            yield from sorted(file for file in source.rglob(pattern) if file.is_file())
+        else:
+            yield source
+
+
+def _text(file: Path) -> str:
+    """The file's text, or nothing where it is not UTF-8 or holds the end-of-document byte."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError):
+        return ""
+    return "" if "\0" in text else text

@@ -1,0 +1,183 @@
+"""Run the ranks of one machine as forks of a process that has already imported Megatron.
+
+Importing Megatron costs seconds of CPU for every process; sixteen ranks on two cores would spend a
+minute on it before the first step. A parent that has paid once forks its ranks for nothing. On GPUs
+use torchrun: a process that has touched CUDA must not fork.
+"""
+
+import contextlib
+import ctypes
+import multiprocessing as mp
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+import torch
+
+GRACE_S = 5.0  # between asking the ranks that are left to end and killing them
+_PR_SET_PDEATHSIG = 1
+
+
+class RankFailed(RuntimeError):
+    """A rank ended before its work was done.
+
+    Attributes:
+        rank: the first rank that ended.
+        exitcode: its exit code; the negative of a signal's number if that ended it.
+    """
+
+    def __init__(self, rank: int, world_size: int, exitcode: int, log: Path | None):
+        self.rank, self.exitcode = rank, exitcode
+        how = f"was killed by {signal.Signals(-exitcode).name}" if exitcode < 0 else "failed"
+        where = f"; its output is in {log}" if log else ""
+        super().__init__(
+            f"rank {rank} of {world_size} {how} (exit code {exitcode}); the other ranks were"
+            f" ended{where}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """What to run on every rank.
+
+    Attributes:
+        target: called in each rank, after its environment names rank and world size.
+        args: its arguments.
+        world_size: number of ranks.
+        logs: folder that takes each rank's output, ``rank00.log`` and so on; None leaves it on the
+            terminal.
+    """
+
+    target: Callable[..., Any]
+    args: tuple[Any, ...] = ()
+    world_size: int
+    logs: Path | None = None
+
+    def log(self, rank: int) -> Path | None:
+        """The file that takes a rank's output."""
+        return self.logs / f"rank{rank:02d}.log" if self.logs else None
+
+
+def run(ranks: Ranks, *, timeout_s: float | None = None, poll: Callable[[], Any] | None = None) -> None:
+    """Fork the ranks and wait until all have ended well.
+
+    Args:
+        ranks: what to run.
+        timeout_s: seconds after which the ranks are ended.
+        poll: called about ten times a second meanwhile, for progress.
+
+    Raises:
+        RankFailed: as soon as a rank ends with an error or by a signal; the others are ended first.
+        TimeoutError: when the ranks outlast ``timeout_s``.
+    """
+    if ranks.logs:
+        ranks.logs.mkdir(parents=True, exist_ok=True)
+    port = _free_port()
+    context = mp.get_context("fork")
+    parent = os.getpid()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    processes = [
+        context.Process(target=_run_rank, args=(ranks, rank, port, parent), name=f"rank {rank}")
+        for rank in range(ranks.world_size)
+    ]
+    deadline = time.monotonic() + timeout_s if timeout_s else None
+    with _terminate_as_interrupt():
+        try:
+            for process in processes:
+                process.start()
+            _watch(ranks, processes, deadline, poll)
+        finally:
+            _end(processes)
+
+
+def _watch(ranks: Ranks, processes: list[Any], deadline: float | None, poll: Any) -> None:
+    left = dict(enumerate(processes))
+    while left:
+        wait([process.sentinel for process in left.values()], timeout=0.1)
+        if poll:
+            poll()
+        ended = {rank: process.exitcode for rank, process in left.items()}
+        failed = {rank: code for rank, code in ended.items() if code}
+        if failed:
+            # Ranks that lose a peer fail within milliseconds of it: a signal tells the cause.
+            rank = min(failed, key=lambda rank: (failed[rank] > 0, rank))
+            raise RankFailed(rank, ranks.world_size, failed[rank], ranks.log(rank))
+        left = {rank: process for rank, process in left.items() if process.exitcode is None}
+        if deadline and time.monotonic() > deadline:
+            raise TimeoutError(f"ranks {sorted(left)} of {ranks.world_size} did not end in time")
+
+
+def _end(processes: list[Any]) -> None:
+    """End what is left: ask, wait a little, then kill. Every process is reaped."""
+    running = [process for process in processes if process.pid and process.exitcode is None]
+    for process in running:
+        process.terminate()
+    deadline = time.monotonic() + GRACE_S
+    for process in running:
+        process.join(max(0.0, deadline - time.monotonic()))
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+
+
+def _run_rank(ranks: Ranks, rank: int, port: int, parent: int) -> None:
+    """One rank: its own environment, output and end. Never returns to the parent's code."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a rank never outlives its parent
+    if os.getppid() != parent:
+        os._exit(1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which ends the ranks
+    torch.set_num_threads(1)  # as torchrun does: the ranks share the cores already
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(ranks.world_size),
+        LOCAL_WORLD_SIZE=str(ranks.world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    log = ranks.log(rank)
+    if log:
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(descriptor, sys.stdout.fileno())
+        os.dup2(descriptor, sys.stderr.fileno())
+    code = 1
+    try:
+        ranks.target(*ranks.args)
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # no exit handlers of the parent's, and no waiting for gloo's threads
+
+
+@contextlib.contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """SIGTERM ends the parent like Ctrl-C does, so that it still ends its ranks."""
+
+    def interrupt(signum: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
