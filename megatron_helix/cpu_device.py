@@ -46,8 +46,9 @@ def enable() -> None:
     for name in ("get_rng_state", "set_rng_state", "manual_seed"):
         setattr(torch.cuda.random, name, getattr(torch.cuda, name))
     torch.accelerator.is_available = lambda: False
-    # ``is_cuda`` stays False: c10d and torch.save read it to find the memory. ``type()`` is what
-    # Megatron's optimizers sort parameters by.
+    # Megatron's optimizers sort parameters by ``type()``; its MoE layer brings token counts to the
+    # host where ``is_cuda``. Native code, c10d among it, looks at the memory itself.
+    torch.Tensor.is_cuda = property(lambda self: True)
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     torch.Tensor.record_stream = lambda self, stream: None
     torch.Tensor.type = _type_as_on_cuda
