@@ -1,0 +1,35 @@
+"""One Megatron import for the whole suite, and the text that its training runs learn from.
+
+The import costs seconds of CPU in every process. It happens here, once, and every distributed test
+forks its ranks from this process (see :mod:`tests.distributed`).
+"""
+
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+from megatron_helix import compat, corpus, cpu_device
+
+cpu_device.enable()  # before Megatron is imported: some of its modules bind torch.cuda's names
+compat.quieten_imports()
+
+import megatron.training  # noqa: E402, F401
+
+compat.use_compiled_dataset_helpers()
+torch.set_num_threads(1)  # a forked rank cannot use its parent's thread pool
+
+# The first example of a property pays for imports: how long one takes says nothing here.
+settings.register_profile("suite", deadline=None, derandomize=True)
+settings.load_profile("suite")
+
+
+@pytest.fixture(scope="session")
+def corpus_prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prefix of a byte-level dataset of some of the standard library's sources."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    prefix = tmp_path_factory.mktemp("corpus") / "stdlib"
+    corpus.build([library / "json", library / "email"], prefix, pattern="*.py")
+    return prefix

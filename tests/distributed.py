@@ -1,0 +1,90 @@
+"""Run a function, or Megatron's training loop, on forked gloo ranks and hand back what they found."""
+
+import contextlib
+import tempfile
+from pathlib import Path
+from typing import Any, Callable, Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from megatron_helix import pretrain_gpt
+from megatron_helix.experiment import launch, metrics
+
+TIMEOUT_S = 120.0  # of one distributed test; a hang becomes a failure instead of a stuck suite
+LOG_TAIL_LINES = 40
+
+
+def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+    """``fn(*args)`` on ``world_size`` ranks of a gloo world; its results in rank order.
+
+    ``fn`` may be a closure (ranks are forks); what it returns goes through ``torch.save``.
+    """
+    with tempfile.TemporaryDirectory(prefix="helix-test-") as name:
+        folder = Path(name)
+        launch_ranks(_call, (fn, args, folder), world_size, folder)
+        return [
+            torch.load(folder / f"result{rank:02d}.pt", weights_only=False)
+            for rank in range(world_size)
+        ]
+
+
+def launch_ranks(target: Callable[..., Any], args: tuple, world_size: int, logs: Path) -> None:
+    """Fork the ranks; when one fails, the test fails with the end of that rank's output."""
+    ranks = launch.Ranks(target=target, args=args, world_size=world_size, logs=logs)
+    try:
+        launch.run(ranks, timeout_s=TIMEOUT_S)
+    except launch.RankFailed as failure:
+        lines = ranks.log(failure.rank).read_text(errors="replace").splitlines()
+        tail = "\n".join(lines[-LOG_TAIL_LINES:])
+        raise AssertionError(f"{failure}\n--- rank {failure.rank} ---\n{tail}") from None
+
+
+def _call(fn: Callable[..., Any], args: tuple, folder: Path) -> None:
+    dist.init_process_group("gloo")
+    result = fn(*args)
+    torch.save(result, folder / f"result{dist.get_rank():02d}.pt")
+    dist.barrier()  # no rank leaves while another still talks to it
+
+
+@contextlib.contextmanager
+def model_parallel(tp: int = 1, pp: int = 1, ep: int = 1) -> Iterator[None]:
+    """Megatron's ``parallel_state`` and random states inside a rank of :func:`run_distributed`."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        expert_model_parallel_size=ep,
+    )
+    model_parallel_cuda_manual_seed(1)
+    try:
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def pretrain(flags: Sequence[str], world_size: int, folder: Path) -> metrics.RunMetrics:
+    """Train with these flags; the ranks' measurements. Their output is in ``folder / "logs"``."""
+    measured = folder / "metrics"
+    argv = pretrain_gpt.prepare([*flags, "--helix-metrics", str(measured)], world_size)
+    launch_ranks(pretrain_gpt.train, (argv,), world_size, folder / "logs")
+    return metrics.read(measured)
+
+
+def tiny_gpt(corpus_prefix: Path, *extra: str, train_iters: int = 5) -> list[str]:
+    """Flags of the smallest GPT that every layout of four ranks can cut, and of its training."""
+    return [
+        *("--helix-device", "cpu", "--num-layers", "2", "--hidden-size", "64"),
+        *("--num-attention-heads", "4", "--kv-channels", "16", "--ffn-hidden-size", "256"),
+        *("--seq-length", "32", "--max-position-embeddings", "32"),
+        *("--micro-batch-size", "4", "--global-batch-size", "8"),
+        *("--train-iters", str(train_iters), "--lr", "1e-3", "--min-lr", "1e-4"),
+        *("--data-path", str(corpus_prefix), "--split", "100,0,0"),
+        *("--tokenizer-type", "NullTokenizer", "--vocab-size", "256"),
+        *("--null-tokenizer-eod-id", "0", "--make-vocab-size-divisible-by", "16"),
+        *("--log-interval", "1", "--eval-iters", "0", "--eval-interval", "1000"),
+        *("--attention-dropout", "0", "--hidden-dropout", "0"),
+        *("--position-embedding-type", "rope"),
+        *extra,
+    ]
