@@ -12,10 +12,9 @@ from typing import Any, Sequence
 import torch
 
 from megatron_helix import cpu_device
+from megatron_helix.exchange import strategy
 from megatron_helix.layout import HelixLayout, require_divides
 
-EXCHANGES = ("activations",)
-SPLITS = ("batch",)
 DEVICES = ("auto", "cpu", "cuda")
 
 # What a CPU needs of Megatron. Each line is appended unless the user said something about its flag.
@@ -47,13 +46,14 @@ def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     )
     group.add_argument(
         "--helix-exchange",
-        default=EXCHANGES[0],
-        help="What moves over the M segments of a head: %s." % ", ".join(EXCHANGES),
+        default="auto",
+        help="What moves over the M segments of a head: %s. auto takes what sends the fewest bytes."
+        % ", ".join(strategy.EXCHANGES),
     )
     group.add_argument(
         "--helix-split",
-        default=SPLITS[0],
-        help="Which tokens a rank attends for: %s." % ", ".join(SPLITS),
+        default="auto",
+        help="Which tokens a rank attends for: %s." % ", ".join(strategy.SPLITS),
     )
     group.add_argument(
         "--helix-device",
@@ -118,6 +118,11 @@ def complete(argv: Sequence[str], world_size: int) -> list[str]:
     return [*argv, *added]
 
 
+def choice(args: argparse.Namespace) -> strategy.Choice:
+    """The exchange and split the flags ask for."""
+    return strategy.Choice(exchange=args.helix_exchange, split=args.helix_split)
+
+
 def layout(
     args: argparse.Namespace,
     *,
@@ -152,8 +157,6 @@ def _helix_flags(args: argparse.Namespace, argv: Sequence[str], world_size: int)
                 f"{flag}: must be a positive integer when the other one of --helix-m, --helix-n is"
                 f" given, got {value}; the tensor-parallel size is their product"
             )
-    _require_one_of("--helix-exchange", args.helix_exchange, EXCHANGES)
-    _require_one_of("--helix-split", args.helix_split, SPLITS)
     size = args.helix_m * args.helix_n
     if "--tensor-model-parallel-size" in argv and args.tensor_model_parallel_size != size:
         raise ValueError(
@@ -171,18 +174,39 @@ def _helix_flags(args: argparse.Namespace, argv: Sequence[str], world_size: int)
     if args.num_attention_heads:  # else they come with --use-checkpoint-args
         groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
         channels = args.kv_channels or args.hidden_size // args.num_attention_heads
-        layout(
+        cut = layout(
             args,
             num_attention_heads=args.num_attention_heads,
             num_query_groups=groups,
             kv_channels=channels,
         )
-    if args.helix_m > 1 and args.micro_batch_size % args.helix_m:
-        raise ValueError(
-            f"--micro-batch-size: must be a multiple of --helix-m ({args.helix_m}) to split the"
-            f" batch, got {args.micro_batch_size}; use a multiple or a smaller --helix-m"
-        )
+        _require_plan(args, cut)
     return ["--tensor-model-parallel-size", str(size)]
+
+
+def _require_plan(args: argparse.Namespace, cut: HelixLayout) -> None:
+    """Check that the micro-batches of the run can be exchanged and split as asked."""
+    asked = choice(args)
+    if asked.exchange == "scores" and not cut.pairs_are_whole:
+        raise ValueError(
+            "--helix-exchange: scores needs both channels of a rotary pair in one segment, got"
+            f" --kv-channels {cut.kv_channels}, {cut.rotary_dim} of them rotary, --helix-m {cut.m};"
+            " use another --helix-m or --rotary-percent, or --helix-exchange activations"
+        )
+    if cut.m > 1 and args.seq_length and args.micro_batch_size:
+        strategy.resolve(
+            asked,
+            cut,
+            strategy.BlockShape(
+                hidden=args.hidden_size,
+                ffn=0 if args.num_experts else args.ffn_hidden_size or 4 * args.hidden_size,
+                gated=args.swiglu,
+                num_layers=args.num_layers,
+            ),
+            sequence=args.seq_length // args.context_parallel_size,
+            batch=args.micro_batch_size,
+            sequence_parallel=args.sequence_parallel,
+        )
 
 
 def _require_one_of(flag: str, value: Any, allowed: Sequence[str]) -> None:

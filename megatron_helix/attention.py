@@ -2,7 +2,7 @@
 
 import copy
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -10,23 +10,31 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_helix.exchange.activations import batch_share
+from megatron_helix.collectives import all_gather
+from megatron_helix.exchange.prefix import PrefixChunks
+from megatron_helix.exchange.scores import ScoresAttention, SegmentNorm, segment_frequencies
+from megatron_helix.exchange.strategy import Choice, Plan
+from megatron_helix.exchange.tokens import chunk_positions, in_sequence_order
 from megatron_helix.layout import HelixLayout
-from megatron_helix.linear import helix_proj, helix_qkv
-from megatron_helix.process_groups import on_head_axis, register
+from megatron_helix.linear import helix_linear
+from megatron_helix.process_groups import HelixGroups, on_head_axis, register
 
 
 class HelixSelfAttention(SelfAttention):
     """Megatron's ``SelfAttention`` with the tensor-parallel group cut into head groups x segments.
 
     The linears span all m * n ranks and store one tile each; the exchange between them and the rest
-    hands attention a tensor-parallel group of n ranks and 1/m of the sequences. Rotary embeddings, QK
-    norms, output gate, softmax and core attention are stock, on stock shapes.
+    hands attention a tensor-parallel group of n ranks and 1/m of the tokens. Rotary embeddings, QK
+    norms, output gate, softmax and core attention are stock, on stock shapes. Under ``scores`` they
+    work on one segment of the head dimension and all tokens instead.
 
     Args:
         layout: the partition.
+        choice: what the user asked for; ``scores`` decides which core attention is built.
         (others): those of ``SelfAttention``.
     """
+
+    plan = Plan(exchange="activations", split="batch")
 
     def __init__(
         self,
@@ -35,6 +43,7 @@ class HelixSelfAttention(SelfAttention):
         layer_number: int,
         *,
         layout: HelixLayout,
+        choice: Choice = Choice(),
         pg_collection: ProcessGroupCollection | None = None,
         **kwargs: Any,
     ):
@@ -42,13 +51,17 @@ class HelixSelfAttention(SelfAttention):
             pg_collection = ProcessGroupCollection.use_mpu_process_groups(["tp", "cp", "pp"])
         groups = register(layout, pg_collection.tp)
         tiles = {"layout": layout, "groups": groups}
+        by_scores = choice.exchange == "scores"
+        core = partial(ScoresAttention, groups=groups) if by_scores else None
         super().__init__(
             config,
             replace(
                 submodules,
-                linear_qkv=partial(helix_qkv(submodules.linear_qkv), **tiles),
-                linear_proj=partial(helix_proj(submodules.linear_proj), **tiles),
-                core_attention=partial(_on_head_axis, submodules.core_attention, layout.n),
+                linear_qkv=partial(helix_linear("linear_qkv", submodules.linear_qkv), **tiles),
+                linear_proj=partial(helix_linear("linear_proj", submodules.linear_proj), **tiles),
+                core_attention=partial(
+                    _on_head_axis, core or _prefix_chunks(submodules.core_attention), layout.n
+                ),
             ),
             layer_number,
             pg_collection=on_head_axis(pg_collection, groups),
@@ -57,21 +70,114 @@ class HelixSelfAttention(SelfAttention):
         self.helix_layout, self.helix_groups = layout, groups
         # Checkpoints read it to tell replicas apart: norms are replicated over all m * n ranks.
         self.tp_group = groups.tp
+        if by_scores:
+            self._keep_segments(config)
+        else:
+            self.core_attention.helix_layout = layout
+            self.core_attention.helix_segment = groups.segment
+        self.helix_modules = [self, self.linear_qkv, self.linear_proj, self.core_attention]
+        self.set_plan(Plan(exchange="scores", split="none") if by_scores else self.plan)
+
+    def set_plan(self, plan: Plan) -> None:
+        """What moves, and which tokens this rank takes, from the next forward on."""
+        for module in self.helix_modules:
+            module.plan = plan
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None,
         *args: Any,
+        rotary_pos_emb: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As ``SelfAttention.forward``; the mask ``[b, 1, s, s]`` is split like the batch."""
-        mask = batch_share(attention_mask, self.helix_layout.m, self.helix_groups.segment)
-        return super().forward(hidden_states, mask, *args, **kwargs)
+        """As ``SelfAttention.forward``; mask and rotary frequencies are those of all tokens."""
+        m, segment = self.helix_layout.m, self.helix_groups.segment
+        if self.plan.split == "batch":
+            if attention_mask is not None and attention_mask.size(0) > 1:
+                attention_mask = attention_mask.chunk(m, dim=0)[segment]
+        elif rotary_pos_emb is not None:
+            rotary_pos_emb = self._my_frequencies(rotary_pos_emb)
+        return super().forward(
+            hidden_states, attention_mask, *args, rotary_pos_emb=rotary_pos_emb, **kwargs
+        )
+
+    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
+        """Stock, and under a sequence split the keys and values of all tokens.
+
+        ``query [s/m, b, H/n, d]``, ``key`` and ``value`` ``[s, b, K/n, d]``.
+        """
+        query, key, value, *gate = super().get_query_key_value_tensors(*args, **kwargs)
+        if self.plan.split == "sequence":
+            both = all_gather(torch.cat([key, value], dim=-1), self.helix_groups.dim)
+            key, value = in_sequence_order(both, self.helix_layout).chunk(2, dim=-1)
+            key, value = key.contiguous(), value.contiguous()
+        return query, key, value, *gate
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """Megatron's; what is cut by head group only is a replica on the other m - 1 ranks."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        offset = state.get(f"{prefix}core_attention.softmax_offset")
+        if offset is not None:
+            _, _, data_parallel = offset.replica_id
+            offset.replica_id = (0, self.helix_groups.segment, data_parallel)
+        return state
+
+    def _my_frequencies(self, frequencies: Any) -> Any:
+        """(query, key) rotary frequencies: of my queries' positions, or of my channels."""
+        query, key = frequencies if isinstance(frequencies, tuple) else (frequencies,) * 2
+        segment = self.helix_groups.segment
+        if self.plan.exchange == "scores":
+            return tuple(segment_frequencies(f, self.helix_layout, segment) for f in (query, key))
+        positions = chunk_positions(self.helix_layout, segment, query.size(0))
+        return query[positions.to(query.device)], key
+
+    def _keep_segments(self, config: TransformerConfig) -> None:
+        """Set the head dimension that stock attention sees to one segment."""
+        layout = self.helix_layout
+        self.hidden_size_per_attention_head = layout.segment_size
+        self.key_hidden_size = self.val_hidden_size = layout.segment_size
+        for name in ("q_layernorm", "k_layernorm"):
+            norm = getattr(self, name)
+            if norm is not None:
+                segment_norm = SegmentNorm(
+                    norm,
+                    centered=config.normalization == "LayerNorm" and not config.qk_l2_norm,
+                    eps=config.layernorm_epsilon,
+                    zero_centered_gamma=config.layernorm_zero_centered_gamma,
+                    layout=layout,
+                    groups=self.helix_groups,
+                )
+                setattr(self, name, segment_norm)
 
 
-def _on_head_axis(builder: Any, n: int, *, config: TransformerConfig, **kwargs: Any) -> Any:
-    """Core attention built for a tensor-parallel size of n: TransformerEngine reads it off config."""
+@cache
+def _prefix_chunks(core_attention: type) -> type:
+    """The spec's core attention class, able to run a sequence split."""
+    return type(f"Helix{core_attention.__name__}", (PrefixChunks, core_attention), {})
+
+
+def _on_head_axis(
+    builder: Any, n: int, *, config: TransformerConfig, pg_collection: Any, **kwargs: Any
+) -> Any:
+    """Core attention for a tensor-parallel size of n: TransformerEngine reads it off config.
+
+    A learnable softmax offset belongs to a head; the m ranks that share the head each see some of its
+    gradient, which is summed as soon as it is there.
+    """
     config = copy.copy(config)
     config.tensor_model_parallel_size = n
-    return builder(config=config, **kwargs)
+    core = builder(config=config, pg_collection=pg_collection, **kwargs)
+    offset = getattr(core, "softmax_offset", None)
+    if isinstance(offset, torch.nn.Parameter):
+        groups: HelixGroups = pg_collection.helix
+        offset.register_hook(partial(_sum_over, group=groups.dim))
+    return core
+
+
+def _sum_over(grad: torch.Tensor, group: Any) -> torch.Tensor:
+    grad = grad.contiguous()
+    torch.distributed.all_reduce(grad, group=group)
+    return grad

@@ -36,6 +36,86 @@ def all_to_all(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     return _AllToAll.apply(x, group)
 
 
+class _AllGather(torch.autograd.Function):
+    """Forward: the ranks' tensors one after the other. Backward: reduce-scatter. Saves nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return gather(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return scatter_sum(grad, ctx.group), None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    """Forward: the sum over ranks, one chunk each. Backward: all-gather. Saves nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return scatter_sum(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gather(grad, ctx.group), None
+
+
+class _AllReduce(torch.autograd.Function):
+    """Forward: the sum over ranks, on all of them. Backward: itself. Saves nothing.
+
+    The backward sums because every rank uses the sum for its own part of what follows.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return _sum(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _sum(grad, ctx.group), None
+
+
+def all_gather(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """``[a, ...] -> [p * a, ...]`` in rank order; dual of :func:`reduce_scatter`."""
+    return _AllGather.apply(x, group)
+
+
+def reduce_scatter(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """``[p * a, ...] -> [a, ...]``: rank k keeps chunk k of the sum; dual of :func:`all_gather`."""
+    return _ReduceScatter.apply(x, group)
+
+
+def all_reduce(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """The sum of ``x`` over ``group`` on every rank; its own dual."""
+    return _AllReduce.apply(x, group)
+
+
+def gather(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """:func:`all_gather` without a gradient, for use inside a backward pass."""
+    x = x.contiguous()
+    y = torch.empty((group.size() * x.size(0), *x.shape[1:]), dtype=x.dtype, device=x.device)
+    dist.all_gather_into_tensor(y, x, group=group)
+    return y
+
+
+def scatter_sum(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """:func:`reduce_scatter` without a gradient, for use inside a backward pass."""
+    assert x.size(0) % group.size() == 0, (x.shape, group.size())
+    x = x.contiguous()
+    y = torch.empty((x.size(0) // group.size(), *x.shape[1:]), dtype=x.dtype, device=x.device)
+    dist.reduce_scatter_tensor(y, x, group=group)
+    return y
+
+
+def _sum(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    y = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(y, group=group)
+    return y
+
+
 def _exchange(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     assert x.size(0) == group.size(), (x.shape, group.size())
     x = x.contiguous()

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any, Callable
 
 from megatron.core.transformer.attention import CrossAttention, SelfAttention
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.multi_latent_attention import MultiLatentAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
@@ -13,18 +14,23 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_helix.attention import HelixSelfAttention
+from megatron_helix.exchange.strategy import Choice
 from megatron_helix.layout import HelixLayout
+from megatron_helix.linear import helix_linear
 from megatron_helix.norm import sequence_parallel_norm
+from megatron_helix.transformer_layer import helix_layer
 
 
-def helixify(spec: Any, layout: HelixLayout) -> Any:
-    """``spec`` with every ``SelfAttention`` in it replaced by :class:`HelixSelfAttention`.
+def helixify(spec: Any, layout: HelixLayout, choice: Choice = Choice()) -> Any:
+    """``spec`` with attention cut m x n, and what goes with it in its layers and dense MLPs.
 
     Args:
         spec: a layer, block or multi-token-prediction spec: local or TransformerEngine, dense or MoE.
         layout: the partition. With m = 1 plain tensor parallelism does it: ``spec`` comes back as is.
+        choice: exchange and split the user asked for.
 
     Raises:
         ValueError: for an attention that has no m x n partition (cross attention, MLA).
@@ -33,6 +39,8 @@ def helixify(spec: Any, layout: HelixLayout) -> Any:
         return spec
 
     def swap(node: Any) -> Any:
+        if isinstance(node, partial) and node.func == MLP.as_mlp_submodule:
+            return _with_helix_linears(node, layout)
         if not (isinstance(node, ModuleSpec) and isinstance(node.module, type)):
             return node
         if issubclass(node.module, (CrossAttention, MultiLatentAttention)):
@@ -40,13 +48,25 @@ def helixify(spec: Any, layout: HelixLayout) -> Any:
                 f"--helix-m: {node.module.__name__} has no head-dimension partition, got"
                 f" {layout.m}; use --helix-m 1, which is plain tensor parallelism"
             )
-        if node.module is not SelfAttention:
-            return node
-        return dataclasses.replace(
-            node, module=HelixSelfAttention, params={**node.params, "layout": layout}
-        )
+        params = {**node.params, "layout": layout, "choice": choice}
+        if node.module is SelfAttention:
+            return dataclasses.replace(node, module=HelixSelfAttention, params=params)
+        if issubclass(node.module, TransformerLayer):
+            return dataclasses.replace(node, module=helix_layer(node.module), params=params)
+        return node
 
     return _map_spec(spec, swap)
+
+
+def _with_helix_linears(mlp: partial, layout: HelixLayout) -> partial:
+    """The builder of a dense MLP, its two linears able to gather their shards over the dim group."""
+    submodules = mlp.keywords["submodules"]
+    linears = {
+        name: partial(helix_linear(name, getattr(submodules, name)), layout=layout)
+        for name in ("linear_fc1", "linear_fc2")
+    }
+    submodules = dataclasses.replace(submodules, **linears)
+    return partial(mlp.func, *mlp.args, **{**mlp.keywords, "submodules": submodules})
 
 
 def with_sequence_parallel_norms(

@@ -132,6 +132,20 @@ class HelixLayout:
         _, j = self.coordinates(rank)
         return [i * self.m + j for i in range(self.n)]
 
+    @property
+    def pairs_are_whole(self) -> bool:
+        """Whether both channels of every rotation pair are in one segment, as ``scores`` needs."""
+        return self.rotary_dim == 0 or all(
+            _closed(self.segment_channels(j), self.rotary_dim, self.rotary_interleaved)
+            for j in range(self.m)
+        )
+
+    def segment_channels(self, segment: int) -> torch.Tensor:
+        """Channels of a head that make a segment, ``[d/m]``, ascending."""
+        blocks = self.segment_blocks
+        channels = torch.arange(self.kv_channels).view(blocks, self.m, self.segment_size // blocks)
+        return channels[:, segment].reshape(-1)
+
     def qkv_rows(self) -> torch.Tensor:
         """Canonical row of every stored row of the QKV projection, ``[K * slots * d]``.
 
@@ -151,6 +165,12 @@ class HelixLayout:
         blocks = self.segment_blocks
         view = index.view(self.n, heads // self.n, blocks, self.m, self.segment_size // blocks)
         return view.permute(0, 3, 1, 2, 4).reshape(-1)
+
+
+def _closed(channels: torch.Tensor, rotary_dim: int, interleaved: bool) -> bool:
+    rotated = channels[channels < rotary_dim]
+    partners = rotated ^ 1 if interleaved else (rotated + rotary_dim // 2) % rotary_dim
+    return set(partners.tolist()) == set(rotated.tolist())
 
 
 def require_divides(

@@ -1,9 +1,13 @@
-"""Megatron's parallel linears with helix tiles for shards and an exchange at their head-side end.
+"""Megatron's parallel linears with helix shards, and the exchange at their head-side end.
 
 The linear classes of a layer spec (local or TransformerEngine) are subclassed, not wrapped: parameter
-names, fused layer norms, sequence parallelism and delayed weight gradients stay Megatron's. A tile is
-a contiguous shard of a row permutation of the canonical weight, so the tensor-parallel linear runs on
-it as it stands; only the initialisation and the order of heads at its activations know of tiles.
+names, sequence parallelism and delayed weight gradients stay Megatron's. A shard is contiguous in a
+reordering of the canonical weight, so the tensor-parallel linear runs on it as it stands; only the
+initialisation, the checkpoint and the exchange know of the order.
+
+What a forward does follows ``plan``, which the layer sets for every micro-batch: under ``weights`` the
+gathered linear of :mod:`megatron_helix.exchange.weights`, else Megatron's own, with the ``activations``
+exchange behind the QKV projection and before the output projection.
 """
 
 from functools import cache
@@ -12,9 +16,13 @@ from typing import Any, Callable
 import torch
 
 from megatron_helix.checkpoint import tile_in_canonical_order
+from megatron_helix.collectives import all_gather
 from megatron_helix.exchange.activations import context_to_segments, qkv_to_whole_heads
+from megatron_helix.exchange.strategy import Plan
+from megatron_helix.exchange.weights import Shards, column_linear, row_linear
 from megatron_helix.layout import HelixLayout
-from megatron_helix.process_groups import HelixGroups
+from megatron_helix.norm import input_norm
+from megatron_helix.process_groups import HelixGroups, register
 
 Init = Callable[[torch.Tensor], Any]
 
@@ -37,10 +45,57 @@ def in_tile_order(init_method: Init, order: torch.Tensor, dim: int) -> Init:
 
 
 class _HelixLinear:
-    """What the two ends of attention share: tiles for shards, in memory and in checkpoints."""
+    """What all four share: the shards of the whole tensor-parallel group, and the plan."""
 
-    tile_axis: int  # the dimension of the weight that is cut
-    tiled: tuple[str, ...]  # the parameters that are cut along it
+    plan = Plan(exchange="activations", split="batch")
+    shards: Shards
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        layout: HelixLayout,
+        groups: HelixGroups | None = None,
+        tp_group: Any = None,  # attention passes its head group; shards span the whole group
+        **kwargs: Any,
+    ):
+        groups = groups or register(layout, tp_group)
+        super().__init__(input_size, output_size, tp_group=groups.tp, **kwargs)  # type: ignore[call-arg]
+        self.helix_layout, self.helix_groups = layout, groups
+
+    def _column(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Gathered column-parallel linear, with Megatron's contract about the bias."""
+        groups = self.helix_groups
+        y = column_linear(
+            input_norm(self, x), self.weight, self.shards, head=groups.head, dim=groups.dim
+        )
+        if self.bias is None or not self.bias.numel():
+            return y, None
+        bias = self.shards.join(all_gather(self.bias, groups.dim), groups.dim.size())
+        return (y, bias) if _skips_bias(self) else (y + bias, None)
+
+    def _row(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Gathered row-parallel linear, with Megatron's contract about the bias."""
+        groups = self.helix_groups
+        y = row_linear(x, self.weight, self.shards, head=groups.head, dim=groups.dim)
+        if self.bias is None or not self.bias.numel():
+            return y, None
+        return (y, self.bias) if _skips_bias(self) else (y + self.bias, None)
+
+
+def _skips_bias(linear: Any) -> bool:
+    """Whether the bias is returned instead of added (Megatron's and TransformerEngine's names)."""
+    return bool(getattr(linear, "skip_bias_add", False) or getattr(linear, "te_return_bias", False))
+
+
+class _Tiled(_HelixLinear):
+    """A linear of attention: its shards are tiles, in memory and in checkpoints."""
+
+    tiled: tuple[str, ...]  # the parameters that are cut along the shards' axis
+    heads: Callable[[HelixLayout], int]  # heads of a head group that are packed along it
+    canonical_order: Callable[[HelixLayout], torch.Tensor]
+    axis: int
 
     def __init__(
         self,
@@ -50,24 +105,25 @@ class _HelixLinear:
         layout: HelixLayout,
         groups: HelixGroups,
         init_method: Init,
-        tp_group: Any = None,  # attention passes its head group; the tiles span the whole group
         **kwargs: Any,
     ):
-        self.tile_order = self.canonical_order(layout)
+        order = self.canonical_order(layout)
         super().__init__(
             input_size,
             output_size,
-            init_method=in_tile_order(init_method, self.tile_order, self.tile_axis),
-            tp_group=groups.tp,
+            layout=layout,
+            groups=groups,
+            init_method=in_tile_order(init_method, order, self.axis),
             **kwargs,
         )
-        self.helix_layout, self.helix_groups = layout, groups
+        self.tile_order = order
+        self.shards = Shards(axis=self.axis, outer=self.heads(layout) * layout.segment_blocks)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        """Megatron's, with every tile described by its canonical rows."""
-        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        """Megatron's, with every tile described by its canonical rows or columns."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
         for name in self.tiled:
             if f"{prefix}{name}" in state:
                 state[f"{prefix}{name}"] = tile_in_canonical_order(
@@ -75,50 +131,81 @@ class _HelixLinear:
                     self.tile_order,
                     layout=self.helix_layout,
                     rank=self.helix_groups.tp.rank(),
-                    axis=self.tile_axis,
+                    axis=self.axis,
                     sharded_offsets=sharded_offsets,
                 )
         return state
 
 
-class _HelixQKV(_HelixLinear):
-    """Column-parallel QKV projection whose output is whole heads for 1/m of the tokens.
+class _QKV(_Tiled):
+    """``linear_qkv``: all tokens of the stream in, whole heads for 1/m of the tokens out.
 
-    ``[s, b, hidden] -> [s, b/m, K/n * slots * d]``: what stock attention expects of ``linear_qkv`` on
-    a tensor-parallel group of n ranks.
+    The output is what stock attention expects on a tensor-parallel group of n ranks: ``[s, b/m, ...]``
+    or ``[s/m, b, K/n * slots * d]`` by the split; under ``scores`` it is ``[s, b, K/n * slots * d/m]``.
     """
 
-    tile_axis = 0
+    axis = 0
     tiled = ("weight", "bias")
+    heads = staticmethod(lambda layout: layout.num_query_groups // layout.n * layout.slots)
     canonical_order = staticmethod(HelixLayout.qkv_rows)
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
-        qkv, bias = super().forward(*args, **kwargs)
-        return qkv_to_whole_heads(qkv, self.helix_layout, self.helix_groups.dim), bias
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.plan.exchange == "weights":
+            return self._column(x)
+        qkv, bias = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        if self.plan.exchange == "activations":
+            qkv = qkv_to_whole_heads(
+                qkv, self.helix_layout, self.helix_groups.dim, self.plan.split
+            )
+        return qkv, bias
 
 
-class _HelixProj(_HelixLinear):
-    """Row-parallel output projection that takes whole heads for 1/m of the tokens.
+class _Proj(_Tiled):
+    """``linear_proj``: the context of my tokens in, the stream out; inverse of :class:`_QKV`."""
 
-    ``[s, b/m, H/n * d] -> [s, b, hidden]`` (``[s/T, b, hidden]`` under sequence parallelism).
-    """
-
-    tile_axis = 1
+    axis = 1
     tiled = ("weight",)
+    heads = staticmethod(lambda layout: layout.num_attention_heads // layout.n)
     canonical_order = staticmethod(HelixLayout.proj_columns)
 
     def forward(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        segments = context_to_segments(context, self.helix_layout, self.helix_groups.dim)
-        return super().forward(segments, *args, **kwargs)
+        if self.plan.exchange == "weights":
+            return self._row(context)
+        if self.plan.exchange == "activations":
+            context = context_to_segments(
+                context, self.helix_layout, self.helix_groups.dim, self.plan.split
+            )
+        return super().forward(context, *args, **kwargs)  # type: ignore[misc]
+
+
+class _FC1(_HelixLinear):
+    """``linear_fc1`` of a dense MLP: stock shards; under ``weights``, F/n features of my tokens."""
+
+    def __init__(self, input_size: int, output_size: int, *, config: Any, **kwargs: Any):
+        super().__init__(input_size, output_size, config=config, **kwargs)
+        self.shards = Shards(axis=0, outer=2 if config.gated_linear_unit else 1)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.plan.exchange == "weights":
+            return self._column(x)
+        return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+
+
+class _FC2(_HelixLinear):
+    """``linear_fc2`` of a dense MLP; inverse of :class:`_FC1`."""
+
+    shards = Shards(axis=1)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.plan.exchange == "weights":
+            return self._row(x)
+        return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+
+
+_ENDS = {"linear_qkv": _QKV, "linear_proj": _Proj, "linear_fc1": _FC1, "linear_fc2": _FC2}
 
 
 @cache
-def helix_qkv(linear: type) -> type:
-    """The spec's ``linear_qkv`` class with tiles for shards and the exchange behind it."""
-    return type(f"Helix{linear.__name__}", (_HelixQKV, linear), {})
-
-
-@cache
-def helix_proj(linear: type) -> type:
-    """The spec's ``linear_proj`` class with tiles for shards and the exchange before it."""
-    return type(f"Helix{linear.__name__}", (_HelixProj, linear), {})
+def helix_linear(name: str, linear: type) -> type:
+    """The spec's class for submodule ``name`` (``linear_qkv`` and so on), with helix shards."""
+    return type(f"Helix{linear.__name__}", (_ENDS[name], linear), {})

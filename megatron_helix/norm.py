@@ -1,9 +1,6 @@
-"""A torch norm for the local transformer implementation under sequence parallelism.
+"""Norms where Megatron's own do not fit: torch's under sequence parallelism, and fused ones alone."""
 
-Megatron's wrapper around torch's norms refuses sequence parallelism, because it would leave their
-weights without the mark by which ``finalize_model_grads`` sums their gradients over the
-tensor-parallel ranks. This one sets the mark; it is Megatron's own rule, not a new one.
-"""
+from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -16,6 +13,10 @@ def sequence_parallel_norm(
 ) -> torch.nn.Module:
     """``torch.nn.LayerNorm`` or ``RMSNorm`` whose weights are marked ``sequence_parallel``.
 
+    Megatron's wrapper around torch's norms refuses sequence parallelism, because it would leave their
+    weights without the mark by which ``finalize_model_grads`` sums their gradients over the
+    tensor-parallel ranks. This one sets the mark; it is Megatron's own rule, not a new one.
+
     Raises:
         ValueError: for a normalization torch has no module of.
     """
@@ -26,5 +27,23 @@ def sequence_parallel_norm(
         )
     norm = _NORMS[config.normalization](hidden_size, eps=eps)
     for parameter in norm.parameters():
-        parameter.sequence_parallel = config.sequence_parallel
+        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
     return norm
+
+
+def input_norm(linear: Any, x: torch.Tensor) -> torch.Tensor:
+    """The norm that TransformerEngine fuses in front of a linear, on its own; none, then ``x``.
+
+    The gathered linear multiplies with a weight the fused module does not hold, so the fused kernel
+    cannot be used; the parameters are the module's.
+    """
+    weight = getattr(linear, "layer_norm_weight", None)
+    if weight is None:
+        return x
+    if linear.zero_centered_gamma:
+        weight = weight + 1
+    if linear.normalization == "RMSNorm":
+        return torch.nn.functional.rms_norm(x, weight.shape, weight, linear.eps)
+    return torch.nn.functional.layer_norm(
+        x, weight.shape, weight, linear.layer_norm_bias, linear.eps
+    )

@@ -37,7 +37,7 @@ def enable(args: argparse.Namespace, model_config: GPTModelConfig) -> GPTModelCo
                 num_query_groups=transformer.num_query_groups,
                 kv_channels=transformer.kv_channels,
             )
-            spec = helixify(spec, layout)
+            spec = helixify(spec, layout, arguments.choice(args))
         return with_sequence_parallel_norms(spec, config.transformer, vp_stage)
 
     model_config.transformer_layer_spec = layer_spec

@@ -10,7 +10,6 @@ import ctypes
 import multiprocessing as mp
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterator
 
 import torch
+from torch.distributed import TCPStore
 
 GRACE_S = 5.0  # between asking the ranks that are left to end and killing them
 _PR_SET_PDEATHSIG = 1
@@ -79,13 +79,15 @@ def run(ranks: Ranks, *, timeout_s: float | None = None, poll: Callable[[], Any]
     """
     if ranks.logs:
         ranks.logs.mkdir(parents=True, exist_ok=True)
-    port = _free_port()
+    # The parent serves the rendezvous, as torchrun's agent does: a port chosen now and bound by rank 0
+    # later may be taken in between.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = mp.get_context("fork")
     parent = os.getpid()
     sys.stdout.flush()
     sys.stderr.flush()
     processes = [
-        context.Process(target=_run_rank, args=(ranks, rank, port, parent), name=f"rank {rank}")
+        context.Process(target=_run_rank, args=(ranks, rank, store.port, parent), name=f"rank {rank}")
         for rank in range(ranks.world_size)
     ]
     deadline = time.monotonic() + timeout_s if timeout_s else None
@@ -143,6 +145,8 @@ def _run_rank(ranks: Ranks, rank: int, port: int, parent: int) -> None:
         LOCAL_WORLD_SIZE=str(ranks.world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
+        TORCHELASTIC_RESTART_COUNT="0",
     )
     log = ranks.log(rank)
     if log:
@@ -175,9 +179,3 @@ def _terminate_as_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]

@@ -1,0 +1,79 @@
+"""Core attention for the sequence split: every chunk of queries attends to its own prefix.
+
+Rank (i, j) holds the queries of sequence chunks ``j, m + j, 2m + j, ...`` of T and, gathered over the
+dim group, the keys and values of the whole sequence. A causal chunk needs only keys up to its own end:
+``[0, (c + 1) s/T)`` for chunk c. Every rank has early and late chunks, so the work is shared out evenly.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
+
+from megatron_helix.exchange.strategy import Plan
+from megatron_helix.layout import HelixLayout
+
+
+class PrefixChunks:
+    """Mixin before a core attention class: chunk by chunk under a sequence split, else untouched."""
+
+    plan: Plan
+    helix_layout: HelixLayout
+    helix_segment: int
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: AttnMaskType,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Query ``[s/m, b, H/n, d]``, key and value ``[s, b, K/n, d]`` -> ``[s/m, b, H/n * d]``."""
+        attend = super().forward  # type: ignore[misc]  # the core attention class behind the mixin
+        # A single token (decoding) is not cut; nor is anything without a sequence split.
+        if self.plan.split != "sequence" or query.size(0) == key.size(0) == 1:
+            return attend(
+                query, key, value, attention_mask, attn_mask_type=attn_mask_type, **kwargs
+            )
+        layout = self.helix_layout
+        length = key.size(0) // layout.size
+        causal = attn_mask_type == AttnMaskType.causal
+        contexts = []
+        for i, chunk in enumerate(query.chunk(layout.n)):
+            start = (i * layout.m + self.helix_segment) * length
+            end = start + length if causal else key.size(0)
+            contexts.append(
+                attend(
+                    chunk,
+                    key[:end],
+                    value[:end],
+                    self._rows(attention_mask, start, length, end, causal, query.device),
+                    attn_mask_type=AttnMaskType.causal_bottom_right if causal else attn_mask_type,
+                    **kwargs,
+                )
+            )
+        return torch.cat(contexts)
+
+    def _rows(
+        self,
+        mask: torch.Tensor | None,
+        start: int,
+        length: int,
+        end: int,
+        causal: bool,
+        device: torch.device,
+    ) -> torch.Tensor | None:
+        """The mask of one chunk, ``[b or 1, 1, length, end]``, True where hidden.
+
+        TransformerEngine aligns a causal mask to the bottom right by its type; the local implementation
+        makes masks for square scores only and is given this one.
+        """
+        if mask is not None:
+            return mask[..., start : start + length, :end]
+        if not causal or not isinstance(self, DotProductAttention):
+            return None
+        hidden = torch.ones(length, end, dtype=torch.bool, device=device).triu(start + 1)
+        return hidden[None, None]

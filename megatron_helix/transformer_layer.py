@@ -1,0 +1,89 @@
+"""The transformer layer that plans each micro-batch and keeps the stream in the plan's token order."""
+
+from functools import cache
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import make_viewless_tensor
+
+from megatron_helix.attention import HelixSelfAttention
+from megatron_helix.exchange.strategy import BlockShape, Choice, Plan, explain, resolve
+from megatron_helix.exchange.tokens import from_batch_share, to_batch_share
+from megatron_helix.layout import HelixLayout
+
+
+def block_shape(config: TransformerConfig) -> BlockShape:
+    """What the byte model needs of a config. Every layer of a MoE model counts as MoE."""
+    return BlockShape(
+        hidden=config.hidden_size,
+        ffn=0 if config.num_moe_experts else config.ffn_hidden_size,
+        gated=config.gated_linear_unit,
+        num_layers=config.num_layers,
+    )
+
+
+class _HelixLayer:
+    """Mixin before a ``TransformerLayer`` class.
+
+    Between layers the residual stream has Megatron's shape ``[s/T, b, hidden]``. Where the plan is
+    ``weights`` with a batch split, its memory is ``[s/n, b/m, hidden]`` in the block's own token order:
+    the first layer of the model converts on entry and the last one on exit (a multi-token-prediction
+    layer does both), the others and the pipeline stages between them only view it.
+    """
+
+    def __init__(self, *args: Any, layout: HelixLayout, choice: Choice, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.helix_layout, self.helix_choice = layout, choice
+        self._plans: dict[tuple[int, int], Plan] = {}
+        self.helix_modules = [module for module in self.modules() if hasattr(module, "plan")]
+        attention = self.self_attention
+        assert isinstance(attention, HelixSelfAttention)
+        self.helix_groups = attention.helix_groups
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As ``TransformerLayer.forward``."""
+        plan = self._plan(hidden_states)
+        for module in self.helix_modules:
+            module.plan = plan
+        if plan != Plan(exchange="weights", split="batch"):
+            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        layout, dim = self.helix_layout, self.helix_groups.dim
+        outside = hidden_states.shape
+        inside = (outside[0] * layout.m, outside[1] // layout.m, outside[2])
+        if self.layer_number == 1 or self.is_mtp_layer:
+            hidden_states = to_batch_share(hidden_states, layout, dim)
+        else:
+            hidden_states = hidden_states.view(inside)
+        hidden_states, context = super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        if self.layer_number == self.config.num_layers or self.is_mtp_layer:
+            hidden_states = from_batch_share(hidden_states, layout, dim)
+        else:
+            hidden_states = hidden_states.view(outside)
+        # Pipeline schedules free the memory of what a stage sent, and refuse to for a view.
+        keep = {"requires_grad": hidden_states.requires_grad, "keep_graph": True}
+        return make_viewless_tensor(inp=hidden_states, **keep), context
+
+    def _plan(self, hidden_states: torch.Tensor) -> Plan:
+        """The plan for this micro-batch's shape; equal on every rank, for it depends on nothing else."""
+        config = self.config
+        rows, batch, _ = hidden_states.shape
+        sequence = rows * self.helix_layout.size if config.sequence_parallel else rows
+        if (sequence, batch) not in self._plans:
+            known = {
+                "sequence": sequence,
+                "batch": batch,
+                "sequence_parallel": config.sequence_parallel,
+            }
+            choice, layout, shape = self.helix_choice, self.helix_layout, block_shape(config)
+            plan = resolve(choice, layout, shape, **known)
+            self._plans[sequence, batch] = plan
+            if self.layer_number == 1 and torch.distributed.get_rank() == 0:
+                print(explain(plan, choice, layout, shape, **known), flush=True)
+        return self._plans[sequence, batch]
+
+
+@cache
+def helix_layer(layer: type) -> type:
+    """The spec's transformer layer class, planning every micro-batch."""
+    return type(f"Helix{layer.__name__}", (_HelixLayer, layer), {})
