@@ -12,7 +12,7 @@ from typing import Any, Sequence
 import torch
 
 from megatron_helix import cpu_device
-from megatron_helix.exchange import strategy
+from megatron_helix.exchange import strategy, traffic
 from megatron_helix.layout import HelixLayout, require_divides
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -54,6 +54,12 @@ def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         "--helix-split",
         default="auto",
         help="Which tokens a rank attends for: %s." % ", ".join(strategy.SPLITS),
+    )
+    group.add_argument(
+        "--helix-gather",
+        default=strategy.GATHERS[0],
+        help="How often the exchange weights gathers a weight: %s. step keeps the gathered weights of a"
+        " step over its micro-batches, 1/N of all weights." % ", ".join(strategy.GATHERS),
     )
     group.add_argument(
         "--helix-device",
@@ -119,8 +125,14 @@ def complete(argv: Sequence[str], world_size: int) -> list[str]:
 
 
 def choice(args: argparse.Namespace) -> strategy.Choice:
-    """The exchange and split the flags ask for."""
-    return strategy.Choice(exchange=args.helix_exchange, split=args.helix_split)
+    """The exchange, split and gathering the flags ask for."""
+    sequences = args.micro_batch_size * (getattr(args, "data_parallel_size", None) or 1)
+    return strategy.Choice(
+        exchange=args.helix_exchange,
+        split=args.helix_split,
+        gather=args.helix_gather,
+        microbatches=max(1, (args.global_batch_size or sequences) // sequences),
+    )
 
 
 def layout(
@@ -193,11 +205,16 @@ def _require_plan(args: argparse.Namespace, cut: HelixLayout) -> None:
             f" --kv-channels {cut.kv_channels}, {cut.rotary_dim} of them rotary, --helix-m {cut.m};"
             " use another --helix-m or --rotary-percent, or --helix-exchange activations"
         )
+    if asked.gather == "step" and args.overlap_grad_reduce:
+        raise ValueError(
+            "--helix-gather: step brings gradients home at the end of a step, and"
+            " --overlap-grad-reduce sends them before; leave one of the two away"
+        )
     if cut.m > 1 and args.seq_length and args.micro_batch_size:
         strategy.resolve(
             asked,
             cut,
-            strategy.BlockShape(
+            traffic.BlockShape(
                 hidden=args.hidden_size,
                 ffn=0 if args.num_experts else args.ffn_hidden_size or 4 * args.hidden_size,
                 gated=args.swiglu,

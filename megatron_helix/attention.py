@@ -13,8 +13,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_helix.collectives import all_gather
 from megatron_helix.exchange.prefix import PrefixChunks
 from megatron_helix.exchange.scores import ScoresAttention, SegmentNorm, segment_frequencies
-from megatron_helix.exchange.strategy import Choice, Plan
+from megatron_helix.exchange.strategy import Choice
 from megatron_helix.exchange.tokens import chunk_positions, in_sequence_order
+from megatron_helix.exchange.traffic import Plan
 from megatron_helix.layout import HelixLayout
 from megatron_helix.linear import helix_linear
 from megatron_helix.process_groups import HelixGroups, on_head_axis, register
@@ -174,6 +175,8 @@ def _on_head_axis(
     if isinstance(offset, torch.nn.Parameter):
         groups: HelixGroups = pg_collection.helix
         offset.register_hook(partial(_sum_over, group=groups.dim))
+        # One of the m replicas counts in the gradient norm.
+        offset.tensor_model_parallel = groups.segment == 0  # type: ignore[attr-defined]
     return core
 
 

@@ -18,8 +18,14 @@ import torch
 from megatron_helix.checkpoint import tile_in_canonical_order
 from megatron_helix.collectives import all_gather
 from megatron_helix.exchange.activations import context_to_segments, qkv_to_whole_heads
-from megatron_helix.exchange.strategy import Plan
-from megatron_helix.exchange.weights import Shards, column_linear, row_linear
+from megatron_helix.exchange.traffic import Plan
+from megatron_helix.exchange.weights import (
+    GatheredWeight,
+    Shards,
+    StepWeight,
+    column_linear,
+    row_linear,
+)
 from megatron_helix.layout import HelixLayout
 from megatron_helix.norm import input_norm
 from megatron_helix.process_groups import HelixGroups, register
@@ -48,6 +54,7 @@ class _HelixLinear:
     """What all four share: the shards of the whole tensor-parallel group, and the plan."""
 
     plan = Plan(exchange="activations", split="batch")
+    step_weight: StepWeight | None = None
     shards: Shards
 
     def __init__(
@@ -64,12 +71,18 @@ class _HelixLinear:
         super().__init__(input_size, output_size, tp_group=groups.tp, **kwargs)  # type: ignore[call-arg]
         self.helix_layout, self.helix_groups = layout, groups
 
+    def _gathered_weight(self) -> GatheredWeight:
+        """The head group's weight; kept over the micro-batches of a training step if the plan says."""
+        if self.plan.gather == "microbatch" or not self.training:
+            return GatheredWeight(self.weight, self.shards, self.helix_groups.dim)
+        if self.step_weight is None:
+            self.step_weight = StepWeight(self.weight, self.shards, self.helix_groups.dim)
+        return self.step_weight
+
     def _column(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Gathered column-parallel linear, with Megatron's contract about the bias."""
         groups = self.helix_groups
-        y = column_linear(
-            input_norm(self, x), self.weight, self.shards, head=groups.head, dim=groups.dim
-        )
+        y = column_linear(input_norm(self, x), self._gathered_weight(), groups.head)
         if self.bias is None or not self.bias.numel():
             return y, None
         bias = self.shards.join(all_gather(self.bias, groups.dim), groups.dim.size())
@@ -77,11 +90,18 @@ class _HelixLinear:
 
     def _row(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Gathered row-parallel linear, with Megatron's contract about the bias."""
-        groups = self.helix_groups
-        y = row_linear(x, self.weight, self.shards, head=groups.head, dim=groups.dim)
+        y = row_linear(x, self._gathered_weight(), self.helix_groups.head)
         if self.bias is None or not self.bias.numel():
             return y, None
         return (y, self.bias) if _skips_bias(self) else (y + self.bias, None)
+
+
+def finish_step(model: list[torch.nn.Module]) -> None:
+    """Bring home the gradients of weights that were gathered for a step; see :class:`StepWeight`."""
+    for chunk in model:
+        for module in chunk.modules():
+            if isinstance(module, _HelixLinear) and module.step_weight is not None:
+                module.step_weight.finish()
 
 
 def _skips_bias(linear: Any) -> bool:

@@ -3,11 +3,14 @@
 import argparse
 from typing import Any
 
+import torch
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
 from megatron_helix import arguments, compat
 from megatron_helix.layer_spec import helixify, with_sequence_parallel_norms
+from megatron_helix.linear import finish_step
 
 
 def enable(args: argparse.Namespace, model_config: GPTModelConfig) -> GPTModelConfig:
@@ -41,4 +44,12 @@ def enable(args: argparse.Namespace, model_config: GPTModelConfig) -> GPTModelCo
         return with_sequence_parallel_norms(spec, config.transformer, vp_stage)
 
     model_config.transformer_layer_spec = layer_spec
+    if arguments.wants_helix(args) and args.helix_gather == "step":
+        model_config.transformer.finalize_model_grads_func = _finalize_model_grads
     return model_config
+
+
+def _finalize_model_grads(model: list[torch.nn.Module], *args: Any, **kwargs: Any) -> None:
+    """Megatron's own, after the gradients of weights gathered for the step have come home."""
+    finish_step(model)
+    finalize_model_grads(model, *args, **kwargs)

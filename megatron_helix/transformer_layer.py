@@ -8,8 +8,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_viewless_tensor
 
 from megatron_helix.attention import HelixSelfAttention
-from megatron_helix.exchange.strategy import BlockShape, Choice, Plan, explain, resolve
+from megatron_helix.exchange.strategy import Choice, explain, resolve
 from megatron_helix.exchange.tokens import from_batch_share, to_batch_share
+from megatron_helix.exchange.traffic import BlockShape, Plan
 from megatron_helix.layout import HelixLayout
 
 
@@ -46,7 +47,7 @@ class _HelixLayer:
         plan = self._plan(hidden_states)
         for module in self.helix_modules:
             module.plan = plan
-        if plan != Plan(exchange="weights", split="batch"):
+        if plan.exchange != "weights" or plan.split != "batch":
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         layout, dim = self.helix_layout, self.helix_groups.dim
         outside = hidden_states.shape
@@ -70,16 +71,12 @@ class _HelixLayer:
         rows, batch, _ = hidden_states.shape
         sequence = rows * self.helix_layout.size if config.sequence_parallel else rows
         if (sequence, batch) not in self._plans:
-            known = {
-                "sequence": sequence,
-                "batch": batch,
-                "sequence_parallel": config.sequence_parallel,
-            }
-            choice, layout, shape = self.helix_choice, self.helix_layout, block_shape(config)
-            plan = resolve(choice, layout, shape, **known)
+            known = (self.helix_choice, self.helix_layout, block_shape(config))
+            size = {"sequence": sequence, "batch": batch}
+            plan = resolve(*known, **size, sequence_parallel=config.sequence_parallel)
             self._plans[sequence, batch] = plan
             if self.layer_number == 1 and torch.distributed.get_rank() == 0:
-                print(explain(plan, choice, layout, shape, **known), flush=True)
+                print(explain(plan, *known, **size), flush=True)
         return self._plans[sequence, batch]
 
 

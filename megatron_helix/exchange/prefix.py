@@ -11,7 +11,7 @@ import torch
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 
-from megatron_helix.exchange.strategy import Plan
+from megatron_helix.exchange.traffic import Plan
 from megatron_helix.layout import HelixLayout
 
 

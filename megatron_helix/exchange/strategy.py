@@ -1,65 +1,35 @@
-"""Which exchange and which split a micro-batch takes: what the flags say, or the fewest bytes.
+"""Which exchange and which split a micro-batch takes: what the flags say, or what sends the fewest bytes.
 
-The byte model counts the elements one rank must send for one layer's attention and dense MLP, forward
-and backward, over all axes (N = s * b tokens, D hidden, F MLP features per projection, T = m * n;
-``W = (slots K + H) d D + (2 or 3) F D`` weights of a layer):
-
-=============  =========================================  ========================================
-exchange       forward                                    backward
-=============  =========================================  ========================================
-activations    4 (T-1)/T N D + (m-1)/m X / n              6 (T-1)/T N D + (m-1)/m X / n
-weights        4 (n-1)/T N D + (m-1)/T W                  6 (n-1)/T N D + 2 (m-1)/T W
-=============  =========================================  ========================================
-
-with ``X = N (slots K + H) d / m`` the projected tokens. The token terms are Megatron's under sequence
-parallelism: each of the four linears gathers or reduce-scatters the stream once, and backward gathers
-the input of the two column-parallel ones again. To ``weights`` with a batch split comes its share of
-the conversion of the stream at the decoder block's two ends; to a sequence split the gathering of keys
-and values, ``(m-1) N 2 K d / T`` forward and as much backward. MoE experts move the same in all.
-
-``scores`` is taken only when asked for: it moves the square of the sequence length and rules out fused
-attention kernels.
+``auto`` compares the closed forms of :mod:`megatron_helix.exchange.traffic` for one layer, forward and
+backward. Every rank computes the same from the same shape, so no rank asks another. ``scores`` is taken
+only when asked for: it moves the square of the sequence length and rules out fused attention kernels.
 """
 
 from dataclasses import dataclass
 
+from megatron_helix.exchange.traffic import BlockShape, Plan, per_layer
 from megatron_helix.layout import HelixLayout
 
 EXCHANGES = ("auto", "activations", "weights", "scores")
 SPLITS = ("auto", "batch", "sequence")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What moves and which tokens a rank takes; ``split`` is "none" for scores."""
-
-    exchange: str
-    split: str
+GATHERS = ("microbatch", "step")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What the user asked for: an exchange and a split, each possibly ``auto``."""
+    """What the user asked for.
+
+    Attributes:
+        exchange: one of :data:`EXCHANGES`.
+        split: one of :data:`SPLITS`.
+        gather: one of :data:`GATHERS`.
+        microbatches: micro-batches of a step; what is gathered once a step is shared by them.
+    """
 
     exchange: str = "auto"
     split: str = "auto"
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockShape:
-    """What the byte model knows of a decoder block.
-
-    Attributes:
-        hidden: D.
-        ffn: F of the dense MLP; 0 where the layers are MoE.
-        gated: whether the MLP has a gate, a third weight.
-        num_layers: layers of the whole block, which share the conversion at its ends.
-    """
-
-    hidden: int
-    ffn: int
-    gated: bool
-    num_layers: int
+    gather: str = "microbatch"
+    microbatches: int = 1
 
 
 def resolve(
@@ -78,6 +48,7 @@ def resolve(
     """
     _require_one_of("--helix-exchange", choice.exchange, EXCHANGES)
     _require_one_of("--helix-split", choice.split, SPLITS)
+    _require_one_of("--helix-gather", choice.gather, GATHERS)
     if choice.exchange == "scores":
         return Plan(exchange="scores", split="none")
     if choice.exchange == "weights" and not sequence_parallel:
@@ -91,71 +62,36 @@ def resolve(
     exchanges = ["activations", "weights"] if sequence_parallel else ["activations"]
     if choice.exchange != "auto":
         exchanges = [choice.exchange]
-    plans = [Plan(exchange=exchange, split=split) for exchange in exchanges for split in splits]
-    return min(plans, key=lambda plan: sum(elements(plan, layout, shape, sequence, batch)))
+    plans = [
+        Plan(exchange=exchange, split=split, gather=choice.gather)
+        for exchange in exchanges
+        for split in splits
+    ]
+    return min(
+        plans, key=lambda plan: _sent(plan, choice, layout, shape, sequence=sequence, batch=batch)
+    )
 
 
-def elements(
-    plan: Plan, layout: HelixLayout, shape: BlockShape, sequence: int, batch: int
-) -> tuple[float, float]:
-    """Elements a rank sends for one layer, (forward, backward), by the module's table."""
-    m, n, size = layout.m, layout.n, layout.size
-    tokens = sequence * batch
-    packed = layout.slots * layout.num_query_groups + layout.num_attention_heads
-    packed *= layout.kv_channels
-    sublayers = 2 if shape.ffn else 1  # linears come in pairs: attention's, and a dense MLP's
-    if plan.exchange == "activations":
-        stream = (size - 1) / size * tokens * shape.hidden
-        moved = (m - 1) / m * tokens * packed / size
-        forward, backward = 2 * sublayers * stream + moved, 3 * sublayers * stream + moved
-    else:
-        stream = (n - 1) / size * tokens * shape.hidden
-        weights = packed * shape.hidden + (3 if shape.gated else 2) * shape.ffn * shape.hidden
-        moved = (m - 1) / size * weights
-        forward, backward = 2 * sublayers * stream + moved, 3 * sublayers * stream + 2 * moved
-        if plan.split == "batch":
-            ends = 2 * (m - 1) / m * tokens * shape.hidden / size / shape.num_layers
-            forward, backward = forward + ends, backward + ends
-    if plan.split == "sequence":
-        keys_values = (m - 1) * tokens * 2 * layout.num_query_groups * layout.kv_channels / size
-        forward, backward = forward + keys_values, backward + keys_values
-    return forward, backward
+def _sent(plan: Plan, choice: Choice, layout: HelixLayout, shape: BlockShape, **size: int) -> float:
+    return per_layer(plan, layout, shape, microbatches=choice.microbatches, **size)
 
 
 def explain(
-    plan: Plan,
-    choice: Choice,
-    layout: HelixLayout,
-    shape: BlockShape,
-    *,
-    sequence: int,
-    batch: int,
-    sequence_parallel: bool,
+    plan: Plan, choice: Choice, layout: HelixLayout, shape: BlockShape, *, sequence: int, batch: int
 ) -> str:
-    """One line for the log: the plan, and what each exchange would send a layer and rank."""
+    """One line for the log: the plan, and what each exchange would send with this split."""
+    split = "batch" if plan.split == "none" else plan.split
     figures = []
-    for exchange in ("activations", "weights"):
-        if exchange == "weights" and not sequence_parallel:
-            figures.append("weights needs --sequence-parallel")
-            continue
-        try:
-            asked = Choice(exchange=exchange, split=choice.split)
-            other = resolve(
-                asked,
-                layout,
-                shape,
-                sequence=sequence,
-                batch=batch,
-                sequence_parallel=sequence_parallel,
-            )
-        except ValueError:
-            continue
-        sent = sum(elements(other, layout, shape, sequence, batch))
-        figures.append(f"{exchange} ({other.split} split) {sent:,.0f}")
+    for exchange in ("activations", "weights", "scores"):
+        other = Plan(
+            exchange=exchange, split="none" if exchange == "scores" else split, gather=choice.gather
+        )
+        sent = _sent(other, choice, layout, shape, sequence=sequence, batch=batch)
+        figures.append(f"{exchange} {sent:,.0f}")
     return (
-        f"helix {layout.m}x{layout.n}: exchange {plan.exchange}, split {plan.split} for"
-        f" micro-batches of {batch} x {sequence} tokens; elements sent a layer and rank, forward and"
-        f" backward: {'; '.join(figures)}"
+        f"helix {layout.m}x{layout.n}: exchange {plan.exchange}, split {plan.split}, for micro-batches"
+        f" of {batch} x {sequence} tokens; elements a rank sends a layer and micro-batch (predicted):"
+        f" {', '.join(figures)}"
     )
 
 

@@ -15,8 +15,8 @@ Elements a rank sends: column forward ``(n-1) N D / T + (m-1) F D / T``, row the
 that for the weight (gathered again, its gradient reduce-scattered) and, for the tokens, twice for a
 column linear (input gathered again, its gradient reduce-scattered), once for a row linear.
 
-What is saved for the backward pass are the sharded input and the weight's own shard: memory stays at
-1/T of the weights and one gathered working copy.
+What is saved for the backward pass is the sharded input: memory stays at 1/T of the weights and one
+gathered working copy. :class:`StepWeight` trades memory for traffic.
 """
 
 from dataclasses import dataclass
@@ -61,8 +61,68 @@ class Shards:
         return runs.permute(2, 0, 1, 3).reshape(m * whole.size(0), -1)
 
 
+class GatheredWeight:
+    """The head group's weight, from the shards of a dim group, gathered whenever it is needed.
+
+    Args:
+        shard: this rank's parameter.
+        shards: how the shards make the whole.
+        dim: the m ranks that hold them.
+    """
+
+    def __init__(self, shard: torch.nn.Parameter, shards: Shards, dim: dist.ProcessGroup):
+        self.shard, self.shards, self.dim = shard, shards, dim
+
+    def whole(self) -> torch.Tensor:
+        """The head group's weight, ``[F/n, D]`` or ``[D, F/n]``; one all-gather over dim."""
+        return self.shards.join(gather(self.shard.detach(), self.dim), self.dim.size())
+
+    def gradient(self, whole: torch.Tensor) -> torch.Tensor | None:
+        """The shard's gradient from the whole weight's; one reduce-scatter over dim."""
+        return scatter_sum(self.shards.part(whole, self.dim.size()), self.dim)
+
+
+class StepWeight(GatheredWeight):
+    """Gathered once a step and kept over its micro-batches, as is the sum of their gradients.
+
+    The traffic of tensor parallelism n with data parallelism m and a distributed optimizer, for 1/n of
+    the weights (and of their gradients, in the dtype of ``main_grad``) in memory while a step lasts.
+    :meth:`finish` must be called when the last micro-batch of a step is through; Megatron's
+    ``finalize_model_grads_func`` is the place.
+    """
+
+    _kept: torch.Tensor | None = None
+    _sum: torch.Tensor | None = None
+
+    def whole(self) -> torch.Tensor:
+        if self._kept is None:
+            self._kept = super().whole()
+        return self._kept
+
+    def gradient(self, whole: torch.Tensor) -> None:
+        if self._sum is None:
+            self._sum = torch.zeros_like(whole, dtype=self._accumulator.dtype)
+        self._sum.add_(whole)
+
+    def finish(self) -> None:
+        """Add this step's gradient to the shard's and forget the whole; one reduce-scatter."""
+        if self._sum is not None:
+            self._accumulator.add_(super().gradient(self._sum))
+        self._kept = self._sum = None
+
+    @property
+    def _accumulator(self) -> torch.Tensor:
+        """Where gradients of this parameter are summed: Megatron's buffer, or ``grad`` without DDP."""
+        main_grad = getattr(self.shard, "main_grad", None)
+        if main_grad is not None:
+            return main_grad
+        if self.shard.grad is None:
+            self.shard.grad = torch.zeros_like(self.shard)
+        return self.shard.grad
+
+
 class _ColumnLinear(torch.autograd.Function):
-    """Forward: all-gather x over head, the weight over dim, multiply. Saves both shards.
+    """Forward: all-gather x over head, the weight over dim, multiply. Saves x, sharded.
 
     Backward: gathers both again; input gradient reduce-scattered over head, weight gradient over dim.
     Dual of :class:`_RowLinear` in its token collectives.
@@ -72,27 +132,24 @@ class _ColumnLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        weight: torch.Tensor,
-        shards: Shards,
+        shard: torch.Tensor,
+        weight: GatheredWeight,
         head: dist.ProcessGroup,
-        dim: dist.ProcessGroup,
     ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.shards, ctx.head, ctx.dim = shards, head, dim
-        return gather(x, head) @ shards.join(gather(weight, dim), dim.size()).t()
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.head = weight, head
+        return gather(x, head) @ weight.whole().t()
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        x, weight = ctx.saved_tensors
-        m = ctx.dim.size()
-        grad_x = scatter_sum(grad @ ctx.shards.join(gather(weight, ctx.dim), m), ctx.head)
-        whole = grad.flatten(0, -2).t() @ gather(x, ctx.head).flatten(0, -2)
-        grad_weight = scatter_sum(ctx.shards.part(whole, m), ctx.dim)
-        return grad_x, grad_weight, None, None, None
+        (x,) = ctx.saved_tensors
+        grad_x = scatter_sum(grad @ ctx.weight.whole(), ctx.head)
+        grad_whole = grad.flatten(0, -2).t() @ gather(x, ctx.head).flatten(0, -2)
+        return grad_x, ctx.weight.gradient(grad_whole), None, None
 
 
 class _RowLinear(torch.autograd.Function):
-    """Forward: all-gather the weight over dim, multiply, reduce-scatter over head. Saves x, shard.
+    """Forward: all-gather the weight over dim, multiply, reduce-scatter over head. Saves x.
 
     Backward: output gradient all-gathered over head, weight gathered again; weight gradient
     reduce-scattered over dim. Dual of :class:`_ColumnLinear` in its token collectives.
@@ -102,59 +159,42 @@ class _RowLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        weight: torch.Tensor,
-        shards: Shards,
+        shard: torch.Tensor,
+        weight: GatheredWeight,
         head: dist.ProcessGroup,
-        dim: dist.ProcessGroup,
     ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.shards, ctx.head, ctx.dim = shards, head, dim
-        return scatter_sum(x @ shards.join(gather(weight, dim), dim.size()).t(), head)
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.head = weight, head
+        return scatter_sum(x @ weight.whole().t(), head)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        x, weight = ctx.saved_tensors
-        m = ctx.dim.size()
+        (x,) = ctx.saved_tensors
         grad = gather(grad, ctx.head)
-        grad_x = grad @ ctx.shards.join(gather(weight, ctx.dim), m)
-        whole = grad.flatten(0, -2).t() @ x.flatten(0, -2)
-        grad_weight = scatter_sum(ctx.shards.part(whole, m), ctx.dim)
-        return grad_x, grad_weight, None, None, None
+        grad_x = grad @ ctx.weight.whole()
+        grad_whole = grad.flatten(0, -2).t() @ x.flatten(0, -2)
+        return grad_x, ctx.weight.gradient(grad_whole), None, None
 
 
 def column_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    shards: Shards,
-    *,
-    head: dist.ProcessGroup,
-    dim: dist.ProcessGroup,
+    x: torch.Tensor, weight: GatheredWeight, head: dist.ProcessGroup
 ) -> torch.Tensor:
     """Column-parallel linear on 1/m of the tokens.
 
     Args:
         x: ``[tokens/n, ..., D]``, sharded over ``head``.
-        weight: this rank's shard ``[F/T, D]``.
-        shards: how the dim group's shards make the head group's weight.
+        weight: shards ``[F/T, D]`` of the head group's ``[F/n, D]``.
         head: n ranks, over which tokens are gathered.
-        dim: m ranks, over which the weight is gathered.
 
     Returns:
         ``[tokens, ..., F/n]``.
     """
-    return _ColumnLinear.apply(x, weight, shards, head, dim)
+    return _ColumnLinear.apply(x, weight.shard, weight, head)
 
 
-def row_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    shards: Shards,
-    *,
-    head: dist.ProcessGroup,
-    dim: dist.ProcessGroup,
-) -> torch.Tensor:
+def row_linear(x: torch.Tensor, weight: GatheredWeight, head: dist.ProcessGroup) -> torch.Tensor:
     """Row-parallel linear on 1/m of the tokens: ``[tokens, ..., F/n] -> [tokens/n, ..., D]``.
 
-    Arguments as for :func:`column_linear`; ``weight`` is ``[D, F/T]``.
+    Arguments as for :func:`column_linear`; the shards are ``[D, F/T]`` of ``[D, F/n]``.
     """
-    return _RowLinear.apply(x, weight, shards, head, dim)
+    return _RowLinear.apply(x, weight.shard, weight, head)

@@ -1,0 +1,152 @@
+"""What each exchange sends, in closed form: the byte model behind ``auto``, the planner and the tests.
+
+Counts are elements that one rank sends for one transformer layer (attention, and the MLP where it is
+dense) of one micro-batch, by axis and kind of collective, with sequence parallelism and linears without
+bias. N = s * b tokens, D hidden, F MLP features a projection, T = m * n, ``c = N D / T`` a rank's chunk
+of the stream, ``X = (slots K + H) d`` channels of packed QKV and context, ``W = X D + (2 or 3) F D`` the
+layer's weights. A collective's send count is that of :mod:`megatron_helix.experiment.comm_ledger`.
+
+==================  ==============================  ==============================  ===============
+axis, kind          activations                     weights                         scores
+==================  ==============================  ==============================  ===============
+tp all_gather       fwd 2 (T-1) c, bwd 4 (T-1) c                                    as activations
+tp reduce_scatter   fwd 2 (T-1) c, bwd 2 (T-1) c                                    as activations
+head all_gather                                     fwd 2 (n-1) c, bwd 4 (n-1) c
+head reduce_scatter                                 fwd 2 (n-1) c, bwd 2 (n-1) c
+dim all_to_all      fwd, bwd (m-1)/m N X / T
+dim all_gather                                      fwd, bwd (m-1) W / T
+dim reduce_scatter                                  bwd (m-1) W / T
+dim all_reduce                                                                      fwd, bwd R
+==================  ==============================  ==============================  ===============
+
+with ``R = 2 (m-1)/m b H/n s^2`` in fp32. The first factor of the token terms counts linears: four of
+them, two where the MLP is not dense (half of each figure). A sequence split adds the gathering of keys
+and values over dim, fwd all_gather and bwd reduce_scatter of ``(m-1) N 2 K d / T`` each. ``weights`` with
+a batch split converts the stream at the block's two ends: ``2 (m-1)/m c`` of dim all_to_all in all,
+forward and as much backward. With ``gather="step"`` the weight terms come once a step: forward
+all_gather and backward reduce_scatter.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from megatron_helix.layout import HelixLayout
+
+Elements = Counter[tuple[str, str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What moves over the dim axis, which tokens a rank takes, and how often weights are gathered.
+
+    Attributes:
+        exchange: ``activations``, ``weights`` or ``scores``.
+        split: ``batch`` or ``sequence``; ``none`` for scores.
+        gather: ``microbatch`` or ``step``; of meaning for ``weights`` only.
+    """
+
+    exchange: str
+    split: str
+    gather: str = "microbatch"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockShape:
+    """What the closed forms need of a decoder block.
+
+    Attributes:
+        hidden: D.
+        ffn: F of the dense MLP; 0 where the layers are MoE.
+        gated: whether the MLP has a gate, a third weight.
+        num_layers: layers of the whole block, which share the conversion at its ends.
+    """
+
+    hidden: int
+    ffn: int
+    gated: bool
+    num_layers: int
+
+    def weights(self, layout: HelixLayout) -> int:
+        """Weights W of one layer's attention and dense MLP."""
+        return packed(layout) * self.hidden + (3 if self.gated else 2) * self.ffn * self.hidden
+
+    @property
+    def sublayers(self) -> int:
+        """Pairs of linears: attention's, and a dense MLP's."""
+        return 2 if self.ffn else 1
+
+
+def packed(layout: HelixLayout) -> int:
+    """Channels X of packed QKV and context, ``(slots K + H) d``."""
+    heads = layout.slots * layout.num_query_groups + layout.num_attention_heads
+    return heads * layout.kv_channels
+
+
+def layer(
+    plan: Plan, layout: HelixLayout, shape: BlockShape, *, sequence: int, batch: int
+) -> tuple[Elements, Elements]:
+    """(forward, backward) elements of one layer and micro-batch, by (axis, kind).
+
+    Gathered weights are counted as under ``gather="microbatch"``; see :func:`step_weights`.
+    """
+    m, n, size = layout.m, layout.n, layout.size
+    tokens = sequence * batch
+    linears = shape.sublayers
+    axis, ranks = ("head", n) if plan.exchange == "weights" else ("tp", size)
+    chunk = (ranks - 1) * tokens * shape.hidden // size
+    stream = {(axis, "all_gather"): linears * chunk, (axis, "reduce_scatter"): linears * chunk}
+    forward, backward = Counter(stream), Counter(stream)
+    backward[axis, "all_gather"] += linears * chunk  # the inputs of column linears, once more
+    if plan.exchange == "activations":
+        moved = (m - 1) * tokens * packed(layout) // (m * size)
+        forward["dim", "all_to_all"] += moved
+        backward["dim", "all_to_all"] += moved
+    elif plan.exchange == "weights":
+        moved = (m - 1) * shape.weights(layout) // size
+        forward["dim", "all_gather"] += moved
+        if plan.gather == "microbatch":
+            backward["dim", "all_gather"] += moved
+        backward["dim", "reduce_scatter"] += moved
+    else:
+        heads = layout.num_attention_heads // n
+        summed = 2 * (m - 1) * batch * heads * sequence**2 // m
+        forward["dim", "all_reduce"] += summed
+        backward["dim", "all_reduce"] += summed
+    if plan.split == "sequence":
+        gathered = (m - 1) * tokens * 2 * layout.num_query_groups * layout.kv_channels // size
+        forward["dim", "all_gather"] += gathered
+        backward["dim", "reduce_scatter"] += gathered
+    return forward, backward
+
+
+def block_ends(
+    plan: Plan, layout: HelixLayout, shape: BlockShape, *, sequence: int, batch: int
+) -> Elements:
+    """Elements of converting the stream at the block's two ends, forward; backward sends as many."""
+    if plan.exchange != "weights" or plan.split != "batch":
+        return Counter()
+    chunk = sequence * batch * shape.hidden // layout.size
+    return Counter({("dim", "all_to_all"): 2 * (layout.m - 1) * chunk // layout.m})
+
+
+def per_layer(
+    plan: Plan,
+    layout: HelixLayout,
+    shape: BlockShape,
+    *,
+    sequence: int,
+    batch: int,
+    microbatches: int = 1,
+) -> float:
+    """All elements of a layer and micro-batch, forward and backward, with its share of what is rarer.
+
+    Args:
+        microbatches: micro-batches of a step, which share weights gathered once a step.
+    """
+    forward, backward = layer(plan, layout, shape, sequence=sequence, batch=batch)
+    ends = block_ends(plan, layout, shape, sequence=sequence, batch=batch)
+    sent = forward.total() + backward.total() + 2 * ends.total() / shape.num_layers
+    if plan.exchange == "weights" and plan.gather == "step":
+        once = 2 * (layout.m - 1) * shape.weights(layout) // layout.size
+        sent -= once * (1 - 1 / microbatches)
+    return sent
