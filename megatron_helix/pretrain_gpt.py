@@ -39,7 +39,7 @@ def prepare(argv: Sequence[str], world_size: int) -> list[str]:
     if arguments.device(argv) == "cpu":
         cpu_device.enable()
     compat.quieten_imports()
-    import megatron.training  # noqa: F401  # slow: a launcher that forks its ranks pays it once
+    from megatron_helix import gpt_training, plugin  # noqa: F401  # slow: forked ranks inherit them
 
     return arguments.complete(argv, world_size)
 

@@ -53,12 +53,17 @@ class Ranks:
         world_size: number of ranks.
         logs: folder that takes each rank's output, ``rank00.log`` and so on; None leaves it on the
             terminal.
+        address: where the ranks reach this process.
+        enter: called first in each rank, with its number: puts the rank where it belongs (a network
+            namespace, say) and returns environment variables for it.
     """
 
     target: Callable[..., Any]
     args: tuple[Any, ...] = ()
     world_size: int
     logs: Path | None = None
+    address: str = "127.0.0.1"
+    enter: Callable[[int], dict[str, str]] | None = None
 
     def log(self, rank: int) -> Path | None:
         """The file that takes a rank's output."""
@@ -79,23 +84,23 @@ def run(ranks: Ranks, *, timeout_s: float | None = None, poll: Callable[[], Any]
     """
     if ranks.logs:
         ranks.logs.mkdir(parents=True, exist_ok=True)
-    # The parent serves the rendezvous, as torchrun's agent does: a port chosen now and bound by rank 0
-    # later may be taken in between.
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = mp.get_context("fork")
     parent = os.getpid()
     sys.stdout.flush()
     sys.stderr.flush()
-    processes = [
-        context.Process(target=_run_rank, args=(ranks, rank, store.port, parent), name=f"rank {rank}")
-        for rank in range(ranks.world_size)
-    ]
+    here, there = context.Pipe()
+    store = context.Process(target=_serve_rendezvous, args=(ranks.address, there, parent))
+    processes = [store]
     deadline = time.monotonic() + timeout_s if timeout_s else None
     with _terminate_as_interrupt():
         try:
-            for process in processes:
-                process.start()
-            _watch(ranks, processes, deadline, poll)
+            store.start()
+            port = here.recv()
+            for rank in range(ranks.world_size):
+                args = (ranks, rank, port, parent)
+                processes.append(context.Process(target=_run_rank, args=args, name=f"rank {rank}"))
+                processes[-1].start()
+            _watch(ranks, processes[1:], deadline, poll)
         finally:
             _end(processes)
 
@@ -130,20 +135,39 @@ def _end(processes: list[Any]) -> None:
             process.join()
 
 
-def _run_rank(ranks: Ranks, rank: int, port: int, parent: int) -> None:
-    """One rank: its own environment, output and end. Never returns to the parent's code."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a rank never outlives its parent
+def _die_with(parent: int) -> None:
+    """Tie this process to its parent's life, and leave Ctrl-C to the parent."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which ends the ranks
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _serve_rendezvous(address: str, port: Any, parent: int) -> None:
+    """The store at which the ranks meet, as torchrun's agent serves it.
+
+    In a process of its own: its threads must not run in one that forks, and a port that is chosen in
+    the parent to be bound by rank 0 may be taken in between.
+    """
+    _die_with(parent)
+    store = TCPStore(address, 0, is_master=True, wait_for_workers=False)
+    port.send(store.port)
+    signal.pause()
+
+
+def _run_rank(ranks: Ranks, rank: int, port: int, parent: int) -> None:
+    """One rank: its own environment, output and end. Never returns to the parent's code."""
+    _die_with(parent)
+    if ranks.enter:
+        os.environ.update(ranks.enter(rank))
     torch.set_num_threads(1)  # as torchrun does: the ranks share the cores already
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(ranks.world_size),
         LOCAL_WORLD_SIZE=str(ranks.world_size),
-        MASTER_ADDR="127.0.0.1",
+        MASTER_ADDR=ranks.address,
         MASTER_PORT=str(port),
         TORCHELASTIC_USE_AGENT_STORE="True",
         TORCHELASTIC_RESTART_COUNT="0",
