@@ -69,6 +69,8 @@ class LayoutConfig(_Config):
     n: PositiveInt | None = None
     exchange: str | None = None
     split: str | None = None
+    gather: str | None = None
+    distributed_optimizer: bool = False
     pp: PositiveInt = 1
     ep: PositiveInt = 1
     etp: PositiveInt = 1
@@ -95,11 +97,15 @@ class LayoutConfig(_Config):
         words = _valued(pipeline_model_parallel_size=self.pp, micro_batch_size=self.micro_batch)
         if self.is_helix:
             words += _valued(helix_m=self.m, helix_n=self.n)
-            words += _valued(helix_exchange=self.exchange, helix_split=self.split)
+            words += _valued(
+                helix_exchange=self.exchange, helix_split=self.split, helix_gather=self.gather
+            )
         else:
             words += _valued(tensor_model_parallel_size=self.tp)
         if self.tensor_parallel_size > 1:
             words.append("--sequence-parallel")
+        if self.distributed_optimizer:
+            words.append("--use-distributed-optimizer")
         if model.num_experts:
             words += _valued(
                 expert_model_parallel_size=self.ep, expert_tensor_parallel_size=self.etp

@@ -34,10 +34,10 @@ def run(experiment: ExperimentConfig, out: Path, console: Console) -> list[dict[
         ValueError: when a layout cannot run; before any rank is started.
         RankFailed: when a rank of a run fails. Results of finished runs stay.
     """
-    prefix = _corpus(out, console)
+    prefix = corpus_dataset(out, console)
     plan = [(model, layout) for model in experiment.models for layout in experiment.layouts]
     flags = {
-        (model.name, layout.name): _flags(experiment, model, layout, prefix, out)
+        (model.name, layout.name): run_flags(experiment, model, layout, prefix, out)
         for model, layout in plan
     }
     ready = {
@@ -54,14 +54,14 @@ def run(experiment: ExperimentConfig, out: Path, console: Console) -> list[dict[
     results = []
     with progress:
         for model in experiment.models:
-            _initial_weights(experiment, model, prefix, out)
+            initial_weights(experiment, model, prefix, out)
             for layout in experiment.layouts:
                 words = ready[model.name, layout.name]
                 results.append(_run(experiment, model, layout, words, out, progress))
     return results
 
 
-def _corpus(out: Path, console: Console) -> Path:
+def corpus_dataset(out: Path, console: Console) -> Path:
     """Python's own standard library as a dataset: real text that every machine has."""
     prefix = out / "data" / "python_stdlib"
     if not prefix.with_suffix(".bin").exists():
@@ -79,13 +79,14 @@ def _common_flags(experiment: ExperimentConfig, model: ModelConfig, prefix: Path
         *corpus.TOKENIZER_FLAGS,
         *("--make-vocab-size-divisible-by", str(_VOCAB_MULTIPLE)),
         *("--data-path", str(prefix), "--split", "100,0,0"),
+        "--no-create-attention-mask-in-dataloader",  # causal is what a GPT attends by itself
         *("--seq-length", length, "--max-position-embeddings", length),
         *("--lr", str(experiment.learning_rate), "--lr-decay-style", "constant"),
         *("--eval-iters", "0", "--eval-interval", "1000000", "--log-interval", "1"),
     ]
 
 
-def _flags(
+def run_flags(
     experiment: ExperimentConfig, model: ModelConfig, layout: LayoutConfig, prefix: Path, out: Path
 ) -> list[str]:
     """The flags of one run: the model's weights come from the file that all its runs share."""
@@ -95,7 +96,7 @@ def _flags(
         *("--global-batch-size", str(experiment.batch.sequences)),
         *("--train-iters", str(experiment.steps)),
         *("--load", str(_initial(out, model)), "--finetune", "--no-load-optim", "--no-load-rng"),
-        *("--helix-metrics", str(_folder(out, model, layout) / "metrics")),
+        *("--helix-metrics", str(run_folder(out, model, layout) / "metrics")),
     ]
 
 
@@ -103,11 +104,11 @@ def _initial(out: Path, model: ModelConfig) -> Path:
     return out / "initial" / model.name
 
 
-def _folder(out: Path, model: ModelConfig, layout: LayoutConfig) -> Path:
+def run_folder(out: Path, model: ModelConfig, layout: LayoutConfig) -> Path:
     return out / "runs" / f"{model.name}-{layout.name}"
 
 
-def _initial_weights(
+def initial_weights(
     experiment: ExperimentConfig, model: ModelConfig, prefix: Path, out: Path
 ) -> None:
     """One step of one stock rank, saved: a checkpoint any layout can start from.
@@ -139,7 +140,7 @@ def _run(
     progress: Progress,
 ) -> dict[str, Any]:
     """The result of one run, measured now or kept from before."""
-    folder = _folder(out, model, layout)
+    folder = run_folder(out, model, layout)
     kept = folder / "result.json"
     identity = hashlib.sha256("\0".join(flags).encode()).hexdigest()[:16]
     task = progress.add_task(f"{model.name} {layout.name}", total=experiment.steps)
