@@ -2,10 +2,10 @@
 
     sudo .venv/bin/python benchmarks/emulated_cluster.py --out runs/emulated
 
-Every rank is a host of its own behind a slow link (see ``emulated_hosts.py``). Layouts take turns, round
-after round, from the same initial weights and on the same data; a round is one training run of a few
-steps. The table gives the median step over all rounds with its spread, and the largest relative
-difference of the losses to those of the first layout: the runs must be the same training.
+Every rank is a host of its own behind a slow link (see ``emulated_hosts.py``). Layouts take turns,
+round after round, from the same initial weights and on the same data; a round is one training run
+of a few steps. The table gives the median step over all rounds with its spread, and the largest
+relative difference of the losses to those of the first layout: the runs must be the same training.
 """
 
 import argparse
@@ -45,9 +45,7 @@ LAYOUTS = [
     LayoutConfig(name="helix_4x4_weights", m=4, n=4, exchange="weights", micro_batch=8),
     LayoutConfig(name="helix_8x2_weights", m=8, n=2, exchange="weights", micro_batch=8),
     LayoutConfig(name="helix_8x2_weights_mb16", m=8, n=2, exchange="weights", micro_batch=16),
-    LayoutConfig(
-        name="helix_8x2_step", m=8, n=2, exchange="weights", gather="step", micro_batch=8
-    ),
+    LayoutConfig(name="helix_8x2_step", m=8, n=2, exchange="weights", gather="step", micro_batch=8),
     LayoutConfig(
         name="helix_8x2_step_mb16", m=8, n=2, exchange="weights", gather="step", micro_batch=16
     ),
@@ -57,11 +55,13 @@ LAYOUTS = [
 
 def main() -> int:
     """Run the benchmark; exit code 1 when a layout is not the same training as the first."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Layouts on sixteen emulated hosts")
     parser.add_argument("--out", type=Path, required=True, help="folder for results and logs")
     parser.add_argument("--rate", default="20mbit", help="what each host's link sends")
     parser.add_argument("--rounds", type=int, default=2, help="turns each layout has")
-    parser.add_argument("--steps", type=int, default=3, help="steps of a turn, the first to warm up")
+    parser.add_argument(
+        "--steps", type=int, default=3, help="steps of a turn, the first to warm up"
+    )
     parser.add_argument("--layouts", nargs="*", help="names; all by default")
     asked = parser.parse_args()
     layouts = [item for item in LAYOUTS if not asked.layouts or item.name in asked.layouts]
@@ -113,9 +113,7 @@ def _turn(flags: list[str], hosts: Hosts, folder: Path) -> metrics.RunMetrics:
     return metrics.read(folder)
 
 
-def _row(
-    name: str, turns: list[metrics.RunMetrics], first: metrics.RunMetrics
-) -> dict[str, Any]:
+def _row(name: str, turns: list[metrics.RunMetrics], first: metrics.RunMetrics) -> dict[str, Any]:
     steps_s = [turn.step_ms / 1e3 for turn in turns]
     return {
         "layout": name,

@@ -1,7 +1,8 @@
-"""Hosts on one machine: a network namespace for each rank, and a link of limited rate to a common bridge.
+"""Hosts on one machine: a network namespace for each rank, a slow link to a common bridge.
 
-On one machine gloo's ranks talk over the loopback device, faster than two cores can fill it, so layouts
-differ only by their overheads. Behind a slow link each, they become bound by bandwidth, as GPUs are.
+On one machine gloo's ranks talk over the loopback device, faster than two cores can fill it, so
+layouts differ only by their overheads. Behind a slow link each, they become bound by bandwidth, as
+GPUs are.
 
 Needs root and iproute2. Nothing leaves the machine: the bridge has no way out.
 """
@@ -27,7 +28,7 @@ class Hosts:
     address: str = f"{NETWORK}.254"
 
     def enter(self, rank: int) -> dict[str, str]:
-        """Move this process to its host; an ``enter`` of :class:`megatron_helix.experiment.launch.Ranks`."""
+        """Move this process to its host; to be the ``enter`` of the launcher's ``Ranks``."""
         with open(f"/var/run/netns/{_host(rank)}") as namespace:
             os.setns(namespace.fileno(), os.CLONE_NEWNET)
         return {"GLOO_SOCKET_IFNAME": _end(rank)}
@@ -46,7 +47,7 @@ class Hosts:
 
 @contextlib.contextmanager
 def emulated_hosts(count: int, rate: str) -> Iterator[Hosts]:
-    """``count`` hosts whose links send at ``rate`` (in the words of ``tc``: 20mbit); gone afterwards.
+    """``count`` hosts whose links send at ``rate``, in the words of ``tc``: 20mbit.
 
     Raises:
         PermissionError: without root.

@@ -1,13 +1,14 @@
 """The helix flags, what they imply for Megatron's flags, and every refusal of a bad combination.
 
 All of it happens on the command line, before Megatron validates its own arguments and before any
-process group exists: :func:`complete` takes the user's flags and returns them with what follows from
-them appended, or raises the one error the user must read.
+process group exists: :func:`complete` takes the user's flags and returns them with what follows
+from them appended, or raises the one error the user must read.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import torch
 
@@ -47,25 +48,25 @@ def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     group.add_argument(
         "--helix-exchange",
         default="auto",
-        help="What moves over the M segments of a head: %s. auto takes what sends the fewest bytes."
-        % ", ".join(strategy.EXCHANGES),
+        help=f"What moves over the M segments of a head: {', '.join(strategy.EXCHANGES)}. auto"
+        " takes what sends the fewest bytes.",
     )
     group.add_argument(
         "--helix-split",
         default="auto",
-        help="Which tokens a rank attends for: %s." % ", ".join(strategy.SPLITS),
+        help=f"Which tokens a rank attends for: {', '.join(strategy.SPLITS)}.",
     )
     group.add_argument(
         "--helix-gather",
         default=strategy.GATHERS[0],
-        help="How often the exchange weights gathers a weight: %s. step keeps the gathered weights of a"
-        " step over its micro-batches, 1/N of all weights." % ", ".join(strategy.GATHERS),
+        help=f"How often the exchange weights gathers a weight: {', '.join(strategy.GATHERS)}."
+        " step keeps the gathered weights of a step over its micro-batches, 1/N of all weights.",
     )
     group.add_argument(
         "--helix-device",
         default="auto",
-        help="%s. auto is cuda; cpu runs Megatron on gloo ranks and fills in the flags a CPU needs."
-        % ", ".join(DEVICES),
+        help=f"{', '.join(DEVICES)}. auto is cuda; cpu runs Megatron on gloo ranks and fills in the"
+        " flags a CPU needs.",
     )
     group.add_argument(
         "--helix-metrics",
@@ -235,7 +236,12 @@ def _require_data(args: argparse.Namespace) -> None:
     """Fail on a missing dataset now, once, instead of on one rank after minutes of set-up."""
     words = [
         word
-        for paths in (args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path)
+        for paths in (
+            args.data_path,
+            args.train_data_path,
+            args.valid_data_path,
+            args.test_data_path,
+        )
         for word in paths or ()
     ]
     for word in words:

@@ -49,7 +49,8 @@ class HelixSelfAttention(SelfAttention):
         **kwargs: Any,
     ):
         if pg_collection is None:
-            pg_collection = ProcessGroupCollection.use_mpu_process_groups(["tp", "cp", "pp"])
+            pg_collection = ProcessGroupCollection.use_mpu_process_groups()
+        assert pg_collection is not None
         groups = register(layout, pg_collection.tp)
         tiles = {"layout": layout, "groups": groups}
         by_scores = choice.exchange == "scores"
@@ -165,8 +166,8 @@ def _on_head_axis(
 ) -> Any:
     """Core attention for a tensor-parallel size of n: TransformerEngine reads it off config.
 
-    A learnable softmax offset belongs to a head; the m ranks that share the head each see some of its
-    gradient, which is summed as soon as it is there.
+    A learnable softmax offset belongs to a head; the m ranks that share the head each see some of
+    its gradient, which is summed as soon as it is there.
     """
     config = copy.copy(config)
     config.tensor_model_parallel_size = n

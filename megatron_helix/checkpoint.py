@@ -1,8 +1,8 @@
 """Helix tiles as pieces of the canonical weight, so that a checkpoint is Megatron's own.
 
-A checkpoint holds every weight once, with its rows (or columns) in Megatron's order, whatever layout
-saved it. A tile is many runs of consecutive canonical rows, all of one length; each run becomes one
-``ShardedTensor`` at its canonical place, and loading puts the runs together again.
+A checkpoint holds every weight once, with its rows (or columns) in Megatron's order, whatever
+layout saved it. A tile is many runs of consecutive canonical rows, all of one length; each run
+becomes one ``ShardedTensor`` at its canonical place, and loading puts the runs together again.
 """
 
 from typing import Any

@@ -30,9 +30,7 @@ def pretrain(
 
     flags = pretrain_gpt.prepare(["--helix-device", "cpu", *context.args], nproc_per_node)
     launch.run(
-        launch.Ranks(
-            target=pretrain_gpt.train, args=(flags,), world_size=nproc_per_node, logs=logs
-        )
+        launch.Ranks(target=pretrain_gpt.train, args=(flags,), world_size=nproc_per_node, logs=logs)
     )
 
 

@@ -1,7 +1,7 @@
 """Collectives with their gradients. The group is an argument; each docstring names its dual.
 
-Every tensor that goes into a collective is made contiguous first: ``torch.empty_like`` of a permuted
-tensor keeps its strides, and a collective into such a buffer scrambles silently.
+Every tensor that goes into a collective is made contiguous first: ``torch.empty_like`` of a
+permuted tensor keeps its strides, and a collective into such a buffer scrambles silently.
 """
 
 from typing import Any

@@ -6,9 +6,10 @@ here has none.
 
 import logging
 import warnings
+from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
-from typing import Any, Callable
+from typing import Any
 
 from packaging.version import Version
 
@@ -31,15 +32,17 @@ def require_supported_megatron() -> None:
 
 def quieten_imports() -> None:
     """Keep back what Megatron and torch say, on every import, about packages that are optional."""
-    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|transformer-engine|absl).*")
+    warnings.filterwarnings(
+        "ignore", message=".*(Apex|Transformer Engine|transformer-engine|absl).*"
+    )
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 def use_compiled_dataset_helpers() -> None:
     """Spare Megatron the compilation of dataset helpers that are compiled already.
 
-    A Megatron-LM checkout compiles them with the Makefile beside them. The wheel ships them compiled,
-    without the Makefile, and calls it all the same.
+    A Megatron-LM checkout compiles them with the Makefile beside them. The wheel ships them
+    compiled, without the Makefile, and calls it all the same.
     """
     from megatron.core.datasets import utils
 
@@ -53,8 +56,8 @@ def use_compiled_dataset_helpers() -> None:
 def observe_train_step(observer: Callable[..., Any]) -> None:
     """Call ``observer(train_step, *args)`` where the loop calls ``train_step(*args)``.
 
-    ``megatron.training.training.train`` looks the function up in its module at every step, and has no
-    callback that sees losses, gradient norm and duration of a step.
+    ``megatron.training.training.train`` looks the function up in its module at every step, and has
+    no callback that sees losses, gradient norm and duration of a step.
     """
     from megatron.training import training
 

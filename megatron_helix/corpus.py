@@ -1,12 +1,12 @@
 """Text files as Megatron's indexed dataset, one token a byte.
 
-The tokenizer is Megatron's ``ByteLevelTokenizer``: token = byte of the UTF-8 text, 256 tokens, 0 (which
-no text contains) ends a document. Train on it with the flags :data:`TOKENIZER_FLAGS`.
+The tokenizer is Megatron's ``ByteLevelTokenizer``: token = byte of the UTF-8 text, 256 tokens, 0
+(which no text contains) ends a document. Train on it with the flags :data:`TOKENIZER_FLAGS`.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator, Sequence
 
 import numpy as np
 import torch

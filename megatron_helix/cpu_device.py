@@ -18,11 +18,12 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
+_MARK = "helix_cpu_device"  # an attribute of torch.cuda, so that forks know too
 
 
 def is_enabled() -> bool:
     """Whether :func:`enable` has been called in this process (or in the parent it forked from)."""
-    return getattr(torch.cuda, "helix_cpu_device", False)
+    return getattr(torch.cuda, _MARK, False)
 
 
 def enable() -> None:
@@ -49,13 +50,17 @@ def enable() -> None:
     torch.accelerator.is_available = lambda: False
     # Megatron's optimizers sort parameters by ``type()``; its MoE layer brings token counts to the
     # host where ``is_cuda``. Native code, c10d among it, looks at the memory itself.
-    torch.Tensor.is_cuda = property(lambda self: True)
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self
-    torch.Tensor.record_stream = lambda self, stream: None
-    torch.Tensor.type = _type_as_on_cuda
+    tensor_answers = {
+        "is_cuda": property(lambda self: True),
+        "cuda": lambda self, *args, **kwargs: self,
+        "record_stream": lambda self, stream: None,
+        "type": _type_as_on_cuda,
+    }
+    for name, value in tensor_answers.items():
+        setattr(torch.Tensor, name, value)
     torch.nn.Module.cuda = lambda self, device=None: self
     _let_gloo_reduce_scatter()
-    torch.cuda.helix_cpu_device = True
+    setattr(torch.cuda, _MARK, True)
     _CudaMeansCpu().__enter__()  # for the life of the process
 
 
@@ -181,8 +186,9 @@ def _type_as_on_cuda(self: torch.Tensor, dtype: Any = None, **kwargs: Any) -> An
 def _let_gloo_reduce_scatter() -> None:
     """Give gloo a reduce-scatter that sends what one must.
 
-    Its own is an all-reduce of which each rank keeps a part: twice the bytes, counted at the network
-    interface. An all-to-all and a local sum send each chunk once, to the rank that needs it.
+    Its own is an all-reduce of which each rank keeps a part: twice the bytes, counted at the
+    network interface. An all-to-all and a local sum send each chunk once, to the rank that needs
+    it.
     """
     group = dist.ProcessGroup
     swap_name = "all_to_all_single" if hasattr(group, "all_to_all_single") else "alltoall_base"

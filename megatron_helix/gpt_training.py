@@ -1,12 +1,13 @@
 """What Megatron's loop asks of a GPT entry point: the data, the forward step and the loss.
 
-``megatron.training.pretrain`` is the loop; the wheel ships it without the ``pretrain_gpt.py`` that a
-Megatron-LM checkout has at its root, so these few functions stand in for it. They hold no helix code:
-a baseline runs through the very same functions.
+``megatron.training.pretrain`` is the loop; the wheel ships it without the ``pretrain_gpt.py`` that
+a Megatron-LM checkout has at its root, so these few functions stand in for it. They hold no helix
+code: a baseline runs through the very same functions.
 """
 
+from collections.abc import Iterator
 from functools import partial
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -29,7 +30,7 @@ BATCH_KEYS = ("tokens", "position_ids", "attention_mask", "labels", "loss_mask")
 
 
 def forward_step(data_iterator: Iterator[dict[str, torch.Tensor]], model: GPTModel) -> Any:
-    """One micro-batch through ``model``: the output tensor and the function that makes it a loss."""
+    """One micro-batch through ``model``: its output, and the function that makes it a loss."""
     timer = get_timers()("batch-generator", log_level=2)
     timer.start()
     vp_stage = get_attr_wrapped_model(model, "vp_stage")
@@ -40,7 +41,7 @@ def forward_step(data_iterator: Iterator[dict[str, torch.Tensor]], model: GPTMod
 
 
 def _loss(
-    loss_mask: torch.Tensor, output: torch.Tensor
+    loss_mask: Any, output: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Summed token loss, the number of tokens it sums over, and the pair as the loop reports it."""
     mask = loss_mask.view(-1).float()
@@ -144,4 +145,4 @@ def train_valid_test_datasets(
 
 
 # Every rank builds its own part: megatron.training reads this attribute of the provider.
-train_valid_test_datasets.is_distributed = True
+setattr(train_valid_test_datasets, "is_distributed", True)  # noqa: B010  # not a known attribute

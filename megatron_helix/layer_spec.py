@@ -1,8 +1,9 @@
 """``helixify``: any stock layer spec with its self-attention cut m x n."""
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Callable
+from typing import Any
 
 from megatron.core.transformer.attention import CrossAttention, SelfAttention
 from megatron.core.transformer.mlp import MLP
@@ -28,8 +29,10 @@ def helixify(spec: Any, layout: HelixLayout, choice: Choice = Choice()) -> Any:
     """``spec`` with attention cut m x n, and what goes with it in its layers and dense MLPs.
 
     Args:
-        spec: a layer, block or multi-token-prediction spec: local or TransformerEngine, dense or MoE.
-        layout: the partition. With m = 1 plain tensor parallelism does it: ``spec`` comes back as is.
+        spec: a layer, block or multi-token-prediction spec: local or TransformerEngine, dense or
+        MoE.
+        layout: the partition. With m = 1 plain tensor parallelism does it: ``spec`` comes back as
+        is.
         choice: exchange and split the user asked for.
 
     Raises:
@@ -39,9 +42,9 @@ def helixify(spec: Any, layout: HelixLayout, choice: Choice = Choice()) -> Any:
         return spec
 
     def swap(node: Any) -> Any:
-        if isinstance(node, partial) and node.func == MLP.as_mlp_submodule:
-            return _with_helix_linears(node, layout)
-        if not (isinstance(node, ModuleSpec) and isinstance(node.module, type)):
+        if isinstance(node, partial):
+            return _with_helix_linears(node, layout) if _is_dense_mlp(node) else node
+        if not isinstance(node, ModuleSpec) or not isinstance(node.module, type):
             return node
         if issubclass(node.module, (CrossAttention, MultiLatentAttention)):
             raise ValueError(
@@ -58,8 +61,12 @@ def helixify(spec: Any, layout: HelixLayout, choice: Choice = Choice()) -> Any:
     return _map_spec(spec, swap)
 
 
+def _is_dense_mlp(builder: partial) -> bool:
+    return builder.func == MLP.as_mlp_submodule
+
+
 def _with_helix_linears(mlp: partial, layout: HelixLayout) -> partial:
-    """The builder of a dense MLP, its two linears able to gather their shards over the dim group."""
+    """The builder of a dense MLP, its two linears able to gather their shards."""
     submodules = mlp.keywords["submodules"]
     linears = {
         name: partial(helix_linear(name, getattr(submodules, name)), layout=layout)

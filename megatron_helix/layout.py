@@ -15,9 +15,9 @@ value) and head dimension d:
 * ``W_o[hidden, H_n, d_m]``: rank (i, j) stores ``[hidden, H/n, d/m]``.
 
 Which rows of d make a segment: d is viewed as ``[blocks, m, d / (blocks * m)]`` and segment ``j``
-takes index ``j`` of the middle axis. ``blocks`` is 2 with rotate-half rotary embeddings, whose pairs
-are ``d/2`` apart, so that a segment is closed under rotation; it is 1 otherwise. Q, K, V and the
-columns of W_o are cut alike, which makes the exchange of a packed QKV one transposition; since
+takes index ``j`` of the middle axis. ``blocks`` is 2 with rotate-half rotary embeddings, whose
+pairs are ``d/2`` apart, so that a segment is closed under rotation; it is 1 otherwise. Q, K, V and
+the columns of W_o are cut alike, which makes the exchange of a packed QKV one transposition; since
 attention is invariant under a permutation of d common to Q and K, and of one common to V and W_o,
 the choice costs nothing.
 

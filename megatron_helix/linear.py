@@ -1,17 +1,18 @@
 """Megatron's parallel linears with helix shards, and the exchange at their head-side end.
 
-The linear classes of a layer spec (local or TransformerEngine) are subclassed, not wrapped: parameter
-names, sequence parallelism and delayed weight gradients stay Megatron's. A shard is contiguous in a
-reordering of the canonical weight, so the tensor-parallel linear runs on it as it stands; only the
-initialisation, the checkpoint and the exchange know of the order.
+The linear classes of a layer spec (local or TransformerEngine) are subclassed, not wrapped:
+parameter names, sequence parallelism and delayed weight gradients stay Megatron's. A shard is
+contiguous in a reordering of the canonical weight, so the tensor-parallel linear runs on it as it
+stands; only the initialisation, the checkpoint and the exchange know of the order.
 
-What a forward does follows ``plan``, which the layer sets for every micro-batch: under ``weights`` the
-gathered linear of :mod:`megatron_helix.exchange.weights`, else Megatron's own, with the ``activations``
-exchange behind the QKV projection and before the output projection.
+What a forward does follows ``plan``, which the layer sets for every micro-batch: under ``weights``
+the gathered linear of :mod:`megatron_helix.exchange.weights`, else Megatron's own, with the
+``activations`` exchange behind the QKV projection and before the output projection.
 """
 
+from collections.abc import Callable
 from functools import cache
-from typing import Any, Callable
+from typing import Any
 
 import torch
 
@@ -50,9 +51,14 @@ def in_tile_order(init_method: Init, order: torch.Tensor, dim: int) -> Init:
     return init
 
 
-class _HelixLinear:
-    """What all four share: the shards of the whole tensor-parallel group, and the plan."""
+class _HelixLinear(torch.nn.Module):
+    """What all four share: the shards of the whole tensor-parallel group, and the plan.
 
+    Comes before a linear class of Megatron's, which it extends.
+    """
+
+    weight: torch.nn.Parameter
+    bias: torch.nn.Parameter | None
     plan = Plan(exchange="activations", split="batch")
     step_weight: StepWeight | None = None
     shards: Shards
@@ -72,7 +78,7 @@ class _HelixLinear:
         self.helix_layout, self.helix_groups = layout, groups
 
     def _gathered_weight(self) -> GatheredWeight:
-        """The head group's weight; kept over the micro-batches of a training step if the plan says."""
+        """The head group's weight; kept over a training step's micro-batches if the plan says."""
         if self.plan.gather == "microbatch" or not self.training:
             return GatheredWeight(self.weight, self.shards, self.helix_groups.dim)
         if self.step_weight is None:
@@ -97,7 +103,7 @@ class _HelixLinear:
 
 
 def finish_step(model: list[torch.nn.Module]) -> None:
-    """Bring home the gradients of weights that were gathered for a step; see :class:`StepWeight`."""
+    """Bring home the gradients of weights that were gathered for a step (`StepWeight`)."""
     for chunk in model:
         for module in chunk.modules():
             if isinstance(module, _HelixLinear) and module.step_weight is not None:
@@ -160,8 +166,9 @@ class _Tiled(_HelixLinear):
 class _QKV(_Tiled):
     """``linear_qkv``: all tokens of the stream in, whole heads for 1/m of the tokens out.
 
-    The output is what stock attention expects on a tensor-parallel group of n ranks: ``[s, b/m, ...]``
-    or ``[s/m, b, K/n * slots * d]`` by the split; under ``scores`` it is ``[s, b, K/n * slots * d/m]``.
+    The output is what stock attention expects on a tensor-parallel group of n ranks: ``[s, b/m,
+    ...]`` or ``[s/m, b, K/n * slots * d]`` by the split; under ``scores`` it is ``[s, b, K/n *
+    slots * d/m]``.
     """
 
     axis = 0
@@ -174,9 +181,7 @@ class _QKV(_Tiled):
             return self._column(x)
         qkv, bias = super().forward(x, *args, **kwargs)  # type: ignore[misc]
         if self.plan.exchange == "activations":
-            qkv = qkv_to_whole_heads(
-                qkv, self.helix_layout, self.helix_groups.dim, self.plan.split
-            )
+            qkv = qkv_to_whole_heads(qkv, self.helix_layout, self.helix_groups.dim, self.plan.split)
         return qkv, bias
 
 

@@ -1,4 +1,4 @@
-"""Norms where Megatron's own do not fit: torch's under sequence parallelism, and fused ones alone."""
+"""Norms where Megatron's do not fit: under sequence parallelism, and without a fused linear."""
 
 from typing import Any
 
@@ -13,8 +13,8 @@ def sequence_parallel_norm(
 ) -> torch.nn.Module:
     """``torch.nn.LayerNorm`` or ``RMSNorm`` whose weights are marked ``sequence_parallel``.
 
-    Megatron's wrapper around torch's norms refuses sequence parallelism, because it would leave their
-    weights without the mark by which ``finalize_model_grads`` sums their gradients over the
+    Megatron's wrapper around torch's norms refuses sequence parallelism, because it would leave
+    their weights without the mark by which ``finalize_model_grads`` sums their gradients over the
     tensor-parallel ranks. This one sets the mark; it is Megatron's own rule, not a new one.
 
     Raises:

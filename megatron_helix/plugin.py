@@ -19,8 +19,8 @@ def enable(args: argparse.Namespace, model_config: GPTModelConfig) -> GPTModelCo
     Args:
         args: Megatron's validated arguments, with the helix flags.
         model_config: the model config made from them. Its layer spec (given by ``--spec`` or
-            Megatron's default) is kept, with its self-attention swapped; without the helix flags only
-            the torch norms are exchanged for ones that allow sequence parallelism.
+            Megatron's default) is kept, with its self-attention swapped; without the helix flags
+            only the torch norms are exchanged for ones that allow sequence parallelism.
 
     Returns:
         The same ``model_config``.

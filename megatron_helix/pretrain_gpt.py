@@ -1,4 +1,4 @@
-"""``torchrun -m megatron_helix.pretrain_gpt FLAGS``: Megatron's training loop, with the helix flags.
+"""``torchrun -m megatron_helix.pretrain_gpt``: Megatron's training loop with the helix flags.
 
 Takes every flag of Megatron-LM's ``pretrain_gpt.py`` and those of :mod:`megatron_helix.arguments`.
 Without ``--helix-m`` and ``--helix-n`` it is stock Megatron: that is how baselines run.
@@ -8,7 +8,7 @@ import contextlib
 import io
 import os
 import sys
-from typing import Sequence
+from collections.abc import Sequence
 
 from megatron_helix import arguments, compat, cpu_device
 

@@ -1,8 +1,8 @@
 """The head and dim groups of every tensor-parallel group, as live process groups.
 
-They are carved from the tensor-parallel groups that megatron-core has made, whatever pipeline, data,
-context and expert parallelism stands beside them, and are registered where Megatron keeps its own:
-in ``parallel_state`` (module attribute ``_HELIX_GROUPS``) and, per model, on the
+They are carved from the tensor-parallel groups that megatron-core has made, whatever pipeline,
+data, context and expert parallelism stands beside them, and are registered where Megatron keeps its
+own: in ``parallel_state`` (module attribute ``_HELIX_GROUPS``) and, per model, on the
 ``ProcessGroupCollection`` that its modules receive (attribute ``helix``).
 """
 
@@ -45,8 +45,8 @@ def carve(layout: HelixLayout, tp_group: dist.ProcessGroup) -> HelixGroups:
     """Make this rank's dim and head groups inside ``tp_group``; every rank of it must call this.
 
     Only the members of a group take part in making it, so ranks need not know the other
-    tensor-parallel groups. All dim groups are disjoint, as are all head groups, and every rank makes
-    its dim group first: no two ranks wait for each other in different order.
+    tensor-parallel groups. All dim groups are disjoint, as are all head groups, and every rank
+    makes its dim group first: no two ranks wait for each other in different order.
 
     Raises:
         ValueError: when ``tp_group`` does not have m * n ranks.

@@ -1,4 +1,4 @@
-"""The transformer layer that plans each micro-batch and keeps the stream in the plan's token order."""
+"""The transformer layer: plans each micro-batch, keeps the stream in the plan's token order."""
 
 from functools import cache
 from typing import Any
@@ -24,14 +24,19 @@ def block_shape(config: TransformerConfig) -> BlockShape:
     )
 
 
-class _HelixLayer:
+class _HelixLayer(torch.nn.Module):
     """Mixin before a ``TransformerLayer`` class.
 
     Between layers the residual stream has Megatron's shape ``[s/T, b, hidden]``. Where the plan is
-    ``weights`` with a batch split, its memory is ``[s/n, b/m, hidden]`` in the block's own token order:
-    the first layer of the model converts on entry and the last one on exit (a multi-token-prediction
-    layer does both), the others and the pipeline stages between them only view it.
+    ``weights`` with a batch split, its memory is ``[s/n, b/m, hidden]`` in the block's own token
+    order: the first layer of the model converts on entry and the last one on exit (a
+    multi-token-prediction layer does both), the others and the pipeline stages between them only
+    view it.
     """
+
+    config: TransformerConfig
+    layer_number: int
+    is_mtp_layer: bool
 
     def __init__(self, *args: Any, layout: HelixLayout, choice: Choice, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -46,7 +51,7 @@ class _HelixLayer:
         """As ``TransformerLayer.forward``."""
         plan = self._plan(hidden_states)
         for module in self.helix_modules:
-            module.plan = plan
+            module.plan = plan  # type: ignore[assignment]
         if plan.exchange != "weights" or plan.split != "batch":
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         layout, dim = self.helix_layout, self.helix_groups.dim
@@ -66,7 +71,7 @@ class _HelixLayer:
         return make_viewless_tensor(inp=hidden_states, **keep), context
 
     def _plan(self, hidden_states: torch.Tensor) -> Plan:
-        """The plan for this micro-batch's shape; equal on every rank, for it depends on nothing else."""
+        """The plan for this micro-batch's shape, and nothing else: equal on every rank."""
         config = self.config
         rows, batch, _ = hidden_states.shape
         sequence = rows * self.helix_layout.size if config.sequence_parallel else rows

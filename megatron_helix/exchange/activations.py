@@ -1,18 +1,18 @@
 """The ``activations`` exchange: projected tokens move over the dim axis, weights stay.
 
-Every rank projects all tokens onto its tile of the QKV weight. One all-to-all over the dim group then
-turns "all tokens, one segment of my heads" into "1/m of the tokens, my heads whole", on which stock
-attention runs; a second one turns the context back. Which tokens: see
+Every rank projects all tokens onto its tile of the QKV weight. One all-to-all over the dim group
+then turns "all tokens, one segment of my heads" into "1/m of the tokens, my heads whole", on which
+stock attention runs; a second one turns the context back. Which tokens: see
 :mod:`megatron_helix.exchange.tokens`.
 
-Sharded einsum (s tokens a sequence, b sequences, K query groups, slots heads a group, d channels; the
-split puts the m over s or over b)::
+Sharded einsum (s tokens a sequence, b sequences, K query groups, slots heads a group, d channels;
+the split puts the m over s or over b)::
 
     qkv[s, b, K_n, slot, d_m]  ->  qkv[(s, b)_m, K_n, slot, d]      all-to-all over the dim group
     context[(s, b)_m, H_n, d]  ->  context[s, b, H_n, d_m]          all-to-all over the dim group
 
-Elements a rank sends in one forward: ``(m-1)/m * s * b * (slots * K + H) * d / T``; the backward sends
-as many.
+Elements a rank sends in one forward: ``(m-1)/m * s * b * (slots * K + H) * d / T``; the backward
+sends as many.
 """
 
 import torch
@@ -35,8 +35,8 @@ def qkv_to_whole_heads(
         split: ``"batch"`` or ``"sequence"``.
 
     Returns:
-        ``[s, b/m, K/n * slots * d]`` (batch) or ``[s/m, b, K/n * slots * d]`` (sequence). The dual is
-        :func:`context_to_segments`, up to which heads are packed.
+        ``[s, b/m, K/n * slots * d]`` (batch) or ``[s/m, b, K/n * slots * d]`` (sequence). The dual
+        is :func:`context_to_segments`, up to which heads are packed.
     """
     heads = layout.num_query_groups // layout.n * layout.slots
     m, blocks = layout.m, layout.segment_blocks

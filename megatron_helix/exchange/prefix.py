@@ -1,8 +1,9 @@
 """Core attention for the sequence split: every chunk of queries attends to its own prefix.
 
-Rank (i, j) holds the queries of sequence chunks ``j, m + j, 2m + j, ...`` of T and, gathered over the
-dim group, the keys and values of the whole sequence. A causal chunk needs only keys up to its own end:
-``[0, (c + 1) s/T)`` for chunk c. Every rank has early and late chunks, so the work is shared out evenly.
+Rank (i, j) holds the queries of sequence chunks ``j, m + j, 2m + j, ...`` of T and, gathered over
+the dim group, the keys and values of the whole sequence. A causal chunk needs only keys up to its
+own end: ``[0, (c + 1) s/T)`` for chunk c. Every rank has early and late chunks, so the work is
+shared out evenly.
 """
 
 from typing import Any
@@ -15,8 +16,8 @@ from megatron_helix.exchange.traffic import Plan
 from megatron_helix.layout import HelixLayout
 
 
-class PrefixChunks:
-    """Mixin before a core attention class: chunk by chunk under a sequence split, else untouched."""
+class PrefixChunks(torch.nn.Module):
+    """Mixin before a core attention class: chunk by chunk under a sequence split."""
 
     plan: Plan
     helix_layout: HelixLayout
@@ -68,8 +69,8 @@ class PrefixChunks:
     ) -> torch.Tensor | None:
         """The mask of one chunk, ``[b or 1, 1, length, end]``, True where hidden.
 
-        TransformerEngine aligns a causal mask to the bottom right by its type; the local implementation
-        makes masks for square scores only and is given this one.
+        TransformerEngine aligns a causal mask to the bottom right by its type; the local
+        implementation makes masks for square scores only and is given this one.
         """
         if mask is not None:
             return mask[..., start : start + length, :end]

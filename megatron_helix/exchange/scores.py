@@ -1,13 +1,14 @@
-"""The ``scores`` exchange: partial attention scores move over the dim axis, tokens and weights stay.
+"""The ``scores`` exchange: partial attention scores move over the dim axis.
 
-The literal two-level method. A rank projects all tokens onto its tile and keeps its segment of the head
-dimension throughout; a score is a sum over segments::
+The literal two-level method. A rank projects all tokens onto its tile and keeps its segment of the
+head dimension throughout; a score is a sum over segments::
 
-    S[b, H_n, s, s] = sum_j Q_j[s, b, H_n, d_m] K_j[s, b, K_n, d_m]^T    all-reduce over the dim group
-    O[s, b, H_n, d_m] = softmax(S / sqrt(d)) V_j[s, b, K_n, d_m]         no communication
+    S[b, H_n, s, s] = sum_j Q_j[s, b, H_n, d_m] K_j[s, b, K_n, d_m]^T    all-reduce over the dim
+    group O[s, b, H_n, d_m] = softmax(S / sqrt(d)) V_j[s, b, K_n, d_m]         no communication
 
-Elements a rank sends forward: ``2 (m-1)/m * b * H/n * s^2``, in fp32; backward as many. It rules out
-fused attention kernels, which never hold S; it is for short contexts and as a check on the others.
+Elements a rank sends forward: ``2 (m-1)/m * b * H/n * s^2``, in fp32; backward as many. It rules
+out fused attention kernels, which never hold S; it is for short contexts and as a check on the
+others.
 """
 
 import copy
@@ -28,8 +29,8 @@ class ScoresAttention(DotProductAttention):
     """Core attention on one segment of the head dimension, with the scores summed over segments.
 
     Mask, softmax (with its learnable offset) and dropout are Megatron's, applied in fp32 to whole
-    scores. Dropout draws from the generator that all ranks of a tensor-parallel group share, so that
-    the ranks of a dim group drop the same scores.
+    scores. Dropout draws from the generator that all ranks of a tensor-parallel group share, so
+    that the ranks of a dim group drop the same scores.
     """
 
     def __init__(self, config: TransformerConfig, *args: Any, groups: HelixGroups, **kwargs: Any):
@@ -48,7 +49,7 @@ class ScoresAttention(DotProductAttention):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> torch.Tensor:
-        """Query ``[sq, b, H/n, d/m]``, key and value ``[sk, b, K/n, d/m]`` -> ``[sq, b, H/n * d/m]``.
+        """``[sq, b, H/n, d/m]``, twice ``[sk, b, K/n, d/m]`` -> ``[sq, b, H/n * d/m]``.
 
         Raises:
             ValueError: for packed sequences or an attention bias.
@@ -73,9 +74,10 @@ class ScoresAttention(DotProductAttention):
 class SegmentNorm(torch.nn.Module):
     """A norm over the head dimension, of which this rank holds one segment.
 
-    Takes over the parameters of a stock norm (LayerNorm, RMSNorm or the parameterless L2 norm) under
-    their own names. The statistics are sums over channels, all-reduced over the dim group in fp32; the
-    gradient of the weight is that of this segment, which Megatron sums over the tensor-parallel group.
+    Takes over the parameters of a stock norm (LayerNorm, RMSNorm or the parameterless L2 norm)
+    under their own names. The statistics are sums over channels, all-reduced over the dim group in
+    fp32; the gradient of the weight is that of this segment, which Megatron sums over the
+    tensor-parallel group.
     """
 
     def __init__(
@@ -118,8 +120,8 @@ def segment_frequencies(
 ) -> torch.Tensor | None:
     """Rotary frequencies ``[s, 1, 1, rotary_dim]`` of this segment's channels.
 
-    A segment is closed under rotation pairs and its rotated channels come first, so the stock rotation
-    applies to it as it stands.
+    A segment is closed under rotation pairs and its rotated channels come first, so the stock
+    rotation applies to it as it stands.
     """
     if frequencies is None:
         return None

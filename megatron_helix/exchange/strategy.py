@@ -1,8 +1,9 @@
-"""Which exchange and which split a micro-batch takes: what the flags say, or what sends the fewest bytes.
+"""Which exchange and split a micro-batch takes: what the flags say, or what sends least.
 
-``auto`` compares the closed forms of :mod:`megatron_helix.exchange.traffic` for one layer, forward and
-backward. Every rank computes the same from the same shape, so no rank asks another. ``scores`` is taken
-only when asked for: it moves the square of the sequence length and rules out fused attention kernels.
+``auto`` compares the closed forms of :mod:`megatron_helix.exchange.traffic` for one layer, forward
+and backward. Every rank computes the same from the same shape, so no rank asks another. ``scores``
+is taken only when asked for: it moves the square of the sequence length and rules out fused
+attention kernels.
 """
 
 from dataclasses import dataclass
@@ -89,9 +90,9 @@ def explain(
         sent = _sent(other, choice, layout, shape, sequence=sequence, batch=batch)
         figures.append(f"{exchange} {sent:,.0f}")
     return (
-        f"helix {layout.m}x{layout.n}: exchange {plan.exchange}, split {plan.split}, for micro-batches"
-        f" of {batch} x {sequence} tokens; elements a rank sends a layer and micro-batch (predicted):"
-        f" {', '.join(figures)}"
+        f"helix {layout.m}x{layout.n}: exchange {plan.exchange}, split {plan.split}, for"
+        f" micro-batches of {batch} x {sequence} tokens; elements a rank sends a layer and"
+        f" micro-batch (predicted): {', '.join(figures)}"
     )
 
 
@@ -106,9 +107,9 @@ def _split(asked: str, layout: HelixLayout, sequence: int, batch: int) -> str:
         )
     if sequence % layout.size:
         raise ValueError(
-            f"--seq-length: must be a multiple of --helix-m x --helix-n ({layout.size}) to split the"
-            f" sequence, got {sequence}; use a multiple, or a --micro-batch-size that is a multiple"
-            f" of --helix-m ({layout.m})"
+            f"--seq-length: must be a multiple of --helix-m x --helix-n ({layout.size}) to split"
+            f" the sequence, got {sequence}; use a multiple, or a --micro-batch-size that is a"
+            f" multiple of --helix-m ({layout.m})"
         )
     return "sequence"
 

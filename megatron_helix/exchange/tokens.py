@@ -1,15 +1,15 @@
 """Which tokens a rank of the dim axis takes, and the order of tokens inside the decoder block.
 
-Under sequence parallelism the residual stream is ``[s/T, b, hidden]``: rank t = i * m + j holds sequence
-chunk t of T. Attention on whole heads needs whole sequences, for 1/m of the tokens:
+Under sequence parallelism the residual stream is ``[s/T, b, hidden]``: rank t = i * m + j holds
+sequence chunk t of T. Attention on whole heads needs whole sequences, for 1/m of the tokens:
 
-* **batch split**: rank (i, j) takes sequences ``[j * b/m, (j+1) * b/m)``. Inside the decoder block the
-  stream is kept as ``[s/n, b/m, hidden]``: sequence chunk i of n, for its own sequences. One all-to-all
-  over the dim group converts on entry, its inverse on exit; chunks i*m .. i*m + m-1 of the m ranks are
-  together chunk i of n.
-* **sequence split**: rank (i, j) takes chunks ``j, m + j, 2m + j, ...`` of T of all sequences: what an
-  all-gather over the head group yields from the stream as it is. Every rank has early and late chunks,
-  so the causal triangle is shared out evenly.
+* **batch split**: rank (i, j) takes sequences ``[j * b/m, (j+1) * b/m)``. Inside the decoder block
+  the stream is kept as ``[s/n, b/m, hidden]``: sequence chunk i of n, for its own sequences. One
+  all-to-all over the dim group converts on entry, its inverse on exit; chunks i*m .. i*m + m-1 of
+  the m ranks are together chunk i of n.
+* **sequence split**: rank (i, j) takes chunks ``j, m + j, 2m + j, ...`` of T of all sequences: what
+  an all-gather over the head group yields from the stream as it is. Every rank has early and late
+  chunks, so the causal triangle is shared out evenly.
 
 Elements a rank sends for one conversion: ``(m-1)/m * s * b * hidden / T``.
 """
@@ -57,6 +57,6 @@ def in_sequence_order(gathered: torch.Tensor, layout: HelixLayout) -> torch.Tens
 
 
 def by_segment(x: torch.Tensor, layout: HelixLayout) -> torch.Tensor:
-    """``[s, ...] -> [m, s/m, ...]``: the chunks of each dim rank; inverse of `in_sequence_order`."""
+    """``[s, ...] -> [m, s/m, ...]``, dim rank by dim rank; undoes `in_sequence_order`."""
     chunks = x.view(layout.n, layout.m, -1, *x.shape[1:])
     return chunks.transpose(0, 1).reshape(layout.m, -1, *x.shape[1:])

@@ -1,10 +1,11 @@
-"""What each exchange sends, in closed form: the byte model behind ``auto``, the planner and the tests.
+"""What each exchange sends, in closed form: the byte model behind ``auto`` and the tests.
 
-Counts are elements that one rank sends for one transformer layer (attention, and the MLP where it is
-dense) of one micro-batch, by axis and kind of collective, with sequence parallelism and linears without
-bias. N = s * b tokens, D hidden, F MLP features a projection, T = m * n, ``c = N D / T`` a rank's chunk
-of the stream, ``X = (slots K + H) d`` channels of packed QKV and context, ``W = X D + (2 or 3) F D`` the
-layer's weights. A collective's send count is that of :mod:`megatron_helix.experiment.comm_ledger`.
+Counts are elements that one rank sends for one transformer layer (attention, and the MLP where it
+is dense) of one micro-batch, by axis and kind of collective, with sequence parallelism and linears
+without bias. N = s * b tokens, D hidden, F MLP features a projection, T = m * n, ``c = N D / T`` a
+rank's chunk of the stream, ``X = (slots K + H) d`` channels of packed QKV and context, ``W = X D +
+(2 or 3) F D`` the layer's weights. A collective's send count is that of
+:mod:`megatron_helix.experiment.comm_ledger`.
 
 ==================  ==============================  ==============================  ===============
 axis, kind          activations                     weights                         scores
@@ -19,12 +20,12 @@ dim reduce_scatter                                  bwd (m-1) W / T
 dim all_reduce                                                                      fwd, bwd R
 ==================  ==============================  ==============================  ===============
 
-with ``R = 2 (m-1)/m b H/n s^2`` in fp32. The first factor of the token terms counts linears: four of
-them, two where the MLP is not dense (half of each figure). A sequence split adds the gathering of keys
-and values over dim, fwd all_gather and bwd reduce_scatter of ``(m-1) N 2 K d / T`` each. ``weights`` with
-a batch split converts the stream at the block's two ends: ``2 (m-1)/m c`` of dim all_to_all in all,
-forward and as much backward. With ``gather="step"`` the weight terms come once a step: forward
-all_gather and backward reduce_scatter.
+with ``R = 2 (m-1)/m b H/n s^2`` in fp32. The first factor of the token terms counts linears: four
+of them, two where the MLP is not dense (half of each figure). A sequence split adds the gathering
+of keys and values over dim, fwd all_gather and bwd reduce_scatter of ``(m-1) N 2 K d / T`` each.
+``weights`` with a batch split converts the stream at the block's two ends: ``2 (m-1)/m c`` of dim
+all_to_all in all, forward and as much backward. With ``gather="step"`` the weight terms come once a
+step: forward all_gather and backward reduce_scatter.
 """
 
 from collections import Counter
@@ -122,7 +123,7 @@ def layer(
 def block_ends(
     plan: Plan, layout: HelixLayout, shape: BlockShape, *, sequence: int, batch: int
 ) -> Elements:
-    """Elements of converting the stream at the block's two ends, forward; backward sends as many."""
+    """Elements of converting the stream at the block's ends, forward; backward as many."""
     if plan.exchange != "weights" or plan.split != "batch":
         return Counter()
     chunk = sequence * batch * shape.hidden // layout.size
@@ -138,10 +139,10 @@ def per_layer(
     batch: int,
     microbatches: int = 1,
 ) -> float:
-    """All elements of a layer and micro-batch, forward and backward, with its share of what is rarer.
+    """Elements of a layer and micro-batch, forward and backward, with its share of what is rarer.
 
-    Args:
-        microbatches: micro-batches of a step, which share weights gathered once a step.
+    The block's ends are shared by its layers, and weights gathered once a step by the step's
+    ``microbatches``.
     """
     forward, backward = layer(plan, layout, shape, sequence=sequence, batch=batch)
     ends = block_ends(plan, layout, shape, sequence=sequence, batch=batch)

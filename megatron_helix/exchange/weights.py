@@ -1,19 +1,20 @@
 """The ``weights`` exchange: weights move over the dim axis, tokens stay.
 
-Tensor parallelism over T ranks gathers every token to every rank. Here the m ranks of a dim group share
-out the tokens instead (see :mod:`megatron_helix.exchange.tokens`) and gather the m shards of a weight:
-each works on 1/m of the tokens with the weights of its head group, and the tokens are gathered and
-summed over the n ranks of the head group only.
+Tensor parallelism over T ranks gathers every token to every rank. Here the m ranks of a dim group
+share out the tokens instead (see :mod:`megatron_helix.exchange.tokens`) and gather the m shards of
+a weight: each works on 1/m of the tokens with the weights of its head group, and the tokens are
+gathered and summed over the n ranks of the head group only.
 
 Sharded einsums of the two linears (N tokens, D hidden, F features; x is sharded over head group and
 tokens, a weight over head group and dim group)::
 
     column:  y[N_m, F_n] = x[N_m, D] W[F_n, D]^T   x: all-gather over head, W: all-gather over dim
-    row:     y[N_mn, D]  = x[N_m, F_n] W[D, F_n]^T  W: all-gather over dim, y: reduce-scatter over head
+    row:     y[N_mn, D]  = x[N_m, F_n] W[D, F_n]^T  W: all-gather over dim, y: reduce-scatter over
+    head
 
-Elements a rank sends: column forward ``(n-1) N D / T + (m-1) F D / T``, row the same. Backward twice
-that for the weight (gathered again, its gradient reduce-scattered) and, for the tokens, twice for a
-column linear (input gathered again, its gradient reduce-scattered), once for a row linear.
+Elements a rank sends: column forward ``(n-1) N D / T + (m-1) F D / T``, row the same. Backward
+twice that for the weight (gathered again, its gradient reduce-scattered) and, for the tokens, twice
+for a column linear (input gathered again, its gradient reduce-scattered), once for a row linear.
 
 What is saved for the backward pass is the sharded input: memory stays at 1/T of the weights and one
 gathered working copy. :class:`StepWeight` trades memory for traffic.
@@ -32,7 +33,8 @@ from megatron_helix.collectives import gather, scatter_sum
 class Shards:
     """How the shards of a dim group make the weight of a head group.
 
-    The cut axis of the head group's weight is ``[outer, m, inner]``; a shard is one index of the middle.
+    The cut axis of the head group's weight is ``[outer, m, inner]``; a shard is one index of the
+    middle.
 
     Attributes:
         axis: the dimension of the weight that is cut: 0 for a column-parallel linear, 1 for row.
@@ -85,9 +87,9 @@ class GatheredWeight:
 class StepWeight(GatheredWeight):
     """Gathered once a step and kept over its micro-batches, as is the sum of their gradients.
 
-    The traffic of tensor parallelism n with data parallelism m and a distributed optimizer, for 1/n of
-    the weights (and of their gradients, in the dtype of ``main_grad``) in memory while a step lasts.
-    :meth:`finish` must be called when the last micro-batch of a step is through; Megatron's
+    The traffic of tensor parallelism n with data parallelism m and a distributed optimizer, for 1/n
+    of the weights (and of their gradients, in the dtype of ``main_grad``) in memory while a step
+    lasts. :meth:`finish` must be called when the last micro-batch of a step is through; Megatron's
     ``finalize_model_grads_func`` is the place.
     """
 
@@ -95,11 +97,13 @@ class StepWeight(GatheredWeight):
     _sum: torch.Tensor | None = None
 
     def whole(self) -> torch.Tensor:
+        """As for the parent, on the first call of a step; the kept one on the others."""
         if self._kept is None:
             self._kept = super().whole()
         return self._kept
 
     def gradient(self, whole: torch.Tensor) -> None:
+        """Add to the step's sum; no communication, and nothing yet for the shard."""
         if self._sum is None:
             self._sum = torch.zeros_like(whole, dtype=self._accumulator.dtype)
         self._sum.add_(whole)
@@ -107,12 +111,14 @@ class StepWeight(GatheredWeight):
     def finish(self) -> None:
         """Add this step's gradient to the shard's and forget the whole; one reduce-scatter."""
         if self._sum is not None:
-            self._accumulator.add_(super().gradient(self._sum))
+            self._accumulator.add_(
+                scatter_sum(self.shards.part(self._sum, self.dim.size()), self.dim)
+            )
         self._kept = self._sum = None
 
     @property
     def _accumulator(self) -> torch.Tensor:
-        """Where gradients of this parameter are summed: Megatron's buffer, or ``grad`` without DDP."""
+        """Where the shard's gradients are summed: Megatron's buffer; ``grad`` without DDP."""
         main_grad = getattr(self.shard, "main_grad", None)
         if main_grad is not None:
             return main_grad
@@ -124,8 +130,8 @@ class StepWeight(GatheredWeight):
 class _ColumnLinear(torch.autograd.Function):
     """Forward: all-gather x over head, the weight over dim, multiply. Saves x, sharded.
 
-    Backward: gathers both again; input gradient reduce-scattered over head, weight gradient over dim.
-    Dual of :class:`_RowLinear` in its token collectives.
+    Backward: gathers both again; input gradient reduce-scattered over head, weight gradient over
+    dim. Dual of :class:`_RowLinear` in its token collectives.
     """
 
     @staticmethod
@@ -176,9 +182,7 @@ class _RowLinear(torch.autograd.Function):
         return grad_x, ctx.weight.gradient(grad_whole), None, None
 
 
-def column_linear(
-    x: torch.Tensor, weight: GatheredWeight, head: dist.ProcessGroup
-) -> torch.Tensor:
+def column_linear(x: torch.Tensor, weight: GatheredWeight, head: dist.ProcessGroup) -> torch.Tensor:
     """Column-parallel linear on 1/m of the tokens.
 
     Args:

@@ -1,9 +1,9 @@
 """Count what every collective moves and how long a rank is held up by it.
 
 torch.distributed hands every collective, whatever function asked for it, to a method of
-``ProcessGroup``; :func:`install` puts the ledger between. Bytes are what a rank must *send* at least,
-whatever the algorithm (p ranks, tensor of V bytes a rank holds before an all-gather or after a
-reduce-scatter, else in all):
+``ProcessGroup``; :func:`install` puts the ledger between. Bytes are what a rank must *send* at
+least, whatever the algorithm (p ranks, tensor of V bytes a rank holds before an all-gather or after
+a reduce-scatter, else in all):
 
 =================  =========================
 all_reduce         ``2 (p-1)/p V``
@@ -14,17 +14,18 @@ broadcast          ``V`` (on the source)
 send               ``V``
 =================  =========================
 
-Source of the formulas: Chan, Heimlich, Purkayastha, van de Geijn, "Collective communication: theory,
-practice, and experience" (2007), the lower bounds of table I.
+Source of the formulas: Chan, Heimlich, Purkayastha, van de Geijn, "Collective communication:
+theory, practice, and experience" (2007), the lower bounds of table I.
 
 Time is the time this rank spent inside the call and in waiting for its result: communication and
-waiting for slower ranks, as the rank feels it. It is measured with the wall clock, which is right on
-the CPU; on a GPU, where calls return at once, it counts only what blocks the host.
+waiting for slower ranks, as the rank feels it. It is measured with the wall clock, which is right
+on the CPU; on a GPU, where calls return at once, it counts only what blocks the host.
 """
 
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Callable, Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist

@@ -1,7 +1,7 @@
 """An experiment file: which model, which layouts side by side, on what data, for how many steps.
 
-Configs come in families that vary on their own (model, layout, batch). Unknown keys are refused, and an
-error names the path of the key.
+Configs come in families that vary on their own (model, layout, batch). Unknown keys are refused,
+and an error names the path of the key.
 """
 
 from pathlib import Path

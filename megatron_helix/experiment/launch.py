@@ -13,13 +13,14 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any
 
 import torch
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 GRACE_S = 5.0  # between asking the ranks that are left to end and killing them
 _PR_SET_PDEATHSIG = 1
@@ -70,7 +71,9 @@ class Ranks:
         return self.logs / f"rank{rank:02d}.log" if self.logs else None
 
 
-def run(ranks: Ranks, *, timeout_s: float | None = None, poll: Callable[[], Any] | None = None) -> None:
+def run(
+    ranks: Ranks, *, timeout_s: float | None = None, poll: Callable[[], Any] | None = None
+) -> None:
     """Fork the ranks and wait until all have ended well.
 
     Args:
@@ -147,8 +150,8 @@ def _die_with(parent: int) -> None:
 def _serve_rendezvous(address: str, port: Any, parent: int) -> None:
     """The store at which the ranks meet, as torchrun's agent serves it.
 
-    In a process of its own: its threads must not run in one that forks, and a port that is chosen in
-    the parent to be bound by rank 0 may be taken in between.
+    In a process of its own: its threads must not run in one that forks, and a port that is chosen
+    in the parent to be bound by rank 0 may be taken in between.
     """
     _die_with(parent)
     store = TCPStore(address, 0, is_master=True, wait_for_workers=False)

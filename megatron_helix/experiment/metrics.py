@@ -1,8 +1,8 @@
 """One JSON line a step and rank: loss, gradient norm, time, and what the collectives moved.
 
-Megatron's loop stays unmodified; :func:`record` stands around its ``train_step``. The lines of a rank
-go to ``rank00.jsonl`` and so on in one folder, each as soon as its step is over, so that a run that
-dies keeps what it measured. :func:`read` puts the ranks together.
+Megatron's loop stays unmodified; :func:`record` stands around its ``train_step``. The lines of a
+rank go to ``rank00.jsonl`` and so on in one folder, each as soon as its step is over, so that a run
+that dies keeps what it measured. :func:`read` puts the ranks together.
 """
 
 import json
@@ -70,7 +70,8 @@ class RunMetrics:
         grad_norms: of every step.
         step_ms: duration of a step on its slowest rank.
         tokens_per_s: TPS, tokens of a step over its duration.
-        tpot_ms: communication and waiting time of a rank, mean over ranks, for every ``batch`` tokens.
+        tpot_ms: communication and waiting time of a rank, mean over ranks, for every ``batch``
+        tokens.
         sent_bytes: by axis and kind, sent by one rank in one step; mean over ranks.
     """
 
@@ -101,7 +102,7 @@ def read(folder: Path) -> RunMetrics:
     counts = {len(lines) for lines in ranks}
     if len(counts) != 1 or counts == {0}:
         raise ValueError(f"{folder}: need the same number of steps of every rank, got {counts}")
-    steps = list(zip(*ranks))
+    steps = list(zip(*ranks, strict=True))
     counted = steps[WARMUP_STEPS:] or steps
     step_s = statistics.median(max(line["step_s"] for line in step) for step in counted)
     communication_s = statistics.median(

@@ -44,17 +44,10 @@ def table(results: list[dict[str, Any]]) -> Table:
         caption_justify="left",
         box=box.SIMPLE_HEAD,
     )
-    for heading, justify in (
-        ("model", "left"),
-        ("layout", "left"),
-        ("TPS", "right"),
-        ("TPOT (ms)", "right"),
-        ("MB", "right"),
-        ("first loss", "right"),
-        ("last loss", "right"),
-        ("difference", "right"),
-    ):
-        made.add_column(heading, justify=justify, no_wrap=True)
+    for heading in ("model", "layout"):
+        made.add_column(heading, no_wrap=True)
+    for heading in ("TPS", "TPOT ms", "MB", "first loss", "last loss", "difference"):
+        made.add_column(heading, justify="right", no_wrap=True)
     for result in results:
         baseline = _baseline(result, results)
         difference = largest_difference(result["losses"], baseline["losses"])

@@ -105,6 +105,7 @@ def _initial(out: Path, model: ModelConfig) -> Path:
 
 
 def run_folder(out: Path, model: ModelConfig, layout: LayoutConfig) -> Path:
+    """Where one run keeps its result, metrics and logs."""
     return out / "runs" / f"{model.name}-{layout.name}"
 
 
