@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
+_RUN_BACKWARD = "_engine_run_backward"
 _MARK = "helix_cpu_device"  # an attribute of torch.cuda, so that forks know too
 
 
@@ -62,6 +63,9 @@ def enable() -> None:
     _let_gloo_reduce_scatter()
     setattr(torch.cuda, _MARK, True)
     _CudaMeansCpu().__enter__()  # for the life of the process
+    # The mode is off inside a function it was asked about, as it is about ``Tensor.backward``; and a
+    # backward pass calls Megatron's own functions.
+    setattr(torch.autograd, _RUN_BACKWARD, _with_mode(getattr(torch.autograd, _RUN_BACKWARD)))
 
 
 class _Stream:
@@ -220,6 +224,14 @@ def _as_cpu(device: Any) -> Any:
     if isinstance(device, torch.device) and device.type == "cuda":
         return _CPU
     return device
+
+
+def _with_mode(function: Any) -> Any:
+    def with_mode(*args: Any, **kwargs: Any) -> Any:
+        with _CudaMeansCpu():
+            return function(*args, **kwargs)
+
+    return with_mode
 
 
 class _CudaMeansCpu(TorchFunctionMode):

@@ -1,6 +1,7 @@
 """The one call that turns helix on for a Megatron run."""
 
 import argparse
+import inspect
 from typing import Any
 
 import torch
@@ -31,7 +32,8 @@ def enable(args: argparse.Namespace, model_config: GPTModelConfig) -> GPTModelCo
     def layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Any:
         spec = base
         if callable(base) and not isinstance(base, ModuleSpec):
-            spec = base(config, vp_stage)
+            takes_stage = "vp_stage" in inspect.signature(base).parameters  # as Megatron asks
+            spec = base(config, vp_stage=vp_stage) if takes_stage else base(config)
         if arguments.wants_helix(args):
             transformer = config.transformer
             layout = arguments.layout(

@@ -1,9 +1,12 @@
-"""Run a function, or Megatron's training loop, on forked gloo ranks and hand back what they found."""
+"""A function, or Megatron's training loop, on forked gloo ranks; what they found comes back."""
 
 import contextlib
+import faulthandler
+import signal
 import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,7 +16,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron_helix import pretrain_gpt
 from megatron_helix.experiment import launch, metrics
 
-TIMEOUT_S = 120.0  # of one distributed test; a hang becomes a failure instead of a stuck suite
+TIMEOUT_S = 60.0  # of one distributed test; a hang becomes a failure instead of a stuck suite
 LOG_TAIL_LINES = 40
 
 
@@ -37,12 +40,23 @@ def launch_ranks(target: Callable[..., Any], args: tuple, world_size: int, logs:
     try:
         launch.run(ranks, timeout_s=TIMEOUT_S)
     except launch.RankFailed as failure:
-        lines = ranks.log(failure.rank).read_text(errors="replace").splitlines()
-        tail = "\n".join(lines[-LOG_TAIL_LINES:])
-        raise AssertionError(f"{failure}\n--- rank {failure.rank} ---\n{tail}") from None
+        raise AssertionError(f"{failure}\n{_log_tail(ranks, failure.rank)}") from None
+    except TimeoutError as hang:
+        tails = "\n".join(_log_tail(ranks, rank) for rank in range(world_size))
+        raise AssertionError(f"{hang}\n{tails}") from None
+
+
+def _log_tail(ranks: launch.Ranks, rank: int) -> str:
+    log = ranks.log(rank)
+    lines = log.read_text(errors="replace").splitlines() if log and log.exists() else []
+    # A fork's stack starts with pytest's own, which says nothing.
+    lines = [line for line in lines if "/_pytest/" not in line and "/pluggy/" not in line]
+    return "\n".join([f"--- rank {rank} ---", *lines[-LOG_TAIL_LINES:]])
 
 
 def _call(fn: Callable[..., Any], args: tuple, folder: Path) -> None:
+    # The launcher ends ranks that hang with SIGTERM: their logs then say where they hung.
+    faulthandler.register(signal.SIGTERM, chain=True)
     dist.init_process_group("gloo")
     result = fn(*args)
     torch.save(result, folder / f"result{dist.get_rank():02d}.pt")
@@ -80,7 +94,7 @@ def tiny_gpt(corpus_prefix: Path, *extra: str, train_iters: int = 5) -> list[str
         *("--seq-length", "32", "--max-position-embeddings", "32"),
         *("--micro-batch-size", "4", "--global-batch-size", "8"),
         *("--train-iters", str(train_iters), "--lr", "1e-3", "--min-lr", "1e-4"),
-        *("--data-path", str(corpus_prefix), "--split", "100,0,0"),
+        *("--data-path", str(corpus_prefix), "--split", "100,0,0", "--num-workers", "0"),
         *("--tokenizer-type", "NullTokenizer", "--vocab-size", "256"),
         *("--null-tokenizer-eod-id", "0", "--make-vocab-size-divisible-by", "16"),
         *("--log-interval", "1", "--eval-iters", "0", "--eval-interval", "1000"),

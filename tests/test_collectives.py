@@ -1,80 +1,113 @@
-"""``all_to_all`` and its gradient against the definition, on gathered tensors.
+"""The collectives and their gradients against the definition, on all ranks' tensors.
 
 Permuted tensors are the point: a collective into a buffer made by ``torch.empty_like`` of one keeps
 its strides and scrambles silently, first of all in the backward pass.
 """
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_helix.collectives import all_to_all
+from megatron_helix.collectives import all_gather, all_reduce, all_to_all, reduce_scatter
 from tests.distributed import run_distributed
 
-CHUNK = (3, 5)
+CHUNK = (2, 3, 5)
+
+Ranks = list[torch.Tensor]
 
 
-def numbered(rank: int, world_size: int, offset: int) -> torch.Tensor:
-    """``[p, 3, 5]`` whose every element, over all ranks, is another integer: nothing can hide."""
-    size = (world_size, *CHUNK)
-    count = torch.Size(size).numel()
-    return (torch.arange(count, dtype=torch.float32) + count * rank + offset).view(size)
+def chunks(tensors: Ranks, rank: int) -> Ranks:
+    """Chunk ``rank`` of every rank's tensor."""
+    return [tensor.chunk(len(tensors))[rank] for tensor in tensors]
+
+
+def total(tensors: Ranks) -> torch.Tensor:
+    """Sum over ranks; exact, because the numbers are small integers."""
+    return torch.stack(tensors).sum(0)
+
+
+# What rank r must have given every rank's input, and backward given every rank's gradient.
+DEFINITIONS: dict[str, tuple[Callable, Callable, Callable]] = {
+    "all_to_all": (
+        all_to_all,
+        lambda x, r: torch.cat(chunks(x, r)),
+        lambda g, r: torch.cat(chunks(g, r)),
+    ),
+    "all_gather": (all_gather, lambda x, r: torch.cat(x), lambda g, r: total(chunks(g, r))),
+    "reduce_scatter": (reduce_scatter, lambda x, r: total(chunks(x, r)), lambda g, r: torch.cat(g)),
+    "all_reduce": (all_reduce, lambda x, r: total(x), lambda g, r: total(g)),
+}
+
+
+def numbered(shape: torch.Size, rank: int, sign: int) -> torch.Tensor:
+    """Every element, over all ranks, is another integer: nothing can hide."""
+    count = shape.numel()
+    return sign * (torch.arange(count, dtype=torch.float32) + count * rank).view(shape)
 
 
 def permuted_copy(x: torch.Tensor) -> torch.Tensor:
     """The same values as ``x``, laid out in memory with the axes reversed."""
     axes = tuple(reversed(range(x.dim())))
-    return x.permute(axes).contiguous().permute(axes)
+    copy = x.permute(axes).contiguous().permute(axes)
+    assert not copy.is_contiguous()
+    return copy
 
 
-def exchange(permute_input: bool, permute_gradient: bool) -> tuple[torch.Tensor, ...]:
-    """What a rank got forward and backward, and the output's contiguity."""
-    rank, size = dist.get_rank(), dist.get_world_size()
-    x, gradient = numbered(rank, size, 0), numbered(rank, size, 10_000)
-    if permute_input:
-        x = permuted_copy(x)
-        assert not x.is_contiguous()
-    if permute_gradient:
-        gradient = permuted_copy(gradient)
-        assert not gradient.is_contiguous()
-    x.requires_grad_()
-    y = all_to_all(x, dist.group.WORLD)
-    y.backward(gradient)
-    return y.detach(), x.grad, torch.tensor(y.is_contiguous())
+def input_shape(name: str, world_size: int) -> torch.Size:
+    """One chunk for each rank, where the collective cuts its input."""
+    if name == "all_to_all":
+        return torch.Size([world_size, *CHUNK])
+    return torch.Size([CHUNK[0] * world_size, *CHUNK[1:]])
 
 
+@pytest.mark.parametrize("name", DEFINITIONS)
 @pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_chunks_and_gradients_go_where_the_definition_says(world_size: int) -> None:
-    def cases() -> list[tuple[torch.Tensor, ...]]:
-        return [exchange(p, g) for p in (False, True) for g in (False, True)]
+def test_values_and_gradients_go_where_the_definition_says(name: str, world_size: int) -> None:
+    collective, forward, backward = DEFINITIONS[name]
+    shape = input_shape(name, world_size)
+    inputs = [numbered(shape, rank, 1) for rank in range(world_size)]
+    outputs = [forward(inputs, rank) for rank in range(world_size)]
+    gradients = [numbered(y.shape, rank, -1) for rank, y in enumerate(outputs)]
 
-    results = run_distributed(cases, world_size)
-    inputs = torch.stack([numbered(r, world_size, 0) for r in range(world_size)])
-    gradients = torch.stack([numbered(r, world_size, 10_000) for r in range(world_size)])
-    for rank, of_rank in enumerate(results):
-        for y, x_grad, contiguous in of_rank:
-            # Copies, not arithmetic: equality is exact. The exchange is its own dual.
-            assert torch.equal(y, inputs[:, rank])
-            assert torch.equal(x_grad, gradients[:, rank])
-            assert contiguous
+    def run() -> list[tuple[torch.Tensor, torch.Tensor]]:
+        rank = dist.get_rank()
+        results = []
+        for of_input in (torch.clone, permuted_copy):
+            for of_gradient in (torch.clone, permuted_copy):
+                x = of_input(inputs[rank]).requires_grad_()
+                y = collective(x, dist.group.WORLD)
+                y.backward(of_gradient(gradients[rank]))
+                results.append((y.detach(), x.grad))
+        return results
+
+    for rank, results in enumerate(run_distributed(run, world_size)):
+        for y, x_grad in results:
+            assert torch.equal(y, outputs[rank])
+            assert torch.equal(x_grad, backward(gradients, rank))
 
 
-def test_the_group_is_the_argument_not_the_world() -> None:
+@pytest.mark.parametrize("name", DEFINITIONS)
+def test_the_group_is_the_argument_not_the_world(name: str) -> None:
+    collective, forward, _ = DEFINITIONS[name]
+    shape = input_shape(name, 2)
+    inputs = [numbered(shape, rank, 1) for rank in range(4)]
+
     def in_pairs() -> torch.Tensor:
         groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
-        x = torch.full((2, 1), float(dist.get_rank()))
-        return all_to_all(x, groups[dist.get_rank() % 2])
+        rank = dist.get_rank()
+        return collective(inputs[rank], groups[rank % 2])
 
-    results = run_distributed(in_pairs, 4)
-    for rank, y in enumerate(results):
-        partner = (rank + 2) % 4
-        assert sorted(y.flatten().tolist()) == sorted([rank, partner])
+    for rank, y in enumerate(run_distributed(in_pairs, 4)):
+        assert torch.equal(y, forward(inputs[rank % 2 :: 2], rank // 2))
 
 
-def test_a_tensor_without_one_chunk_per_rank_is_rejected() -> None:
+@pytest.mark.parametrize("collective", [all_to_all, reduce_scatter])
+def test_a_tensor_without_equal_chunks_for_the_ranks_is_rejected(collective: Callable) -> None:
     def wrong() -> str:
         try:
-            all_to_all(torch.zeros(3, 2), dist.group.WORLD)
+            collective(torch.zeros(3, 2), dist.group.WORLD)
         except AssertionError as error:
             return str(error)
         return ""

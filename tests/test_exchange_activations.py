@@ -9,15 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_helix.exchange.activations import (
-    batch_share,
-    context_to_segments,
-    qkv_to_whole_heads,
-)
+from megatron_helix.exchange.activations import context_to_segments, qkv_to_whole_heads
 from megatron_helix.layout import HelixLayout
 from tests.distributed import run_distributed
 
-S, B = 3, 4  # tokens of a sequence, sequences
+S, B = 8, 4  # tokens of a sequence, sequences
 
 HEADS = {
     "mha": {"num_attention_heads": 4, "num_query_groups": 4},
@@ -39,7 +35,6 @@ class Seen(NamedTuple):
     qkv_grad: torch.Tensor
     context: torch.Tensor
     context_grad: torch.Tensor
-    round_trip: torch.Tensor
 
 
 def numbered(*shape: int) -> torch.Tensor:
@@ -58,66 +53,70 @@ def tile(whole: torch.Tensor, order: torch.Tensor, layout: HelixLayout, rank: in
     return whole[..., order.chunk(layout.size)[rank]]
 
 
-def share(whole: torch.Tensor, layout: HelixLayout, rank: int) -> torch.Tensor:
-    """Whole heads of a rank's head group for its 1/m of the sequences."""
+def share(whole: torch.Tensor, layout: HelixLayout, rank: int, split: str) -> torch.Tensor:
+    """Whole heads of a rank's head group for its 1/m of the tokens."""
     i, j = layout.coordinates(rank)
-    return whole.chunk(layout.n, dim=-1)[i].chunk(layout.m, dim=1)[j]
+    heads = whole.chunk(layout.n, dim=-1)[i]
+    if split == "batch":
+        return heads.chunk(layout.m, dim=1)[j]
+    return torch.cat(heads.chunk(layout.size)[j :: layout.m])  # every m-th chunk of the sequence
 
 
+def dim_group_of(layout: HelixLayout, rank: int) -> dist.ProcessGroup:
+    """A rank's dim group; every rank makes all of them, in one order."""
+    groups = [dist.new_group(layout.dim_group(i * layout.m)) for i in range(layout.n)]
+    return groups[layout.coordinates(rank)[0]]
+
+
+@pytest.mark.parametrize("split", ["batch", "sequence"])
 @pytest.mark.parametrize("rotary", ROTARY)
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize(("m", "n"), [(2, 2), (4, 1)])
-def test_exchange_is_indexing_of_the_canonical_tensor(m: int, n: int, heads: str, rotary: str) -> None:
+def test_exchange_is_indexing_of_the_canonical_tensor(
+    m: int, n: int, heads: str, rotary: str, split: str
+) -> None:
     layout = HelixLayout(m=m, n=n, kv_channels=16, **HEADS[heads], **ROTARY[rotary])
     qkv, context = (numbered(S, B, width) for width in widths(layout))
 
     def exchange() -> Seen:
         rank = dist.get_rank()
-        groups = [
-            dist.new_group([i * m + j for j in range(m)]) for i in range(n)
-        ]  # every rank makes all groups, in one order
-        dim_group = groups[layout.coordinates(rank)[0]]
+        dim_group = dim_group_of(layout, rank)
 
         stored = tile(qkv, layout.qkv_rows(), layout, rank).requires_grad_()
-        whole = qkv_to_whole_heads(stored, layout, dim_group)
+        whole = qkv_to_whole_heads(stored, layout, dim_group, split)
         # Gradients arrive permuted in training: they have been through views of [s, b, heads, d].
-        gradient = share(-qkv, layout, rank)
+        gradient = share(-qkv, layout, rank, split)
         whole.backward(gradient.transpose(0, 2).contiguous().transpose(0, 2))
 
-        mine = share(context, layout, rank).contiguous().requires_grad_()
-        segments = context_to_segments(mine, layout, dim_group)
+        mine = share(context, layout, rank, split).contiguous().requires_grad_()
+        segments = context_to_segments(mine, layout, dim_group, split)
         gradient = tile(-context, layout.proj_columns(), layout, rank)
         segments.backward(gradient.transpose(0, 2).contiguous().transpose(0, 2))
-
-        # Without K, V and gates, QKV is shaped like the context; the two then undo each other.
-        heads_only = HelixLayout(
-            m=m, n=n, kv_channels=16, num_attention_heads=3 * 4, num_query_groups=4, **ROTARY[rotary]
-        )
-        whole_heads = share(numbered(S, B, 5 * 4 * 16), heads_only, rank).contiguous()
-        as_context = HelixLayout(
-            m=m, n=n, kv_channels=16, num_attention_heads=20, num_query_groups=20, **ROTARY[rotary]
-        )
-        there = context_to_segments(whole_heads, as_context, dim_group)
-        back = qkv_to_whole_heads(there, heads_only, dim_group)
-        return Seen(whole.detach(), stored.grad, segments.detach(), mine.grad, back - whole_heads)
+        return Seen(whole.detach(), stored.grad, segments.detach(), mine.grad)
 
     for rank, seen in enumerate(run_distributed(exchange, layout.size)):
-        assert torch.equal(seen.qkv, share(qkv, layout, rank))
+        assert torch.equal(seen.qkv, share(qkv, layout, rank, split))
         assert torch.equal(seen.qkv_grad, tile(-qkv, layout.qkv_rows(), layout, rank))
         assert torch.equal(seen.context, tile(context, layout.proj_columns(), layout, rank))
-        assert torch.equal(seen.context_grad, share(-context, layout, rank))
-        assert not seen.round_trip.any()
+        assert torch.equal(seen.context_grad, share(-context, layout, rank, split))
 
 
-@pytest.mark.parametrize("m", [1, 2, 4])
-def test_a_mask_is_split_like_the_batch(m: int) -> None:
-    mask = numbered(4, 1, 2, 2)
-    shares = [batch_share(mask, m, segment) for segment in range(m)]
-    assert torch.equal(torch.cat(shares), mask)
-    assert [len(part) for part in shares] == [4 // m] * m
+@pytest.mark.parametrize("split", ["batch", "sequence"])
+@pytest.mark.parametrize("rotary", ROTARY)
+@pytest.mark.parametrize(("m", "n"), [(2, 2), (4, 1)])
+def test_the_two_ends_undo_each_other(m: int, n: int, rotary: str, split: str) -> None:
+    # As many packed heads in one's QKV (4 groups of 3 queries, key, value) as the other has heads.
+    shape = {"m": m, "n": n, "kv_channels": 16, **ROTARY[rotary]}
+    at_qkv = HelixLayout(num_attention_heads=12, num_query_groups=4, **shape)
+    at_context = HelixLayout(num_attention_heads=20, num_query_groups=20, **shape)
+    whole = numbered(S, B, 20 * 16)
 
+    def there_and_back() -> torch.Tensor:
+        rank = dist.get_rank()
+        dim_group = dim_group_of(at_qkv, rank)
+        mine = share(whole, at_context, rank, split).contiguous()
+        there = context_to_segments(mine, at_context, dim_group, split)
+        return qkv_to_whole_heads(there, at_qkv, dim_group, split)
 
-def test_a_mask_for_all_sequences_and_no_mask_are_not_split() -> None:
-    mask = numbered(1, 1, 2, 2)
-    assert batch_share(mask, 2, 1) is mask
-    assert batch_share(None, 2, 1) is None
+    for rank, back in enumerate(run_distributed(there_and_back, m * n)):
+        assert torch.equal(back, share(whole, at_context, rank, split))

@@ -52,6 +52,12 @@ def rotary_pairs(layout: HelixLayout) -> list[tuple[int, int]]:
     return [(k, k + half) for k in range(half)]
 
 
+def pairs_are_whole(layout: HelixLayout) -> bool:
+    """Whether every pair lies in one segment, by looking at every pair."""
+    segments = [channels_of(layout, j) for j in range(layout.m)]
+    return all(any(set(pair) <= segment for segment in segments) for pair in rotary_pairs(layout))
+
+
 @given(layouts())
 def test_stored_order_is_a_permutation_of_the_canonical_one(layout: HelixLayout) -> None:
     rows = layout.num_query_groups * layout.slots * layout.kv_channels
@@ -73,7 +79,7 @@ def test_a_tile_holds_one_segment_of_every_head_of_one_head_group(layout: HelixL
             held = torch.stack([tile // d, tile % d]).view(2, heads // layout.n, -1)
             per_group = heads // layout.n
             expected = torch.arange(i * per_group, (i + 1) * per_group)
-            assert torch.equal(held[0], expected[:, None].expand_as(held[0]))  # whole heads, in order
+            assert (held[0] == expected[:, None]).all()  # whole heads, in order
             assert (held[1] == held[1][:1]).all()  # the same channels of every head
             assert held.size(2) == d // layout.m
             assert set(held[1][0].tolist()) == channels_of(layout, j)
@@ -87,22 +93,25 @@ def test_segments_are_the_same_in_every_head_group_and_cover_the_head(layout: He
 
 
 @given(layouts())
+def test_segment_channels_are_those_of_the_tiles(layout: HelixLayout) -> None:
+    for j in range(layout.m):
+        assert layout.segment_channels(j).tolist() == sorted(channels_of(layout, j))
+
+
+@given(layouts())
 def test_rotary_pairs_stay_within_a_segment(layout: HelixLayout) -> None:
-    segments = [channels_of(layout, j) for j in range(layout.m)]
-    for pair in rotary_pairs(layout):
-        assert any(set(pair) <= segment for segment in segments), (pair, segments)
+    assert pairs_are_whole(layout)
+    assert layout.pairs_are_whole
 
 
-@given(st.integers(2, 4), st.integers(1, 7))
-def test_rotary_pairs_stay_within_a_segment_for_any_rotary_percent(m: int, eighths: int) -> None:
-    """--rotary-percent 0.75 and the like: pairs are not a power of two apart."""
+# Of these, 3/4 and 7/8 of a head put pairs a distance apart that does not divide the head.
+@given(st.integers(2, 4), st.sampled_from([1, 2, 4, 6, 7, 8]))
+def test_a_layout_knows_whether_its_rotary_pairs_are_whole(m: int, eighths: int) -> None:
     kv_channels = 16 * m
     layout = HelixLayout(
         **{**MHA, "m": m, "kv_channels": kv_channels}, rotary_dim=kv_channels * eighths // 8
     )
-    segments = [channels_of(layout, j) for j in range(m)]
-    for pair in rotary_pairs(layout):
-        assert any(set(pair) <= segment for segment in segments), (pair, segments)
+    assert layout.pairs_are_whole == pairs_are_whole(layout)
 
 
 @given(layouts())

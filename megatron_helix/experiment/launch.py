@@ -12,7 +12,6 @@ import os
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import wait
@@ -160,7 +159,7 @@ def _serve_rendezvous(address: str, port: Any, parent: int) -> None:
 
 
 def _run_rank(ranks: Ranks, rank: int, port: int, parent: int) -> None:
-    """One rank: its own environment, output and end. Never returns to the parent's code."""
+    """One rank, in its own environment and with its own output."""
     _die_with(parent)
     if ranks.enter:
         os.environ.update(ranks.enter(rank))
@@ -180,18 +179,7 @@ def _run_rank(ranks: Ranks, rank: int, port: int, parent: int) -> None:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, sys.stdout.fileno())
         os.dup2(descriptor, sys.stderr.fileno())
-    code = 1
-    try:
-        ranks.target(*ranks.args)
-        code = 0
-    except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)  # no exit handlers of the parent's, and no waiting for gloo's threads
+    ranks.target(*ranks.args)  # an exception or sys.exit becomes the exit code
 
 
 @contextlib.contextmanager

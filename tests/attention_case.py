@@ -1,0 +1,205 @@
+"""One attention layer, cut and whole: the same global weights, input and mask in both.
+
+Double precision, so that roundoff is far below any mistake in what is computed from what.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.pipeline_parallel.schedules import custom_backward
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_helix.exchange.strategy import Choice, Plan
+from megatron_helix.layer_spec import helixify, with_sequence_parallel_norms
+from megatron_helix.layout import HelixLayout
+from tests.distributed import model_parallel
+
+S, B, HIDDEN, KV_CHANNELS = 8, 4, 32, 8
+
+# Dimension along which each weight is cut, and the canonical order it is stored in.
+TILED = {
+    "linear_qkv.weight": (0, HelixLayout.qkv_rows),
+    "linear_qkv.bias": (0, HelixLayout.qkv_rows),
+    "linear_proj.weight": (1, HelixLayout.proj_columns),
+}
+OFFSET = "core_attention.softmax_offset"  # learnable; one number a head
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """How four ranks share attention."""
+
+    m: int
+    n: int
+    exchange: str = "activations"
+    split: str = "batch"
+    sequence_parallel: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """Which attention is shared."""
+
+    heads: int = 4
+    groups: int = 4
+    rope: bool = True
+    bias: bool = False
+    mask: str = "causal"  # "given": another one for each sequence; "padding": not causal
+    more: dict[str, Any] = field(default_factory=dict)  # of TransformerConfig
+
+
+@dataclass(kw_only=True)
+class Result:
+    """Output, and gradients of the input and of every weight, by name."""
+
+    output: torch.Tensor
+    input_grad: torch.Tensor
+    weight_grads: dict[str, torch.Tensor]
+    summed_over_ranks: set[
+        str
+    ]  # weights whose gradient Megatron sums over the tensor-parallel group
+
+
+def layout_of(cut: Cut, model: Model) -> HelixLayout:
+    """The partition of this model."""
+    return HelixLayout(
+        m=cut.m,
+        n=cut.n,
+        num_attention_heads=model.heads,
+        num_query_groups=model.groups,
+        kv_channels=KV_CHANNELS,
+        rotary_dim=KV_CHANNELS if model.rope else 0,
+        output_gate=model.more.get("attention_output_gate", False),
+    )
+
+
+def stream_part(cut: Cut, rank: int, whole: torch.Tensor) -> torch.Tensor:
+    """A rank's part of the residual stream ``[s, b, hidden]``, as attention gets and gives it."""
+    if not cut.sequence_parallel:
+        return whole
+    if (cut.exchange, cut.split) == ("weights", "batch"):
+        i, j = divmod(rank, cut.m)
+        return whole.chunk(cut.n)[i].chunk(cut.m, dim=1)[j]
+    return whole.chunk(cut.m * cut.n)[rank]
+
+
+def weight_part(layout: HelixLayout, rank: int, name: str, whole: torch.Tensor) -> torch.Tensor:
+    """A rank's part of a weight."""
+    if name in TILED:
+        axis, order = TILED[name]
+        return whole.index_select(axis, order(layout).chunk(layout.size)[rank])
+    if name == OFFSET:
+        return whole.chunk(layout.n)[layout.coordinates(rank)[0]]
+    return whole
+
+
+def run(models: dict[str, Model], cut: Cut) -> dict[str, tuple[Result, Result]]:
+    """Stock attention on one rank, and this rank's part of the cut one. Runs in four ranks."""
+    results = {}
+    with model_parallel(tp=4):
+        alone = [dist.new_group([rank]) for rank in range(4)][dist.get_rank()]
+        one = ProcessGroupCollection(tp=alone, cp=alone, pp=alone)
+        four = ProcessGroupCollection.use_mpu_process_groups(["tp", "cp", "pp"])
+        for name, model in models.items():
+            whole = _build(model, None, one)
+            part = _build(model, cut, four)
+            _load(whole, part, layout_of(cut, model))
+            results[name] = _step(whole, model, None), _step(part, model, cut)
+            parallel_state.get_global_memory_buffer().buffer.clear()
+    return results
+
+
+def _build(model: Model, cut: Cut | None, groups: ProcessGroupCollection) -> torch.nn.Module:
+    """The attention of Megatron's local layer spec, cut or whole."""
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=HIDDEN,
+        num_attention_heads=model.heads,
+        num_query_groups=model.groups,
+        kv_channels=KV_CHANNELS,
+        add_bias_linear=model.bias,
+        tensor_model_parallel_size=groups.tp.size(),
+        sequence_parallel=bool(cut and cut.sequence_parallel),
+        params_dtype=torch.float64,
+        transformer_impl="local",
+        use_cpu_initialization=True,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        **model.more,
+    )
+    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm)
+    if cut:
+        choice = Choice(exchange=cut.exchange, split=cut.split)
+        cut_spec = helixify(spec, layout_of(cut, model), choice)
+        assert (cut_spec is spec) == (cut.m == 1)  # one segment is plain tensor parallelism
+        spec = with_sequence_parallel_norms(cut_spec, config)
+    layer = spec.layer_specs[0] if config.sequence_parallel else spec
+    attention = layer.submodules.self_attention
+    mask_type = AttnMaskType.padding if model.mask == "padding" else AttnMaskType.causal
+    params = {**attention.params, "attn_mask_type": mask_type}
+    attention = dataclasses.replace(attention, params=params)
+    module = build_module(attention, config=config, layer_number=1, pg_collection=groups)
+    if cut and cut.m > 1 and cut.exchange != "scores":
+        module.set_plan(Plan(exchange=cut.exchange, split=cut.split))
+    return module.double()  # norms take no dtype from the config
+
+
+def _load(whole: torch.nn.Module, part: torch.nn.Module, layout: HelixLayout) -> None:
+    """Give both modules the same random weights, the second one its part of them."""
+    parts = dict(part.named_parameters())
+    assert parts.keys() == dict(whole.named_parameters()).keys()
+    with torch.no_grad():
+        for name, weight in whole.named_parameters():
+            weight.copy_(_random(sum(map(ord, name)), *weight.shape) / HIDDEN**0.5)
+            parts[name].copy_(weight_part(layout, dist.get_rank(), name, weight))
+
+
+def _step(attention: torch.nn.Module, model: Model, cut: Cut | None) -> Result:
+    x, y_grad = _random(1, S, B, HIDDEN), _random(2, S, B, HIDDEN)
+    if cut:
+        x, y_grad = (stream_part(cut, dist.get_rank(), whole) for whole in (x, y_grad))
+    x = x.clone().requires_grad_()
+    rotary = (
+        RotaryEmbedding(KV_CHANNELS, 1.0, use_cpu_initialization=True)(S) if model.rope else None
+    )
+    output, bias = attention(x, _mask(model.mask), rotary_pos_emb=rotary)
+    output = output if bias is None else output + bias
+    custom_backward((output * y_grad).sum(), None)  # as Megatron's schedules call it
+    weights = dict(attention.named_parameters())
+    return Result(
+        output=output.detach(),
+        input_grad=x.grad,
+        weight_grads={name: weight.grad for name, weight in weights.items()},
+        summed_over_ranks={
+            name
+            for name, weight in weights.items()
+            # The rule of megatron.core.distributed.finalize_model_grads.
+            if getattr(weight, "sequence_parallel", False) or "_layernorm" in name
+        },
+    )
+
+
+def _mask(kind: str) -> torch.Tensor | None:
+    """``[b, 1, s, s]``, true where attention may not look; if none, Megatron makes one."""
+    if kind == "causal":
+        return None
+    hidden = _random(3, B, 1, S, S) > 0.5
+    if kind == "given":
+        hidden |= torch.ones(S, S, dtype=torch.bool).triu(1)
+    return hidden & ~torch.eye(S, dtype=torch.bool)  # a token always sees itself
+
+
+def _random(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

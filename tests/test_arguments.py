@@ -1,0 +1,202 @@
+"""The flags: what is refused, with which words, and what is filled in."""
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_helix import arguments, pretrain_gpt
+from tests.distributed import tiny_gpt
+
+TP = "--tensor-model-parallel-size"
+GQA = ("--group-query-attention", "--num-query-groups", "2")
+
+
+def cut(m: object, n: object) -> tuple[str, ...]:
+    """The flags of a layout."""
+    return ("--helix-m", str(m), "--helix-n", str(n))
+
+
+RANKS = r"must be a positive divisor of the number of ranks \(4\)"
+REFUSALS = {
+    "more ranks than there are": (
+        (*cut(4, 2), "--num-attention-heads", "8"),
+        rf"^--helix-m x --helix-n .*: {RANKS}, got 8;",
+    ),
+    "ranks do not divide": (
+        cut(3, 1),
+        rf"^--helix-m x --helix-n .*: {RANKS}, got 3;",
+    ),
+    "pipeline stages do not fit": (
+        (*cut(2, 2), "--pipeline-model-parallel-size", "2"),
+        rf"\(x pipeline x context parallel size\): {RANKS}, got 8;",
+    ),
+    "another tensor-parallel size": (
+        (*cut(2, 2), TP, "2"),
+        rf"^{TP}: must be --helix-m x --helix-n = 2 x 2 = 4, got 2; leave it away$",
+    ),
+    "another tensor-parallel size, in one word": (
+        (*cut(2, 2), f"{TP}=2"),
+        rf"^{TP}: must be --helix-m x --helix-n = 2 x 2 = 4, got 2; leave it away$",
+    ),
+    "no m": (("--helix-n", "2"), r"^--helix-m: must be a positive integer .*, got None;"),
+    "no n": (("--helix-m", "2"), r"^--helix-n: must be a positive integer .*, got None;"),
+    "m of zero": (cut(0, 4), r"^--helix-m: must be a positive integer .*, got 0;"),
+    "negative n": (cut(2, -2), r"^--helix-n: must be a positive integer .*, got -2;"),
+    "n does not divide the heads": (
+        (*cut(1, 4), "--num-attention-heads", "6", "--hidden-size", "96"),
+        r"^--helix-n: must be a positive divisor of --num-attention-heads \(6\), got 4;",
+    ),
+    "n does not divide the query groups": (
+        (*cut(1, 4), *GQA),
+        r"^--helix-n: must be a positive divisor of --num-query-groups \(2\), got 4; use a smaller",
+    ),
+    "m does not divide the head dimension": (
+        (*cut(4, 1), "--kv-channels", "6"),
+        r"^--helix-m: must be a positive divisor of --kv-channels \(6\), got 4; use a smaller",
+    ),
+    "a batch that cannot be split": (
+        (*cut(2, 2), "--micro-batch-size", "3", "--helix-split", "batch"),
+        r"^--micro-batch-size: must be a multiple of --helix-m \(2\) to split the batch, got 3;",
+    ),
+    "a sequence that cannot be split": (
+        (*cut(2, 2), "--seq-length", "30", "--helix-split", "sequence"),
+        r"^--seq-length: must be a multiple of --helix-m x --helix-n \(4\) to split the sequence,"
+        r" got 30;",
+    ),
+    "neither batch nor sequence can be split": (
+        (*cut(2, 2), "--micro-batch-size", "3", "--seq-length", "30"),
+        r"^--seq-length: must be a multiple of .*, got 30; .*--micro-batch-size that is a multiple",
+    ),
+    "weights without sequence parallelism": (
+        (*cut(2, 2), "--helix-exchange", "weights"),
+        r"^--helix-exchange: weights .* needs --sequence-parallel, which is not set;",
+    ),
+    "scores of half a rotary pair": (
+        (*cut(2, 2), "--helix-exchange", "scores", "--rotary-percent", "0.75"),
+        r"^--helix-exchange: scores needs both channels of a rotary pair in one segment, got"
+        r" --kv-channels 16, 12 of them rotary, --helix-m 2;",
+    ),
+    "unknown exchange": (
+        (*cut(2, 2), "--helix-exchange", "tokens"),
+        r"^--helix-exchange: must be one of auto, activations, weights, scores, got 'tokens'$",
+    ),
+    "unknown exchange, with one segment": (
+        (*cut(1, 4), "--helix-exchange", "tokens"),
+        r"^--helix-exchange: must be one of auto, activations, weights, scores, got 'tokens'$",
+    ),
+    "unknown split": (
+        (*cut(2, 2), "--helix-split", "heads"),
+        r"^--helix-split: must be one of auto, batch, sequence, got 'heads'$",
+    ),
+    "unknown gathering": (
+        (*cut(2, 2), "--helix-gather", "never"),
+        r"^--helix-gather: must be one of microbatch, step, got 'never'$",
+    ),
+    "unknown device": (
+        ("--helix-device", "tpu"),
+        r"^--helix-device: must be one of auto, cpu, cuda, got 'tpu'$",
+    ),
+    "no GPU": (
+        ("--helix-device", "auto"),
+        r"^--helix-device: needs a GPU that torch can see, and found none; add --helix-device cpu",
+    ),
+    "no GPU for cuda": (("--helix-device", "cuda"), r"^--helix-device: needs a GPU"),
+    "missing dataset": (
+        ("--data-path", "no/such/data"),
+        r"^--data-path: no/such/data must be the prefix of a Megatron dataset, and"
+        r" no/such/data\.bin does not exist; make one with `helix data FILES --out no/such/data`$",
+    ),
+    "missing dataset of a blend": (
+        ("--data-path", "0.5", "no/such/data", "0.5", "no/other"),
+        r"^--data-path: no/such/data must be",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_flags_that_cannot_run_are_refused(corpus_prefix: Path, case: str) -> None:
+    flags, message = REFUSALS[case]
+    with pytest.raises(ValueError, match=message):
+        arguments.complete(tiny_gpt(corpus_prefix, *flags), world_size=4)
+
+
+def test_a_dataset_without_its_index_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "half.bin").touch()
+    flags = tiny_gpt(tmp_path / "half")
+    with pytest.raises(ValueError, match=r"half\.idx does not exist"):
+        arguments.complete(flags, world_size=1)
+
+
+def test_the_device_is_checked_without_the_other_flags() -> None:
+    assert arguments.device(["--helix-device", "cpu", "--anything", "else"]) == "cpu"
+    with pytest.raises(ValueError, match=r"^--helix-device: must be one of"):
+        arguments.device(["--helix-device", "tpu"])
+
+
+@pytest.mark.parametrize(("m", "n"), [(2, 2), (4, 1), (1, 4)])
+def test_the_tensor_parallel_size_follows_from_the_layout(
+    corpus_prefix: Path, m: int, n: int
+) -> None:
+    flags = tiny_gpt(corpus_prefix, *cut(m, n))
+    completed = arguments.complete(flags, world_size=4)
+    assert completed[: len(flags)] == flags
+    assert completed[completed.index(TP) + 1] == "4"
+
+
+def test_a_tensor_parallel_size_that_agrees_is_accepted(corpus_prefix: Path) -> None:
+    completed = arguments.complete(tiny_gpt(corpus_prefix, *cut(2, 2), TP, "4"), world_size=8)
+    sizes = [after for flag, after in itertools.pairwise(completed) if flag == TP]
+    assert set(sizes) == {"4"}
+
+
+def test_without_helix_flags_the_run_is_stock(corpus_prefix: Path) -> None:
+    completed = arguments.complete(tiny_gpt(corpus_prefix), world_size=4)
+    assert TP not in completed
+
+
+def test_what_a_cpu_needs_is_filled_in(corpus_prefix: Path) -> None:
+    flags = tiny_gpt(corpus_prefix)
+    added = arguments.complete(flags, world_size=1)[len(flags) :]
+    assert added[added.index("--transformer-impl") + 1] == "local"
+    assert added[added.index("--distributed-backend") + 1] == "gloo"
+    assert "--use-cpu-initialization" in added
+
+
+@pytest.mark.parametrize(
+    "said",
+    [("--transformer-impl", "inference_optimized"), ("--transformer-impl=inference_optimized",)],
+)
+def test_what_the_user_said_of_it_is_kept(corpus_prefix: Path, said: tuple[str, ...]) -> None:
+    flags = tiny_gpt(corpus_prefix, *said)
+    added = arguments.complete(flags, world_size=1)[len(flags) :]
+    assert "--transformer-impl" not in added
+    assert "--distributed-backend" in added
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(corpus_prefix: Path) -> None:
+    found = subprocess.run(
+        [sys.executable, "-m", "megatron_helix.pretrain_gpt", *tiny_gpt(corpus_prefix, *cut(3, 1))],
+        env={**os.environ, "RANK": "0", "WORLD_SIZE": "4"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 2
+    assert found.stderr.startswith("error: --helix-m")
+    assert len(found.stderr.splitlines()) == 1
+
+
+def test_only_the_first_rank_says_what_is_wrong(
+    corpus_prefix: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as exit_:
+            pretrain_gpt.main(tiny_gpt(corpus_prefix, *cut(3, 1)))
+        assert exit_.value.code == 2
+        assert len(capsys.readouterr().err.splitlines()) == lines

@@ -1,0 +1,131 @@
+"""``HelixSelfAttention`` on four ranks against Megatron's own attention on one.
+
+Output, input gradient and the gradient of every weight, put together again from the tiles.
+"""
+
+from functools import cache
+
+import pytest
+import torch
+
+from tests.attention_case import OFFSET, TILED, Cut, Model, Result, layout_of, run, stream_part
+from tests.distributed import run_distributed
+
+MODELS = {
+    "plain": Model(),
+    "given_mask": Model(mask="given"),
+    "padding_mask": Model(mask="padding"),
+    "bias": Model(bias=True, mask="given"),
+    "no_rope": Model(rope=False),
+    "gqa": Model(heads=8, bias=True, mask="given"),
+    "gqa_no_rope": Model(heads=8, rope=False, mask="given"),
+    "qk_norm": Model(more={"qk_layernorm": True}),
+    "qk_rms_norm": Model(more={"qk_layernorm": True, "normalization": "RMSNorm"}),
+    "output_gate": Model(heads=8, mask="given", more={"attention_output_gate": True}),
+    "softmax_off_by_one": Model(more={"softmax_type": "off-by-one"}),
+    "softmax_learnable_offset": Model(more={"softmax_type": "learnable"}),
+    "window": Model(more={"window_size": (3, 0)}),
+}
+FEWER_GROUPS_THAN_RANKS = {
+    2: Model(heads=8, groups=2, bias=True, mask="given"),
+    1: Model(heads=4, groups=1, mask="given"),
+}
+CUTS = [
+    Cut(m=m, n=n, exchange=exchange, split=split, sequence_parallel=sequence_parallel)
+    for m, n in ((2, 2), (4, 1))
+    for exchange, split, sequence_parallel in (
+        ("activations", "batch", False),
+        ("activations", "batch", True),
+        ("activations", "sequence", False),
+        ("activations", "sequence", True),
+        ("weights", "batch", True),
+        ("weights", "sequence", True),
+        ("scores", "none", False),
+        ("scores", "none", True),
+    )
+] + [Cut(m=1, n=4), Cut(m=1, n=4, sequence_parallel=True)]
+
+
+def name_of(cut: Cut) -> str:
+    """A test id."""
+    words = [f"{cut.m}x{cut.n}", cut.exchange, cut.split]
+    return "-".join(words + ["sp"] * cut.sequence_parallel)
+
+
+def tolerance(cut: Cut) -> float:
+    """Largest error, relative to the largest element, that summing in another order explains.
+
+    Sums of some hundred products, one after the other: some hundred times the unit roundoff. It is
+    that of double precision, except that ``scores`` keeps scores and statistics of norms in single.
+    """
+    return 200 * torch.finfo(torch.float32 if cut.exchange == "scores" else torch.float64).eps
+
+
+@cache
+def results_of(cut: Cut) -> list[dict[str, tuple[Result, Result]]]:
+    """Of every rank and model, run together: forking ranks costs more than what they do."""
+    return run_distributed(run, 4, models_of(cut), cut)
+
+
+def models_of(cut: Cut) -> dict[str, Model]:
+    """Every model that this layout can cut."""
+    few = {f"{groups}_groups": model for groups, model in FEWER_GROUPS_THAN_RANKS.items()}
+    fits = {name: model for name, model in few.items() if model.groups % cut.n == 0}
+    return MODELS | fits
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, name: str, tol: float) -> None:
+    """Equal to within roundoff of the largest element."""
+    assert actual.shape == expected.shape, name
+    scale = expected.abs().max()
+    assert scale > 0, f"{name}: nothing to compare"
+    error = (actual - expected).abs().max() / scale
+    assert error <= tol, f"{name}: off by {error:.1e} of its largest element"
+
+
+def whole_grad(name: str, cut: Cut, model: Model, parts: list[Result]) -> torch.Tensor:
+    """The gradient of a whole weight, from what the ranks have after Megatron's own sums."""
+    layout = layout_of(cut, model)
+    grads = [part.weight_grads[name] for part in parts]
+    if name in TILED:
+        axis, order = TILED[name]
+        stored = torch.cat(grads, dim=axis)
+        return torch.empty_like(stored).index_copy_(axis, order(layout), stored)
+    if name in parts[0].summed_over_ranks:
+        return torch.stack(grads).sum(0)
+    if name == OFFSET:
+        return torch.cat([grads[layout.dim_group(i * layout.m)[0]] for i in range(layout.n)])
+    return grads[0]
+
+
+@pytest.mark.parametrize(
+    ("cut", "model_name"),
+    [
+        pytest.param(cut, name, id=f"{name_of(cut)}-{name}")
+        for cut in CUTS
+        for name in models_of(cut)
+    ],
+)
+def test_cut_attention_is_whole_attention(cut: Cut, model_name: str) -> None:
+    model = models_of(cut)[model_name]
+    results = [of_rank[model_name] for of_rank in results_of(cut)]
+    whole, parts = results[0][0], [part for _, part in results]
+    tol = tolerance(cut)
+    for rank, part in enumerate(parts):
+        assert_close(part.output, stream_part(cut, rank, whole.output), "output", tol)
+        assert_close(part.input_grad, stream_part(cut, rank, whole.input_grad), "input", tol)
+    for name, expected in whole.weight_grads.items():
+        assert_close(whole_grad(name, cut, model, parts), expected, name, tol)
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=name_of)
+@pytest.mark.parametrize("model_name", ["bias", "softmax_learnable_offset"])
+def test_copies_of_a_weight_get_equal_gradients(cut: Cut, model_name: str) -> None:
+    """Else the copies of a weight on several ranks would drift apart in training."""
+    layout = layout_of(cut, MODELS[model_name])
+    parts = [of_rank[model_name][1] for of_rank in results_of(cut)]
+    copied = parts[0].weight_grads.keys() - TILED.keys() - parts[0].summed_over_ranks
+    for name in copied:
+        for rank, part in enumerate(parts):
+            first = layout.dim_group(rank)[0] if name == OFFSET else 0
+            assert torch.equal(part.weight_grads[name], parts[first].weight_grads[name]), name

@@ -1,0 +1,206 @@
+"""The launcher: a run ends when its ranks do, however they end, and leaves no process behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from megatron_helix.experiment import launch
+
+ENDS_WITHIN_S = 30.0  # far more than GRACE_S, far less than the collectives' own timeout of minutes
+
+
+def write_pid(folder: Path) -> None:
+    """Leave this rank's process id for the parent to look up."""
+    (folder / f"pid{os.environ['RANK']}").write_text(str(os.getpid()))
+
+
+def pids(folder: Path) -> list[int]:
+    """Process ids of all ranks that came to run."""
+    return [int(file.read_text()) for file in sorted(folder.glob("pid*"))]
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process exists, a zombie included."""
+    return Path(f"/proc/{pid}").exists()
+
+
+def children() -> set[int]:
+    """Every child of this process, running or not yet reaped."""
+    own = str(os.getpid())
+    stats = [file.read_text() for file in Path("/proc").glob("[0-9]*/stat") if file.exists()]
+    return {int(stat.split()[0]) for stat in stats if stat.rpartition(")")[2].split()[1] == own}
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Wait until the condition holds; fail if it never does."""
+    deadline = time.monotonic() + ENDS_WITHIN_S
+    while not condition():
+        assert time.monotonic() < deadline, "gave up waiting"
+        time.sleep(0.02)
+
+
+def ranks(target: Callable[[], None], folder: Path, world_size: int = 3) -> launch.Ranks:
+    """Ranks that leave their process ids and output in ``folder``, then run ``target``."""
+
+    def run() -> None:
+        write_pid(folder)
+        target()
+
+    return launch.Ranks(target=run, world_size=world_size, logs=folder / "logs")
+
+
+def in_a_collective_without_rank_1(how_it_ends: Callable[[], None]) -> Callable[[], None]:
+    """Rank 1 meets its end while the others are in a collective that waits for it."""
+
+    def run() -> None:
+        dist.init_process_group("gloo")
+        dist.barrier()
+        if dist.get_rank() == 1:
+            how_it_ends()
+        dist.barrier()
+
+    return run
+
+
+def test_finished_ranks_leave_their_output_and_their_environment_is_torchruns(
+    tmp_path: Path,
+) -> None:
+    before = children()
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+
+    def run() -> None:
+        print("out", *(os.environ[name] for name in names))
+        print("err", file=sys.stderr)
+        dist.init_process_group("gloo")
+        assert dist.get_world_size() == 3
+
+    described = ranks(run, tmp_path)
+    launch.run(described, timeout_s=ENDS_WITHIN_S)
+    for rank in range(3):
+        lines = (tmp_path / "logs" / f"rank{rank:02d}.log").read_text().splitlines()
+        assert f"out {rank} {rank} 3 3" in lines
+        assert "err" in lines
+        assert described.log(rank) == tmp_path / "logs" / f"rank{rank:02d}.log"
+    assert children() == before
+    assert "RANK" not in os.environ
+
+
+def test_a_killed_rank_ends_the_others_and_is_named(tmp_path: Path) -> None:
+    before = children()
+    suicide = in_a_collective_without_rank_1(lambda: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(launch.RankFailed, match=r"rank 1 of 3 was killed by SIGKILL") as failure:
+        launch.run(ranks(suicide, tmp_path), timeout_s=ENDS_WITHIN_S)
+    assert (failure.value.rank, failure.value.exitcode) == (1, -signal.SIGKILL)
+    assert "rank01.log" in str(failure.value)
+    assert len(pids(tmp_path)) == 3
+    assert not any(is_alive(pid) for pid in pids(tmp_path))
+    assert children() == before
+
+
+def test_ranks_that_ignore_sigterm_are_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "GRACE_S", 0.2)
+
+    def run() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        (tmp_path / f"deaf{os.environ['RANK']}").touch()
+        if os.environ["RANK"] == "0":
+            wait_for(lambda: len(list(tmp_path.glob("deaf*"))) == 3)
+            raise SystemExit(3)
+        time.sleep(10 * ENDS_WITHIN_S)
+
+    with pytest.raises(launch.RankFailed, match=r"rank 0 of 3 failed \(exit code 3\)"):
+        launch.run(ranks(run, tmp_path), timeout_s=ENDS_WITHIN_S)
+    assert len(pids(tmp_path)) == 3
+    assert not any(is_alive(pid) for pid in pids(tmp_path))
+
+
+def test_an_exception_in_a_rank_is_in_its_log(tmp_path: Path) -> None:
+    def mistake() -> None:
+        raise ZeroDivisionError("the mistake of rank 1")
+
+    run = in_a_collective_without_rank_1(mistake)
+    with pytest.raises(launch.RankFailed, match=r"rank \d of 3 failed \(exit code 1\)"):
+        launch.run(ranks(run, tmp_path), timeout_s=ENDS_WITHIN_S)
+    log = (tmp_path / "logs" / "rank01.log").read_text()
+    assert "Traceback" in log
+    assert "ZeroDivisionError: the mistake of rank 1" in log
+    assert not any(is_alive(pid) for pid in pids(tmp_path))
+
+
+def test_ranks_that_outlast_the_timeout_are_ended(tmp_path: Path) -> None:
+    def run() -> None:
+        if os.environ["RANK"] != "0":
+            time.sleep(10 * ENDS_WITHIN_S)
+
+    with pytest.raises(TimeoutError, match=r"^ranks \[1, 2\] of 3 did not end in time$"):
+        launch.run(ranks(run, tmp_path), timeout_s=1.0)
+    assert len(pids(tmp_path)) == 3
+    assert not any(is_alive(pid) for pid in pids(tmp_path))
+
+
+def test_progress_is_polled_while_ranks_run(tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    polls: list[int] = []
+
+    def poll() -> None:
+        polls.append(1)
+        if len(polls) == 3:
+            go.touch()  # the ranks wait for it: without polls they would not end
+
+    launch.run(ranks(lambda: wait_for(go.exists), tmp_path), timeout_s=ENDS_WITHIN_S, poll=poll)
+    assert len(polls) >= 3
+
+
+def test_ctrl_c_ends_the_ranks(tmp_path: Path) -> None:
+    def interrupt() -> None:
+        if len(pids(tmp_path)) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        launch.run(ranks(lambda: time.sleep(10 * ENDS_WITHIN_S), tmp_path), poll=interrupt)
+    assert not any(is_alive(pid) for pid in pids(tmp_path))
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_ranks_do_not_outlive_a_launcher_that_is_ended(tmp_path: Path, how: signal.Signals) -> None:
+    script = f"""
+import os, pathlib, time
+from megatron_helix.experiment import launch
+def run():
+    pathlib.Path({str(tmp_path)!r}, "pid" + os.environ["RANK"]).write_text(str(os.getpid()))
+    time.sleep(1000)
+launch.run(launch.Ranks(target=run, world_size=2))
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE) as launcher:
+        try:
+            # A file appears before its text does.
+            wait_for(lambda: sum(bool(f.read_text()) for f in tmp_path.glob("pid*")) == 2)
+            launcher.send_signal(how)
+            launcher.communicate(timeout=ENDS_WITHIN_S)
+        finally:
+            launcher.kill()
+    assert launcher.returncode != 0
+    # SIGKILL leaves the launcher no time: its ranks end by themselves, and init reaps them.
+    wait_for(lambda: not any(is_alive(pid) for pid in pids(tmp_path)))
+
+
+def test_the_process_that_forks_has_no_threads_but_those_it_had(tmp_path: Path) -> None:
+    """A lock that another thread holds during a fork stays locked in the fork: ranks would hang."""
+
+    def threads() -> int:
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    before, parent, counted = threads(), os.getpid(), []
+    os.register_at_fork(before=lambda: counted.append(threads()) if os.getpid() == parent else None)
+    launch.run(ranks(lambda: dist.init_process_group("gloo"), tmp_path), timeout_s=ENDS_WITHIN_S)
+    assert len(counted) >= 3
+    assert max(counted) == before
