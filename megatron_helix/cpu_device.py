@@ -63,8 +63,8 @@ def enable() -> None:
     _let_gloo_reduce_scatter()
     setattr(torch.cuda, _MARK, True)
     _CudaMeansCpu().__enter__()  # for the life of the process
-    # The mode is off inside a function it was asked about, as it is about ``Tensor.backward``; and a
-    # backward pass calls Megatron's own functions.
+    # The mode is off inside a function it was asked about, as it is about ``Tensor.backward``; and
+    # a backward pass calls Megatron's own functions.
     setattr(torch.autograd, _RUN_BACKWARD, _with_mode(getattr(torch.autograd, _RUN_BACKWARD)))
 
 

@@ -123,13 +123,12 @@ def install(ledger: CommLedger) -> Callable[[], None]:
     Returns:
         A function that takes the ledger out again.
     """
-    originals = {
-        name: getattr(dist.ProcessGroup, name)
-        for name in _METHODS
-        if hasattr(dist.ProcessGroup, name)
-    }
-    for name, original in originals.items():
-        setattr(dist.ProcessGroup, name, _counted(original, *_METHODS[name], ledger))
+    present = vars(dist.ProcessGroup)
+    # From the class's own dict: what getattr gives would not bind to an object when put back.
+    originals = {name: present[name] for name in _METHODS if name in present}
+    for name in originals:
+        counted = _counted(getattr(dist.ProcessGroup, name), *_METHODS[name], ledger)
+        setattr(dist.ProcessGroup, name, counted)
 
     def uninstall() -> None:
         for name, original in originals.items():
