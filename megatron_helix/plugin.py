@@ -9,7 +9,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
-from megatron_helix import arguments, compat
+from megatron_helix import arguments, compat, vocabulary
 from megatron_helix.layer_spec import helixify, with_sequence_parallel_norms
 from megatron_helix.linear import finish_step
 
@@ -46,6 +46,8 @@ def enable(args: argparse.Namespace, model_config: GPTModelConfig) -> GPTModelCo
         return with_sequence_parallel_norms(spec, config.transformer, vp_stage)
 
     model_config.transformer_layer_spec = layer_spec
+    if arguments.wants_helix(args):
+        model_config.pre_wrap_hooks.append(vocabulary.extend)
     if arguments.wants_helix(args) and args.helix_gather == "step":
         model_config.transformer.finalize_model_grads_func = _finalize_model_grads
     return model_config

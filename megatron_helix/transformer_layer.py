@@ -1,5 +1,6 @@
 """The transformer layer: plans each micro-batch, keeps the stream in the plan's token order."""
 
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -24,7 +25,15 @@ def block_shape(config: TransformerConfig) -> BlockShape:
     )
 
 
-class _HelixLayer(torch.nn.Module):
+@dataclass
+class BlockEnds:
+    """Whether the stream has the block's own token order already, or keeps it, beyond the ends."""
+
+    entered: bool = False
+    stays: bool = False
+
+
+class HelixLayer(torch.nn.Module):
     """Mixin before a ``TransformerLayer`` class.
 
     Between layers the residual stream has Megatron's shape ``[s/T, b, hidden]``. Where the plan is
@@ -41,6 +50,7 @@ class _HelixLayer(torch.nn.Module):
     def __init__(self, *args: Any, layout: HelixLayout, choice: Choice, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.helix_layout, self.helix_choice = layout, choice
+        self.helix_ends = BlockEnds()  # nothing beyond them but what is stock
         self._plans: dict[tuple[int, int], Plan] = {}
         self.helix_modules = [module for module in self.modules() if hasattr(module, "plan")]
         attention = self.self_attention
@@ -57,12 +67,14 @@ class _HelixLayer(torch.nn.Module):
         layout, dim = self.helix_layout, self.helix_groups.dim
         outside = hidden_states.shape
         inside = (outside[0] * layout.m, outside[1] // layout.m, outside[2])
-        if self.layer_number == 1 or self.is_mtp_layer:
+        first = self.layer_number == 1 and not self.helix_ends.entered
+        if first or self.is_mtp_layer:
             hidden_states = to_batch_share(hidden_states, layout, dim)
         else:
             hidden_states = hidden_states.view(inside)
         hidden_states, context = super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
-        if self.layer_number == self.config.num_layers or self.is_mtp_layer:
+        last = self.layer_number == self.config.num_layers and not self.helix_ends.stays
+        if last or self.is_mtp_layer:
             hidden_states = from_batch_share(hidden_states, layout, dim)
         else:
             hidden_states = hidden_states.view(outside)
@@ -72,9 +84,14 @@ class _HelixLayer(torch.nn.Module):
 
     def _plan(self, hidden_states: torch.Tensor) -> Plan:
         """The plan for this micro-batch's shape, and nothing else: equal on every rank."""
-        config = self.config
         rows, batch, _ = hidden_states.shape
-        sequence = rows * self.helix_layout.size if config.sequence_parallel else rows
+        return self.plan_for(
+            rows * self.helix_layout.size if self.config.sequence_parallel else rows, batch
+        )
+
+    def plan_for(self, sequence: int, batch: int) -> Plan:
+        """The plan for micro-batches of ``batch`` sequences of ``sequence`` tokens."""
+        config = self.config
         if (sequence, batch) not in self._plans:
             known = (self.helix_choice, self.helix_layout, block_shape(config))
             size = {"sequence": sequence, "batch": batch}
@@ -88,4 +105,4 @@ class _HelixLayer(torch.nn.Module):
 @cache
 def helix_layer(layer: type) -> type:
     """The spec's transformer layer class, planning every micro-batch."""
-    return type(f"Helix{layer.__name__}", (_HelixLayer, layer), {})
+    return type(f"Helix{layer.__name__}", (HelixLayer, layer), {})

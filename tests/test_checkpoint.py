@@ -1,0 +1,137 @@
+"""A checkpoint is Megatron's own whatever layout saved it: every layout goes on from every other's.
+
+Weights and optimizer state come back, so that the losses after loading are those of the run that
+went on without an interruption.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from megatron.core.dist_checkpointing import load_plain_tensors
+
+from megatron_helix.experiment.metrics import RunMetrics
+from tests.distributed import pretrain, run_distributed, tiny_gpt
+
+STEPS, SAVED_STEP = 4, 2
+
+# As in test_parity.py: single precision, summed in another order.
+LOSS_TOLERANCE = 1e-5
+GRAD_NORM_TOLERANCE = 1e-4
+
+# Every kind of parameter that attention has: weights and biases cut in tiles, norms that are not cut.
+MODEL = (
+    *("--sequence-parallel", "--group-query-attention", "--num-query-groups", "2"),
+    *("--qk-layernorm", "--normalization", "RMSNorm"),
+)
+DISTRIBUTED_OPTIMIZER = ("--use-distributed-optimizer",)
+LEARNABLE_OFFSET = ("--softmax-type", "learnable")
+
+LAYOUTS = {
+    "stock_tp4": ("--tensor-model-parallel-size", "4"),
+    "stock_tp2_pp2": ("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"),
+    "helix_2x2": ("--helix-m", "2", "--helix-n", "2"),
+    "helix_4x1": ("--helix-m", "4", "--helix-n", "1"),
+    "helix_2x1_pp2": ("--helix-m", "2", "--helix-n", "1", "--pipeline-model-parallel-size", "2"),
+}
+
+Saved = Callable[..., tuple[RunMetrics, Path]]
+Resume = Callable[..., RunMetrics]
+
+
+@pytest.fixture(scope="module")
+def saved(corpus_prefix: Path, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """A run that saves on the way and at its end, and goes on; once for each layout and model."""
+    runs: dict[tuple[str, ...], tuple[RunMetrics, Path]] = {}
+
+    def run(layout: str, *more: str) -> tuple[RunMetrics, Path]:
+        if (layout, *more) not in runs:
+            folder = tmp_path_factory.mktemp("saved")
+            save = ("--save", str(folder / "checkpoint"), "--save-interval", str(SAVED_STEP))
+            flags = tiny_gpt(
+                corpus_prefix, *MODEL, *LAYOUTS[layout], *more, *save, train_iters=STEPS
+            )
+            runs[(layout, *more)] = pretrain(flags, 4, folder), folder / "checkpoint"
+        return runs[(layout, *more)]
+
+    return run
+
+
+@pytest.fixture
+def resume(corpus_prefix: Path, tmp_path: Path) -> Resume:
+    """A run that goes on from the checkpoint at :data:`SAVED_STEP`."""
+
+    def run(checkpoint: Path, layout: str, *more: str) -> RunMetrics:
+        load = ("--load", str(checkpoint), "--ckpt-step", str(SAVED_STEP))
+        flags = tiny_gpt(corpus_prefix, *MODEL, *LAYOUTS[layout], *more, *load, train_iters=STEPS)
+        return pretrain(flags, 4, tmp_path)
+
+    return run
+
+
+def assert_goes_on(resumed: RunMetrics, uninterrupted: RunMetrics) -> None:
+    """The steps after loading are the uninterrupted run's."""
+    assert len(resumed.losses) == STEPS - SAVED_STEP
+    losses, norms = uninterrupted.losses[SAVED_STEP:], uninterrupted.grad_norms[SAVED_STEP:]
+    assert resumed.losses == pytest.approx(losses, rel=LOSS_TOLERANCE, abs=0)
+    assert resumed.grad_norms == pytest.approx(norms, rel=GRAD_NORM_TOLERANCE, abs=0)
+
+
+def tensors_in(checkpoint: Path, step: int) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, whole, as Megatron puts it together on one rank."""
+    folder = str(checkpoint / f"iter_{step:07d}")
+    (tensors,) = run_distributed(lambda: load_plain_tensors(folder), 1)
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ("stock_tp2_pp2", "helix_2x2"),
+        ("stock_tp2_pp2", "helix_2x1_pp2"),
+        ("helix_2x2", "stock_tp4"),
+        ("helix_2x2", "stock_tp2_pp2"),
+        ("helix_2x2", "helix_4x1"),
+        ("helix_2x2", "helix_2x2"),
+    ],
+)
+def test_one_layout_goes_on_from_anothers_checkpoint(
+    saved: Saved, resume: Resume, first: str, then: str
+) -> None:
+    uninterrupted, checkpoint = saved(first)
+    assert_goes_on(resume(checkpoint, then), uninterrupted)
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [("stock_tp2_pp2", "helix_2x2"), ("helix_2x2", "stock_tp4"), ("helix_2x2", "helix_2x2")],
+)
+def test_so_does_the_distributed_optimizer(
+    saved: Saved, resume: Resume, first: str, then: str
+) -> None:
+    uninterrupted, checkpoint = saved(first, *DISTRIBUTED_OPTIMIZER)
+    assert_goes_on(resume(checkpoint, then, *DISTRIBUTED_OPTIMIZER), uninterrupted)
+
+
+def test_a_learnable_softmax_offset_is_saved_once_and_loaded(saved: Saved, resume: Resume) -> None:
+    """It is cut by head group only: the ranks of a dim group hold copies of it."""
+    uninterrupted, checkpoint = saved("helix_2x2", *LEARNABLE_OFFSET)
+    assert_goes_on(resume(checkpoint, "helix_2x2", *LEARNABLE_OFFSET), uninterrupted)
+    offsets = [x for key, x in tensors_in(checkpoint, STEPS).items() if "softmax_offset" in key]
+    assert offsets
+    assert all(offset.numel() % 4 == 0 for offset in offsets)  # one for each of the four heads
+
+
+def test_a_checkpoint_holds_the_same_tensors_whatever_layout_saved_it(saved: Saved) -> None:
+    found = tensors_in(saved("helix_2x2")[1], STEPS)
+    expected = tensors_in(saved("stock_tp2_pp2")[1], STEPS)
+    assert found.keys() == expected.keys()
+    assert any("linear_qkv.weight" in key for key in found)
+    assert any("exp_avg_sq" in key and "linear_proj.weight" in key for key in found)
+    for key, tensor in expected.items():
+        assert found[key].shape == tensor.shape, key
+        # Adam divides a moment by the root of another: where a gradient is next to nothing, its
+        # roundoff moves the weight by a part of the learning rate. A wrong order is of order one.
+        error = (found[key] - tensor).abs().max() / tensor.abs().max()
+        assert error <= 1e-3, key
