@@ -1,8 +1,8 @@
 """The helix flags, what they imply for Megatron's flags, and every refusal of a bad combination.
 
-All of it happens on the command line, before Megatron validates its own arguments and before any
-process group exists: :func:`complete` takes the user's flags and returns them with what follows
-from them appended, or raises the one error the user must read.
+All of it happens on the command line, before torch or Megatron are imported as far as that can be,
+and before any process group exists: :func:`complete` takes the user's flags and returns them with
+what follows from them appended, or raises the one error the user must read.
 """
 
 import argparse
@@ -10,13 +10,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from megatron_helix import cpu_device
 from megatron_helix.exchange import strategy, traffic
 from megatron_helix.layout import HelixLayout, require_divides
 
 DEVICES = ("auto", "cpu", "cuda")
+
+# Flags of Megatron's that a layout is checked against.
+_SIZES = (
+    *("num-layers", "hidden-size", "ffn-hidden-size", "num-attention-heads", "num-query-groups"),
+    *("kv-channels", "num-experts", "seq-length", "micro-batch-size", "global-batch-size"),
+)
+_SWITCHES = (
+    *("group-query-attention", "rotary-interleaved", "attention-output-gate", "swiglu"),
+    *("sequence-parallel", "overlap-grad-reduce"),
+)
 
 # What a CPU needs of Megatron. Each line is appended unless the user said something about its flag.
 _CPU_FLAGS = (
@@ -83,16 +90,19 @@ def wants_helix(args: argparse.Namespace) -> bool:
 
 
 def device(argv: Sequence[str]) -> str:
-    """The device the flags name, ``"cpu"`` or ``"cuda"``, read without importing Megatron.
+    """The device the flags name, ``"cpu"`` or ``"cuda"``.
 
     Raises:
         ValueError: for an unknown device, and where there is no GPU and the CPU was not asked for.
     """
-    parser = add_helix_arguments(argparse.ArgumentParser(allow_abbrev=False, add_help=False))
-    name = parser.parse_known_args(argv)[0].helix_device
+    name = _read(argv).helix_device
     _require_one_of("--helix-device", name, DEVICES)
     if name == "cpu":
         return "cpu"
+    import torch
+
+    from megatron_helix import cpu_device
+
     if cpu_device.is_enabled() or not torch.cuda.is_available():
         raise ValueError(
             "--helix-device: needs a GPU that torch can see, and found none; add --helix-device cpu"
@@ -110,24 +120,40 @@ def complete(argv: Sequence[str], world_size: int) -> list[str]:
 
     Raises:
         ValueError: for a combination that cannot run; names field, requirement, value and remedy.
-        SystemExit: from argparse, for an unknown flag or a value of the wrong type.
+        SystemExit: from argparse, for a value of the wrong type. Flags it does not know are
+            Megatron's to judge.
     """
-    from megatron.training.arguments import add_megatron_arguments
-
-    parser = argparse.ArgumentParser(
-        prog="megatron_helix.pretrain_gpt", allow_abbrev=False, usage="%(prog)s FLAGS (see --help)"
-    )
-    args = add_helix_arguments(add_megatron_arguments(parser)).parse_args(argv)
-    added = [] if device(argv) == "cuda" else _cpu_flags(argv)
-    if wants_helix(args):
-        added += _helix_flags(args, argv, world_size)
+    args = _read(argv)
+    strategy.require_known(choice(args))
+    implied = _helix_flags(args, argv, world_size) if wants_helix(args) else []
     _require_data(args)
-    return [*argv, *added]
+    on_cpu = [] if device(argv) == "cuda" else _cpu_flags(argv)
+    return [*argv, *on_cpu, *implied]
+
+
+def _read(argv: Sequence[str]) -> argparse.Namespace:
+    """The helix flags and those of Megatron's that they are checked against, with its defaults.
+
+    Not with Megatron's parser: importing that takes seconds of CPU for every rank, and a bad layout
+    is to be refused before any of it.
+    """
+    parser = add_helix_arguments(argparse.ArgumentParser(allow_abbrev=False, add_help=False))
+    for name in ("tensor-model", "pipeline-model", "context"):
+        parser.add_argument(f"--{name}-parallel-size", type=int, default=1)
+    for name in _SIZES:
+        parser.add_argument(f"--{name}", type=int)
+    for name in _SWITCHES:
+        parser.add_argument(f"--{name}", action="store_true")
+    for name in ("data-path", "train-data-path", "valid-data-path", "test-data-path"):
+        parser.add_argument(f"--{name}", nargs="*")
+    parser.add_argument("--position-embedding-type", default="learned_absolute")
+    parser.add_argument("--rotary-percent", type=float, default=1.0)
+    return parser.parse_known_args(argv)[0]
 
 
 def choice(args: argparse.Namespace) -> strategy.Choice:
     """The exchange, split and gathering the flags ask for."""
-    sequences = args.micro_batch_size * (getattr(args, "data_parallel_size", None) or 1)
+    sequences = (args.micro_batch_size or 1) * (getattr(args, "data_parallel_size", None) or 1)
     return strategy.Choice(
         exchange=args.helix_exchange,
         split=args.helix_split,
@@ -158,7 +184,12 @@ def layout(
 
 
 def _cpu_flags(argv: Sequence[str]) -> list[str]:
-    return [word for flag in _CPU_FLAGS if flag[0] not in argv for word in flag]
+    return [word for flag in _CPU_FLAGS if not _given(flag[0], argv) for word in flag]
+
+
+def _given(flag: str, argv: Sequence[str]) -> bool:
+    """Whether the user set a flag, as one word or as two."""
+    return any(word == flag or word.startswith(f"{flag}=") for word in argv)
 
 
 def _helix_flags(args: argparse.Namespace, argv: Sequence[str], world_size: int) -> list[str]:
@@ -171,7 +202,7 @@ def _helix_flags(args: argparse.Namespace, argv: Sequence[str], world_size: int)
                 f" given, got {value}; the tensor-parallel size is their product"
             )
     size = args.helix_m * args.helix_n
-    if "--tensor-model-parallel-size" in argv and args.tensor_model_parallel_size != size:
+    if _given("--tensor-model-parallel-size", argv) and args.tensor_model_parallel_size != size:
         raise ValueError(
             f"--tensor-model-parallel-size: must be --helix-m x --helix-n = {args.helix_m} x"
             f" {args.helix_n} = {size}, got {args.tensor_model_parallel_size}; leave it away"

@@ -21,12 +21,17 @@ the columns of W_o are cut alike, which makes the exchange of a packed QKV one t
 attention is invariant under a permutation of d common to Q and K, and of one common to V and W_o,
 the choice costs nothing.
 
-Nothing here imports ``torch.distributed``: it is tested without processes.
+Nothing here imports ``torch.distributed``: it is tested without processes. Bad layouts are refused
+before torch is imported.
 """
 
-from dataclasses import dataclass
+from __future__ import annotations  # torch is imported when an index is asked for, not before
 
-import torch
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +147,8 @@ class HelixLayout:
 
     def segment_channels(self, segment: int) -> torch.Tensor:
         """Channels of a head that make a segment, ``[d/m]``, ascending."""
+        import torch
+
         blocks = self.segment_blocks
         channels = torch.arange(self.kv_channels).view(blocks, self.m, self.segment_size // blocks)
         return channels[:, segment].reshape(-1)
@@ -152,11 +159,15 @@ class HelixLayout:
         Stored rows are those of rank 0, of rank 1, ...: each its tile ``[K/n, slots, d/m]``.
         Canonical rows are Megatron's, ``[K, slots, d]``.
         """
+        import torch
+
         rows = torch.arange(self.num_query_groups * self.slots * self.kv_channels)
         return self._tiles(rows, self.num_query_groups * self.slots)
 
     def proj_columns(self) -> torch.Tensor:
         """Canonical column of every stored column of the output projection, ``[H * d]``."""
+        import torch
+
         columns = torch.arange(self.num_attention_heads * self.kv_channels)
         return self._tiles(columns, self.num_attention_heads)
 

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from megatron_helix import arguments, compat, cpu_device
+from megatron_helix import arguments, compat
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -36,12 +36,15 @@ def prepare(argv: Sequence[str], world_size: int) -> list[str]:
     Raises:
         ValueError: for flags that cannot run.
     """
-    if arguments.device(argv) == "cpu":
-        cpu_device.enable()
+    argv = arguments.complete(argv, world_size)
     compat.quieten_imports()
+    if arguments.device(argv) == "cpu":
+        from megatron_helix import cpu_device
+
+        cpu_device.enable()
     from megatron_helix import gpt_training, plugin  # noqa: F401  # slow: forked ranks inherit them
 
-    return arguments.complete(argv, world_size)
+    return argv
 
 
 def train(argv: Sequence[str]) -> None:

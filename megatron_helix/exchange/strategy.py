@@ -33,6 +33,17 @@ class Choice:
     microbatches: int = 1
 
 
+def require_known(choice: Choice) -> None:
+    """Refuse names that are none of the flags' values.
+
+    Raises:
+        ValueError: naming the flag, its values, and what was given.
+    """
+    _require_one_of("--helix-exchange", choice.exchange, EXCHANGES)
+    _require_one_of("--helix-split", choice.split, SPLITS)
+    _require_one_of("--helix-gather", choice.gather, GATHERS)
+
+
 def resolve(
     choice: Choice,
     layout: HelixLayout,
@@ -47,9 +58,7 @@ def resolve(
     Raises:
         ValueError: when what was asked for cannot run on this micro-batch.
     """
-    _require_one_of("--helix-exchange", choice.exchange, EXCHANGES)
-    _require_one_of("--helix-split", choice.split, SPLITS)
-    _require_one_of("--helix-gather", choice.gather, GATHERS)
+    require_known(choice)
     if choice.exchange == "scores":
         return Plan(exchange="scores", split="none")
     if choice.exchange == "weights" and not sequence_parallel:
