@@ -189,4 +189,4 @@ def test_a_rank_outside_the_group_is_refused(question: str, rank: int) -> None:
 
 def test_a_layout_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        HelixLayout(**MHA).m = 4
+        HelixLayout(**MHA).m = 4  # pyright: ignore[reportAttributeAccessIssue]
