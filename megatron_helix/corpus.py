@@ -54,20 +54,24 @@ def build(sources: Sequence[Path], prefix: Path, *, pattern: str = "*") -> Summa
     unfinished = prefix.with_name(prefix.name + ".part")
     builder = IndexedDatasetBuilder(str(unfinished), dtype=np.uint8)
     documents = tokens = 0
-    for file in _files(sources, pattern):
-        ids = tokenizer.text_to_ids(_text(file))
-        if not ids:
-            continue
-        builder.add_document(torch.tensor([*ids, tokenizer.eod]), [len(ids) + 1])
-        documents, tokens = documents + 1, tokens + len(ids) + 1
-    if not documents:
+    try:
+        for file in _files(sources, pattern):
+            ids = tokenizer.text_to_ids(_text(file))
+            if not ids:
+                continue
+            builder.add_document(torch.tensor([*ids, tokenizer.eod]), [len(ids) + 1])
+            documents, tokens = documents + 1, tokens + len(ids) + 1
+        if not documents:
+            raise ValueError(
+                f"sources: need UTF-8 text, and found none in {', '.join(map(str, sources))};"
+                f" name other files, or another --pattern than {pattern!r}"
+            )
+    except BaseException:
+        builder.data_file.close()
         unfinished.unlink()
-        raise ValueError(
-            f"sources: need UTF-8 text, and found none in {', '.join(map(str, sources))};"
-            f" name other files, or another --pattern than {pattern!r}"
-        )
+        raise
     builder.finalize(f"{prefix}.idx")
-    unfinished.rename(f"{prefix}.bin")  # last: an interrupted build leaves no dataset behind
+    unfinished.rename(f"{prefix}.bin")  # last: without it there is no dataset
     return Summary(documents=documents, tokens=tokens)
 
 

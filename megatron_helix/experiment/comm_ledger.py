@@ -143,7 +143,7 @@ def _counted(original: Any, kind: str, which: int, share: _Share, ledger: CommLe
         size = group.size()
         if which >= 0 and size > 1:
             elements, nbytes = _numel(args[which])
-            sends = kind not in ("broadcast", "reduce") or _is_source(group, kind, args)
+            sends = kind not in _ROOT_SENDS or _ROOT_SENDS[kind] == _is_root(group, args)
             traffic.elements += round(elements * share(size)) if sends else 0
             traffic.sent_bytes += round(nbytes * share(size)) if sends else 0
         traffic.calls += 1
@@ -155,7 +155,10 @@ def _counted(original: Any, kind: str, which: int, share: _Share, ledger: CommLe
     return collective
 
 
-def _is_source(group: dist.ProcessGroup, kind: str, args: Iterable[Any]) -> bool:
-    """Whether this rank sends in a rooted collective: the root of a broadcast, the others else."""
+# Rooted collectives: whether it is the root that sends, or all the others.
+_ROOT_SENDS = {"broadcast": True, "scatter": True, "reduce": False, "gather": False}
+
+
+def _is_root(group: dist.ProcessGroup, args: Iterable[Any]) -> bool:
     root = next((arg.rootRank for arg in args if hasattr(arg, "rootRank")), 0)
-    return (group.rank() == root) == (kind == "broadcast")
+    return group.rank() == root
