@@ -46,6 +46,9 @@ def enable(args: argparse.Namespace, model_config: GPTModelConfig) -> GPTModelCo
         return with_sequence_parallel_norms(spec, config.transformer, vp_stage)
 
     model_config.transformer_layer_spec = layer_spec
+    if args.use_cpu_initialization:
+        # Megatron's model builder leaves weights that were drawn on the CPU there.
+        model_config.pre_wrap_hooks.append(lambda model: [chunk.cuda() for chunk in model])
     if arguments.wants_helix(args):
         model_config.pre_wrap_hooks.append(vocabulary.extend)
     if arguments.wants_helix(args) and args.helix_gather == "step":

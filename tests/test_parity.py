@@ -88,6 +88,7 @@ def exchange(name: str, split: str = "auto") -> tuple[str, ...]:
         ("dense_sp", 4, 1, exchange("activations", "batch")),
         ("dense_sp", 2, 2, exchange("weights", "batch")),
         ("dense_sp", 4, 1, exchange("weights", "sequence")),
+        ("dense_sp", 2, 2, (*exchange("weights", "batch"), "--helix-gather", "step")),
         ("swiglu_sp", 2, 2, exchange("weights", "batch")),
         ("swiglu_sp", 4, 1, exchange("weights", "batch")),
         ("gqa_sp", 2, 2, exchange("activations", "sequence")),
