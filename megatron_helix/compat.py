@@ -53,6 +53,17 @@ def use_compiled_dataset_helpers() -> None:
     utils.compile_helpers = lambda: None
 
 
+def skip_warm_up() -> None:
+    """Leave out Megatron's warm-up of fused GPU kernels, which a CPU does not have.
+
+    It draws tensors whose sizes depend on the layout. A GPU draws them from a generator of its own;
+    on the CPU they would come from the one that draws the first weights, and move those.
+    """
+    from megatron.training import training
+
+    training.set_jit_fusion_options = lambda tp_size=None: None
+
+
 def observe_train_step(observer: Callable[..., Any]) -> None:
     """Call ``observer(train_step, *args)`` where the loop calls ``train_step(*args)``.
 

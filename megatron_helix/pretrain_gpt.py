@@ -42,6 +42,7 @@ def prepare(argv: Sequence[str], world_size: int) -> list[str]:
         from megatron_helix import cpu_device
 
         cpu_device.enable()
+        compat.skip_warm_up()
     from megatron_helix import gpt_training, plugin  # noqa: F401  # slow: forked ranks inherit them
 
     return argv

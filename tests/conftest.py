@@ -26,7 +26,7 @@ settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile("suite")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def corpus_prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prefix of a byte-level dataset of some of the standard library's sources."""
     library = Path(sysconfig.get_paths()["stdlib"])

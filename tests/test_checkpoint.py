@@ -29,18 +29,21 @@ GRAD_NORM_TOLERANCE = 1e-4
 
 # Every kind of parameter that attention has: weights and a bias cut in tiles, norms not cut at all.
 MODEL = (
-    *("--sequence-parallel", "--group-query-attention", "--num-query-groups", "2"),
+    *("--group-query-attention", "--num-query-groups", "2"),
     *("--qk-layernorm", "--normalization", "RMSNorm"),
 )
 DISTRIBUTED_OPTIMIZER = ("--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable")
 LEARNABLE_OFFSET = ("--softmax-type", "learnable")
 
+SP = "--sequence-parallel"
+PP2 = ("--pipeline-model-parallel-size", "2")
 LAYOUTS = {
-    "stock_tp4": ("--tensor-model-parallel-size", "4"),
-    "stock_tp2_pp2": ("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"),
-    "helix_2x2": ("--helix-m", "2", "--helix-n", "2"),
-    "helix_4x1": ("--helix-m", "4", "--helix-n", "1"),
-    "helix_2x1_pp2": ("--helix-m", "2", "--helix-n", "1", "--pipeline-model-parallel-size", "2"),
+    "stock_tp4": (SP, "--tensor-model-parallel-size", "4"),
+    "stock_tp4_without_sp": ("--tensor-model-parallel-size", "4"),
+    "stock_tp2_pp2": (SP, "--tensor-model-parallel-size", "2", *PP2),
+    "helix_2x2": (SP, "--helix-m", "2", "--helix-n", "2"),
+    "helix_4x1": (SP, "--helix-m", "4", "--helix-n", "1"),
+    "helix_2x1_pp2": (SP, "--helix-m", "2", "--helix-n", "1", *PP2),
 }
 
 Saved = Callable[..., tuple[RunMetrics, Path]]
@@ -97,6 +100,7 @@ def tensors_in(checkpoint: Path, step: int) -> dict[str, torch.Tensor]:
     [
         ("stock_tp2_pp2", "helix_2x1_pp2"),
         ("helix_2x2", "stock_tp4"),
+        ("helix_2x2", "stock_tp4_without_sp"),  # with Megatron's own norms instead of the plugin's
         ("helix_2x2", "stock_tp2_pp2"),
         ("helix_2x2", "helix_4x1"),
         ("helix_2x2", "helix_2x2"),

@@ -104,6 +104,20 @@ def test_a_killed_rank_ends_the_others_and_is_named(tmp_path: Path) -> None:
     assert children() == before
 
 
+def test_the_killed_rank_is_named_though_a_lower_one_has_failed_too(tmp_path: Path) -> None:
+    def end() -> None:
+        if os.environ["RANK"] == "0":
+            sys.exit(1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def have_ended() -> bool:
+        stats = [Path(f"/proc/{pid}/stat").read_text() for pid in pids(tmp_path)]
+        return [stat.rpartition(")")[2].split()[0] for stat in stats] == ["Z", "Z"]
+
+    with pytest.raises(launch.RankFailed, match=r"rank 1 of 2 was killed by SIGKILL"):
+        launch.run(ranks(end, tmp_path, 2), poll=lambda: wait_for(have_ended))
+
+
 def test_ranks_that_ignore_sigterm_are_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
