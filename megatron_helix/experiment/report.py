@@ -9,6 +9,11 @@ from rich.table import Table
 
 from megatron_helix.experiment.config import ExperimentConfig
 
+_CPU_NOTE = (
+    " The ranks share this machine's cores: TPS and TPOT count context switches here, not a link."
+    " Bytes and losses are what they are on GPUs."
+)
+
 
 def largest_difference(values: list[float], baseline: list[float]) -> float:
     """Largest relative difference to the baseline over all steps."""
@@ -40,13 +45,14 @@ def table(results: list[dict[str, Any]]) -> Table:
         title=f"Training, measured on {first['world_size']} {first['device']} ranks",
         caption="TPS: tokens a second. TPOT: communication and waiting time of a rank, mean over"
         " ranks, for as many tokens as the batch has sequences. MB: sent by a rank in a step."
-        " Difference: of the loss to the baseline's, relative, largest of all steps.",
+        " Diff.: of the loss to the baseline's, relative, largest of all steps."
+        + (_CPU_NOTE if first["device"] == "cpu" else ""),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
     )
     for heading in ("model", "layout"):
         made.add_column(heading, no_wrap=True)
-    for heading in ("TPS", "TPOT ms", "MB", "first loss", "last loss", "difference"):
+    for heading in ("TPS", "TPOT\nms", "MB", "first\nloss", "last\nloss", "diff."):
         made.add_column(heading, justify="right", no_wrap=True)
     for result in results:
         baseline = _baseline(result, results)
@@ -57,8 +63,8 @@ def table(results: list[dict[str, Any]]) -> Table:
             f"{result['tokens_per_s']:,.0f}",
             f"{result['tpot_ms']:,.1f}",
             f"{sum(result['sent_bytes'].values()) / 1e6:.2f}",
-            f"{result['losses'][0]:.5f}",
-            f"{result['losses'][-1]:.5f}",
+            f"{result['losses'][0]:.4f}",
+            f"{result['losses'][-1]:.4f}",
             "baseline" if result is baseline else f"{difference:.1e}",
             end_section=result is results[-1] or _next(result, results)["model"] != result["model"],
         )
