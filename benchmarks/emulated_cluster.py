@@ -21,12 +21,8 @@ from rich.table import Table
 
 from megatron_helix import pretrain_gpt
 from megatron_helix.experiment import launch, metrics, report, workflow
-from megatron_helix.experiment.config import (
-    BatchConfig,
-    ExperimentConfig,
-    LayoutConfig,
-    ModelConfig,
-)
+from megatron_helix.experiment.config import ExperimentConfig
+from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig
 
 MODEL = ModelConfig(
     name="emulated",

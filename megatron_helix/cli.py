@@ -1,11 +1,10 @@
-"""The ``helix`` command."""
+"""The ``helix`` command: its subcommands are the modules of :mod:`megatron_helix.commands`."""
 
 import sys
-from pathlib import Path
-from typing import Annotated
 
 import typer
 
+from megatron_helix.commands import data, experiment, pretrain
 from megatron_helix.experiment import launch
 
 app = typer.Typer(
@@ -14,60 +13,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Two-level attention partitioning for Megatron-LM.",
 )
-
-
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def pretrain(
-    context: typer.Context,
-    nproc_per_node: Annotated[int, typer.Option(min=1, help="Ranks to start.")],
-    logs: Annotated[Path | None, typer.Option(help="Folder for the ranks' output.")] = None,
-) -> None:
-    """Train on this machine's CPU ranks: import Megatron once, then fork the ranks.
-
-    Flags after -- are Megatron's and helix's, as for `torchrun -m megatron_helix.pretrain_gpt`.
-    """
-    from megatron_helix import pretrain_gpt
-
-    flags = pretrain_gpt.prepare(["--helix-device", "cpu", *context.args], nproc_per_node)
-    launch.run(
-        launch.Ranks(target=pretrain_gpt.train, args=(flags,), world_size=nproc_per_node, logs=logs)
-    )
-
-
-@app.command()
-def run(
-    experiment: Annotated[Path, typer.Argument(help="An experiment file (YAML).")],
-    out: Annotated[Path, typer.Option(help="Folder for results and logs.")],
-) -> None:
-    """Run layouts side by side and compare them; exit code 3 when one leaves the baseline."""
-    from rich.console import Console
-
-    from megatron_helix.experiment import config, report, workflow
-
-    console = Console()
-    chosen = config.load(experiment)
-    results = workflow.run(chosen, out, console)
-    report.write(results, out / "results.json")
-    console.print(report.table(results))
-    console.print(f"results: {out / 'results.json'}")
-    departures = report.departures(chosen, results)
-    for departure in departures:
-        console.print(f"not exact: {departure}")
-    if departures:
-        raise typer.Exit(3)
-
-
-@app.command()
-def data(
-    sources: Annotated[list[Path], typer.Argument(help="Text files, or folders of them.")],
-    out: Annotated[Path, typer.Option(help="Prefix of the dataset: OUT.bin and OUT.idx.")],
-    pattern: Annotated[str, typer.Option(help="Which files of a folder.")] = "*",
-) -> None:
-    """Make a Megatron dataset of UTF-8 bytes: one document a file, byte 0 ends a document."""
-    from megatron_helix import corpus
-
-    summary = corpus.build(sources, out, pattern=pattern)
-    typer.echo(f"{out}.bin, {out}.idx: {summary.documents:,} documents, {summary.tokens:,} tokens")
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+    pretrain.pretrain
+)
+app.command()(experiment.run)
+app.command()(data.data)
 
 
 def main() -> None:

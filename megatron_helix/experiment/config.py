@@ -1,138 +1,24 @@
-"""An experiment file: which model, which layouts side by side, on what data, for how many steps.
+"""An experiment file: which models, which layouts side by side, on what data, for how many steps.
 
-Configs come in families that vary on their own (model, layout, batch). Unknown keys are refused,
-and an error names the path of the key.
+An error names the file and the path of the key.
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveInt, ValidationError, model_validator
 
-
-class _Config(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+from megatron_helix.run_config import BatchConfig, Config, LayoutConfig, ModelConfig, read_mapping
 
 
-class ModelConfig(_Config):
-    """A GPT model in Megatron's terms."""
-
-    name: str
-    num_layers: PositiveInt
-    hidden_size: PositiveInt
-    num_attention_heads: PositiveInt
-    num_query_groups: PositiveInt | None = None
-    kv_channels: PositiveInt
-    ffn_hidden_size: PositiveInt
-    num_experts: PositiveInt | None = None
-    moe_router_topk: PositiveInt = 2
-    swiglu: bool = False
-    position_embedding_type: Literal["rope", "learned_absolute", "none"] = "rope"
-
-    def flags(self) -> list[str]:
-        """Megatron's flags for the model. Linears have no bias, dropout is off."""
-        words = _valued(
-            num_layers=self.num_layers,
-            hidden_size=self.hidden_size,
-            num_attention_heads=self.num_attention_heads,
-            kv_channels=self.kv_channels,
-            ffn_hidden_size=self.ffn_hidden_size,
-            position_embedding_type=self.position_embedding_type,
-            attention_dropout=0,
-            hidden_dropout=0,
-        )
-        words.append("--disable-bias-linear")
-        if self.num_query_groups:
-            words += ["--group-query-attention", *_valued(num_query_groups=self.num_query_groups)]
-        if self.swiglu:
-            words.append("--swiglu")
-        if self.num_experts:
-            words += _valued(
-                num_experts=self.num_experts,
-                moe_router_topk=self.moe_router_topk,
-                moe_router_load_balancing_type="none",
-                moe_token_dispatcher_type="alltoall",
-            )
-        return words
-
-
-class LayoutConfig(_Config):
-    """How the ranks share the work: stock (``tp``) or helix (``m``, ``n``), with PP and EP beside.
-
-    The data-parallel size is what is left of the ranks.
-    """
-
-    name: str
-    tp: PositiveInt | None = None
-    m: PositiveInt | None = None
-    n: PositiveInt | None = None
-    exchange: str | None = None
-    split: str | None = None
-    gather: str | None = None
-    distributed_optimizer: bool = False
-    pp: PositiveInt = 1
-    ep: PositiveInt = 1
-    etp: PositiveInt = 1
-    micro_batch: PositiveInt
-
-    @model_validator(mode="after")
-    def _stock_or_helix(self) -> "LayoutConfig":
-        if (self.tp is None) == (self.m is None) or (self.m is None) != (self.n is None):
-            raise ValueError("needs either tp (a stock layout) or both m and n (a helix layout)")
-        return self
-
-    @property
-    def is_helix(self) -> bool:
-        """Whether attention is cut m x n."""
-        return self.m is not None
-
-    @property
-    def tensor_parallel_size(self) -> int:
-        """Ranks that share a layer: tp, or m * n."""
-        return self.tp or (self.m or 1) * (self.n or 1)
-
-    def flags(self, model: ModelConfig) -> list[str]:
-        """Megatron's and helix's flags for the layout of ``model``."""
-        words = _valued(pipeline_model_parallel_size=self.pp, micro_batch_size=self.micro_batch)
-        if self.is_helix:
-            words += _valued(helix_m=self.m, helix_n=self.n)
-            words += _valued(
-                helix_exchange=self.exchange, helix_split=self.split, helix_gather=self.gather
-            )
-        else:
-            words += _valued(tensor_model_parallel_size=self.tp)
-        if self.tensor_parallel_size > 1:
-            words.append("--sequence-parallel")
-        if self.distributed_optimizer:
-            words.append("--use-distributed-optimizer")
-        if model.num_experts:
-            words += _valued(
-                expert_model_parallel_size=self.ep, expert_tensor_parallel_size=self.etp
-            )
-        return words
-
-
-class BatchConfig(_Config):
-    """Tokens of one step."""
-
-    sequences: PositiveInt
-    sequence_length: PositiveInt
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of a global batch."""
-        return self.sequences * self.sequence_length
-
-
-class Tolerance(_Config):
+class Tolerance(Config):
     """How far a layout may leave the baseline, relative, at any step."""
 
     loss: float = Field(default=1e-5, gt=0)
     grad_norm: float = Field(default=1e-4, gt=0)
 
 
-class ExperimentConfig(_Config):
+class ExperimentConfig(Config):
     """Layouts of one or more models side by side; the first layout is the baseline."""
 
     name: str
@@ -160,10 +46,10 @@ def load(path: Path) -> ExperimentConfig:
     Raises:
         ValueError: naming the file, the path of each bad key, and what was wrong with it.
     """
-    document = _read(path)
+    document = read_mapping(path)
     if isinstance(document.get("models"), list):
         document["models"] = [
-            _read(path.parent / model) if isinstance(model, str) else model
+            read_mapping(path.parent / model) if isinstance(model, str) else model
             for model in document["models"]
         ]
     try:
@@ -175,25 +61,3 @@ def load(path: Path) -> ExperimentConfig:
             for item in error.errors()
         ]
         raise ValueError("\n".join(lines)) from None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        document = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: is not YAML: {error}") from None
-    if not isinstance(document, dict):
-        raise ValueError(f"{path}: must be a mapping of keys to values")
-    return document
-
-
-def _valued(**values: Any) -> list[str]:
-    """``name=value`` as ``--name value``, dashes for underscores; what is None is left out."""
-    return [
-        word
-        for name, value in values.items()
-        if value is not None
-        for word in (f"--{name.replace('_', '-')}", str(value))
-    ]

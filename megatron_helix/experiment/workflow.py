@@ -17,7 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megatron_helix import corpus, pretrain_gpt
 from megatron_helix.experiment import launch, metrics
-from megatron_helix.experiment.config import ExperimentConfig, LayoutConfig, ModelConfig
+from megatron_helix.experiment.config import ExperimentConfig
+from megatron_helix.run_config import LayoutConfig, ModelConfig
 
 # One vocabulary for every layout: Megatron pads it to a multiple of this times the tensor-parallel
 # size, and 256 bytes need no padding up to 16 ranks.

@@ -1,0 +1,153 @@
+"""A model, a layout and a batch, as configs name them: what planner and experiments share.
+
+Configs come in families that vary on their own. Unknown keys are refused.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
+
+
+class Config(BaseModel):
+    """A mapping of a config file; frozen, and without keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(Config):
+    """A GPT model in Megatron's terms."""
+
+    name: str
+    num_layers: PositiveInt
+    hidden_size: PositiveInt
+    num_attention_heads: PositiveInt
+    num_query_groups: PositiveInt | None = None
+    kv_channels: PositiveInt
+    ffn_hidden_size: PositiveInt
+    num_experts: PositiveInt | None = None
+    moe_router_topk: PositiveInt = 2
+    swiglu: bool = False
+    position_embedding_type: Literal["rope", "learned_absolute", "none"] = "rope"
+
+    def flags(self) -> list[str]:
+        """Megatron's flags for the model. Linears have no bias, dropout is off."""
+        words = _valued(
+            num_layers=self.num_layers,
+            hidden_size=self.hidden_size,
+            num_attention_heads=self.num_attention_heads,
+            kv_channels=self.kv_channels,
+            ffn_hidden_size=self.ffn_hidden_size,
+            position_embedding_type=self.position_embedding_type,
+            attention_dropout=0,
+            hidden_dropout=0,
+        )
+        words.append("--disable-bias-linear")
+        if self.num_query_groups:
+            words += ["--group-query-attention", *_valued(num_query_groups=self.num_query_groups)]
+        if self.swiglu:
+            words.append("--swiglu")
+        if self.num_experts:
+            words += _valued(
+                num_experts=self.num_experts,
+                moe_router_topk=self.moe_router_topk,
+                moe_router_load_balancing_type="none",
+                moe_token_dispatcher_type="alltoall",
+            )
+        return words
+
+
+class LayoutConfig(Config):
+    """How the ranks share the work: stock (``tp``) or helix (``m``, ``n``), with PP and EP beside.
+
+    The data-parallel size is what is left of the ranks.
+    """
+
+    name: str
+    tp: PositiveInt | None = None
+    m: PositiveInt | None = None
+    n: PositiveInt | None = None
+    exchange: str | None = None
+    split: str | None = None
+    gather: str | None = None
+    distributed_optimizer: bool = False
+    pp: PositiveInt = 1
+    ep: PositiveInt = 1
+    etp: PositiveInt = 1
+    micro_batch: PositiveInt
+
+    @model_validator(mode="after")
+    def _stock_or_helix(self) -> "LayoutConfig":
+        if (self.tp is None) == (self.m is None) or (self.m is None) != (self.n is None):
+            raise ValueError("needs either tp (a stock layout) or both m and n (a helix layout)")
+        return self
+
+    @property
+    def is_helix(self) -> bool:
+        """Whether attention is cut m x n."""
+        return self.m is not None
+
+    @property
+    def tensor_parallel_size(self) -> int:
+        """Ranks that share a layer: tp, or m * n."""
+        return self.tp or (self.m or 1) * (self.n or 1)
+
+    def flags(self, model: ModelConfig) -> list[str]:
+        """Megatron's and helix's flags for the layout of ``model``."""
+        words = _valued(pipeline_model_parallel_size=self.pp, micro_batch_size=self.micro_batch)
+        if self.is_helix:
+            words += _valued(helix_m=self.m, helix_n=self.n)
+            words += _valued(
+                helix_exchange=self.exchange, helix_split=self.split, helix_gather=self.gather
+            )
+        else:
+            words += _valued(tensor_model_parallel_size=self.tp)
+        if self.tensor_parallel_size > 1:
+            words.append("--sequence-parallel")
+        if self.distributed_optimizer:
+            words.append("--use-distributed-optimizer")
+        if model.num_experts:
+            words += _valued(
+                expert_model_parallel_size=self.ep, expert_tensor_parallel_size=self.etp
+            )
+        return words
+
+
+class BatchConfig(Config):
+    """Tokens of one step."""
+
+    sequences: PositiveInt
+    sequence_length: PositiveInt
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a global batch."""
+        return self.sequences * self.sequence_length
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The YAML mapping in the file.
+
+    Raises:
+        ValueError: naming the file, when it cannot be read or holds something else.
+    """
+    try:
+        document = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: is not YAML: {error}") from None
+    if not isinstance(document, dict):
+        raise ValueError(f"{path}: must be a mapping of keys to values")
+    return document
+
+
+def _valued(**values: Any) -> list[str]:
+    """``name=value`` as ``--name value``, dashes for underscores; what is None is left out."""
+    return [
+        word
+        for name, value in values.items()
+        if value is not None
+        for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
