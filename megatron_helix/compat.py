@@ -4,10 +4,11 @@ Megatron offers a seam for all the rest: layer specs, the argument parser, the m
 here has none.
 """
 
+import argparse
 import logging
 import warnings
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from typing import Any
 
@@ -51,6 +52,22 @@ def use_compiled_dataset_helpers() -> None:
     except ImportError:
         return
     utils.compile_helpers = lambda: None
+
+
+@cache
+def read_flag_help_once() -> None:
+    """Read the help texts of Megatron's flags now, and keep them.
+
+    Megatron finds them by parsing the source of its config classes, 0.6 s of CPU for every parser
+    it makes, and a run makes two. What is kept is inherited by forked ranks.
+    """
+    from megatron.training.argument_utils import ArgumentGroupFactory
+    from megatron.training.arguments import add_megatron_arguments
+
+    factory = object.__new__(ArgumentGroupFactory)  # reading needs none of what a group is made of
+    help_of = cache(partial(ArgumentGroupFactory._get_field_docstrings, factory))
+    ArgumentGroupFactory._get_field_docstrings = lambda self, config: help_of(config)
+    add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
 
 
 def skip_warm_up() -> None:

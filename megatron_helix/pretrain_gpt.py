@@ -4,27 +4,38 @@ Takes every flag of Megatron-LM's ``pretrain_gpt.py`` and those of :mod:`megatro
 Without ``--helix-m`` and ``--helix-n`` it is stock Megatron: that is how baselines run.
 """
 
+import argparse
 import contextlib
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from megatron_helix import arguments, compat
+
+Provider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one rank. Rank and world size come from the environment, as torchrun sets them."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    train(prepare_rank(sys.argv[1:] if argv is None else argv))
+
+
+def prepare_rank(argv: Sequence[str]) -> list[str]:
+    """:func:`prepare` for the rank that torchrun started.
+
+    Raises:
+        SystemExit: with code 2, for flags that cannot run; rank 0 says what is wrong.
+    """
     rank = int(os.environ.get("RANK", "0"))
     quiet = contextlib.nullcontext() if rank == 0 else contextlib.redirect_stderr(io.StringIO())
     with quiet:  # one rank tells the user what is wrong
         try:
-            argv = prepare(argv, int(os.environ.get("WORLD_SIZE", "1")))
+            return prepare(argv, int(os.environ.get("WORLD_SIZE", "1")))
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
-    train(argv)
 
 
 def prepare(argv: Sequence[str], world_size: int) -> list[str]:
@@ -45,6 +56,7 @@ def prepare(argv: Sequence[str], world_size: int) -> list[str]:
         compat.skip_warm_up()
     from megatron_helix import gpt_training, plugin  # noqa: F401  # slow: forked ranks inherit them
 
+    compat.read_flag_help_once()
     return argv
 
 
@@ -58,23 +70,50 @@ def train(argv: Sequence[str]) -> None:
     )
     from megatron.training.arguments import parse_and_validate_args
 
-    from megatron_helix import gpt_training, plugin
-    from megatron_helix.experiment import metrics
+    from megatron_helix import gpt_training
 
     compat.use_compiled_dataset_helpers()
     sys.argv = [sys.argv[0], *argv]  # Megatron's parser reads it there
-    args = parse_and_validate_args(extra_args_provider=arguments.add_helix_arguments)
-    model_config = plugin.enable(args, gpt_config_from_args(args))
-    if args.helix_metrics:
-        metrics.record(
-            args.helix_metrics, args.rank, batch=args.global_batch_size, sequence=args.seq_length
-        )
+    args = parse_and_validate_args(extra_args_provider=flags_beside())
+    model_config = turn_on(args, gpt_config_from_args(args))
     pretrain(
         pretrain_cfg_container_from_args(args, model_config),
         gpt_training.train_valid_test_datasets,
         ModelType.encoder_or_decoder,
         gpt_training.forward_step,
     )
+
+
+def flags_beside(other: Provider | None = None) -> Provider:
+    """An ``extra_args_provider`` of Megatron's parser: the helix flags, after another's flags."""
+
+    def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        return arguments.add_helix_arguments(other(parser) if other else parser)
+
+    return provider
+
+
+def turn_on(args: argparse.Namespace, model_config: Any) -> Any:
+    """What the parsed flags ask for: helix layers in ``model_config``, which is returned, metrics.
+
+    The ``pretrain_gpt.py`` of a patched Megatron-LM checkout calls it too.
+    """
+    from megatron_helix import plugin
+    from megatron_helix.experiment.record import Recording, record
+
+    if args.helix_metrics:
+        record(
+            Recording(
+                folder=args.helix_metrics,
+                rank=args.rank,
+                batch=args.global_batch_size,
+                sequence=args.seq_length,
+                steps=args.train_iters,
+                phase=args.helix_phase,
+                profile=args.helix_profile,
+            )
+        )
+    return plugin.enable(args, model_config)
 
 
 if __name__ == "__main__":
