@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_helix.collectives import all_gather
+from megatron_helix.exchange.decode import SequenceCache, cached_positions
 from megatron_helix.exchange.prefix import PrefixChunks
 from megatron_helix.exchange.scores import ScoresAttention, SegmentNorm, segment_frequencies
 from megatron_helix.exchange.strategy import Choice
@@ -76,7 +78,7 @@ class HelixSelfAttention(SelfAttention):
             self._keep_segments(config)
         else:
             self.core_attention.helix_layout = layout
-            self.core_attention.helix_segment = groups.segment
+            self.core_attention.helix_groups = groups
         self.helix_modules = [self, self.linear_qkv, self.linear_proj, self.core_attention]
         self.set_plan(Plan(exchange="scores", split="none") if by_scores else self.plan)
 
@@ -98,7 +100,7 @@ class HelixSelfAttention(SelfAttention):
         if self.plan.split == "batch":
             if attention_mask is not None and attention_mask.size(0) > 1:
                 attention_mask = attention_mask.chunk(m, dim=0)[segment]
-        elif rotary_pos_emb is not None:
+        elif rotary_pos_emb is not None and not self._caches_positions(kwargs):
             rotary_pos_emb = self._my_frequencies(rotary_pos_emb)
         return super().forward(
             hidden_states, attention_mask, *args, rotary_pos_emb=rotary_pos_emb, **kwargs
@@ -110,11 +112,86 @@ class HelixSelfAttention(SelfAttention):
         ``query [s/m, b, H/n, d]``, ``key`` and ``value`` ``[s, b, K/n, d]``.
         """
         query, key, value, *gate = super().get_query_key_value_tensors(*args, **kwargs)
-        if self.plan.split == "sequence":
+        if self.plan.exchange == "partials":  # what comes out of core attention is my segment
+            channels = self.helix_layout.segment_channels(self.helix_groups.segment)
+            gate = [whole[..., channels.to(whole.device)] for whole in gate]
+        elif self.plan.split == "sequence":
             both = all_gather(torch.cat([key, value], dim=-1), self.helix_groups.dim)
             key, value = in_sequence_order(both, self.helix_layout).chunk(2, dim=-1)
             key, value = key.contiguous(), value.contiguous()
         return query, key, value, *gate
+
+    def _caches_positions(self, forward_kwargs: dict[str, Any]) -> bool:
+        """Whether this forward fills or reads a cache that is split by position."""
+        context = forward_kwargs.get("inference_context")
+        return context is not None and self.plan.split == "sequence"
+
+    def _allocate_memory(self, length: int, batch: int, channels: int, dtype: torch.dtype) -> Any:
+        """Memory for the keys or values of my sequences: ``[length, batch/m, K/n, channels]``."""
+        share = self.helix_layout.m if self.plan.split == "batch" else 1
+        return super()._allocate_memory(length, batch // share, channels, dtype)
+
+    def _adjust_key_value_for_inference(
+        self,
+        inference_context: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        rotary_pos_emb: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Any, ...]:
+        """Stock, and under a sequence split a cache of my positions (`SequenceCache`).
+
+        In the prefill, keys and values of all positions come back; in a step, those I hold. A
+        prefill starts at position 0, and a step is one token.
+        """
+        if not self._caches_positions({"inference_context": inference_context}):
+            return super()._adjust_key_value_for_inference(
+                inference_context, query, key, value, rotary_pos_emb, *args, **kwargs
+            )
+        layout, segment = self.helix_layout, self.helix_groups.segment
+        memory, start = (
+            inference_context.key_value_memory_dict,
+            inference_context.sequence_len_offset,
+        )
+        if self.plan.exchange != "partials":
+            assert start == 0, "a prefill in parts"
+            length = key.size(0)
+            mine = chunk_positions(layout, segment, length)
+            cache = SequenceCache(
+                *(
+                    super(HelixSelfAttention, self)._allocate_memory(
+                        inference_context.max_sequence_length // layout.m,
+                        *part.shape[1::2],
+                        part.dtype,
+                    )
+                    for part in (key, value)
+                ),
+                positions=cached_positions(
+                    layout,
+                    segment,
+                    prefilled=length,
+                    capacity=inference_context.max_sequence_length,
+                ),
+            )
+            memory[self.layer_number] = cache
+            for kept, part in ((cache.key, key), (cache.value, value)):
+                kept[: len(mine)] = part[mine.to(part.device)]
+            seen, mask_type = torch.arange(length), self.attn_mask_type
+        else:
+            cache = memory[self.layer_number]
+            cache.write(start, key, value)
+            held = cache.held(start + 1)
+            key, value = cache.key[:held], cache.value[:held]
+            mine, seen = torch.tensor([start]), cache.positions[:held]
+            mask_type = AttnMaskType.no_mask
+        if rotary_pos_emb is not None:
+            of_query, of_key = rotary_pos_emb
+            of_query = of_query[mine.to(of_query.device)]
+            of_key = of_key[seen.to(of_key.device)] if len(seen) else None
+            rotary_pos_emb = (of_query, of_key)
+        return query, key, value, rotary_pos_emb, mask_type, None
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: dict | None = None

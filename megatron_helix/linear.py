@@ -19,6 +19,7 @@ import torch
 from megatron_helix.checkpoint import tile_in_canonical_order
 from megatron_helix.collectives import all_gather
 from megatron_helix.exchange.activations import context_to_segments, qkv_to_whole_heads
+from megatron_helix.exchange.decode import qkv_to_every_rank
 from megatron_helix.exchange.traffic import Plan
 from megatron_helix.exchange.weights import (
     GatheredWeight,
@@ -182,6 +183,8 @@ class _QKV(_Tiled):
         qkv, bias = super().forward(x, *args, **kwargs)  # type: ignore[misc]
         if self.plan.exchange == "activations":
             qkv = qkv_to_whole_heads(qkv, self.helix_layout, self.helix_groups.dim, self.plan.split)
+        elif self.plan.exchange == "partials":
+            qkv = qkv_to_every_rank(qkv, self.helix_layout, self.helix_groups.dim)
         return qkv, bias
 
 

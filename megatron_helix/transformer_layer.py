@@ -9,6 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_viewless_tensor
 
 from megatron_helix.attention import HelixSelfAttention
+from megatron_helix.exchange.decode import cache_split, decode_plan, prefill_plan
 from megatron_helix.exchange.strategy import Choice, explain, resolve
 from megatron_helix.exchange.tokens import from_batch_share, to_batch_share
 from megatron_helix.exchange.traffic import BlockShape, Plan
@@ -59,7 +60,7 @@ class HelixLayer(torch.nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """As ``TransformerLayer.forward``."""
-        plan = self._plan(hidden_states)
+        plan = self._plan(hidden_states, kwargs.get("inference_context"))
         for module in self.helix_modules:
             module.plan = plan  # type: ignore[assignment]
         if plan.exchange != "weights" or plan.split != "batch":
@@ -82,11 +83,21 @@ class HelixLayer(torch.nn.Module):
         keep = {"requires_grad": hidden_states.requires_grad, "keep_graph": True}
         return make_viewless_tensor(inp=hidden_states, **keep), context
 
-    def _plan(self, hidden_states: torch.Tensor) -> Plan:
+    def _plan(self, hidden_states: torch.Tensor, inference_context: Any) -> Plan:
         """The plan for this micro-batch's shape, and nothing else: equal on every rank."""
         rows, batch, _ = hidden_states.shape
-        return self.plan_for(
-            rows * self.helix_layout.size if self.config.sequence_parallel else rows, batch
+        sequence = rows * self.helix_layout.size if self.config.sequence_parallel else rows
+        if inference_context is None:
+            return self.plan_for(sequence, batch)
+        if inference_context.sequence_len_offset:
+            return decode_plan(cache_split(self.helix_choice, self.helix_layout, batch))
+        return prefill_plan(
+            self.helix_choice,
+            self.helix_layout,
+            block_shape(self.config),
+            sequence=sequence,
+            batch=batch,
+            sequence_parallel=self.config.sequence_parallel,
         )
 
     def plan_for(self, sequence: int, batch: int) -> Plan:

@@ -97,7 +97,8 @@ class _Model(torch.nn.Module):
     def forward(self, input_ids: Any, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
         """As ``GPTModel.forward``. Without labels it is asked for all logits: the stock head."""
         ends, moves = self.helix_vocabulary.ends, self.helix_vocabulary.moves
-        ends.entered = self._embeds_in_block_order(input_ids)
+        inferring = kwargs.get("inference_context") is not None  # a plan of its own: stock ends
+        ends.entered = not inferring and self._embeds_in_block_order(input_ids)
         ends.stays = self.post_process and labels is not None and moves(*labels.shape[::-1])
         return super().forward(input_ids, *args, labels=labels, **kwargs)
 

@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_helix.exchange.decode import attend_to_share, merge_shares
 from megatron_helix.exchange.traffic import Plan
 from megatron_helix.layout import HelixLayout
+from megatron_helix.process_groups import HelixGroups
 
 
 class PrefixChunks(torch.nn.Module):
@@ -21,7 +24,8 @@ class PrefixChunks(torch.nn.Module):
 
     plan: Plan
     helix_layout: HelixLayout
-    helix_segment: int
+    helix_groups: HelixGroups
+    config: TransformerConfig
 
     def forward(
         self,
@@ -34,8 +38,9 @@ class PrefixChunks(torch.nn.Module):
     ) -> torch.Tensor:
         """Query ``[s/m, b, H/n, d]``, key and value ``[s, b, K/n, d]`` -> ``[s/m, b, H/n * d]``."""
         attend = super().forward  # type: ignore[misc]  # the core attention class behind the mixin
-        # A single token (decoding) is not cut; nor is anything without a sequence split.
-        if self.plan.split != "sequence" or query.size(0) == key.size(0) == 1:
+        if self.plan.exchange == "partials":
+            return self._merged(query, key, value)
+        if self.plan.split != "sequence":
             return attend(
                 query, key, value, attention_mask, attn_mask_type=attn_mask_type, **kwargs
             )
@@ -44,7 +49,7 @@ class PrefixChunks(torch.nn.Module):
         causal = attn_mask_type == AttnMaskType.causal
         contexts = []
         for i, chunk in enumerate(query.chunk(layout.n)):
-            start = (i * layout.m + self.helix_segment) * length
+            start = (i * layout.m + self.helix_groups.segment) * length
             end = start + length if causal else key.size(0)
             contexts.append(
                 attend(
@@ -57,6 +62,23 @@ class PrefixChunks(torch.nn.Module):
                 )
             )
         return torch.cat(contexts)
+
+    def _merged(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """A decode step on the positions I hold, merged: ``[1, b, H/n, d] -> [1, b, H/n * d/m]``.
+
+        Raises:
+            ValueError: for a sliding window.
+        """
+        config, layout = self.config, self.helix_layout
+        if config.window_size is not None:
+            raise ValueError(
+                "--window-size: a cache that is split by position serves full attention only, got"
+                f" {config.window_size}; use --helix-split batch"
+            )
+        scale = config.softmax_scale or layout.kv_channels**-0.5
+        context, lse = attend_to_share(query, key, value, scale)
+        offset = getattr(self, "softmax_offset", None)
+        return merge_shares(context, lse, layout, self.helix_groups.dim, offset).to(query.dtype)
 
     def _rows(
         self,

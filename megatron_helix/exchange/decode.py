@@ -1,0 +1,276 @@
+"""Decoding: which part of the KV cache a rank of the dim axis keeps, and what moves in a step.
+
+A rank (i, j) caches keys and values of head group i, for 1/m of what there is, so that the ranks of
+a tensor-parallel group hold every key and value once, for any T:
+
+* **batch split**: for sequences ``[j * b/m, (j+1) * b/m)``. A step is the ``activations`` exchange.
+* **sequence split**: for 1/m of the positions of all sequences. Each rank attends to the positions
+  it holds; the partial contexts are merged by their log-sum-exps. This is the exchange
+  ``partials``, a step's counterpart of a prefill whose sequence was split.
+* ``scores``: for segment j of the head dimension.
+
+Sharded einsums of ``partials`` (one new token for each of b sequences, P positions)::
+
+    qkv[b, K_n, slot, d_m] -> qkv[b, K_n, slot, d]          all-gather over the dim group
+    O_j[b, H_n, d], l_j[b, H_n] = attention over P_m        no communication
+    O[b, H_n, d_m] = sum_j w_j O_j,  w_j = softmax_j(l_j)   all-to-all over the dim group, in fp32
+
+The merge is exact: with ``l_j`` the log of rank j's softmax denominator, ``exp(l_j - log sum_k exp
+l_k)`` is the share that its positions have in the whole denominator.
+"""
+
+from collections import Counter
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from megatron_helix.collectives import all_gather, all_to_all
+from megatron_helix.exchange import traffic
+from megatron_helix.exchange.strategy import Choice, resolve
+from megatron_helix.exchange.tokens import chunk_positions
+from megatron_helix.exchange.traffic import BlockShape, Elements, Plan
+from megatron_helix.layout import HelixLayout
+
+
+class SequenceCache(NamedTuple):
+    """Keys and values of the positions that one rank of the dim group holds, for one layer.
+
+    Attributes:
+        key: ``[P/m, b, K/n, d]``, before rotary embeddings.
+        value: like ``key``.
+        positions: ``[P/m]``, ascending, on the CPU; row r of the cache is of position r of these.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+    positions: torch.Tensor
+
+    def held(self, end: int) -> int:
+        """How many rows are of positions before ``end``: always the first ones."""
+        return int(torch.searchsorted(self.positions, end))
+
+    def write(self, position: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Keep the token at ``position`` if it is this rank's; ``key`` and ``value`` [1, b, .]."""
+        row = self.held(position)
+        if row < len(self.positions) and int(self.positions[row]) == position:
+            self.key[row], self.value[row] = key[0], value[0]
+
+
+def cached_positions(
+    layout: HelixLayout, segment: int, *, prefilled: int, capacity: int
+) -> torch.Tensor:
+    """Positions that dim rank ``segment`` caches, ``[capacity/m]``, ascending.
+
+    Those it attended for in the prefill, then every m-th: every rank holds as many, however long
+    the prompt was.
+
+    Args:
+        layout: the partition.
+        segment: j.
+        prefilled: tokens of the prefill, a multiple of T.
+        capacity: positions of the whole cache, a multiple of m.
+    """
+    later = torch.arange(prefilled + segment, capacity, layout.m)
+    return torch.cat([chunk_positions(layout, segment, prefilled), later])
+
+
+def qkv_to_every_rank(
+    qkv: torch.Tensor, layout: HelixLayout, dim_group: dist.ProcessGroup
+) -> torch.Tensor:
+    """One segment -> whole heads in canonical order, of all tokens, on all ranks of the group.
+
+    ``[s, b, K/n * slots * d/m] -> [s, b, K/n * slots * d]``.
+    """
+    heads = layout.num_query_groups // layout.n * layout.slots
+    m, blocks = layout.m, layout.segment_blocks
+    s, b, _ = qkv.shape
+    gathered = all_gather(qkv, dim_group)  # [m * s, b, tile]: segment after segment
+    tiles = gathered.view(m, s, b, heads, blocks, layout.segment_size // blocks)
+    return tiles.permute(1, 2, 3, 4, 0, 5).reshape(s, b, heads * layout.kv_channels)
+
+
+def attend_to_share(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of one token a sequence over the positions at hand, and the log of its denominator.
+
+    Args:
+        query: ``[1, b, H/n, d]``.
+        key: ``[P, b, K/n, d]``; P may be 0.
+        value: like ``key``.
+        scale: of the softmax.
+
+    Returns:
+        Context ``[b, H/n, d]``, and log-sum-exp of the scores ``[b, H/n]``, both in fp32 (or in
+        double precision if ``query`` is).
+    """
+    _, b, heads, channels = query.shape
+    wide = torch.promote_types(query.dtype, torch.float32)
+    grouped = query.to(wide).view(b, key.size(2), -1, channels)
+    scores = torch.einsum("bghd,pbgd->bghp", grouped, key.to(wide)) * scale
+    lse = torch.logsumexp(scores, dim=-1, keepdim=True)  # of nothing: -inf
+    weights = torch.exp(scores - lse)
+    context = torch.einsum("bghp,pbgd->bghd", weights, value.to(wide))
+    return context.reshape(b, heads, channels), lse.view(b, heads)
+
+
+def merge_shares(
+    context: torch.Tensor,
+    lse: torch.Tensor,
+    layout: HelixLayout,
+    dim_group: dist.ProcessGroup,
+    offset: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Contexts over each rank's positions -> the context over all, one segment of each head.
+
+    Args:
+        context: ``[b, H/n, d]``, over this rank's positions.
+        lse: ``[b, H/n]``, its log-sum-exp.
+        layout: the partition.
+        dim_group: the m ranks that hold the positions between them.
+        offset: ``[H/n]``, a score that every softmax has beside those of the tokens and that
+            carries no value; None for an ordinary softmax.
+
+    Returns:
+        ``[1, b, H/n * d/m]``, in tile order.
+    """
+    b, heads, _ = context.shape
+    m, blocks, size = layout.m, layout.segment_blocks, layout.segment_size
+    segments = context.view(b, heads, blocks, m, size // blocks).permute(3, 0, 1, 2, 4)
+    segments = segments.reshape(m, b, heads, size)
+    each = lse[None, :, :, None].expand(m, b, heads, 1)
+    received = all_to_all(torch.cat([segments, each], dim=-1), dim_group)  # rank k's, my segment
+    partial, weight = received.split([size, 1], dim=-1)
+    denominators = weight
+    if offset is not None:
+        extra = offset.to(weight).view(1, 1, heads, 1).expand(1, b, heads, 1)
+        denominators = torch.cat([weight, extra])
+    share = torch.exp(weight - torch.logsumexp(denominators, dim=0, keepdim=True))
+    return (share * partial).sum(dim=0).view(1, b, heads * size)
+
+
+def cache_split(choice: Choice, layout: HelixLayout, batch: int) -> str:
+    """How the cache of ``batch`` sequences is cut: ``batch``, ``sequence``, or ``none`` (scores).
+
+    The batch where m divides it: a step then needs no merge.
+
+    Raises:
+        ValueError: when the batch split was asked for and m does not divide the batch.
+    """
+    if choice.exchange == "scores":
+        return "none"
+    if choice.split == "batch" and batch % layout.m:
+        raise ValueError(
+            f"--helix-split: batch needs a multiple of --helix-m ({layout.m}) sequences, got"
+            f" {batch}; use a multiple, or --helix-split sequence"
+        )
+    if choice.split != "auto":
+        return choice.split
+    return "sequence" if batch % layout.m else "batch"
+
+
+def prefill_plan(
+    choice: Choice,
+    layout: HelixLayout,
+    shape: BlockShape,
+    *,
+    sequence: int,
+    batch: int,
+    sequence_parallel: bool,
+) -> Plan:
+    """The plan for a prefill: of what the choice allows, what sends least in a forward alone.
+
+    Raises:
+        ValueError: when what was asked for cannot run on these tokens.
+    """
+    choice = replace(choice, gather="microbatch")
+    if choice.exchange != "scores":
+        choice = replace(choice, split=cache_split(choice, layout, batch))
+    names = ["activations", "weights"] if sequence_parallel else ["activations"]
+    if choice.exchange != "auto":
+        names = [choice.exchange]
+    size = {"sequence": sequence, "batch": batch}
+    plans = [
+        resolve(
+            replace(choice, exchange=name),
+            layout,
+            shape,
+            **size,
+            sequence_parallel=sequence_parallel,
+        )
+        for name in names
+    ]
+
+    def sent(plan: Plan) -> float:
+        forward, _ = traffic.layer(plan, layout, shape, **size)
+        ends = traffic.block_ends(plan, layout, shape, **size)
+        return forward.total() + ends.total() / shape.num_layers
+
+    return min(plans, key=sent)
+
+
+def decode_plan(split: str) -> Plan:
+    """The plan for a step on a cache that is cut as :func:`cache_split` says."""
+    exchange = {"batch": "activations", "sequence": "partials", "none": "scores"}[split]
+    return Plan(exchange=exchange, split=split)
+
+
+def step_elements(
+    split: str, layout: HelixLayout, shape: BlockShape, *, batch: int, positions: int = 0
+) -> tuple[Elements, Elements]:
+    """What a rank sends in one layer of a decode step, one new token for each of ``batch``.
+
+    Returns:
+        Elements by (axis, kind), of the model's dtype and of fp32. ``tp all_reduce`` is that of
+        attention and, where it is dense, the MLP: ``2 (T-1)/T b D`` each. With ``X`` packed
+        channels and ``Q = slots K d`` those of QKV alone, the dim axis moves ``(m-1)/m b X / T`` by
+        all_to_all (batch split); ``(m-1) b Q / T`` by all_gather and ``(m-1)/m b H/n (d + m)`` by
+        all_to_all in fp32 (sequence split); ``2 (m-1)/m b H/n P`` by all_reduce in fp32 (scores).
+        Only the last depends on the context, P ``positions``. What MoE layers and norms over head
+        segments (QK norms under ``scores``) send is not in it.
+    """
+    m, n, size = layout.m, layout.n, layout.size
+    reduced = shape.sublayers * 2 * (size - 1) * batch * shape.hidden // size
+    narrow: Elements = Counter({("tp", "all_reduce"): reduced})
+    wide: Elements = Counter()
+    heads = layout.num_attention_heads // n
+    if m == 1:
+        return narrow, wide
+    if split == "batch":
+        narrow["dim", "all_to_all"] = (m - 1) * batch * traffic.packed(layout) // (m * size)
+    elif split == "sequence":
+        qkv = layout.slots * layout.num_query_groups * layout.kv_channels
+        narrow["dim", "all_gather"] = (m - 1) * batch * qkv // size
+        wide["dim", "all_to_all"] = (m - 1) * batch * heads * (layout.kv_channels + m) // m
+    else:
+        wide["dim", "all_reduce"] = 2 * (m - 1) * batch * heads * positions // m
+    return narrow, wide
+
+
+def step_bytes(
+    split: str,
+    layout: HelixLayout,
+    shape: BlockShape,
+    *,
+    batch: int,
+    vocabulary: int,
+    element_bytes: int,
+    positions: int = 0,
+) -> dict[tuple[str, str], int]:
+    """Bytes a rank sends in a decode step of the whole model, by (axis, kind).
+
+    Beside the layers (:func:`step_elements`) these are the embedding's all-reduce over all T ranks,
+    ``2 (T-1)/T b D``, and the gathering of the logits, ``(T-1) b V / T``. With m = 1 it is plain
+    tensor parallelism.
+    """
+    narrow, wide = step_elements(split, layout, shape, batch=batch, positions=positions)
+    size = layout.size
+    sent: Counter[tuple[str, str]] = Counter()
+    for elements, width in ((narrow, element_bytes), (wide, 4)):
+        for key, count in elements.items():
+            sent[key] += shape.num_layers * count * width
+    sent["tp", "all_reduce"] += 2 * (size - 1) * batch * shape.hidden // size * element_bytes
+    sent["tp", "all_gather"] += (size - 1) * batch * vocabulary // size * element_bytes
+    return dict(sent)

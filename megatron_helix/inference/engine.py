@@ -1,0 +1,242 @@
+"""Prefill and decode of a static batch, on Megatron's static inference context.
+
+As Megatron's own static engine does it: the prompts are prefilled up to the length of the shortest,
+then every step is one token of each sequence, given by the prompt where that is longer. All
+sequences have the same positions, so no mask is needed, and a sequence's tokens do not depend on
+the others.
+
+What Megatron's engine refuses is here: sequence parallelism in the prefill (without it the
+``weights`` exchange has nothing to stand on), and a batch in several micro-batches, which keep the
+stages of a pipeline busy at once.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.inference.utils import InferenceMode
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.utils import set_model_to_sequence_parallel
+
+Sample = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(kw_only=True)
+class MicroBatch:
+    """Some sequences of the batch, which go through the model together.
+
+    Attributes:
+        tokens: ``[b, total]``: prompts, and behind them what has been generated.
+        lengths: ``[b]``, of the prompts.
+        context: Megatron's, with this rank's part of the KV cache.
+        end: positions that hold a token of every sequence.
+    """
+
+    tokens: torch.Tensor
+    lengths: torch.Tensor
+    context: StaticInferenceContext
+    end: int
+
+    def append(self, sampled: torch.Tensor) -> None:
+        """The tokens at ``end``: sampled ones ``[b]``, but where a prompt goes on, its own."""
+        given = self.lengths > self.end
+        self.tokens[:, self.end] = torch.where(given, self.tokens[:, self.end], sampled)
+        self.end += 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One token of each sequence of a micro-batch, as it comes out.
+
+    Attributes:
+        microbatch: which one, from 0.
+        index: 0 is the prefill's, the others are decode steps.
+        tokens: ``[b]``, at the new position; prompts that go on there included.
+        position: of the new tokens.
+        logits: ``[b, V]`` they were drawn from; None but on the last pipeline stage.
+        time_s: when they were known, by ``time.perf_counter``.
+    """
+
+    microbatch: int
+    index: int
+    tokens: torch.Tensor
+    position: int
+    logits: torch.Tensor | None
+    time_s: float
+
+
+def micro_batches(
+    prompts: Sequence[Sequence[int]], new_tokens: int, *, count: int, size: int
+) -> list[MicroBatch]:
+    """The prompts in ``count`` micro-batches, with room for ``new_tokens`` behind the longest.
+
+    Args:
+        prompts: token ids.
+        new_tokens: tokens to generate for each.
+        count: divides the number of prompts.
+        size: T; the cache's positions are rounded up to a multiple of it.
+    """
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    total = int(lengths.max()) + new_tokens
+    tokens = torch.zeros(len(prompts), total, dtype=torch.long)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = torch.tensor(prompt)
+    capacity = -(-total // size) * size
+    return [
+        MicroBatch(
+            tokens=part.cuda(),
+            lengths=part_lengths.cuda(),
+            context=StaticInferenceContext(len(part), capacity),
+            end=int(lengths.min()),
+        )
+        for part, part_lengths in zip(tokens.chunk(count), lengths.chunk(count), strict=True)
+    ]
+
+
+def cache_bytes(parts: Sequence[MicroBatch]) -> int:
+    """Bytes of keys and values that this rank holds, counted on the live tensors."""
+    return sum(
+        tensor.numel() * tensor.element_size()
+        for part in parts
+        for key, value, *_ in part.context.key_value_memory_dict.values()
+        for tensor in (key, value)
+    )
+
+
+class Engine:
+    """Runs micro-batches through one pipeline stage of a model.
+
+    Args:
+        model: this rank's stage, not wrapped.
+        sample: draws tokens from logits; the same on every rank.
+    """
+
+    def __init__(self, model: Any, sample: Sample):
+        self.model, self.sample = model.eval(), sample
+        self.config = model.config
+        groups = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "pp"])
+        self.tp_size, self.pp = groups.tp.size(), groups.pp
+        self.stages = dist.get_process_group_ranks(self.pp)
+        self.first, self.last = self.pp.rank() == 0, self.pp.rank() == self.pp.size() - 1
+        self.sequence_parallel = self.config.sequence_parallel
+
+    def run(
+        self, parts: Sequence[MicroBatch], done: Callable[[], bool] = lambda: False
+    ) -> Iterator[Step]:
+        """All steps of all micro-batches, on the first and the last stage as they come out.
+
+        Several stages work on different micro-batches at once, each a step of it; a stage's rank
+        yields nothing if it is neither the first nor the last.
+
+        Args:
+            parts: of equal shapes.
+            done: asked after every step of a model without pipeline: whether all have ended.
+        """
+        total = parts[0].tokens.size(1)
+        items = [(index, k) for index in range(total - parts[0].end) for k in range(len(parts))]
+        # The first stage takes tokens back this many micro-batches behind its forward, before it
+        # sends: sends and receives then have one order on all stages, and none waits in a ring.
+        lag = min(self.pp.size(), len(parts)) - 1
+        with torch.inference_mode(), InferenceMode.active():
+            for number, (index, k) in enumerate(items):
+                output = self._forward(parts[k])
+                if self.last:
+                    tokens = self.sample(output)
+                    if not self.first:
+                        dist.send(tokens, self.stages[0], group=self.pp)
+                    yield self._step(parts, index, k, tokens, output)
+                    if self.first and done():
+                        return
+                    continue
+                if self.first and lag and number >= lag:
+                    yield self._receive(parts, *items[number - lag])
+                dist.send(output, self.stages[self.pp.rank() + 1], group=self.pp)
+                if self.first and not lag:
+                    yield self._receive(parts, index, k)
+                if not self.first:
+                    parts[k].end += 1
+            if self.first and not self.last:
+                for index, k in items[len(items) - lag :]:
+                    yield self._receive(parts, index, k)
+
+    def _receive(self, parts: Sequence[MicroBatch], index: int, k: int) -> Step:
+        tokens = torch.empty_like(parts[k].lengths)
+        dist.recv(tokens, self.stages[-1], group=self.pp)
+        return self._step(parts, index, k, tokens, None)
+
+    def _step(
+        self,
+        parts: Sequence[MicroBatch],
+        index: int,
+        k: int,
+        tokens: torch.Tensor,
+        logits: torch.Tensor | None,
+    ) -> Step:
+        part = parts[k]
+        part.append(tokens)
+        now = part.tokens[:, part.end - 1].cpu()  # waits for the device: the time is the token's
+        return Step(
+            microbatch=k,
+            index=index,
+            tokens=now,
+            position=part.end - 1,
+            logits=logits,
+            time_s=time.perf_counter(),
+        )
+
+    def _forward(self, part: MicroBatch) -> torch.Tensor:
+        """Prefill or one step: logits ``[b, V]`` on the last stage, else the stream."""
+        start = part.context.sequence_len_offset
+        prefill = start == 0
+        set_model_to_sequence_parallel(self.model, self.sequence_parallel and prefill)
+        length = part.end - start
+        if prefill:  # causal: what stands behind the prompt changes nothing before it
+            length = -(-length // self.tp_size) * self.tp_size
+        tokens = part.tokens[:, start : start + length]
+        tokens = torch.nn.functional.pad(tokens, (0, length - tokens.size(1)))
+        position_ids = torch.arange(start, start + length, device=tokens.device)
+        position_ids = position_ids.clamp(max=part.tokens.size(1) - 1).expand_as(tokens)
+        rows = length // self.tp_size if self.config.sequence_parallel else length
+        if not self.first:
+            shape = (rows, len(tokens), self.config.hidden_size)
+            stream = torch.empty(shape, dtype=self.config.params_dtype, device=tokens.device)
+            dist.recv(stream, self.stages[self.pp.rank() - 1], group=self.pp)
+            self.model.set_input_tensor(stream)
+        output = self.model(
+            tokens,
+            position_ids,
+            None,
+            inference_context=part.context,
+            runtime_gather_output=True,
+            output_processor=_logits,
+            output_processor_context=part.end - 1 - start,
+        )
+        # The prompt's end, not that of what was prefilled: the next token takes its place there.
+        part.context.sequence_len_offset = part.end
+        if part.end >= int(part.lengths.max()):
+            part.context.enable_decode_mode()
+        return output.contiguous()
+
+
+def _logits(
+    *,
+    hidden_states: torch.Tensor,
+    output_layer: Any,
+    output_weight: torch.Tensor | None,
+    scale_logits: Callable[[torch.Tensor], torch.Tensor],
+    context: int,
+    **_: Any,
+) -> torch.Tensor:
+    """Logits ``[b, V]`` of the token at ``context``; an ``output_processor`` of ``GPTModel``.
+
+    Under sequence parallelism a rank's stream is a chunk of the sequence, and the LM head gathers
+    one row of each rank: the one that is wanted is its chunk's.
+    """
+    rows = hidden_states.size(0)
+    row = hidden_states[context % rows].unsqueeze(0)
+    logits, _bias = output_layer(row, weight=output_weight, runtime_gather_output=True)
+    return scale_logits(logits)[context // rows]
