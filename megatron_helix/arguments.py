@@ -14,6 +14,7 @@ from megatron_helix.exchange import strategy, traffic
 from megatron_helix.layout import HelixLayout, require_divides
 
 DEVICES = ("auto", "cpu", "cuda")
+PHASES = ("train", "prefill")
 
 # Flags of Megatron's that a layout is checked against.
 _SIZES = (
@@ -81,6 +82,17 @@ def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         metavar="DIR",
         help="Write one JSON line a step and rank to DIR: loss, gradient norm, times, traffic.",
     )
+    group.add_argument(
+        "--helix-phase",
+        default=PHASES[0],
+        help=f"What a step is: {', '.join(PHASES)}. prefill is the forward pass alone; needs"
+        " --helix-metrics.",
+    )
+    group.add_argument(
+        "--helix-profile",
+        action="store_true",
+        help="Run the last step under torch's profiler, for --helix-metrics.",
+    )
     return parser
 
 
@@ -125,6 +137,12 @@ def complete(argv: Sequence[str], world_size: int) -> list[str]:
     """
     args = _read(argv)
     strategy.require_known(choice(args))
+    _require_one_of("--helix-phase", args.helix_phase, PHASES)
+    if args.helix_phase != PHASES[0] and not args.helix_metrics:
+        raise ValueError(
+            f"--helix-phase: {args.helix_phase} needs --helix-metrics DIR, where its measurements"
+            " go, got none; give a folder, or leave --helix-phase away to train"
+        )
     implied = _helix_flags(args, argv, world_size) if wants_helix(args) else []
     _require_data(args)
     on_cpu = [] if device(argv) == "cuda" else _cpu_flags(argv)

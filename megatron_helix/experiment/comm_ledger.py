@@ -17,18 +17,28 @@ send               ``V``
 Source of the formulas: Chan, Heimlich, Purkayastha, van de Geijn, "Collective communication:
 theory, practice, and experience" (2007), the lower bounds of table I.
 
-Time is the time this rank spent inside the call and in waiting for its result: communication and
-waiting for slower ranks, as the rank feels it. It is measured with the wall clock, which is right
-on the CPU; on a GPU, where calls return at once, it counts only what blocks the host.
+Time is how long a rank is held up: inside the call and in waiting for its result, for the transfer
+and for slower ranks alike. On the CPU the wall clock says so. On a GPU calls return at once, so
+events on the stream that computes stand around the call and around the wait: what passes between
+them is the *exposed* time, and communication that computation hides counts nothing.
+
+Every call keeps a number that is the same on all ranks of its group. The rank that comes last does
+not wait, so the shortest time of a call over its ranks is the transfer, and what a rank has above
+it is waiting (see :mod:`megatron_helix.experiment.metrics`). No clocks are compared.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+Entries = dict[tuple[str, str], "Traffic"]
+
+POINT_TO_POINT = ("send", "recv")
 
 
 @dataclass
@@ -41,20 +51,105 @@ class Traffic:
     time_s: float = 0.0
 
 
+@dataclass(slots=True)
+class Call:
+    """One collective, as this rank saw it.
+
+    Attributes:
+        axis: the process group's description.
+        kind: of the collective.
+        channel: who talks: the group's name, and for a send or receive both ends of it.
+        number: how many calls the channel had before; the same on every rank.
+    """
+
+    axis: str
+    kind: str
+    channel: str
+    number: int
+    elements: int = 0
+    sent_bytes: int = 0
+    time_s: float = 0.0
+
+
+class HostClock:
+    """Time as the process feels it; right where a call returns when its result is there."""
+
+    def start(self) -> float:
+        """A moment."""
+        return time.perf_counter()
+
+    def stop(self, start: float, call: Call) -> None:
+        """Add the time since ``start`` to the call."""
+        call.time_s += time.perf_counter() - start
+
+    def settle(self) -> None:
+        """Every time is known already."""
+
+
+@dataclass
+class StreamClock:
+    """Time that the current stream of the GPU is held up: exposed communication."""
+
+    pending: list[tuple[Any, Any, Call]] = field(default_factory=list)
+
+    def start(self) -> Any:
+        """A moment in the stream's order of work."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def stop(self, start: Any, call: Call) -> None:
+        """Remember what lies between ``start`` and now; known once the GPU has come here."""
+        self.pending.append((start, self.start(), call))
+
+    def settle(self) -> None:
+        """Wait for the GPU and add up."""
+        torch.cuda.synchronize()
+        for start, end, call in self.pending:
+            call.time_s += start.elapsed_time(end) / 1e3
+        self.pending.clear()
+
+
 class CommLedger:
-    """Traffic of this rank by (axis, kind). An axis is a process group's description."""
+    """The calls of this rank, in order.
 
-    def __init__(self) -> None:
-        self.entries: dict[tuple[str, str], Traffic] = {}
+    Args:
+        clock: what their time is taken with; the wall clock by default.
+    """
 
-    def entry(self, axis: str, kind: str) -> Traffic:
-        """The sums of one axis and kind, made on first use."""
-        return self.entries.setdefault((axis, kind), Traffic())
+    def __init__(self, clock: HostClock | StreamClock | None = None) -> None:
+        self.clock = clock or HostClock()
+        self.calls: list[Call] = []
+        self._numbers: Counter[str] = Counter()
 
-    def take(self) -> dict[tuple[str, str], Traffic]:
-        """The entries so far; the ledger starts again from nothing."""
-        taken, self.entries = self.entries, {}
+    def open(self, axis: str, kind: str, channel: str) -> Call:
+        """A new call, with the next number of its channel."""
+        call = Call(axis, kind, channel, self._numbers[channel])
+        self._numbers[channel] += 1
+        self.calls.append(call)
+        return call
+
+    def take_calls(self) -> list[Call]:
+        """The calls so far, with their times; the ledger starts again from nothing."""
+        self.clock.settle()
+        taken, self.calls = self.calls, []
         return taken
+
+    def take(self) -> Entries:
+        """The calls so far as sums by (axis, kind); the ledger starts again from nothing."""
+        return totals(self.take_calls())
+
+
+def totals(calls: Iterable[Call]) -> Entries:
+    """Sums by (axis, kind)."""
+    entries: Entries = {}
+    for call in calls:
+        entry = entries.setdefault((call.axis, call.kind), Traffic())
+        entry.calls += 1
+        entry.elements += call.elements
+        entry.sent_bytes += call.sent_bytes
+        entry.time_s += call.time_s
+    return entries
 
 
 def _numel(tensors: Any) -> tuple[int, int]:
@@ -103,15 +198,17 @@ _METHODS: dict[str, tuple[str, int, _Share]] = {
 class _TimedWork:
     """A ``Work`` whose waiting counts. Everything else is the work's own."""
 
-    def __init__(self, work: Any, traffic: Traffic):
-        self._work, self._traffic = work, traffic
+    __slots__ = ("_call", "_clock", "_work")
+
+    def __init__(self, work: Any, call: Call, clock: HostClock | StreamClock):
+        self._work, self._call, self._clock = work, call, clock
 
     def wait(self, *args: Any) -> Any:
-        start = time.perf_counter()
+        start = self._clock.start()
         try:
             return self._work.wait(*args)
         finally:
-            self._traffic.time_s += time.perf_counter() - start
+            self._clock.stop(start, self._call)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._work, name)
@@ -139,20 +236,28 @@ def install(ledger: CommLedger) -> Callable[[], None]:
 
 def _counted(original: Any, kind: str, which: int, share: _Share, ledger: CommLedger) -> Any:
     def collective(group: dist.ProcessGroup, *args: Any, **kwargs: Any) -> Any:
-        traffic = ledger.entry(group.group_desc or "WORLD", kind)
+        call = ledger.open(group.group_desc or "WORLD", kind, _channel(group, kind, args))
         size = group.size()
         if which >= 0 and size > 1:
             elements, nbytes = _numel(args[which])
             sends = kind not in _ROOT_SENDS or _ROOT_SENDS[kind] == _is_root(group, args)
-            traffic.elements += round(elements * share(size)) if sends else 0
-            traffic.sent_bytes += round(nbytes * share(size)) if sends else 0
-        traffic.calls += 1
-        start = time.perf_counter()
+            call.elements = round(elements * share(size)) if sends else 0
+            call.sent_bytes = round(nbytes * share(size)) if sends else 0
+        start = ledger.clock.start()
         work = original(group, *args, **kwargs)
-        traffic.time_s += time.perf_counter() - start
-        return None if work is None else _TimedWork(work, traffic)
+        ledger.clock.stop(start, call)
+        return None if work is None else _TimedWork(work, call, ledger.clock)
 
     return collective
+
+
+def _channel(group: dist.ProcessGroup, kind: str, args: tuple[Any, ...]) -> str:
+    """Calls of one channel come in the same order on all ranks that take part."""
+    if kind == "send":
+        return f"{group.group_name}:{group.rank()}>{args[1]}"
+    if kind == "recv":
+        return f"{group.group_name}:{args[1]}>{group.rank()}"
+    return group.group_name
 
 
 # Rooted collectives: whether it is the root that sends, or all the others.

@@ -1,86 +1,66 @@
-"""One JSON line a step and rank: loss, gradient norm, time, and what the collectives moved.
+"""What the lines of a run's ranks say, put together: TPS, TPOT, where the time went, per rank.
 
-Megatron's loop stays unmodified; :func:`record` stands around its ``train_step``. The lines of a
-rank go to ``rank00.jsonl`` and so on in one folder, each as soon as its step is over, so that a run
-that dies keeps what it measured. :func:`read` puts the ranks together.
+:mod:`megatron_helix.experiment.record` writes the lines; times come from the steps that are neither
+the first ones, which warm up, nor watched by a profiler.
+
+A step's time has four parts. Outside collectives a rank *computes*. The shortest time of a call
+over its ranks is *communication*: the rank that came last did not wait. What a rank spends above it
+is *waiting* for slower ranks; between pipeline stages (sends and receives) it is *pipeline idle*.
 """
 
 import json
 import statistics
-import time
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_helix.experiment.comm_ledger import CommLedger, install
+from megatron_helix.experiment.comm_ledger import POINT_TO_POINT
 
 WARMUP_STEPS = 1  # not counted in a median: allocations and gloo's first connections
 
+PARTS = ("compute", "communication", "waiting", "pipeline_idle")
 
-def record(folder: Path, rank: int, *, batch: int, sequence: int) -> None:
-    """From now on write a line for every training step of this rank.
-
-    Args:
-        folder: where the ranks' files go; made if missing.
-        rank: this rank.
-        batch: sequences of a global batch.
-        sequence: tokens of a sequence.
-    """
-    from megatron_helix import compat
-
-    folder.mkdir(parents=True, exist_ok=True)
-    ledger = CommLedger()
-    install(ledger)
-    file = (folder / f"rank{rank:02d}.jsonl").open("w")
-
-    def observed(train_step: Any, *args: Any, **kwargs: Any) -> Any:
-        ledger.take()  # what happened between steps is not part of one
-        start = time.perf_counter()
-        result = train_step(*args, **kwargs)
-        step_s = time.perf_counter() - start
-        losses, skipped, *_, grad_norm, _zeros, _logit = result
-        traffic = ledger.take()
-        line = {
-            "step_s": step_s,
-            "communication_s": sum(entry.time_s for entry in traffic.values()),
-            "batch": batch,
-            "tokens": batch * sequence,
-            "loss": float(losses["lm loss"]) if "lm loss" in losses else None,
-            "grad_norm": None if grad_norm is None else float(grad_norm),
-            "skipped": bool(skipped),
-            "traffic": [
-                {"axis": axis, "kind": kind, **vars(entry)}
-                for (axis, kind), entry in sorted(traffic.items())
-            ],
-        }
-        file.write(json.dumps(line) + "\n")
-        file.flush()
-        return result
-
-    compat.observe_train_step(observed)
+Line = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunMetrics:
-    """What the ranks of one run measured. Times are medians over the steps after warm-up.
+    """What the ranks of one run measured. Times are those of the steps that count.
 
     Attributes:
         losses: of every step.
-        grad_norms: of every step.
-        step_ms: duration of a step on its slowest rank.
-        tokens_per_s: TPS, tokens of a step over its duration.
+        grad_norms: of every step; None where the phase has no backward pass.
+        step_ms: duration of a step on its slowest rank, median.
+        step_ms_spread: the shortest and the longest one.
+        tokens_per_s: TPS, tokens of a step over its median duration.
         tpot_ms: communication and waiting time of a rank, mean over ranks, for every ``batch``
-        tokens.
+            tokens; median over steps.
+        tpot_mean_ms: the same, mean over steps.
+        tpot_p99_ms: the same, 99th percentile over steps.
+        tpot_slowest_rank_ms: of the rank with most of it, median over steps.
+        breakdown_ms: the parts of a step (:data:`PARTS`), means over ranks and steps.
         sent_bytes: by axis and kind, sent by one rank in one step; mean over ranks.
+        loss_scales: of every step; None without loss scaling.
+        skipped_steps: updates that overflowed and were left out.
+        per_rank: one mapping a rank: ``sent_bytes`` by axis and kind, ``busy_s``, ``flops``,
+            ``peak_memory_bytes`` and the ``profile`` of the profiled step.
     """
 
     losses: list[float]
-    grad_norms: list[float]
+    grad_norms: list[float | None]
     step_ms: float
+    step_ms_spread: tuple[float, float]
     tokens_per_s: float
     tpot_ms: float
+    tpot_mean_ms: float
+    tpot_p99_ms: float
+    tpot_slowest_rank_ms: float
+    breakdown_ms: dict[str, float]
     sent_bytes: dict[str, float]
+    loss_scales: list[float | None]
+    skipped_steps: int
+    per_rank: list[dict[str, Any]]
 
 
 def steps_done(folder: Path) -> int:
@@ -103,26 +83,92 @@ def read(folder: Path) -> RunMetrics:
     if len(counts) != 1 or counts == {0}:
         raise ValueError(f"{folder}: need the same number of steps of every rank, got {counts}")
     steps = list(zip(*ranks, strict=True))
-    counted = steps[WARMUP_STEPS:] or steps
-    step_s = statistics.median(max(line["step_s"] for line in step) for step in counted)
-    communication_s = statistics.median(
-        statistics.mean(line["communication_s"] for line in step) for step in counted
-    )
+    counted = _counted(steps)
+    step_ms = [max(line["step_s"] for line in step) * 1e3 for step in counted]
     tokens, batch = steps[0][0]["tokens"], steps[0][0]["batch"]
-    sent: dict[str, float] = defaultdict(float)
-    for line in counted[-1]:
-        for entry in line["traffic"]:
-            sent[f"{entry['axis']}/{entry['kind']}"] += entry["sent_bytes"] / len(ranks)
+    per_batch_ms = 1e3 * batch / tokens
+    tpot = [statistics.mean(_communication(step)) * per_batch_ms for step in counted]
+    slowest = max(map(statistics.median, zip(*map(_communication, counted), strict=True)))
     return RunMetrics(
         losses=[_said(step, "loss") for step in steps],
         grad_norms=[_said(step, "grad_norm") for step in steps],
-        step_ms=step_s * 1e3,
-        tokens_per_s=tokens / step_s,
-        tpot_ms=communication_s * batch / tokens * 1e3,
-        sent_bytes=dict(sent),
+        step_ms=statistics.median(step_ms),
+        step_ms_spread=(min(step_ms), max(step_ms)),
+        tokens_per_s=tokens / statistics.median(step_ms) * 1e3,
+        tpot_ms=statistics.median(tpot),
+        tpot_mean_ms=statistics.mean(tpot),
+        tpot_p99_ms=percentile(tpot, 99),
+        tpot_slowest_rank_ms=slowest * per_batch_ms,
+        breakdown_ms=_breakdown(counted),
+        sent_bytes=_mean_of([_sent(line) for line in counted[-1]]),
+        loss_scales=[_said(step, "loss_scale") for step in steps],
+        skipped_steps=sum(any(line["skipped"] for line in step) for step in steps),
+        per_rank=[_rank(lines, line) for lines, line in zip(ranks, counted[-1], strict=True)],
     )
 
 
-def _said(step: tuple[dict[str, Any], ...], key: str) -> float:
+def percentile(values: list[float], percent: float) -> float:
+    """The value below which ``percent`` of the values lie, interpolated."""
+    ordered = sorted(values)
+    place = (len(ordered) - 1) * percent / 100
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def _counted(steps: list[tuple[Line, ...]]) -> list[tuple[Line, ...]]:
+    """The steps whose times count; all of them where none would be left."""
+    plain = [step for step in steps[WARMUP_STEPS:] if not step[0].get("profile")]
+    return plain or steps[WARMUP_STEPS:] or steps
+
+
+def _communication(step: tuple[Line, ...]) -> list[float]:
+    return [line["communication_s"] for line in step]
+
+
+def _breakdown(counted: list[tuple[Line, ...]]) -> dict[str, float]:
+    """Milliseconds of each part, means over ranks and steps."""
+    sums = dict.fromkeys(PARTS, 0.0)
+    for step in counted:
+        shortest: dict[tuple[str, int], float] = {}
+        for line in step:
+            for channel, number, _, seconds in line.get("calls", ()):
+                call = channel, number
+                shortest[call] = min(seconds, shortest.get(call, seconds))
+        for line in step:
+            sums["compute"] += line["step_s"] - line["communication_s"]
+            for channel, number, kind, seconds in line.get("calls", ()):
+                waited = seconds - shortest[channel, number]
+                sums["communication"] += seconds - waited
+                sums["pipeline_idle" if kind in POINT_TO_POINT else "waiting"] += waited
+    lines = sum(len(step) for step in counted)
+    return {part: seconds / lines * 1e3 for part, seconds in sums.items()}
+
+
+def _sent(line: Line) -> dict[str, int]:
+    return {f"{entry['axis']}/{entry['kind']}": entry["sent_bytes"] for entry in line["traffic"]}
+
+
+def _mean_of(ranks: list[dict[str, int]]) -> dict[str, float]:
+    sums: dict[str, float] = defaultdict(float)
+    for rank in ranks:
+        for key, value in rank.items():
+            sums[key] += value / len(ranks)
+    return dict(sums)
+
+
+def _rank(lines: list[Line], counted: Line) -> dict[str, Any]:
+    """What one rank measured."""
+    own = [step[0] for step in _counted([(line,) for line in lines])]
+    return {
+        "sent_bytes": _sent(counted),
+        "busy_s": statistics.median(line.get("busy_s", 0.0) for line in own),
+        "flops": next((line["flops"] for line in lines if line.get("flops")), None),
+        "peak_memory_bytes": lines[-1].get("peak_memory_bytes"),
+        "profile": next((line["profile"] for line in lines if line.get("profile")), None),
+    }
+
+
+def _said(step: tuple[Line, ...], key: str) -> Any:
     """A value that only some ranks know (the loss: those of the last pipeline stage)."""
-    return next(line[key] for line in reversed(step) if line[key] is not None)
+    return next((line[key] for line in reversed(step) if line.get(key) is not None), None)

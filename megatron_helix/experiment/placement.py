@@ -1,0 +1,117 @@
+"""What a rank really holds and where: read from live process groups and live parameters.
+
+Nothing here is taken from a layout file. A rank says its device, its place in every process group,
+the shape of every parameter, and a fingerprint of each attention weight it holds, by which
+:mod:`megatron_helix.experiment.verify` finds out which part of the model's weight that is.
+"""
+
+import hashlib
+import os
+import socket
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from megatron_helix import cpu_device
+
+ATTENTION_WEIGHTS = ("linear_qkv", "linear_proj")
+
+
+def describe(model: list[torch.nn.Module]) -> dict[str, Any]:
+    """This rank, with its chunks of the model, as JSON."""
+    return {
+        "rank": dist.get_rank(),
+        "device": _device(),
+        "groups": _groups(),
+        "parameters": {
+            f"{chunk}.{name}": [list(parameter.shape), str(parameter.dtype).removeprefix("torch.")]
+            for chunk, part in enumerate(model)
+            for name, parameter in part.named_parameters()
+        },
+        "attention": [
+            {"layer": layer, "weight": name, "shape": list(weight.shape), "sha256": sha256(weight)}
+            for layer, name, weight in _attention_weights(model)
+        ],
+    }
+
+
+def sha256(weight: torch.Tensor) -> str:
+    """Fingerprint of a tensor's values, as they lie in row-major order."""
+    flat = weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(flat.numpy()).hexdigest()
+
+
+def _device() -> dict[str, Any]:
+    """Where this rank computes: a GPU, or on the CPU a process in its slot of the machine."""
+    here = {"host": socket.gethostname(), "slot": int(os.environ.get("LOCAL_RANK", "0"))}
+    if cpu_device.is_enabled():
+        return {**here, "kind": "cpu", "id": f"process {os.getpid()}"}
+    index = torch.cuda.current_device()
+    return {**here, "slot": index, "kind": "cuda", "id": str(_uuid(index))}
+
+
+def _uuid(index: int) -> Any:
+    return torch.cuda.get_device_properties(index).uuid
+
+
+def _groups() -> dict[str, list[int]]:
+    """Global ranks of each group this rank is in, in the group's order."""
+    groups = {
+        "tp": parallel_state.get_tensor_model_parallel_group(),
+        "pp": parallel_state.get_pipeline_model_parallel_group(),
+        "dp": parallel_state.get_data_parallel_group(),
+        "ep": parallel_state.get_expert_model_parallel_group(),
+    }
+    helix = getattr(parallel_state, "_HELIX_GROUPS", None)
+    if helix is not None:
+        groups |= {"dim": helix.dim, "head": helix.head}
+    return {name: dist.get_process_group_ranks(group) for name, group in groups.items()}
+
+
+def _attention_weights(
+    model: list[torch.nn.Module],
+) -> list[tuple[int, str, torch.nn.Parameter]]:
+    """(layer of the whole model from 0, name, weight) of all attention weights of this rank."""
+    layers = [m for chunk in model for m in chunk.modules() if isinstance(m, TransformerLayer)]
+    return [
+        (layer.layer_number - 1, name, getattr(layer.self_attention, name).weight)
+        for layer in layers
+        if isinstance(layer.self_attention, SelfAttention)
+        for name in ATTENTION_WEIGHTS
+    ]
+
+
+class KeyValueBytes:
+    """Counts the bytes of keys and values that this rank's core attention is given.
+
+    The largest micro-batch of each layer, summed over layers: what a KV cache of that micro-batch
+    would take on this rank.
+    """
+
+    def __init__(self, model: list[torch.nn.Module]):
+        self.largest: dict[int, int] = {}
+        self._handles = [
+            module.core_attention.register_forward_pre_hook(self._see)
+            for chunk in model
+            for module in chunk.modules()
+            if isinstance(module, SelfAttention)
+        ]
+
+    def _see(self, core_attention: torch.nn.Module, given: tuple[Any, ...]) -> None:
+        _query, key, value = given[:3]
+        seen = sum(tensor.numel() * tensor.element_size() for tensor in (key, value))
+        self.largest[id(core_attention)] = max(seen, self.largest.get(id(core_attention), 0))
+
+    def close(self) -> int:
+        """Stop counting.
+
+        Returns:
+            The bytes.
+        """
+        for handle in self._handles:
+            handle.remove()
+        return sum(self.largest.values())

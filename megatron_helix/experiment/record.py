@@ -1,0 +1,207 @@
+"""One JSON line a step and rank: loss, gradient norm, time, and what the collectives moved.
+
+Megatron's loop stays unmodified; :func:`record` stands around its ``train_step``. The lines of a
+rank go to ``rank00.jsonl`` and so on in one folder, each as soon as its step is over, so that a run
+that dies keeps what it measured. Beside them ``rank00.json`` says what the rank holds and where
+(:mod:`megatron_helix.experiment.placement`). :func:`metrics.read` puts the ranks together.
+
+The first step, which no time is taken from, counts FLOPs; with ``profile`` the last one runs under
+torch's profiler, whose time of the collectives is independent of the ledger's.
+"""
+
+import json
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from megatron_helix import compat, cpu_device
+from megatron_helix.experiment import placement
+from megatron_helix.experiment.comm_ledger import (
+    POINT_TO_POINT,
+    Call,
+    CommLedger,
+    HostClock,
+    StreamClock,
+    install,
+    totals,
+)
+from megatron_helix.experiment.flops import FlopCounter
+
+Phase = Literal["train", "prefill"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recording:
+    """What to write, and how.
+
+    Attributes:
+        folder: where the ranks' files go; made if missing.
+        rank: this rank.
+        batch: sequences of a global batch.
+        sequence: tokens of a sequence.
+        steps: steps of the run.
+        phase: ``prefill`` runs the forward pass alone where the loop trains.
+        profile: whether the last step runs under a profiler.
+    """
+
+    folder: Path
+    rank: int
+    batch: int
+    sequence: int
+    steps: int
+    phase: Phase = "train"
+    profile: bool = False
+
+
+def record(recording: Recording) -> None:
+    """From now on write a line for every training step of this rank."""
+    recording.folder.mkdir(parents=True, exist_ok=True)
+    on_gpu = torch.cuda.is_available() and not cpu_device.is_enabled()
+    ledger = CommLedger(StreamClock() if on_gpu else HostClock())
+    install(ledger)
+    file = (recording.folder / f"rank{recording.rank:02d}.jsonl").open("w")
+    done = 0
+
+    def observed(train_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        nonlocal done
+        if recording.phase == "prefill":
+            train_step = forward_only
+        model, optimizer = args[2], args[3]
+        first = done == 0
+        described = placement.describe(model) if first else {}
+        key_values = placement.KeyValueBytes(model) if first else None
+        flops = FlopCounter() if first else None
+        profiler = _profiler(on_gpu) if recording.profile and done == recording.steps - 1 else None
+        ledger.take()  # what happened between steps is not part of one
+        start, busy = time.perf_counter(), time.thread_time()
+        for context in filter(None, (flops, profiler)):
+            context.__enter__()
+        result = train_step(*args, **kwargs)
+        for context in filter(None, (profiler, flops)):
+            context.__exit__(None, None, None)
+        calls = ledger.take_calls()  # waits for the GPU
+        step_s, busy = time.perf_counter() - start, time.thread_time() - busy
+        line = {
+            **_line(recording, calls, step_s, result),
+            "busy_s": step_s - sum(call.time_s for call in calls) if on_gpu else busy,
+            "loss_scale": _loss_scale(optimizer),
+            "peak_memory_bytes": _peak_memory_bytes(on_gpu),
+        }
+        if flops and key_values:
+            line["flops"] = flops.total
+            described["key_value_bytes"] = key_values.close()
+            (recording.folder / f"rank{recording.rank:02d}.json").write_text(json.dumps(described))
+        if profiler:
+            line["profile"] = _profile(profiler, calls)
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        done += 1
+        return result
+
+    compat.observe_train_step(observed)
+
+
+def forward_only(
+    forward_step_func: Any, data_iterator: Any, model: list[Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Prefill, in the place and with the signature of Megatron's ``train_step``.
+
+    The forward passes of all micro-batches through Megatron's own schedule, without gradients and
+    without an update. The loss shows that layouts agree; nothing else is communicated for it.
+    """
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
+    from megatron.core.parallel_state import get_data_parallel_group
+    from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
+    from megatron.training import get_args
+
+    _optimizer, _scheduler, _config, forward_backward_func, *_ = args
+    flags = get_args()
+    get_rerun_state_machine().set_mode(RerunMode.DISABLED)  # as in Megatron's own evaluation
+    for chunk in model:
+        chunk.eval()
+    with torch.no_grad():
+        reports = forward_backward_func(
+            forward_step_func=forward_step_func,
+            data_iterator=data_iterator,
+            model=model,
+            num_microbatches=get_num_microbatches(),
+            seq_length=flags.seq_length,
+            micro_batch_size=flags.micro_batch_size,
+            decoder_seq_length=flags.decoder_seq_length,
+            forward_only=True,
+        )
+    losses = {}
+    if reports:
+        summed = torch.stack([report["lm loss"].view(-1) for report in reports]).sum(dim=0)
+        torch.distributed.all_reduce(
+            summed, group=get_data_parallel_group(with_context_parallel=True)
+        )
+        losses = {"lm loss": summed[0] / summed[1]}
+    return losses, 0, False, False, 0, None, None, 0
+
+
+def _line(recording: Recording, calls: list[Call], step_s: float, result: Any) -> dict[str, Any]:
+    losses, skipped, *_, grad_norm, _zeros, _logit = result
+    return {
+        "step_s": step_s,
+        "communication_s": sum(call.time_s for call in calls),
+        "batch": recording.batch,
+        "tokens": recording.batch * recording.sequence,
+        "loss": float(losses["lm loss"]) if "lm loss" in losses else None,
+        "grad_norm": None if grad_norm is None else float(grad_norm),
+        "skipped": bool(skipped),
+        "traffic": [
+            {"axis": axis, "kind": kind, **vars(entry)}
+            for (axis, kind), entry in sorted(totals(calls).items())
+        ],
+        "calls": [
+            (call.channel, call.number, call.kind, round(call.time_s, 7))
+            for call in calls
+            if call.sent_bytes or call.kind in POINT_TO_POINT
+        ],
+    }
+
+
+def _loss_scale(optimizer: Any) -> float | None:
+    """The loss scale after the step; None where nothing is scaled."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    scalers = [getattr(part, "grad_scaler", None) for part in parts]
+    return next((float(scaler.scale) for scaler in scalers if scaler), None)
+
+
+def _peak_memory_bytes(on_gpu: bool) -> int:
+    """Most memory this rank has held: of the GPU's allocator, or resident of the process."""
+    if on_gpu:
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _profiler(on_gpu: bool) -> Any:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if on_gpu:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    return torch.profiler.profile(activities=activities)
+
+
+def _profile(profiler: Any, calls: list[Call]) -> dict[str, float]:
+    """Seconds of this step's collectives, by the profiler and by the ledger.
+
+    Sends and receives are left out: the profiler counts how long they are under way, the ledger how
+    long the rank is held up by them.
+    """
+    events = profiler.profiler.kineto_results.events()
+    collectives = [
+        event
+        for event in events
+        if event.name().startswith(("gloo:", "ncclDevKernel", "ncclKernel"))
+        and not any(word in event.name().lower() for word in ("send", "recv"))
+    ]
+    return {
+        "profiler_s": sum(event.duration_ns() for event in collectives) / 1e9,
+        "ledger_s": sum(call.time_s for call in calls if call.kind not in POINT_TO_POINT),
+    }
