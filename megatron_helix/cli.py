@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from megatron_helix.commands import data, experiment, pretrain
+from megatron_helix.commands import data, experiment, generate, pretrain
 from megatron_helix.experiment import launch
 
 app = typer.Typer(
@@ -15,6 +15,9 @@ app = typer.Typer(
 )
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
     pretrain.pretrain
+)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+    generate.generate
 )
 app.command()(experiment.run)
 app.command()(data.data)

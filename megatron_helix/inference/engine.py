@@ -54,15 +54,13 @@ class Step:
 
     Attributes:
         microbatch: which one, from 0.
-        index: 0 is the prefill's, the others are decode steps.
         tokens: ``[b]``, at the new position; prompts that go on there included.
-        position: of the new tokens.
+        position: of the new tokens; the shortest prompt's length in the prefill's step.
         logits: ``[b, V]`` they were drawn from; None but on the last pipeline stage.
         time_s: when they were known, by ``time.perf_counter``.
     """
 
     microbatch: int
-    index: int
     tokens: torch.Tensor
     position: int
     logits: torch.Tensor | None
@@ -124,54 +122,61 @@ class Engine:
         self.first, self.last = self.pp.rank() == 0, self.pp.rank() == self.pp.size() - 1
         self.sequence_parallel = self.config.sequence_parallel
 
-    def run(
+    def prefill(self, parts: Sequence[MicroBatch]) -> Iterator[Step]:
+        """The first step of every micro-batch. Arguments and results as for :meth:`decode`."""
+        return self._run(parts, 1, lambda: False)
+
+    def decode(
         self, parts: Sequence[MicroBatch], done: Callable[[], bool] = lambda: False
     ) -> Iterator[Step]:
-        """All steps of all micro-batches, on the first and the last stage as they come out.
+        """The steps that are left, after :meth:`prefill`.
 
-        Several stages work on different micro-batches at once, each a step of it; a stage's rank
-        yields nothing if it is neither the first nor the last.
+        Several stages work on different micro-batches at once. A step comes out on the ranks of the
+        last stage, and on those of the first one when it has come back there; the ranks between
+        them get none.
 
         Args:
             parts: of equal shapes.
             done: asked after every step of a model without pipeline: whether all have ended.
         """
-        total = parts[0].tokens.size(1)
-        items = [(index, k) for index in range(total - parts[0].end) for k in range(len(parts))]
+        return self._run(parts, parts[0].tokens.size(1) - parts[0].end, done)
+
+    def _run(
+        self, parts: Sequence[MicroBatch], steps: int, done: Callable[[], bool]
+    ) -> Iterator[Step]:
+        items = [k for _ in range(steps) for k in range(len(parts))]
         # The first stage takes tokens back this many micro-batches behind its forward, before it
         # sends: sends and receives then have one order on all stages, and none waits in a ring.
         lag = min(self.pp.size(), len(parts)) - 1
-        with torch.inference_mode(), InferenceMode.active():
-            for number, (index, k) in enumerate(items):
-                output = self._forward(parts[k])
-                if self.last:
-                    tokens = self.sample(output)
-                    if not self.first:
-                        dist.send(tokens, self.stages[0], group=self.pp)
-                    yield self._step(parts, index, k, tokens, output)
-                    if self.first and done():
-                        return
-                    continue
-                if self.first and lag and number >= lag:
-                    yield self._receive(parts, *items[number - lag])
-                dist.send(output, self.stages[self.pp.rank() + 1], group=self.pp)
-                if self.first and not lag:
-                    yield self._receive(parts, index, k)
+        for number, k in enumerate(items):
+            output = self._forward(parts[k])
+            if self.last:
+                tokens = self.sample(output)
                 if not self.first:
-                    parts[k].end += 1
-            if self.first and not self.last:
-                for index, k in items[len(items) - lag :]:
-                    yield self._receive(parts, index, k)
+                    dist.send(tokens, self.stages[0], group=self.pp)
+                yield self._step(parts, k, tokens, output)
+                if self.first and done():
+                    return
+                continue
+            if self.first and lag and number >= lag:
+                yield self._receive(parts, items[number - lag])
+            dist.send(output, self.stages[self.pp.rank() + 1], group=self.pp)
+            if self.first and not lag:
+                yield self._receive(parts, k)
+            if not self.first:
+                parts[k].end += 1
+        if self.first and not self.last:
+            for k in items[len(items) - lag :]:
+                yield self._receive(parts, k)
 
-    def _receive(self, parts: Sequence[MicroBatch], index: int, k: int) -> Step:
+    def _receive(self, parts: Sequence[MicroBatch], k: int) -> Step:
         tokens = torch.empty_like(parts[k].lengths)
         dist.recv(tokens, self.stages[-1], group=self.pp)
-        return self._step(parts, index, k, tokens, None)
+        return self._step(parts, k, tokens, None)
 
     def _step(
         self,
         parts: Sequence[MicroBatch],
-        index: int,
         k: int,
         tokens: torch.Tensor,
         logits: torch.Tensor | None,
@@ -181,13 +186,14 @@ class Engine:
         now = part.tokens[:, part.end - 1].cpu()  # waits for the device: the time is the token's
         return Step(
             microbatch=k,
-            index=index,
             tokens=now,
             position=part.end - 1,
             logits=logits,
             time_s=time.perf_counter(),
         )
 
+    @torch.inference_mode()
+    @InferenceMode.active()
     def _forward(self, part: MicroBatch) -> torch.Tensor:
         """Prefill or one step: logits ``[b, V]`` on the last stage, else the stream."""
         start = part.context.sequence_len_offset

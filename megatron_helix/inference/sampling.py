@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-from megatron.core.inference.sampling import TorchSampling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +57,8 @@ class Sampler:
         logits = logits[:, : self.vocabulary].float()
         if not self.sampling.temperature:
             return logits.argmax(dim=-1)
+        from megatron.core.inference.sampling import TorchSampling  # slow
+
         return TorchSampling.sample_from_logits(
             logits,
             self.sampling.temperature,

@@ -1,0 +1,194 @@
+"""Generate text from a checkpoint under any layout, stock or helix, or measure what that costs.
+
+:func:`prepare` makes a job of a request or refuses it, before any process group exists;
+:func:`serve` and :func:`measure` do it on one rank. The tokens come from rank 0, which is on the
+first pipeline stage.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from megatron_helix import arguments, compat, pretrain_gpt
+from megatron_helix.exchange.strategy import Choice
+from megatron_helix.inference import saved_model
+from megatron_helix.inference.requests import Request, tokenizer_of
+
+Emit = Callable[[int, int], Any]  # (sequence, token)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A request that a layout can serve.
+
+    Attributes:
+        flags: Megatron's and helix's, completed.
+        request: what was asked.
+        prompts: its token ids.
+        tokenizer: of the model.
+        vocabulary: tokens that the model can draw.
+    """
+
+    flags: list[str]
+    request: Request
+    prompts: list[list[int]]
+    tokenizer: Any
+    vocabulary: int
+
+
+def prepare(
+    checkpoint: Path, request: Request, flags: Sequence[str], world_size: int, device: str = "cpu"
+) -> Job:
+    """Everything before the first process group.
+
+    Args:
+        checkpoint: the folder that training had as ``--save``.
+        request: what to generate.
+        flags: the layout: Megatron's parallel sizes, or the helix flags. The model's flags come
+            from the checkpoint.
+        world_size: ranks.
+        device: ``cpu`` or ``cuda``.
+
+    Raises:
+        ValueError: for what this model or layout cannot serve.
+    """
+    saved_model.require_checkpoint(checkpoint)
+    compat.quieten_imports()
+    if arguments.device(["--helix-device", device]) == "cpu":
+        from megatron_helix import cpu_device
+
+        cpu_device.enable()
+    saved = saved_model.model_arguments(checkpoint)
+    tokenizer = tokenizer_of(saved)
+    prompts = request.tokens(tokenizer, saved.max_position_embeddings)
+    _require_split(saved, flags, len(prompts) // request.microbatches)
+    completed = pretrain_gpt.prepare(
+        [
+            *("--helix-device", device, *saved_model.model_flags(saved)),
+            *("--load", str(checkpoint), "--no-load-optim", "--no-load-rng"),
+            *flags,
+        ],
+        world_size,
+    )
+    return Job(
+        flags=[*completed, "--micro-batch-size", "1"],
+        request=request,
+        prompts=prompts,
+        tokenizer=tokenizer,
+        vocabulary=saved.vocab_size or saved.padded_vocab_size,
+    )
+
+
+def _require_split(saved: argparse.Namespace, flags: Sequence[str], batch: int) -> None:
+    """Refuse a cache split or an exchange that a micro-batch of ``batch`` prompts cannot have."""
+    parser = arguments.add_helix_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    parser.add_argument("--sequence-parallel", action="store_true")
+    asked = parser.parse_known_args(list(flags))[0]
+    if not asked.helix_m or not asked.helix_n or asked.helix_m == 1:
+        return
+    from megatron_helix.exchange.decode import cache_split
+
+    choice = Choice(exchange=asked.helix_exchange, split=asked.helix_split)
+    heads = saved.num_attention_heads
+    layout = arguments.layout(
+        argparse.Namespace(**{**vars(saved), **vars(asked)}),
+        num_attention_heads=heads,
+        num_query_groups=saved.num_query_groups if saved.group_query_attention else heads,
+        kv_channels=saved.kv_channels,
+    )
+    split = cache_split(choice, layout, batch)
+    if choice.exchange == "weights" and not asked.sequence_parallel:
+        raise ValueError(
+            "--helix-exchange: weights needs --sequence-parallel for the prefill, which is not set;"
+            " add it, or use --helix-exchange activations"
+        )
+    if split == "sequence" and saved.window_size:
+        raise ValueError(
+            f"--helix-split: a model with --window-size {saved.window_size} decodes on a cache that"
+            f" is split by sequences only, got {batch} of them; use a multiple of --helix-m"
+            f" ({layout.m})"
+        )
+
+
+class Transcript:
+    """Which new tokens belong to which sequence, and which sequences have ended.
+
+    Args:
+        job: the request.
+    """
+
+    def __init__(self, job: Job):
+        size = len(job.prompts) // job.request.microbatches
+        self.starts = [len(prompt) for prompt in job.prompts]
+        self.new_tokens, self.size = job.request.new_tokens, size
+        self.end_token = getattr(job.tokenizer, "eod", None)
+        self.ended = [False] * len(self.starts)
+
+    def add(self, step: Any) -> list[tuple[int, int]]:
+        """The (sequence, token) pairs that a step of the engine adds."""
+        added = []
+        for row, token in enumerate(step.tokens.tolist()):
+            sequence = step.microbatch * self.size + row
+            if step.position < self.starts[sequence] or self.ended[sequence]:
+                continue
+            if token != self.end_token:
+                added.append((sequence, token))
+            last = step.position + 1 == self.starts[sequence] + self.new_tokens
+            self.ended[sequence] = last or token == self.end_token
+        return added
+
+
+def serve(job: Job, sampling: Any, emit: Emit) -> None:
+    """Generate on this rank; rank 0 hands each new token to ``emit`` as it comes.
+
+    Args:
+        job: from :func:`prepare`.
+        sampling: how tokens are drawn, a :class:`megatron_helix.inference.sampling.Sampling`.
+        emit: called with (sequence, token) on rank 0.
+    """
+    import torch
+
+    engine, parts = _start(job, sampling)
+    transcript = Transcript(job)
+    steps = chain(engine.prefill(parts), engine.decode(parts, done=lambda: all(transcript.ended)))
+    for step in steps:
+        for sequence, token in transcript.add(step):
+            if torch.distributed.get_rank() == 0:
+                emit(sequence, token)
+
+
+def measure(job: Job, sampling: Any, folder: Path) -> None:
+    """Serve the request on this rank and write what it cost to ``folder``.
+
+    :func:`megatron_helix.inference.measure.read` puts the ranks' files together. Arguments as for
+    :func:`serve`; sequences go on to their last token whatever they say.
+    """
+    import torch
+
+    from megatron_helix.inference.measure import record
+
+    engine, parts = _start(job, sampling)
+    del parts
+    record(engine, lambda: _parts(job, engine.tp_size), folder, torch.distributed.get_rank())
+
+
+def _start(job: Job, sampling: Any) -> tuple[Any, Any]:
+    import torch
+
+    from megatron_helix.inference.engine import Engine
+
+    model, _ = saved_model.load(job.flags)
+    device = next(model.parameters()).device
+    engine = Engine(model, sampling.sampler(torch.device(device), job.vocabulary))
+    return engine, _parts(job, engine.tp_size)
+
+
+def _parts(job: Job, size: int) -> Any:
+    from megatron_helix.inference.engine import micro_batches
+
+    return micro_batches(
+        job.prompts, job.request.new_tokens, count=job.request.microbatches, size=size
+    )

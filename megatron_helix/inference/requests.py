@@ -1,0 +1,123 @@
+"""A generation request: prompts as tokens, and every refusal of one that cannot be served."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_helix.corpus import VOCAB_SIZE
+
+
+class Tokenizer(Protocol):
+    """What generation asks of a tokenizer: Megatron's have it."""
+
+    def tokenize(self, text: str) -> list[int]:
+        """Text -> token ids."""
+        ...
+
+    def detokenize(self, ids: list[int]) -> str:
+        """Token ids -> text."""
+        ...
+
+
+class ByteTokenizer:
+    """One token a byte, as ``helix data`` makes them; what is not UTF-8 becomes U+FFFD."""
+
+    eod = 0
+
+    def tokenize(self, text: str) -> list[int]:
+        """Text -> its UTF-8 bytes."""
+        return list(text.encode())
+
+    def detokenize(self, ids: list[int]) -> str:
+        """Bytes -> text."""
+        return bytes(ids).decode(errors="replace")
+
+
+def tokenizer_of(saved: argparse.Namespace) -> Any:
+    """The tokenizer of a checkpoint's model: Megatron's own, or bytes where it has none."""
+    if saved.tokenizer_type == "NullTokenizer" and saved.vocab_size == VOCAB_SIZE:
+        return ByteTokenizer()
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+
+    return build_tokenizer(saved)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to generate.
+
+    Attributes:
+        prompts: one or more texts.
+        new_tokens: tokens to generate for each.
+        max_batch: sequences that are served together at most.
+        microbatches: parts of the batch, which keep the stages of a pipeline busy at once.
+
+    Raises:
+        ValueError: for what no model can serve.
+    """
+
+    prompts: tuple[str, ...]
+    new_tokens: int
+    max_batch: int = 64
+    microbatches: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise ValueError("--prompt: needs at least one; give --prompt TEXT or --prompts FILE")
+        for number, prompt in enumerate(self.prompts, 1):
+            if not prompt:
+                raise ValueError(
+                    f"--prompt: must not be empty, and number {number} of {len(self.prompts)} is;"
+                    " give it at least one character"
+                )
+        if self.new_tokens < 1:
+            raise ValueError(f"--tokens: must be 1 or more, got {self.new_tokens}")
+        if len(self.prompts) > self.max_batch:
+            raise ValueError(
+                f"--prompt: at most --max-batch ({self.max_batch}) at once, got"
+                f" {len(self.prompts)}; give fewer, or raise it if memory allows"
+            )
+        if self.microbatches < 1 or len(self.prompts) % self.microbatches:
+            raise ValueError(
+                "--microbatches: must be a positive divisor of the number of prompts"
+                f" ({len(self.prompts)}), got {self.microbatches}"
+            )
+
+    def tokens(self, tokenizer: Tokenizer, limit: int) -> list[list[int]]:
+        """The prompts' token ids.
+
+        Args:
+            tokenizer: the model's.
+            limit: positions that the model was made for.
+
+        Raises:
+            ValueError: when a prompt and what is to be generated behind it go beyond the limit.
+        """
+        ids = [list(tokenizer.tokenize(prompt)) for prompt in self.prompts]
+        for number, prompt in enumerate(ids, 1):
+            # Sequences share their positions: all take as many as the longest prompt.
+            if len(prompt) + self.new_tokens > limit:
+                raise ValueError(
+                    f"--tokens: prompt and new tokens must fit the model's {limit} positions"
+                    f" (--max-position-embeddings), got {len(prompt)} (prompt {number}) +"
+                    f" {self.new_tokens}; shorten the prompt, or ask for"
+                    f" {max(0, limit - len(prompt))} tokens at most"
+                )
+        return ids
+
+
+def read_prompts(prompts: Sequence[str], file: Path | None) -> tuple[str, ...]:
+    r"""The prompts given one by one, then those of ``file``, one a line, ``\n`` for a line break.
+
+    Raises:
+        ValueError: when the file cannot be read.
+    """
+    lines: list[str] = []
+    if file:
+        try:
+            lines = file.read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--prompts: {file} must be a text file: {error}") from None
+    return (*prompts, *(line.replace("\\n", "\n") for line in lines))
