@@ -1,0 +1,148 @@
+"""The patch for a Megatron-LM checkout: applied, taken back, refused, and trained with.
+
+``MEGATRON_LM_DIR`` names a checkout of NVIDIA/Megatron-LM at core_v0.19.0; a copy of it is patched.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from megatron_helix.experiment import metrics
+from tests.distributed import pretrain, tiny_gpt
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "scripts" / "patch_megatron.sh"
+HELIX = ("--helix-m", "2", "--helix-n", "2")
+
+needs_checkout = pytest.mark.skipif(
+    "MEGATRON_LM_DIR" not in os.environ,
+    reason="set MEGATRON_LM_DIR to a checkout of NVIDIA/Megatron-LM at core_v0.19.0",
+)
+
+
+def patch(checkout: Path, *action: str) -> subprocess.CompletedProcess[str]:
+    """Run the script."""
+    return subprocess.run(
+        ["bash", SCRIPT, checkout, *action], capture_output=True, text=True, check=False
+    )
+
+
+def digests(folder: Path) -> dict[Path, str]:
+    """SHA-256 of every file under a folder."""
+    return {
+        path.relative_to(folder): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of what a run needs of the checkout, without its history."""
+    source, copy = Path(os.environ["MEGATRON_LM_DIR"]), tmp_path / "Megatron-LM"
+    shutil.copytree(source / "megatron", copy / "megatron", ignore=shutil.ignore_patterns("*.pyc"))
+    for script in source.glob("*.py"):
+        shutil.copy2(script, copy)
+    return copy
+
+
+@needs_checkout
+def test_the_patch_goes_on_once_and_comes_off_without_a_trace(checkout: Path) -> None:
+    upstream = digests(checkout)
+    assert patch(checkout, "--check").returncode == 1
+    assert patch(checkout).stdout.endswith("pretrain_gpt.py: patched\n")
+    assert patch(checkout, "--check").returncode == 0
+    patched = digests(checkout)
+    assert {path for path in upstream if patched[path] != upstream[path]} == {
+        Path("pretrain_gpt.py")
+    }
+    again = patch(checkout)
+    assert again.returncode == 0
+    assert "nothing to do" in again.stdout
+    assert digests(checkout) == patched
+    assert patch(checkout, "--reverse").returncode == 0
+    assert digests(checkout) == upstream
+    assert "nothing to do" in patch(checkout, "--reverse").stdout
+
+
+@needs_checkout
+def test_another_base_is_refused_and_left_alone(checkout: Path) -> None:
+    script = checkout / "pretrain_gpt.py"
+    script.write_text(script.read_text() + "# mine\n")
+    for action in ((), ("--check",), ("--reverse",)):
+        refused = patch(checkout, *action)
+        assert refused.returncode == 2
+        assert "must be that of NVIDIA/Megatron-LM, tag core_v0.19.0" in refused.stderr
+    assert script.read_text().endswith("# mine\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "usage: "),
+        (("CHECKOUT", "--apply"), "usage: .* got --apply"),
+        (("CHECKOUT",), "must be the root of a Megatron-LM checkout, and .* does not exist"),
+    ],
+)
+def test_a_wrong_call_is_refused(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    words = [str(tmp_path) if word == "CHECKOUT" else word for word in arguments]
+    refused = subprocess.run(["bash", SCRIPT, *words], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert refused.stdout == ""
+    with pytest.raises(ValueError, match=message):
+        raise ValueError(refused.stderr)
+
+
+@needs_checkout
+def test_the_patched_script_trains_as_ours(
+    checkout: Path, corpus_prefix: Path, tmp_path: Path
+) -> None:
+    flags = tiny_gpt(corpus_prefix, *HELIX, "--sequence-parallel", train_iters=3)
+    ours = pretrain(flags, 4, tmp_path)
+    assert patch(checkout).returncode == 0
+    # The checkout would compile its dataset helpers; the wheel of the same version brings them.
+    helpers = find_spec("megatron.core.datasets.helpers_cpp")
+    assert helpers is not None
+    assert helpers.origin is not None
+    shutil.copy2(helpers.origin, checkout / "megatron" / "core" / "datasets")
+    measured = tmp_path / "patched"
+    run = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", "4", checkout / "pretrain_gpt.py"),
+            *(*flags, "--helix-metrics", str(measured)),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert (
+        "Megatron-Core version .......... 0.19.1" in run.stdout
+    )  # the checkout's, not the wheel's
+    theirs = metrics.read(measured)
+    assert theirs.losses == ours.losses
+    assert theirs.grad_norms == ours.grad_norms
+
+
+@needs_checkout
+def test_the_patched_script_refuses_a_bad_layout(checkout: Path, corpus_prefix: Path) -> None:
+    assert patch(checkout).returncode == 0
+    flags = tiny_gpt(corpus_prefix, "--helix-m", "2", "--helix-n", "2")
+    run = subprocess.run(
+        [sys.executable, checkout / "pretrain_gpt.py", *flags],
+        env={**os.environ, "WORLD_SIZE": "3"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 2
+    assert "error: --helix-m x --helix-n" in run.stderr
