@@ -1,11 +1,12 @@
 """Megatron's own training loop, five optimizer steps, with and without helix: the same numbers.
 
-Loss and gradient norm of every step agree with stock tensor parallelism on as many ranks, for every
-exchange and split, with sequence parallelism, grouped queries, MoE, pipeline and data parallelism.
+Loss and gradient norm of every step agree with stock tensor parallelism on as many ranks: every
+exchange and split with every kind of model, and each of them with what else a run can ask for.
 """
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,29 +20,65 @@ from tests.distributed import pretrain, tiny_gpt
 # forgotten sum does to the first gradient norm is orders of magnitude larger.
 LOSS_TOLERANCE = 1e-5
 GRAD_NORM_TOLERANCE = 1e-4
+STEPS = 5
 
 SP = ("--sequence-parallel",)
+NO_BIAS = ("--disable-bias-linear",)
 MOE = (
-    *(*SP, "--disable-bias-linear", "--num-experts", "4"),
-    *("--moe-token-dispatcher-type", "alltoall", "--moe-router-load-balancing-type", "none"),
+    *(*SP, *NO_BIAS, "--num-experts", "4", "--moe-token-dispatcher-type", "alltoall"),
+    *("--moe-router-load-balancing-type", "none"),
     *("--expert-model-parallel-size", "4", "--expert-tensor-parallel-size", "1"),
 )
+PP2 = ("--pipeline-model-parallel-size", "2")
+LEARNED_POSITIONS = ("--position-embedding-type", "learned_absolute")
+# More tokens in a micro-batch than a head group has vocabulary, from n = 1 on.
+LARGE = (
+    *("--seq-length", "64", "--max-position-embeddings", "64"),
+    *("--micro-batch-size", "8", "--global-batch-size", "16"),
+)
+UNTIED = ("--untie-embeddings-and-output-weights",)
 MODELS = {
     "dense": (),
     "dense_sp": SP,
-    "swiglu_sp": (*SP, "--swiglu", "--disable-bias-linear"),
-    "gqa_sp": (*SP, "--group-query-attention", "--num-query-groups", "2"),
-    "qk_norm_sp": (*SP, "--qk-layernorm", "--normalization", "RMSNorm", "--disable-bias-linear"),
-    "gate_sp": (*SP, "--attention-output-gate", "--rotary-percent", "0.5"),
+    "gated_sp": (
+        *(*SP, *NO_BIAS, *UNTIED, "--swiglu", "--normalization", "RMSNorm", "--qk-layernorm"),
+    ),
     # Every token to every expert: else a token near a tie between two may turn to the other by
     # roundoff, which moves the loss by 1e-5. Only the first step is before any such turn.
     "moe_sp": (*MOE, "--moe-router-topk", "4"),
     "moe_top2_sp": (*MOE, "--moe-router-topk", "2"),
-    "pp2": ("--pipeline-model-parallel-size", "2"),
-    "pp2_sp": (*SP, "--pipeline-model-parallel-size", "2"),
-    "dp2_sp": (*SP, "--use-distributed-optimizer"),
+    "output_gate_sp": (
+        *(*SP, "--attention-output-gate", "--rotary-percent", "0.5"),
+        *("--group-query-attention", "--num-query-groups", "2"),
+    ),
+    "positions_sp": (*SP, *LEARNED_POSITIONS),
+    "triples_sp": (*SP, "--micro-batch-size", "3", "--global-batch-size", "6"),
+    "large_tied": (*SP, *LARGE),
+    "large_untied": (*SP, *LARGE, *UNTIED),
+    "pp2": PP2,
+    "large_pp2": (*SP, *LARGE, *PP2),
 }
-WORLD_SIZES = {"pp2": 8, "pp2_sp": 8, "dp2_sp": 8}  # else 4: all of them tensor-parallel
+
+EXCHANGES = {
+    "activations-batch": ("--helix-exchange", "activations", "--helix-split", "batch"),
+    "activations-sequence": ("--helix-exchange", "activations", "--helix-split", "sequence"),
+    "weights-batch": ("--helix-exchange", "weights", "--helix-split", "batch"),
+    "weights-sequence": ("--helix-exchange", "weights", "--helix-split", "sequence"),
+    "scores": ("--helix-exchange", "scores"),
+    "auto": (),
+}
+STEP = ("--helix-gather", "step")
+DP2 = ("--use-distributed-optimizer",)
+FULL_RECOMPUTE = (
+    *("--recompute-granularity", "full", "--recompute-method", "uniform"),
+    *("--recompute-num-layers", "1"),
+)
+
+
+def recompute(*modules: str) -> tuple[str, ...]:
+    """The flags that recompute these parts of a layer."""
+    return ("--recompute-granularity", "selective", "--recompute-modules", *modules)
+
 
 Stock = Callable[[str], RunMetrics]
 Helix = Callable[..., RunMetrics]
@@ -56,7 +93,7 @@ def stock(corpus_prefix: Path, tmp_path_factory: pytest.TempPathFactory) -> Stoc
         if model not in runs:
             flags = tiny_gpt(corpus_prefix, *MODELS[model], "--tensor-model-parallel-size", "4")
             folder = tmp_path_factory.mktemp(f"stock-{model}")
-            runs[model] = pretrain(flags, WORLD_SIZES.get(model, 4), folder)
+            runs[model] = pretrain(flags, 8 if "pp2" in model else 4, folder)
         return runs[model]
 
     return run
@@ -66,69 +103,192 @@ def stock(corpus_prefix: Path, tmp_path_factory: pytest.TempPathFactory) -> Stoc
 def helix(corpus_prefix: Path, tmp_path: Path) -> Helix:
     """The same with the group cut m x n."""
 
-    def run(model: str, m: int, n: int, *flags: str) -> RunMetrics:
-        cut = ("--helix-m", str(m), "--helix-n", str(n), *flags)
-        flags = tuple(tiny_gpt(corpus_prefix, *MODELS[model], *cut))
-        return pretrain(flags, WORLD_SIZES.get(model, 4), tmp_path)
+    def run(model: str, m: int, n: int, exchange: str, *flags: str) -> RunMetrics:
+        cut = ("--helix-m", str(m), "--helix-n", str(n), *EXCHANGES[exchange])
+        argv = tiny_gpt(corpus_prefix, *MODELS[model], *cut, *flags)
+        doubled = PP2[0] in argv or DP2[0] in argv
+        return pretrain(argv, 8 if doubled else 4, tmp_path)
 
     return run
 
 
-def exchange(name: str, split: str = "auto") -> tuple[str, ...]:
-    """The flags that ask for an exchange."""
-    return ("--helix-exchange", name, "--helix-split", split)
+def assert_same_training(actual: RunMetrics, expected: RunMetrics) -> None:
+    """Loss and gradient norm of every step agree."""
+    assert len(actual.losses) == STEPS
+    assert actual.losses == pytest.approx(expected.losses, rel=LOSS_TOLERANCE, abs=0)
+    assert actual.grad_norms == pytest.approx(expected.grad_norms, rel=GRAD_NORM_TOLERANCE, abs=0)
+
+
+@pytest.mark.parametrize(("m", "n"), [(2, 2), (4, 1)])
+@pytest.mark.parametrize("exchange", [name for name in EXCHANGES if name != "auto"])
+@pytest.mark.parametrize("model", ["dense_sp", "gated_sp", "moe_sp"])
+def test_training_is_as_stock(
+    stock: Stock, helix: Helix, model: str, exchange: str, m: int, n: int
+) -> None:
+    assert_same_training(helix(model, m, n, exchange), stock(model))
+
+
+@pytest.mark.parametrize(
+    ("model", "m", "n", "exchange"),
+    [
+        ("dense", 2, 2, "activations-batch"),
+        ("dense", 4, 1, "activations-sequence"),
+        ("dense", 2, 2, "scores"),
+        ("output_gate_sp", 2, 2, "activations-batch"),
+        ("output_gate_sp", 4, 1, "weights-sequence"),
+        ("positions_sp", 4, 1, "activations-batch"),
+        ("positions_sp", 2, 2, "weights-sequence"),
+        ("positions_sp", 4, 1, "scores"),
+    ],
+)
+def test_other_models_train_as_stock(
+    stock: Stock, helix: Helix, model: str, m: int, n: int, exchange: str
+) -> None:
+    """Without sequence parallelism, grouped queries with gates, learned positions."""
+    assert_same_training(helix(model, m, n, exchange), stock(model))
+
+
+@pytest.mark.parametrize(("m", "n", "exchange"), [(2, 2, "activations-batch"), (4, 1, "auto")])
+def test_sparse_experts_start_as_stock(
+    stock: Stock, helix: Helix, m: int, n: int, exchange: str
+) -> None:
+    expected, actual = stock("moe_top2_sp"), helix("moe_top2_sp", m, n, exchange)
+    assert actual.losses[0] == pytest.approx(expected.losses[0], rel=LOSS_TOLERANCE)
+    assert actual.grad_norms[0] == pytest.approx(expected.grad_norms[0], rel=GRAD_NORM_TOLERANCE)
+
+
+@pytest.mark.parametrize("model", ["dense", "gated_sp", "moe_top2_sp"])
+def test_one_segment_is_stock_to_the_last_bit(stock: Stock, helix: Helix, model: str) -> None:
+    expected, actual = stock(model), helix(model, 1, 4, "auto")
+    assert actual.losses == expected.losses
+    assert actual.grad_norms == expected.grad_norms
+
+
+@pytest.mark.parametrize(
+    ("model", "m", "n", "exchange", "micro_batch"),
+    [
+        ("dense_sp", 4, 1, "activations-sequence", 1),
+        ("dense_sp", 2, 2, "weights-sequence", 1),
+        ("dense_sp", 2, 2, "scores", 1),
+        ("triples_sp", 2, 2, "activations-sequence", 3),
+        ("triples_sp", 4, 1, "weights-sequence", 3),
+        ("triples_sp", 2, 2, "auto", 3),
+    ],
+)
+def test_micro_batches_that_m_does_not_divide(
+    stock: Stock, helix: Helix, model: str, m: int, n: int, exchange: str, micro_batch: int
+) -> None:
+    actual = helix(model, m, n, exchange, "--micro-batch-size", str(micro_batch))
+    assert_same_training(actual, stock(model))
+
+
+@pytest.mark.parametrize(
+    ("model", "m", "n", "exchange", "flags"),
+    [
+        ("dense_sp", 2, 2, "weights-batch", FULL_RECOMPUTE),
+        ("dense_sp", 4, 1, "activations-sequence", FULL_RECOMPUTE),
+        ("dense_sp", 2, 2, "scores", FULL_RECOMPUTE),
+        ("moe_sp", 4, 1, "weights-batch", FULL_RECOMPUTE),
+        ("dense_sp", 2, 2, "weights-sequence", recompute("core_attn")),
+        ("dense_sp", 4, 1, "activations-batch", recompute("core_attn", "mlp")),
+        ("gated_sp", 4, 1, "weights-batch", recompute("core_attn", "mlp")),
+        ("gated_sp", 2, 2, "weights-batch", (*STEP, *recompute("mlp"))),
+    ],
+)
+def test_recomputation_changes_nothing(
+    stock: Stock, helix: Helix, model: str, m: int, n: int, exchange: str, flags: tuple[str, ...]
+) -> None:
+    assert_same_training(helix(model, m, n, exchange, *flags), stock(model))
+
+
+@pytest.mark.parametrize(
+    ("model", "m", "n", "exchange"),
+    [
+        ("dense_sp", 2, 2, "weights-batch"),
+        ("gated_sp", 4, 1, "weights-sequence"),
+        ("moe_sp", 2, 2, "weights-batch"),
+    ],
+)
+def test_weights_gathered_once_a_step(
+    stock: Stock, helix: Helix, model: str, m: int, n: int, exchange: str
+) -> None:
+    assert_same_training(helix(model, m, n, exchange, *STEP), stock(model))
+
+
+@pytest.mark.parametrize(
+    ("model", "same_as", "m", "n", "exchange", "flags"),
+    [
+        ("pp2", "pp2", 2, 2, "activations-batch", ()),
+        ("pp2", "pp2", 2, 2, "weights-batch", SP),
+        ("pp2", "pp2", 4, 1, "weights-sequence", (*SP, *FULL_RECOMPUTE)),
+        ("pp2", "pp2", 4, 1, "weights-batch", (*SP, *STEP)),
+        ("dense_sp", "dense_sp", 2, 2, "auto", DP2),
+        ("dense_sp", "dense_sp", 2, 2, "weights-batch", (*DP2, *STEP)),
+        ("moe_sp", "moe_sp", 4, 1, "weights-sequence", (*DP2, "--micro-batch-size", "1")),
+    ],
+)
+def test_beside_pipeline_and_data_parallelism(
+    stock: Stock,
+    helix: Helix,
+    model: str,
+    same_as: str,
+    m: int,
+    n: int,
+    exchange: str,
+    flags: tuple[str, ...],
+) -> None:
+    assert_same_training(helix(model, m, n, exchange, *flags), stock(same_as))
 
 
 @pytest.mark.parametrize(
     ("model", "m", "n", "flags"),
     [
-        ("dense", 2, 2, exchange("activations", "batch")),
-        ("dense", 4, 1, exchange("activations", "sequence")),
-        ("dense", 2, 2, exchange("scores")),
-        ("dense_sp", 4, 1, exchange("activations", "batch")),
-        ("dense_sp", 2, 2, exchange("weights", "batch")),
-        ("dense_sp", 4, 1, exchange("weights", "sequence")),
-        ("dense_sp", 2, 2, (*exchange("weights", "batch"), "--helix-gather", "step")),
-        ("swiglu_sp", 2, 2, exchange("weights", "batch")),
-        ("swiglu_sp", 4, 1, exchange("weights", "batch")),
-        ("gqa_sp", 2, 2, exchange("activations", "sequence")),
-        ("gqa_sp", 4, 1, exchange("weights", "batch")),
-        ("qk_norm_sp", 2, 2, exchange("weights", "sequence")),
-        ("qk_norm_sp", 4, 1, exchange("activations", "batch")),
-        ("qk_norm_sp", 2, 2, exchange("scores")),
-        ("gate_sp", 2, 2, exchange("activations", "batch")),
-        ("moe_sp", 2, 2, exchange("activations", "batch")),
-        ("moe_sp", 4, 1, exchange("weights", "batch")),
-        ("pp2", 2, 2, exchange("activations", "batch")),
-        ("pp2_sp", 2, 2, exchange("weights", "batch")),
-        ("dp2_sp", 2, 2, exchange("auto")),
-        ("dp2_sp", 4, 1, exchange("weights", "sequence")),
+        ("large_tied", 2, 2, ()),
+        ("large_tied", 4, 1, FULL_RECOMPUTE),
+        ("large_untied", 4, 1, ()),
+        ("large_untied", 2, 2, (*STEP, *DP2, "--micro-batch-size", "4")),
+        ("large_pp2", 2, 2, ()),
     ],
-    ids=lambda value: "-".join(value[1::2]) if isinstance(value, tuple) else None,
 )
-def test_training_is_as_stock(
+def test_embedding_and_head_in_the_order_of_the_block(
     stock: Stock, helix: Helix, model: str, m: int, n: int, flags: tuple[str, ...]
 ) -> None:
-    expected, actual = stock(model), helix(model, m, n, *flags)
-    assert len(actual.losses) == 5
-    assert actual.losses == pytest.approx(expected.losses, rel=LOSS_TOLERANCE, abs=0)
-    assert actual.grad_norms == pytest.approx(expected.grad_norms, rel=GRAD_NORM_TOLERANCE, abs=0)
+    actual = helix(model, m, n, "weights-batch", *flags)
+    assert_same_training(actual, stock(model))
+    assert not stream_over_all_ranks(actual)
+    assert stream_over_all_ranks(stock(model))
 
 
-@pytest.mark.parametrize(("m", "n", "name"), [(2, 2, "activations"), (4, 1, "weights")])
-def test_sparse_experts_start_as_stock(
-    stock: Stock, helix: Helix, m: int, n: int, name: str
-) -> None:
-    expected, actual = stock("moe_top2_sp"), helix("moe_top2_sp", m, n, *exchange(name))
-    assert actual.losses[0] == pytest.approx(expected.losses[0], rel=LOSS_TOLERANCE)
-    assert actual.grad_norms[0] == pytest.approx(expected.grad_norms[0], rel=GRAD_NORM_TOLERANCE)
+def stream_over_all_ranks(run: RunMetrics) -> list[str]:
+    """Collectives of a token stream or a vocabulary over the whole tensor-parallel group."""
+    return [
+        name
+        for name, nbytes in run.sent_bytes.items()
+        if nbytes and name.startswith("TENSOR_") and name.endswith(("_gather", "_scatter"))
+    ]
 
 
-@pytest.mark.parametrize("model", ["dense", "dense_sp", "moe_top2_sp"])
-def test_one_segment_is_stock_to_the_last_bit(stock: Stock, helix: Helix, model: str) -> None:
-    expected, actual = stock(model), helix(model, 1, 4)
-    assert actual.losses == expected.losses
-    assert actual.grad_norms == expected.grad_norms
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+@pytest.mark.filterwarnings("ignore:The argument order of load has been changed:UserWarning")
+@pytest.mark.filterwarnings("ignore:Please use DTensor instead:FutureWarning")
+def test_learnable_softmax_offsets(corpus_prefix: Path, helix: Helix, tmp_path: Path) -> None:
+    """From a common checkpoint: Megatron draws them alike on every tensor-parallel rank.
+
+    One rank is the reference. Of several, stock counts only the first one's offsets in the gradient
+    norm.
+    """
+    model = (*NO_BIAS, "--softmax-type", "learnable")
+    checkpoint = str(tmp_path / "checkpoint")
+    save = ("--save", checkpoint, "--save-interval", "1")
+    argv = tiny_gpt(corpus_prefix, *model, *save, train_iters=STEPS + 1)
+    whole = pretrain(argv, 1, tmp_path / "one")
+    expected = replace(whole, losses=whole.losses[1:], grad_norms=whole.grad_norms[1:])
+    load = ("--load", checkpoint, "--ckpt-step", "1", "--train-iters", str(STEPS + 1))
+    for m, n, exchange in ((2, 2, "weights-batch"), (4, 1, "activations-sequence")):
+        folder = tmp_path / exchange
+        cut = (*SP, "--helix-m", str(m), "--helix-n", str(n), *EXCHANGES[exchange])
+        argv = tiny_gpt(corpus_prefix, *model, *cut, *load)
+        assert_same_training(pretrain(argv, 4, folder), expected)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -138,21 +298,16 @@ def test_stock_learns(stock: Stock, model: str) -> None:
     # Untrained, a byte is as good as any other of 256; each step lowers the loss a little.
     assert losses[0] == pytest.approx(math.log(256), rel=0.1)
     assert losses[-1] < losses[0]
-    assert all(math.isfinite(norm) and norm > 0 for norm in grad_norms)
+    assert all(norm is not None and math.isfinite(norm) and norm > 0 for norm in grad_norms)
     assert len(set(losses)) == len(losses)
 
 
-@pytest.mark.parametrize(
-    ("model", "same_as"), [("dense_sp", "dense"), ("pp2_sp", "pp2"), ("dp2_sp", "dense")]
-)
-def test_a_model_is_the_same_however_parallel_it_is(stock: Stock, model: str, same_as: str) -> None:
+def test_a_model_is_the_same_however_parallel_it_is(stock: Stock) -> None:
     """The first weights are drawn on the CPU: nothing that a GPU would draw may move them."""
-    expected, actual = stock(same_as), stock(model)
-    assert actual.losses == pytest.approx(expected.losses, rel=LOSS_TOLERANCE, abs=0)
-    assert actual.grad_norms == pytest.approx(expected.grad_norms, rel=GRAD_NORM_TOLERANCE, abs=0)
+    assert_same_training(stock("dense_sp"), stock("dense"))
 
 
 def test_models_differ(stock: Stock) -> None:
     """Flags that Megatron ignored would make two of the models one."""
-    models = [model for model in MODELS if model not in ("dense_sp", "pp2_sp", "dp2_sp")]
+    models = [model for model in MODELS if model != "dense_sp"]
     assert len({round(stock(model).losses[-1], 4) for model in models}) == len(models)
