@@ -70,6 +70,7 @@ def model_parallel(tp: int = 1, pp: int = 1, ep: int = 1) -> Iterator[None]:
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=1 if ep > 1 else None,
     )
     model_parallel_cuda_manual_seed(1)
     try:

@@ -72,7 +72,7 @@ def cached_positions(
         prefilled: tokens of the prefill, a multiple of T.
         capacity: positions of the whole cache, a multiple of m.
     """
-    later = torch.arange(prefilled + segment, capacity, layout.m)
+    later = torch.arange(prefilled, capacity)[segment :: layout.m]
     return torch.cat([chunk_positions(layout, segment, prefilled), later])
 
 
