@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_helix import pretrain_gpt
-from megatron_helix.experiment import launch, metrics, report, workflow
+from megatron_helix.experiment import launch, metrics, report, runs
 from megatron_helix.experiment.config import ExperimentConfig
 from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig
 
@@ -72,14 +72,15 @@ def main() -> int:
         device="cpu",
     )
     console = Console()
-    prefix = workflow.corpus_dataset(asked.out, console)
-    workflow.initial_weights(experiment, MODEL, prefix, asked.out)
+    prefix = runs.corpus_dataset(asked.out, console)
+    runs.initial_weights(experiment, MODEL, prefix, asked.out)
     turns: dict[str, list[metrics.RunMetrics]] = {layout.name: [] for layout in layouts}
     with emulated_hosts(experiment.world_size, asked.rate) as hosts:
         for round_ in range(asked.rounds):
             for layout in layouts:
                 out = asked.out / f"round{round_}"
-                flags = workflow.run_flags(experiment, MODEL, layout, prefix, asked.out)
+                run = runs.Run(model=MODEL, layout=layout, phase="train", precision="fp32")
+                flags = runs.run_flags(experiment, run, prefix, asked.out)
                 flags += ["--helix-metrics", str(out / layout.name)]
                 turns[layout.name].append(_turn(flags, hosts, out / layout.name))
                 step_s = turns[layout.name][-1].step_ms / 1e3

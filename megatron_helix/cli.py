@@ -20,6 +20,9 @@ app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options"
     generate.generate
 )
 app.command()(experiment.run)
+app.command()(experiment.report)
+app.command()(experiment.compare)
+app.command()(experiment.dag)
 app.command()(data.data)
 
 
@@ -29,7 +32,7 @@ def main() -> None:
         app()
     except ValueError as error:
         sys.exit(_say(error, 2))
-    except (launch.RankFailed, TimeoutError) as error:
+    except (launch.RunFailed, TimeoutError) as error:
         sys.exit(_say(error, 1))
     except KeyboardInterrupt:
         sys.exit(_say("interrupted", 130))

@@ -1,28 +1,74 @@
-"""``helix run``."""
+"""``helix run``, ``helix report``, ``helix compare`` and ``helix dag``."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+Folder = Annotated[Path, typer.Argument(help="Folder of a finished experiment.")]
+
 
 def run(
     experiment: Annotated[Path, typer.Argument(help="An experiment file (YAML).")],
     out: Annotated[Path, typer.Option(help="Folder for results and logs.")],
 ) -> None:
-    """Run layouts side by side and compare them; exit code 3 when one leaves the baseline."""
+    """Run layouts side by side, verify and report.
+
+    Exit code 3 when a layout leaves the baseline or the deployment is not as planned.
+    """
     from rich.console import Console
 
     from megatron_helix.experiment import config, report, workflow
 
     console = Console()
     chosen = config.load(experiment)
-    results = workflow.run(chosen, out, console)
-    report.write(results, out / "results.json")
+    values = workflow.run(chosen, out, console)
+    results = values["result_collection"]
     console.print(report.table(results))
-    console.print(f"results: {out / 'results.json'}")
-    departures = report.departures(chosen, results)
-    for departure in departures:
-        console.print(f"not exact: {departure}")
-    if departures:
+    console.print(f"results: {out / 'results.json'}, report: {out / 'report.html'}")
+    wrong = [f"not exact: {line}" for line in report.departures(chosen, results)]
+    wrong += [
+        f"not verified: {line}" for line in report.failures(values["deployment_verification"])
+    ]
+    for line in wrong:
+        console.print(line, highlight=False)
+    if wrong:
         raise typer.Exit(3)
+
+
+def report(folder: Folder) -> None:
+    """Write report.md, report.html and the plots once more."""
+    from megatron_helix.experiment import report
+
+    for path in report.write(folder):
+        typer.echo(path)
+
+
+def compare(first: Folder, second: Folder) -> None:
+    """Compare two experiments of equal models, data and batch."""
+    from rich.console import Console
+
+    from megatron_helix.experiment import report
+
+    Console().print(report.compare(first, second))
+
+
+def dag(
+    experiment: Annotated[Path, typer.Argument(help="An experiment file (YAML).")],
+    format: Annotated[str, typer.Option(help="mermaid, dot or svg.")] = "mermaid",
+    deployment: Annotated[
+        bool, typer.Option("--deployment", help="Draw operators on devices instead.")
+    ] = False,
+    model: Annotated[str | None, typer.Option(help="Its name; the first by default.")] = None,
+    layout: Annotated[str | None, typer.Option(help="Its name; the first helix one.")] = None,
+    layers: Annotated[int, typer.Option(min=1, help="Layers to draw, from the first.")] = 1,
+) -> None:
+    """Print the graph of an experiment, or of one micro-batch's forward pass on its devices."""
+    from megatron_helix.experiment import config, deployment_graph, drawing, workflow
+
+    chosen = config.load(experiment)
+    if deployment:
+        made = deployment_graph.build(chosen, model=model, layout=layout, layers=layers)
+    else:
+        made = drawing.experiment_graph(workflow.nodes(chosen, Path()))
+    typer.echo(drawing.draw(made, format))

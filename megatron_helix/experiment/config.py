@@ -6,9 +6,14 @@ An error names the file and the path of the key.
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from megatron_helix.run_config import BatchConfig, Config, LayoutConfig, ModelConfig, read_mapping
+
+Phase = Literal["train", "prefill"]
+Precision = Literal["fp32", "fp16", "bf16"]
+
+FP16_ROUNDOFF = 2.0**-11  # half the distance of 1 to the next number of fp16
 
 
 class Tolerance(Config):
@@ -18,25 +23,113 @@ class Tolerance(Config):
     grad_norm: float = Field(default=1e-4, gt=0)
 
 
+class LauncherConfig(Config):
+    """What starts the ranks.
+
+    ``fork`` forks them on this machine's CPUs, ``torchrun`` starts them on this machine, ``slurm``
+    starts one torchrun on each node of an allocation, which share the folder of the results.
+    """
+
+    kind: Literal["fork", "torchrun", "slurm"] = "fork"
+    nodes: PositiveInt = 1
+
+
+class Fp16Config(Config):
+    """Every layout trains once in fp32 and once in fp16, from the same weights on the same data.
+
+    Attributes:
+        loss_scale: the loss scale of the first step.
+        band: how far the fp16 loss may be from the fp32 loss, relative, at any step. Four unit
+            roundoffs of fp16 by default: the loss is a mean over tokens of sums in fp32, so that
+            the roundings of single products, of one roundoff each, mostly cancel.
+    """
+
+    loss_scale: PositiveFloat = 65536.0
+    band: PositiveFloat = 4 * FP16_ROUNDOFF
+
+
+class VerificationConfig(Config):
+    """What the deployment verification asks for.
+
+    Attributes:
+        fp16: the check of numerical stability; null leaves it out.
+        time_factor: by which the ledger's and the profiler's time of the collectives may differ.
+        balance: largest max/mean over ranks of parameters, KV bytes and FLOPs of a helix layout.
+        routing_balance: the same of the FLOPs of an MoE model, which its router hands out.
+        busy_balance: the same of the measured busy time.
+    """
+
+    fp16: Fp16Config | None = Fp16Config()
+    time_factor: float = Field(default=2.0, gt=1)
+    balance: float = Field(default=1.05, ge=1)
+    routing_balance: float = Field(default=2.0, ge=1)
+    busy_balance: float = Field(default=1.5, ge=1)
+
+
+class Claim(Config):
+    """Figures somebody else has published for one layout of one model."""
+
+    model: str
+    layout: str
+    tokens_per_s: PositiveFloat
+    tpot_ms: PositiveFloat
+    of: str
+
+
 class ExperimentConfig(Config):
-    """Layouts of one or more models side by side; the first layout is the baseline."""
+    """Layouts of one or more models side by side; the first layout is the baseline.
+
+    Attributes:
+        precision: of the runs that are compared.
+        peak_tflops: of one device at that precision, for MFU; the device's datasheet says it.
+    """
 
     name: str
     models: list[ModelConfig] = Field(min_length=1)
     layouts: list[LayoutConfig] = Field(min_length=1)
     world_size: PositiveInt
     batch: BatchConfig
+    phases: list[Phase] = Field(default=["train"], min_length=1)
     steps: PositiveInt
     learning_rate: float = Field(default=1e-3, gt=0)
     device: Literal["cpu", "cuda"]
+    launcher: LauncherConfig = LauncherConfig()
+    precision: Precision = "fp32"
+    peak_tflops: PositiveFloat | None = None
     tolerance: Tolerance = Tolerance()
+    verification: VerificationConfig = VerificationConfig()
+    claims: list[Claim] = []
 
     @model_validator(mode="after")
-    def _names_differ(self) -> "ExperimentConfig":
+    def _fits_together(self) -> "ExperimentConfig":
         for what, items in (("models", self.models), ("layouts", self.layouts)):
             names = [item.name for item in items]
             if len(set(names)) != len(names):
                 raise ValueError(f"{what}: names must differ, got {', '.join(names)}")
+        if len(set(self.phases)) != len(self.phases):
+            raise ValueError(f"phases: must differ, got {', '.join(self.phases)}")
+        if self.device == "cuda" and self.launcher.kind == "fork":
+            raise ValueError(
+                "launcher.kind: must be torchrun or slurm on cuda, got fork; a process that has"
+                " touched a GPU must not fork"
+            )
+        if self.world_size % self.launcher.nodes:
+            raise ValueError(
+                f"launcher.nodes: must divide world_size ({self.world_size}), got"
+                f" {self.launcher.nodes}"
+            )
+        if self.launcher.nodes > 1 and self.launcher.kind != "slurm":
+            raise ValueError(
+                f"launcher.nodes: must be 1 with {self.launcher.kind}, got {self.launcher.nodes};"
+                " use kind: slurm for several machines"
+            )
+        for claim in self.claims:
+            for what, name, items in (
+                ("model", claim.model, self.models),
+                ("layout", claim.layout, self.layouts),
+            ):
+                if name not in [item.name for item in items]:
+                    raise ValueError(f"claims: {what} {name} is not in this experiment")
         return self
 
 
@@ -58,6 +151,8 @@ def load(path: Path) -> ExperimentConfig:
         lines = [
             f"{path}: {'.'.join(map(str, item['loc'])) or 'experiment'}: {item['msg']},"
             f" got {item['input']!r}"
+            if item["loc"]
+            else f"{path}: {item['msg'].removeprefix('Value error, ')}"
             for item in error.errors()
         ]
         raise ValueError("\n".join(lines)) from None

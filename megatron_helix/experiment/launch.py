@@ -25,7 +25,11 @@ GRACE_S = 5.0  # between asking the ranks that are left to end and killing them
 _PR_SET_PDEATHSIG = 1
 
 
-class RankFailed(RuntimeError):
+class RunFailed(RuntimeError):
+    """A run ended before its work was done."""
+
+
+class RankFailed(RunFailed):
     """A rank ended before its work was done.
 
     Attributes:

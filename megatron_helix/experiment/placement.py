@@ -33,7 +33,13 @@ def describe(model: list[torch.nn.Module]) -> dict[str, Any]:
             for name, parameter in part.named_parameters()
         },
         "attention": [
-            {"layer": layer, "weight": name, "shape": list(weight.shape), "sha256": sha256(weight)}
+            {
+                "layer": layer,
+                "weight": name,
+                "shape": list(weight.shape),
+                "dtype": str(weight.dtype).removeprefix("torch."),
+                "sha256": sha256(weight),
+            }
             for layer, name, weight in _attention_weights(model)
         ],
     }

@@ -1,174 +1,290 @@
-"""Run an experiment: the data, equal initial weights, every layout, and the comparison.
+"""An experiment as a graph of nodes: input, models, partitions, devices, runs, results, verification.
 
-Each run keeps its result in a file of its own as soon as it is done. A second call with the same
-experiment does only what is missing; a run whose flags changed is done again.
+The six components of the source experiment are groups of nodes; the deployment verification and the
+report follow them. A second call with the same experiment does only what is missing or changed.
 """
 
-import hashlib
 import json
 import shutil
-import sysconfig
+import subprocess
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from megatron_helix import corpus, pretrain_gpt
-from megatron_helix.experiment import launch, metrics
+import megatron_helix
+from megatron_helix.experiment import dag, launchers, metrics, partition, runs
 from megatron_helix.experiment.config import ExperimentConfig
-from megatron_helix.run_config import LayoutConfig, ModelConfig
+from megatron_helix.experiment.dag import Made, Node
+from megatron_helix.experiment.flops import model_flops
+from megatron_helix.experiment.runs import Run
 
-# One vocabulary for every layout: Megatron pads it to a multiple of this times the tensor-parallel
-# size, and 256 bytes need no padding up to 16 ranks.
-_VOCAB_MULTIPLE = 16
+COMPONENTS = (
+    "input_preparation",
+    "model_loading",
+    "partitioning_setup",
+    "device_mapping",
+    "execution_monitoring",
+    "result_collection",
+    "deployment_verification",
+    "report",
+)
+
+Poll = Callable[[int], None]
 
 
-def run(experiment: ExperimentConfig, out: Path, console: Console) -> list[dict[str, Any]]:
-    """Run what is missing of ``experiment`` in ``out`` and return the results, baseline first.
+def run(experiment: ExperimentConfig, out: Path, console: Console) -> dict[str, Any]:
+    """Do what is missing of ``experiment`` in ``out``.
 
     Returns:
-        One result a run, as in ``results.json``.
+        The value of every node by name.
 
     Raises:
-        ValueError: when a layout cannot run; before any rank is started.
-        RankFailed: when a rank of a run fails. Results of finished runs stay.
+        ValueError: when a layout cannot run, or another process works in ``out``; before any rank
+            is started.
+        RunFailed: when a rank of a run fails. What is finished stays.
     """
-    prefix = corpus_dataset(out, console)
-    plan = [(model, layout) for model in experiment.models for layout in experiment.layouts]
-    flags = {
-        (model.name, layout.name): run_flags(experiment, model, layout, prefix, out)
-        for model, layout in plan
-    }
-    ready = {
-        run: pretrain_gpt.prepare(words, experiment.world_size) for run, words in flags.items()
-    }
-    progress = Progress(
-        TextColumn("{task.description:28}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("steps"),
-        TimeElapsedColumn(),
-        console=console,
-    )
-    results = []
-    with progress:
-        for model in experiment.models:
-            initial_weights(experiment, model, prefix, out)
-            for layout in experiment.layouts:
-                words = ready[model.name, layout.name]
-                results.append(_run(experiment, model, layout, words, out, progress))
-    return results
-
-
-def corpus_dataset(out: Path, console: Console) -> Path:
-    """Python's own standard library as a dataset: real text that every machine has."""
-    prefix = out / "data" / "python_stdlib"
-    if not prefix.with_suffix(".bin").exists():
-        sources = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-        summary = corpus.build(sources, prefix)
-        console.print(f"corpus: {summary.documents:,} documents, {summary.tokens:,} tokens (bytes)")
-    return prefix
-
-
-def _common_flags(experiment: ExperimentConfig, model: ModelConfig, prefix: Path) -> list[str]:
-    length = str(experiment.batch.sequence_length)
-    return [
-        *("--helix-device", experiment.device),
-        *model.flags(),
-        *corpus.TOKENIZER_FLAGS,
-        *("--make-vocab-size-divisible-by", str(_VOCAB_MULTIPLE)),
-        *("--data-path", str(prefix), "--split", "100,0,0"),
-        "--no-create-attention-mask-in-dataloader",  # causal is what a GPT attends by itself
-        *("--seq-length", length, "--max-position-embeddings", length),
-        *("--lr", str(experiment.learning_rate), "--lr-decay-style", "constant"),
-        *("--eval-iters", "0", "--eval-interval", "1000000", "--log-interval", "1"),
-    ]
-
-
-def run_flags(
-    experiment: ExperimentConfig, model: ModelConfig, layout: LayoutConfig, prefix: Path, out: Path
-) -> list[str]:
-    """The flags of one run: the model's weights come from the file that all its runs share."""
-    return [
-        *_common_flags(experiment, model, prefix),
-        *layout.flags(model),
-        *("--global-batch-size", str(experiment.batch.sequences)),
-        *("--train-iters", str(experiment.steps)),
-        *("--load", str(_initial(out, model)), "--finetune", "--no-load-optim", "--no-load-rng"),
-        *("--helix-metrics", str(run_folder(out, model, layout) / "metrics")),
-    ]
-
-
-def _initial(out: Path, model: ModelConfig) -> Path:
-    return out / "initial" / model.name
-
-
-def run_folder(out: Path, model: ModelConfig, layout: LayoutConfig) -> Path:
-    """Where one run keeps its result, metrics and logs."""
-    return out / "runs" / f"{model.name}-{layout.name}"
-
-
-def initial_weights(
-    experiment: ExperimentConfig, model: ModelConfig, prefix: Path, out: Path
-) -> None:
-    """One step of one stock rank, saved: a checkpoint any layout can start from.
-
-    Megatron draws weights differently for every pipeline size, so a common seed is not enough.
-    """
-    folder = _initial(out, model)
-    if (folder / "latest_checkpointed_iteration.txt").exists():
-        return
-    flags = [
-        *_common_flags(experiment, model, prefix),
-        *("--micro-batch-size", "1", "--global-batch-size", "1", "--train-iters", "1"),
-        *("--save", str(folder), "--save-interval", "1", "--no-save-optim", "--no-save-rng"),
-    ]
-    flags = pretrain_gpt.prepare(flags, 1)
-    launch.run(
-        launch.Ranks(
-            target=pretrain_gpt.train, args=(flags,), world_size=1, logs=folder.parent / "logs"
+    check(experiment)
+    with dag.locked(out):
+        (out / "experiment.json").write_text(experiment.model_dump_json(indent=1))
+        progress = Progress(
+            TextColumn("{task.description:44}"),
+            BarColumn(bar_width=16),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
         )
-    )
+        tasks: dict[str, Any] = {}
+
+        def notify(name: str, state: str) -> None:
+            total = experiment.steps if name.startswith("execution_monitoring/") else 1
+            if name not in tasks:
+                tasks[name] = progress.add_task(name.removeprefix("execution_"), total=total)
+            if state != "started":
+                progress.update(tasks[name], completed=total)
+
+        def advance(name: str, steps: int) -> None:
+            progress.update(tasks[name], completed=steps)
+
+        with progress:
+            return dag.run(nodes(experiment, out, console, advance), out, notify)
 
 
-def _run(
+def check(experiment: ExperimentConfig) -> None:
+    """Refuse what cannot run.
+
+    Raises:
+        ValueError: naming the run and what is wrong with it.
+    """
+    from megatron_helix import arguments
+
+    for one in [*runs.compared(experiment), *runs.checks(experiment)]:
+        try:
+            partition.deployment(experiment, one).check()
+            arguments.complete(runs.layout_flags(experiment, one), experiment.world_size)
+        except ValueError as error:
+            raise ValueError(f"{one.model.name}, layout {one.layout.name}: {error}") from None
+
+
+def nodes(
     experiment: ExperimentConfig,
-    model: ModelConfig,
-    layout: LayoutConfig,
-    flags: list[str],
     out: Path,
-    progress: Progress,
-) -> dict[str, Any]:
-    """The result of one run, measured now or kept from before."""
-    folder = run_folder(out, model, layout)
-    kept = folder / "result.json"
-    identity = hashlib.sha256("\0".join(flags).encode()).hexdigest()[:16]
-    task = progress.add_task(f"{model.name} {layout.name}", total=experiment.steps)
-    if kept.exists() and json.loads(kept.read_text())["identity"] == identity:
-        progress.update(task, completed=experiment.steps)
-        return json.loads(kept.read_text())
-    shutil.rmtree(folder, ignore_errors=True)
-    launch.run(
-        launch.Ranks(
-            target=pretrain_gpt.train,
-            args=(flags,),
-            world_size=experiment.world_size,
-            logs=folder / "logs",
+    console: Console | None = None,
+    advance: Callable[[str, int], None] = lambda name, steps: None,
+) -> list[Node]:
+    """The graph of ``experiment``, in the order of its components."""
+    console = console or Console(quiet=True)
+    software = {name: version(name) for name in ("torch", "megatron-core", "megatron-helix")}
+    compared, checks = runs.compared(experiment), runs.checks(experiment)
+    made = [
+        Node(
+            name="input_preparation",
+            inputs=experiment.batch.model_dump(),
+            action=partial(_input, experiment, out, console),
+        )
+    ]
+    for model in experiment.models:
+        made.append(
+            Node(
+                name=f"model_loading/{model.name}",
+                inputs=[runs.model_flags(experiment, model), software],
+                action=partial(_model, experiment, model, out),
+                needs=("input_preparation",),
+            )
+        )
+    for one in [*compared, *checks]:
+        made += _run_nodes(experiment, one, out, software, advance)
+    results = tuple(f"execution_monitoring/{one.name}" for one in compared)
+    mapped = tuple(f"device_mapping/{one.name}" for one in compared)
+    partitions = tuple(f"partitioning_setup/{one.name}" for one in compared)
+    checked = tuple(f"execution_monitoring/{one.name}" for one in checks)
+    document = experiment.model_dump(mode="json")
+    return [
+        *made,
+        Node(
+            name="result_collection",
+            inputs=document["name"],
+            action=partial(_collect, compared, out),
+            needs=results,
         ),
-        poll=lambda: progress.update(task, completed=metrics.steps_done(folder / "metrics")),
+        Node(
+            name="deployment_verification",
+            inputs=[document["verification"], document["tolerance"]],
+            action=partial(_verify, experiment, compared, checks, out),
+            needs=(*partitions, *mapped, *results, *checked),
+        ),
+        Node(
+            name="report",
+            inputs=[document, megatron_helix.__version__],
+            action=partial(_report, out),
+            needs=("result_collection", "deployment_verification"),
+        ),
+    ]
+
+
+def _run_nodes(
+    experiment: ExperimentConfig,
+    one: Run,
+    out: Path,
+    software: dict[str, str],
+    advance: Callable[[str, int], None],
+) -> list[Node]:
+    """Partition, devices and execution of one run."""
+    cut, devices, executed = (f"{component}/{one.name}" for component in COMPONENTS[2:5])
+    source = runs.source_of(one)
+    return [
+        Node(
+            name=cut,
+            inputs=[source, experiment.world_size, experiment.batch.model_dump(), software],
+            action=lambda _: Made(value=partition.describe(experiment, one)),
+            needs=(f"model_loading/{one.model.name}",),
+        ),
+        Node(
+            name=devices,
+            inputs=[experiment.world_size, experiment.launcher.model_dump(), experiment.device],
+            action=lambda values: Made(value=partition.devices(experiment, values[cut])),
+            needs=(cut,),
+        ),
+        Node(
+            name=executed,
+            inputs=[runs.layout_flags(experiment, one), software],
+            action=partial(_execute, experiment, one, out, partial(advance, executed)),
+            needs=("input_preparation", devices),
+        ),
+    ]
+
+
+def _input(
+    experiment: ExperimentConfig, out: Path, console: Console, values: dict[str, Any]
+) -> Made:
+    prefix = runs.corpus_dataset(out, console)
+    files = [prefix.with_suffix(suffix) for suffix in (".bin", ".idx")]
+    return Made(
+        value={
+            "prefix": str(prefix.relative_to(out)),
+            "sequences": experiment.batch.sequences,
+            "sequence_length": experiment.batch.sequence_length,
+        },
+        files=files,
     )
-    progress.update(task, completed=experiment.steps)
+
+
+def _model(experiment: ExperimentConfig, model: Any, out: Path, values: dict[str, Any]) -> Made:
+    shutil.rmtree(runs.initial_folder(out, model), ignore_errors=True)
+    made = runs.initial_weights(experiment, model, _prefix(out, values), out)
+    files = sorted(path for path in made.rglob("*") if path.is_file())
+    return Made(value={"checkpoint": str(made.relative_to(out))}, files=files)
+
+
+def _prefix(out: Path, values: dict[str, Any]) -> Path:
+    return out / values["input_preparation"]["prefix"]
+
+
+def _execute(
+    experiment: ExperimentConfig, one: Run, out: Path, poll: Poll, values: dict[str, Any]
+) -> Made:
+    """The result of one run, measured now."""
+    folder = runs.folder(out, one)
+    shutil.rmtree(folder, ignore_errors=True)
+    flags = [*runs.run_flags(experiment, one, _prefix(out, values), out), "--helix-profile"]
+    launchers.launch(
+        experiment.launcher,
+        flags,
+        experiment.world_size,
+        folder / "logs",
+        lambda: poll(metrics.steps_done(folder / "metrics")),
+    )
+    measured = asdict(metrics.read(folder / "metrics"))
+    # Written by the same code in a prefill, too, where there is no gradient to speak of.
+    measured["grad_norms"] = [norm for norm in measured["grad_norms"] if norm is not None]
+    flops = model_flops(one.model, experiment.batch, runs.VOCABULARY, one.phase)
+    per_gpu = flops / experiment.world_size / measured["step_ms"] / 1e9
     result = {
-        "name": folder.name,
-        "model": model.name,
-        "layout": layout.name,
+        "name": one.name,
+        "model": one.model.name,
+        "layout": one.layout.name,
+        "phase": one.phase,
+        "precision": one.precision,
         "world_size": experiment.world_size,
-        **asdict(metrics.read(folder / "metrics")),
+        **measured,
+        "tflops_per_device": per_gpu,
+        "mfu": per_gpu / experiment.peak_tflops if experiment.peak_tflops else None,
         "device": experiment.device,
         "source": "measured",
-        "identity": identity,
+        "commit": commit(),
     }
+    kept = folder / "result.json"
     kept.write_text(json.dumps(result, indent=2))
-    return result
+    return Made(value=result, files=[kept, *sorted((folder / "metrics").iterdir())])
+
+
+def _collect(compared: list[Run], out: Path, values: dict[str, Any]) -> Made:
+    """``results.json``: the runs, the baseline first within a model."""
+    results = [dict(values[f"execution_monitoring/{one.name}"]) for one in compared]
+    for result in results:
+        del result["per_rank"]
+    path = out / "results.json"
+    path.write_text(json.dumps({"runs": results}, indent=2) + "\n")
+    return Made(value=results, files=[path])
+
+
+def _verify(
+    experiment: ExperimentConfig,
+    compared: list[Run],
+    checks: list[Run],
+    out: Path,
+    values: dict[str, Any],
+) -> Made:
+    from megatron_helix.experiment import verify
+
+    found = verify.verify(experiment, compared, checks, out, values)
+    path = out / "verification.json"
+    path.write_text(json.dumps({"checks": found}, indent=2) + "\n")
+    return Made(value=found, files=[path])
+
+
+def _report(out: Path, values: dict[str, Any]) -> Made:
+    from megatron_helix.experiment import report
+
+    return Made(value=None, files=report.write(out))
+
+
+def commit() -> str:
+    """The commit of this source tree, or the version where it is none."""
+    here = Path(__file__).parent
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return found.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return megatron_helix.__version__

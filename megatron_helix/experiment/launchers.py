@@ -1,0 +1,116 @@
+"""Start the ranks of a run: forked here, with torchrun here, or with torchrun on Slurm's nodes."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_helix.experiment.launch import GRACE_S, Ranks, RunFailed
+from megatron_helix.experiment.launch import run as fork_ranks
+from megatron_helix.experiment.config import LauncherConfig
+
+POLL_S = 0.5
+
+
+def launch_command(
+    launcher: LauncherConfig, flags: Sequence[str], world_size: int, logs: Path
+) -> list[str]:
+    """The command that starts the ranks, for torchrun and Slurm.
+
+    Under Slurm it must be called inside an allocation of ``nodes`` nodes; the first one is where
+    the ranks meet.
+    """
+    nodes = min(launcher.nodes, world_size)
+    torchrun = [
+        *(sys.executable, "-m", "torch.distributed.run"),
+        *("--nnodes", str(nodes), "--nproc-per-node", str(world_size // nodes)),
+        *("--log-dir", str(logs), "--redirects", "3"),
+    ]
+    entry = ["-m", "megatron_helix.pretrain_gpt", *flags]
+    if launcher.kind == "torchrun":
+        return [*torchrun, "--standalone", *entry]
+    meeting = os.environ.get("SLURM_LAUNCH_NODE_IPADDR") or os.environ.get("HOSTNAME", "localhost")
+    job = os.environ.get("SLURM_JOB_ID", "0")
+    port = str(20000 + int(job) % 20000)
+    return [
+        *("srun", "--nodes", str(nodes), "--ntasks", str(nodes), "--ntasks-per-node", "1"),
+        "--kill-on-bad-exit=1",
+        *torchrun,
+        *("--rdzv-backend", "c10d", "--rdzv-id", job, "--rdzv-endpoint", f"{meeting}:{port}"),
+        *entry,
+    ]
+
+
+def launch(
+    launcher: LauncherConfig,
+    flags: Sequence[str],
+    world_size: int,
+    logs: Path,
+    poll: Callable[[], Any] | None = None,
+) -> None:
+    """Run Megatron's loop with these flags on ``world_size`` ranks, and wait for it.
+
+    Args:
+        launcher: what starts the ranks.
+        flags: as for ``megatron_helix.pretrain_gpt``.
+        world_size: ranks.
+        logs: folder that takes their output.
+        poll: called now and then meanwhile, for progress.
+
+    Raises:
+        ValueError: for flags that cannot run, before any rank is started.
+        RunFailed: when a rank fails; the others are ended first.
+    """
+    if launcher.kind == "fork":
+        from megatron_helix import pretrain_gpt
+
+        ready = pretrain_gpt.prepare(flags, world_size)
+        fork_ranks(
+            Ranks(target=pretrain_gpt.train, args=(ready,), world_size=world_size, logs=logs),
+            poll=poll,
+        )
+        return
+    logs.mkdir(parents=True, exist_ok=True)
+    command = launch_command(launcher, flags, world_size, logs)
+    environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", **os.environ}
+    with (logs / "launcher.log").open("w") as log:
+        _supervise(command, environment, log, poll)
+
+
+def _supervise(
+    command: Sequence[str], environment: dict[str, str], log: Any, poll: Callable[[], Any] | None
+) -> None:
+    """Wait for the command; end all it has started when this process is interrupted."""
+    process = subprocess.Popen(
+        command, env=environment, stdout=log, stderr=log, start_new_session=True
+    )
+    try:
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(POLL_S)
+            if poll:
+                poll()
+            if process.returncode is not None:
+                break
+    finally:
+        if process.poll() is None:
+            _end(process)
+    if process.returncode:
+        raise RunFailed(
+            f"{Path(command[0]).name}: a rank failed (exit code {process.returncode}); its output"
+            f" is in {Path(log.name).parent}"
+        )
+
+
+def _end(process: subprocess.Popen[Any]) -> None:
+    """Ask the launcher to end its ranks, and kill what is left of its session."""
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE_S * 2)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -1,0 +1,82 @@
+"""What a layout asks for, before anything runs: who holds which tile on which device, sends what.
+
+The deployment verification holds it against what the ranks found themselves to be.
+"""
+
+from typing import Any
+
+from megatron_helix.experiment.config import ExperimentConfig
+from megatron_helix.experiment.runs import Run
+from megatron_helix.planner.deployment import Deployment
+from megatron_helix.planner.traffic import step_bytes
+
+ELEMENT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+
+
+def deployment(experiment: ExperimentConfig, run: Run) -> Deployment:
+    """The run as the planner sees it."""
+    return Deployment(run.model, run.layout, experiment.batch, experiment.world_size, run.phase)
+
+
+def describe(experiment: ExperimentConfig, run: Run) -> dict[str, Any]:
+    """Place of every rank, and the bytes it is predicted to send in a step.
+
+    Ranks run tensor-parallel first, then context, data and pipeline parallel, Megatron's order.
+    """
+    T, cp, pp = run.layout.tensor_parallel_size, run.layout.cp, run.layout.pp
+    per_stage = experiment.world_size // pp
+    ranks = []
+    for rank in range(experiment.world_size):
+        place: dict[str, Any] = {
+            "rank": rank,
+            "stage": rank // per_stage,
+            "replica": rank % per_stage // (T * cp),
+            "context": rank // T % cp,
+            "tensor_rank": rank % T,
+            "groups": _groups(rank, T, per_stage, experiment.world_size),
+        }
+        if run.layout.m and run.layout.n:
+            place["head_group"], place["segment"] = divmod(rank % T, run.layout.m)
+            place["groups"] |= _helix_groups(rank, T, run.layout.m)
+        sent = step_bytes(
+            run.model,
+            run.layout,
+            experiment.batch,
+            world_size=experiment.world_size,
+            rank=rank,
+            phase=run.phase,
+            element_bytes=ELEMENT_BYTES[run.precision],
+        )
+        place["predicted_bytes"] = {"/".join(key): value for key, value in sent.items()}
+        ranks.append(place)
+    return {"tensor_parallel": T, "m": run.layout.m, "n": run.layout.n, "ranks": ranks}
+
+
+def _groups(rank: int, T: int, per_stage: int, world_size: int) -> dict[str, list[int]]:
+    first = rank - rank % T
+    return {
+        "tp": list(range(first, first + T)),
+        "pp": list(range(rank % per_stage, world_size, per_stage)),
+    }
+
+
+def _helix_groups(rank: int, T: int, m: int) -> dict[str, list[int]]:
+    first, (head_group, segment) = rank - rank % T, divmod(rank % T, m)
+    return {
+        "dim": [first + head_group * m + j for j in range(m)],
+        "head": [first + i * m + segment for i in range(T // m)],
+    }
+
+
+def devices(experiment: ExperimentConfig, cut: dict[str, Any]) -> list[dict[str, Any]]:
+    """The device of every rank: a slot of a node, neighbours in rank on neighbouring slots."""
+    per_node = experiment.world_size // experiment.launcher.nodes
+    return [
+        {
+            "rank": place["rank"],
+            "node": place["rank"] // per_node,
+            "slot": place["rank"] % per_node,
+            "kind": experiment.device,
+        }
+        for place in cut["ranks"]
+    ]

@@ -1,0 +1,175 @@
+"""One run of an experiment: a model, a layout, a phase and a precision, as Megatron's flags.
+
+Also what all runs of a model start from: the text, and one checkpoint of initial weights.
+"""
+
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from megatron_helix import corpus
+from megatron_helix.experiment import launchers
+from megatron_helix.experiment.config import ExperimentConfig, Phase, Precision
+from megatron_helix.run_config import LayoutConfig, ModelConfig
+
+# One vocabulary for every layout: Megatron pads it to a multiple of this times the tensor-parallel
+# size, and 256 bytes need no padding up to 16 ranks.
+VOCAB_MULTIPLE = 16
+VOCABULARY = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What is run once."""
+
+    model: ModelConfig
+    layout: LayoutConfig
+    phase: Phase
+    precision: Precision
+    is_check: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of the run and its folder."""
+        words = [self.model.name, self.layout.name]
+        words += [self.phase] if self.phase != "train" else []
+        words += [self.precision] if self.is_check else []
+        return "-".join(words)
+
+
+def compared(experiment: ExperimentConfig) -> list[Run]:
+    """The runs whose results are compared: by model and phase, the baseline first."""
+    return [
+        Run(model=model, layout=layout, phase=phase, precision=experiment.precision)
+        for model in experiment.models
+        for phase in experiment.phases
+        for layout in experiment.layouts
+    ]
+
+
+def checks(experiment: ExperimentConfig) -> list[Run]:
+    """The training runs beside them that the fp16 check needs: in fp16, and in fp32."""
+    if experiment.verification.fp16 is None:
+        return []
+    present = {
+        (run.model.name, run.layout.name, run.precision)
+        for run in compared(experiment)
+        if run.phase == "train"
+    }
+    return [
+        Run(model=model, layout=layout, phase="train", precision=precision, is_check=True)
+        for model in experiment.models
+        for layout in experiment.layouts
+        for precision in ("fp32", "fp16")
+        if (model.name, layout.name, precision) not in present
+    ]
+
+
+def corpus_dataset(out: Path, console: Console) -> Path:
+    """Python's own standard library as a dataset: real text that every machine has."""
+    prefix = out / "data" / "python_stdlib"
+    if not prefix.with_suffix(".bin").exists():
+        sources = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+        summary = corpus.build(sources, prefix)
+        console.print(f"corpus: {summary.documents:,} documents, {summary.tokens:,} tokens (bytes)")
+    return prefix
+
+
+def model_flags(experiment: ExperimentConfig, model: ModelConfig) -> list[str]:
+    """What all runs of a model have in common, without the data."""
+    length = str(experiment.batch.sequence_length)
+    return [
+        *("--helix-device", experiment.device),
+        *model.flags(),
+        *corpus.TOKENIZER_FLAGS,
+        *("--make-vocab-size-divisible-by", str(VOCAB_MULTIPLE)),
+        "--no-create-attention-mask-in-dataloader",  # causal is what a GPT attends by itself
+        *("--seq-length", length, "--max-position-embeddings", length),
+        *("--lr", str(experiment.learning_rate), "--lr-decay-style", "constant"),
+        *("--eval-iters", "0", "--eval-interval", "1000000", "--log-interval", "1"),
+        *(["--no-gradient-accumulation-fusion"] if experiment.device == "cuda" else []),
+    ]
+
+
+def _data_flags(prefix: Path) -> list[str]:
+    return ["--data-path", str(prefix), "--split", "100,0,0"]
+
+
+def layout_flags(experiment: ExperimentConfig, run: Run) -> list[str]:
+    """Everything of a run but what lies in files."""
+    fp16 = experiment.verification.fp16
+    scale = fp16.loss_scale if fp16 else 65536.0
+    precision = {
+        "fp32": [],
+        "bf16": ["--bf16"],
+        "fp16": ["--fp16", "--initial-loss-scale", str(scale)],
+    }
+    return [
+        *model_flags(experiment, run.model),
+        *run.layout.flags(run.model),
+        *precision[run.precision],
+        *("--global-batch-size", str(experiment.batch.sequences)),
+        *("--train-iters", str(experiment.steps)),
+    ]
+
+
+def run_flags(experiment: ExperimentConfig, run: Run, prefix: Path, out: Path) -> list[str]:
+    """The flags of one run: the model's weights come from the file that all its runs share."""
+    return [
+        *layout_flags(experiment, run),
+        *_data_flags(prefix),
+        *("--load", str(initial_folder(out, run.model))),
+        *("--finetune", "--no-load-optim", "--no-load-rng"),
+        *("--helix-metrics", str(folder(out, run) / "metrics")),
+        *("--helix-phase", run.phase),
+    ]
+
+
+def initial_folder(out: Path, model: ModelConfig) -> Path:
+    """Where a model's initial weights are."""
+    return out / "initial" / model.name
+
+
+def folder(out: Path, run: Run) -> Path:
+    """Where one run keeps its result, metrics and logs."""
+    return out / "runs" / run.name
+
+
+def initial_weights(
+    experiment: ExperimentConfig, model: ModelConfig, prefix: Path, out: Path
+) -> Path:
+    """One step of training, saved: a checkpoint any layout can start from.
+
+    Megatron draws weights differently for every pipeline size, so a common seed is not enough. On
+    the CPU one stock rank makes it; on GPUs the first layout, as the model may not fit on one.
+
+    Returns:
+        The folder of the checkpoint; what is there already stays.
+    """
+    target = initial_folder(out, model)
+    if (target / "latest_checkpointed_iteration.txt").exists():
+        return target
+    save = ["--save", str(target), "--save-interval", "1", "--no-save-optim", "--no-save-rng"]
+    flags = [*model_flags(experiment, model), *_data_flags(prefix), *save, "--train-iters", "1"]
+    ranks = 1
+    if experiment.device == "cpu":
+        flags += ["--micro-batch-size", "1", "--global-batch-size", "1"]
+    else:
+        ranks = experiment.world_size
+        layout = experiment.layouts[0]
+        flags += [*layout.flags(model), "--global-batch-size", str(experiment.batch.sequences)]
+    launchers.launch(experiment.launcher, flags, ranks, target.parent / "logs" / model.name)
+    return target
+
+
+def source_of(run: Run) -> dict[str, Any]:
+    """A run as JSON."""
+    return {
+        "model": run.model.model_dump(),
+        "layout": run.layout.model_dump(),
+        "phase": run.phase,
+        "precision": run.precision,
+    }

@@ -1,0 +1,88 @@
+"""The torchrun command of one layout of an experiment, for a user who starts it on each node.
+
+Pure: words from configs. Nothing is started here, and no GPU is asked for.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from megatron_helix.experiment.config import ExperimentConfig
+from megatron_helix.experiment.runs import Run, layout_flags
+from megatron_helix.layout import require_divides
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nodes:
+    """The machines a run spans.
+
+    Attributes:
+        count: number of nodes; each runs as many ranks.
+        rendezvous: ``HOST:PORT`` where they meet; needed when there are several.
+    """
+
+    count: int = 1
+    rendezvous: str | None = None
+
+
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+def command(
+    experiment: ExperimentConfig,
+    model: str,
+    layout: str,
+    *,
+    nodes: Nodes = Nodes(),
+    data: str | None = None,
+    more: Sequence[str] = (),
+) -> list[str]:
+    """The words of the command, the same on every node.
+
+    Args:
+        experiment: gives batch, number of ranks, steps, precision and device.
+        model: name of one of its models.
+        layout: name of one of its layouts.
+        nodes: where it runs.
+        data: prefix of a byte-level dataset; without one, Megatron's mock data.
+        more: further flags for Megatron, which win over those before them.
+
+    Raises:
+        ValueError: for names the experiment does not have, and nodes that cannot hold its ranks.
+    """
+    run = Run(
+        model=_named("MODEL", model, experiment.models),
+        layout=_named("LAYOUT", layout, experiment.layouts),
+        phase="train",
+        precision=experiment.precision,
+    )
+    require_divides("--nnodes", nodes.count, "the experiment's world_size", experiment.world_size)
+    return [
+        *("torchrun", *_rendezvous(nodes)),
+        *("--nproc-per-node", str(experiment.world_size // nodes.count)),
+        *("-m", "megatron_helix.pretrain_gpt"),
+        *layout_flags(experiment, run),
+        *(("--data-path", data, "--split", "100,0,0") if data else ("--mock-data",)),
+        *more,
+    ]
+
+
+def _rendezvous(nodes: Nodes) -> list[str]:
+    if nodes.count == 1:
+        return ["--standalone"]
+    if not nodes.rendezvous:
+        raise ValueError(
+            f"--rdzv-endpoint: must be HOST:PORT of one node when --nnodes is {nodes.count}, got"
+            " none; give the same one on every node"
+        )
+    endpoint = ("--rdzv-backend", "c10d", "--rdzv-endpoint", nodes.rendezvous)
+    return ["--nnodes", str(nodes.count), "--rdzv-id", "helix", *endpoint]
+
+
+def _named[Item: _Named](argument: str, name: str, items: Sequence[Item]) -> Item:
+    found = {item.name: item for item in items}
+    if name not in found:
+        raise ValueError(f"{argument}: must be one of {', '.join(found)}, got {name!r}")
+    return found[name]
