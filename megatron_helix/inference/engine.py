@@ -139,7 +139,7 @@ class Engine:
             parts: of equal shapes.
             done: asked after every step of a model without pipeline: whether all have ended.
         """
-        return self._run(parts, parts[0].tokens.size(1) - parts[0].end, done)
+        yield from self._run(parts, parts[0].tokens.size(1) - parts[0].end, done)
 
     def _run(
         self, parts: Sequence[MicroBatch], steps: int, done: Callable[[], bool]
