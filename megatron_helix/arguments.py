@@ -6,10 +6,12 @@ what follows from them appended, or raises the one error the user must read.
 """
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_helix.compatibility import require_compatible
 from megatron_helix.exchange import strategy, traffic
 from megatron_helix.layout import HelixLayout, require_divides
 
@@ -51,7 +53,11 @@ def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         help="Segments every head's dimension is cut into. The tensor-parallel size is M * N.",
     )
     group.add_argument(
-        "--helix-n", type=int, metavar="N", help="Head groups the attention heads are cut into."
+        "--helix-n",
+        type=_count_or_auto,
+        metavar="N",
+        help="Head groups the attention heads are cut into. With --tensor-model-parallel-size, one"
+        " of M and N follows from the other; auto takes the largest N the heads allow.",
     )
     group.add_argument(
         "--helix-exchange",
@@ -101,6 +107,11 @@ def wants_helix(args: argparse.Namespace) -> bool:
     return args.helix_m is not None or args.helix_n is not None
 
 
+def want_helix(argv: Sequence[str]) -> bool:
+    """:func:`wants_helix` of flags that Megatron has not parsed yet."""
+    return wants_helix(_read(argv))
+
+
 def device(argv: Sequence[str]) -> str:
     """The device the flags name, ``"cpu"`` or ``"cuda"``.
 
@@ -143,7 +154,10 @@ def complete(argv: Sequence[str], world_size: int) -> list[str]:
             f"--helix-phase: {args.helix_phase} needs --helix-metrics DIR, where its measurements"
             " go, got none; give a folder, or leave --helix-phase away to train"
         )
-    implied = _helix_flags(args, argv, world_size) if wants_helix(args) else []
+    implied = []
+    if wants_helix(args):
+        degree = _complete_degree(args, argv)
+        implied = [*degree, *_helix_flags(args, argv, world_size)]
     _require_data(args)
     on_cpu = [] if device(argv) == "cuda" else _cpu_flags(argv)
     return [*argv, *on_cpu, *implied]
@@ -166,6 +180,7 @@ def _read(argv: Sequence[str]) -> argparse.Namespace:
         parser.add_argument(f"--{name}", nargs="*")
     parser.add_argument("--position-embedding-type", default="learned_absolute")
     parser.add_argument("--rotary-percent", type=float, default=1.0)
+    parser.add_argument("--moe-router-load-balancing-type", nargs="+")
     return parser.parse_known_args(argv)[0]
 
 
@@ -177,6 +192,8 @@ def choice(args: argparse.Namespace) -> strategy.Choice:
         split=args.helix_split,
         gather=args.helix_gather,
         microbatches=max(1, (args.global_batch_size or sequences) // sequences),
+        keeps_sequences=args.context_parallel_size > 1,
+        keeps_order="seq_aux_loss" in (args.moe_router_load_balancing_type or ()),
     )
 
 
@@ -205,26 +222,71 @@ def _cpu_flags(argv: Sequence[str]) -> list[str]:
     return [word for flag in _CPU_FLAGS if not _given(flag[0], argv) for word in flag]
 
 
+def _values(argv: Sequence[str]) -> dict[str, str | None]:
+    """Every flag with its first value; ``None`` for a switch."""
+    found: dict[str, str | None] = {}
+    for word, after in zip(argv, [*argv[1:], "--"], strict=True):
+        if word.startswith("--"):
+            flag, assigned, value = word.partition("=")
+            found[flag] = value if assigned else None if after.startswith("--") else after
+    return found
+
+
 def _given(flag: str, argv: Sequence[str]) -> bool:
     """Whether the user set a flag, as one word or as two."""
     return any(word == flag or word.startswith(f"{flag}=") for word in argv)
+
+
+def _complete_degree(args: argparse.Namespace, argv: Sequence[str]) -> list[str]:
+    """Fill in which of m, n is left open, from the tensor-parallel size; the flags that say so."""
+    given = [name for name in ("helix_m", "helix_n") if isinstance(getattr(args, name), int)]
+    size = args.tensor_model_parallel_size
+    if len(given) == 2:
+        return []
+    if not _given("--tensor-model-parallel-size", argv):
+        missing = "--helix-n" if given == ["helix_m"] else "--helix-m"
+        raise ValueError(
+            f"{missing}: must be given, or --tensor-model-parallel-size that it follows from, got"
+            " neither; the tensor-parallel size is --helix-m x --helix-n"
+        )
+    if given:
+        flag, count = f"--{given[0].replace('_', '-')}", getattr(args, given[0])
+        require_divides(flag, count, "--tensor-model-parallel-size", size)
+        other = "helix_n" if given == ["helix_m"] else "helix_m"
+        setattr(args, other, size // count)
+    else:
+        heads, groups, _ = _head_counts(args)
+        args.helix_n = math.gcd(size, heads, groups)
+        args.helix_m = size // args.helix_n
+    return ["--helix-m", str(args.helix_m), "--helix-n", str(args.helix_n)]
+
+
+def _head_counts(args: argparse.Namespace) -> tuple[int, int, int]:
+    """(query heads, query groups, head dimension) of the model that the flags describe."""
+    heads = args.num_attention_heads
+    if not heads or not (args.kv_channels or args.hidden_size):
+        raise ValueError(
+            "--helix-n: auto needs the model's --num-attention-heads and --hidden-size, got none;"
+            " give them, or --helix-m and --helix-n"
+        )
+    groups = args.num_query_groups if args.group_query_attention else heads
+    return heads, groups, args.kv_channels or args.hidden_size // heads
 
 
 def _helix_flags(args: argparse.Namespace, argv: Sequence[str], world_size: int) -> list[str]:
     """Check the helix flags against the run and return the tensor-parallel size they imply."""
     for name in ("helix_m", "helix_n"):
         flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
-        if value is None or value < 1:
-            raise ValueError(
-                f"{flag}: must be a positive integer when the other one of --helix-m, --helix-n is"
-                f" given, got {value}; the tensor-parallel size is their product"
-            )
+        if value < 1:
+            raise ValueError(f"{flag}: must be a positive integer, got {value}")
     size = args.helix_m * args.helix_n
     if _given("--tensor-model-parallel-size", argv) and args.tensor_model_parallel_size != size:
         raise ValueError(
             f"--tensor-model-parallel-size: must be --helix-m x --helix-n = {args.helix_m} x"
             f" {args.helix_n} = {size}, got {args.tensor_model_parallel_size}; leave it away"
         )
+    if args.helix_m > 1:
+        require_compatible(_values(argv))
     model_size = size * args.pipeline_model_parallel_size * args.context_parallel_size
     require_divides(
         "--helix-m x --helix-n (x pipeline x context parallel size)",
@@ -234,11 +296,10 @@ def _helix_flags(args: argparse.Namespace, argv: Sequence[str], world_size: int)
         remedy="change --helix-m or --helix-n, or start another number of ranks",
     )
     if args.num_attention_heads:  # else they come with --use-checkpoint-args
-        groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
-        channels = args.kv_channels or args.hidden_size // args.num_attention_heads
+        heads, groups, channels = _head_counts(args)
         cut = layout(
             args,
-            num_attention_heads=args.num_attention_heads,
+            num_attention_heads=heads,
             num_query_groups=groups,
             kv_channels=channels,
         )
@@ -274,6 +335,10 @@ def _require_plan(args: argparse.Namespace, cut: HelixLayout) -> None:
             batch=args.micro_batch_size,
             sequence_parallel=args.sequence_parallel,
         )
+
+
+def _count_or_auto(word: str) -> int | str:
+    return word if word == "auto" else int(word)
 
 
 def _require_one_of(flag: str, value: Any, allowed: Sequence[str]) -> None:

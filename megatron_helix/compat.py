@@ -8,7 +8,7 @@ import argparse
 import logging
 import warnings
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache, partial, wraps
 from importlib.metadata import version
 from typing import Any
 
@@ -79,6 +79,73 @@ def skip_warm_up() -> None:
     from megatron.training import training
 
     training.set_jit_fusion_options = lambda tp_size=None: None
+
+
+class _AnyDegree(int):
+    """A number of heads that every tensor-parallel size divides."""
+
+    def __mod__(self, other: int) -> int:
+        return 0
+
+
+def relax_head_check() -> None:
+    """Let a ``TransformerConfig`` have more tensor-parallel ranks than heads or query groups.
+
+    Its ``__post_init__`` refuses heads that the tensor-parallel size does not divide, and query
+    groups that are neither its multiple nor its divisor. That holds for stock attention; helix
+    requires of the head counts what :class:`megatron_helix.layout.HelixLayout` says. Nothing else
+    of the check is touched. To be called only where helix is on.
+
+    Raises:
+        ImportError: when this megatron-core does not check what 0.19 does.
+    """
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    stock = TransformerConfig.__post_init__
+    if hasattr(stock, "__wrapped__"):
+        return
+    three_on_two = {"num_layers": 1, "hidden_size": 6, "num_attention_heads": 3}
+    try:
+        TransformerConfig(**three_on_two, tensor_model_parallel_size=2)
+    except ValueError:
+        pass
+    else:
+        raise ImportError(
+            "megatron-core: TransformerConfig was expected to refuse 3 heads on 2 tensor-parallel"
+            f" ranks, as 0.19 does, and did not; found {version('megatron-core')}"
+        )
+
+    @wraps(stock)
+    def checked(self: TransformerConfig) -> None:
+        self.num_attention_heads = _AnyDegree(self.num_attention_heads)
+        if self.num_query_groups is not None:
+            self.num_query_groups = _AnyDegree(self.num_query_groups)
+        try:
+            stock(self)
+        finally:
+            self.num_attention_heads = int(self.num_attention_heads)
+            if self.num_query_groups is not None:
+                self.num_query_groups = int(self.num_query_groups)
+
+    TransformerConfig.__post_init__ = checked
+
+
+def map_mtp_spec(change: Callable[[Any], Any]) -> None:
+    """Apply ``change`` to the spec of the multi-token-prediction block.
+
+    ``GPTModelBuilder`` makes it from the stock layer, whatever layer spec the config names, by a
+    function that it looks up in its module.
+    """
+    from megatron.training.models import gpt
+
+    stock = gpt.mtp_block_spec
+    stock = getattr(stock, "__wrapped__", stock)
+
+    @wraps(stock)
+    def mtp_block_spec(*args: Any, **kwargs: Any) -> Any:
+        return change(stock(*args, **kwargs))
+
+    gpt.mtp_block_spec = mtp_block_spec
 
 
 def observe_train_step(observer: Callable[..., Any]) -> None:

@@ -84,15 +84,24 @@ def with_sequence_parallel_norms(
     Returned as a block spec, since a layer spec leaves the choice of the final norm to the block.
     Unchanged where Megatron has a norm of its own for the case.
     """
-    if not config.sequence_parallel or config.transformer_impl != "local":
-        return spec
-    spec = _map_spec(
-        spec, lambda node: sequence_parallel_norm if node is WrappedTorchNorm else node
-    )
-    if isinstance(spec, TransformerBlockSubmodules):
+    spec = swap_norms(spec, config)
+    if not _needs_norms(config) or isinstance(spec, TransformerBlockSubmodules):
         return spec
     num_layers = get_num_layers_to_build(config, vp_stage)
     return TransformerBlockSubmodules([spec] * num_layers, layer_norm=sequence_parallel_norm)
+
+
+def swap_norms(spec: Any, config: TransformerConfig) -> Any:
+    """Any local ``spec`` with torch norms that work under sequence parallelism."""
+    if not _needs_norms(config):
+        return spec
+    return _map_spec(
+        spec, lambda node: sequence_parallel_norm if node is WrappedTorchNorm else node
+    )
+
+
+def _needs_norms(config: TransformerConfig) -> bool:
+    return config.sequence_parallel and config.transformer_impl == "local"
 
 
 def _map_spec(node: Any, change: Callable[[Any], Any]) -> Any:

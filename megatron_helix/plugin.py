@@ -10,7 +10,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
 from megatron_helix import arguments, compat, vocabulary
-from megatron_helix.layer_spec import helixify, with_sequence_parallel_norms
+from megatron_helix.layer_spec import helixify, swap_norms, with_sequence_parallel_norms
+from megatron_helix.layout import HelixLayout
 from megatron_helix.linear import finish_step
 
 
@@ -28,24 +29,21 @@ def enable(args: argparse.Namespace, model_config: GPTModelConfig) -> GPTModelCo
     """
     compat.require_supported_megatron()
     base = model_config.transformer_layer_spec or default_layer_spec
+    layout = _layout(args, model_config) if arguments.wants_helix(args) else None
+
+    def helix(spec: Any) -> Any:
+        return helixify(spec, layout, arguments.choice(args)) if layout else spec
 
     def layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Any:
         spec = base
         if callable(base) and not isinstance(base, ModuleSpec):
             takes_stage = "vp_stage" in inspect.signature(base).parameters  # as Megatron asks
             spec = base(config, vp_stage=vp_stage) if takes_stage else base(config)
-        if arguments.wants_helix(args):
-            transformer = config.transformer
-            layout = arguments.layout(
-                args,
-                num_attention_heads=transformer.num_attention_heads,
-                num_query_groups=transformer.num_query_groups,
-                kv_channels=transformer.kv_channels,
-            )
-            spec = helixify(spec, layout, arguments.choice(args))
-        return with_sequence_parallel_norms(spec, config.transformer, vp_stage)
+        return with_sequence_parallel_norms(helix(spec), config.transformer, vp_stage)
 
     model_config.transformer_layer_spec = layer_spec
+    transformer = model_config.transformer
+    compat.map_mtp_spec(lambda spec: swap_norms(helix(spec), transformer) if spec else spec)
     if args.use_cpu_initialization:
         # Megatron's model builder leaves weights that were drawn on the CPU there.
         model_config.pre_wrap_hooks.append(lambda model: [chunk.cuda() for chunk in model])
@@ -54,6 +52,19 @@ def enable(args: argparse.Namespace, model_config: GPTModelConfig) -> GPTModelCo
     if arguments.wants_helix(args) and args.helix_gather == "step":
         model_config.transformer.finalize_model_grads_func = _finalize_model_grads
     return model_config
+
+
+def _layout(args: argparse.Namespace, model_config: GPTModelConfig) -> HelixLayout:
+    transformer = model_config.transformer
+    layout = arguments.layout(
+        args,
+        num_attention_heads=transformer.num_attention_heads,
+        num_query_groups=transformer.num_query_groups,
+        kv_channels=transformer.kv_channels,
+    )
+    if layout.m == 1 and args.rank == 0:
+        print(f"helix 1x{layout.n}: the heads divide; this is plain tensor parallelism", flush=True)
+    return layout
 
 
 def _finalize_model_grads(model: list[torch.nn.Module], *args: Any, **kwargs: Any) -> None:

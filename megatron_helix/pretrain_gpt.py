@@ -73,6 +73,8 @@ def train(argv: Sequence[str]) -> None:
     from megatron_helix import gpt_training
 
     compat.use_compiled_dataset_helpers()
+    if arguments.want_helix(argv):
+        compat.relax_head_check()
     sys.argv = [sys.argv[0], *argv]  # Megatron's parser reads it there
     args = parse_and_validate_args(extra_args_provider=flags_beside())
     model_config = turn_on(args, gpt_config_from_args(args))

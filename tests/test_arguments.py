@@ -42,10 +42,28 @@ REFUSALS = {
         (*cut(2, 2), f"{TP}=2"),
         rf"^{TP}: must be --helix-m x --helix-n = 2 x 2 = 4, got 2; leave it away$",
     ),
-    "no m": (("--helix-n", "2"), r"^--helix-m: must be a positive integer .*, got None;"),
-    "no n": (("--helix-m", "2"), r"^--helix-n: must be a positive integer .*, got None;"),
-    "m of zero": (cut(0, 4), r"^--helix-m: must be a positive integer .*, got 0;"),
-    "negative n": (cut(2, -2), r"^--helix-n: must be a positive integer .*, got -2;"),
+    "no m": (("--helix-n", "2"), r"^--helix-m: must be given, or --tensor-model-parallel-size"),
+    "no n": (("--helix-m", "2"), r"^--helix-n: must be given, or --tensor-model-parallel-size"),
+    "auto of nothing": (("--helix-n", "auto"), r"^--helix-m: must be given, or --tensor-model"),
+    "auto without a model": (
+        ("--helix-n", "auto", TP, "4", "--num-attention-heads", "0"),
+        r"^--helix-n: auto needs the model's --num-attention-heads",
+    ),
+    "m does not divide the tensor-parallel size": (
+        ("--helix-m", "3", TP, "4"),
+        rf"^--helix-m: must be a positive divisor of {TP} \(4\), got 3",
+    ),
+    "m of zero": (cut(0, 4), r"^--helix-m: must be a positive integer, got 0$"),
+    "negative n": (cut(2, -2), r"^--helix-n: must be a positive integer, got -2$"),
+    "sequence split and context parallelism": (
+        (*cut(2, 1), "--context-parallel-size", "2", "--helix-split", "sequence"),
+        r"^--helix-split: sequence and --context-parallel-size > 1 both cut the sequence",
+    ),
+    "a loss per sequence and another token order": (
+        (*cut(2, 2), "--sequence-parallel", "--num-experts", "4", "--helix-exchange", "weights")
+        + ("--helix-split", "batch", "--moe-router-load-balancing-type", "seq_aux_loss"),
+        r"^--helix-exchange: weights with --helix-split batch leaves the token order",
+    ),
     "n does not divide the heads": (
         (*cut(1, 4), "--num-attention-heads", "6", "--hidden-size", "96"),
         r"^--helix-n: must be a positive divisor of --num-attention-heads \(6\), got 4;",

@@ -25,12 +25,17 @@ class Choice:
         split: one of :data:`SPLITS`.
         gather: one of :data:`GATHERS`.
         microbatches: micro-batches of a step; what is gathered once a step is shared by them.
+        keeps_sequences: the sequence is cut by context parallelism already: no sequence split.
+        keeps_order: something outside (a loss per sequence) needs stock's token order in every
+            layer, which ``weights`` with a batch split leaves.
     """
 
     exchange: str = "auto"
     split: str = "auto"
     gather: str = "microbatch"
     microbatches: int = 1
+    keeps_sequences: bool = False
+    keeps_order: bool = False
 
 
 def require_known(choice: Choice) -> None:
@@ -66,8 +71,14 @@ def resolve(
             "--helix-exchange: weights keeps each token on one rank of the dim axis and needs"
             " --sequence-parallel, which is not set; add it, or use --helix-exchange activations"
         )
-    splits = [_split(choice.split, layout, sequence, batch)]
-    if choice.split == "auto" and splits == ["batch"] and sequence % layout.size == 0:
+    asked = "batch" if choice.keeps_sequences and choice.split == "auto" else choice.split
+    if choice.keeps_sequences and asked == "sequence":
+        raise ValueError(
+            "--helix-split: sequence and --context-parallel-size > 1 both cut the sequence, got"
+            " both; leave one of them away"
+        )
+    splits = [_split(asked, layout, sequence, batch)]
+    if asked == "auto" and splits == ["batch"] and sequence % layout.size == 0:
         splits.append("sequence")
     exchanges = ["activations", "weights"] if sequence_parallel else ["activations"]
     if choice.exchange != "auto":
@@ -76,7 +87,14 @@ def resolve(
         Plan(exchange=exchange, split=split, gather=choice.gather)
         for exchange in exchanges
         for split in splits
+        if not (choice.keeps_order and exchange == "weights" and split == "batch")
     ]
+    if not plans:
+        raise ValueError(
+            "--helix-exchange: weights with --helix-split batch leaves the token order that"
+            " --moe-router-load-balancing-type seq_aux_loss counts by, got both; use"
+            " --helix-split sequence, or --helix-exchange activations"
+        )
     return min(
         plans, key=lambda plan: _sent(plan, choice, layout, shape, sequence=sequence, batch=batch)
     )

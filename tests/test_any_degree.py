@@ -1,0 +1,107 @@
+"""Tensor-parallel degrees that stock Megatron refuses, against one that it accepts."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_helix import arguments, compat
+from megatron_helix.experiment.metrics import RunMetrics
+from tests.distributed import pretrain, tiny_gpt
+
+LOSS_TOLERANCE, GRAD_NORM_TOLERANCE = 1e-5, 1e-4  # see tests/test_parity.py
+
+TP = "--tensor-model-parallel-size"
+CHANNELS = 8  # of a head; twice that for one query group, cut by all of 16 ranks
+
+
+def model(heads: int, groups: int, channels: int = CHANNELS) -> tuple[str, ...]:
+    """Flags of a model with these head counts."""
+    grouped = ("--group-query-attention", "--num-query-groups", str(groups))
+    return (
+        *("--num-attention-heads", str(heads), "--kv-channels", str(channels)),
+        *(grouped if groups != heads else ()),
+    )
+
+
+# heads, query groups, head dimension, ranks of stock, ranks of helix, the (m, n) that auto finds
+DEGREES = [
+    (16, 2, 16, 2, 16, (8, 2)),
+    (28, 4, 8, 4, 8, (2, 4)),
+    (40, 10, 8, 2, 4, (2, 2)),
+    (52, 52, 8, 4, 8, (2, 4)),
+    (8, 1, 32, 1, 16, (16, 1)),
+    (6, 3, 8, 1, 4, (4, 1)),
+]
+
+Train = Callable[..., RunMetrics]
+
+
+@pytest.fixture
+def train(corpus_prefix: Path, tmp_path: Path) -> Train:
+    """Train the tiny GPT with these flags, on as many ranks as the tensor-parallel size."""
+
+    def run(size: int, *flags: str) -> RunMetrics:
+        folder = tmp_path / f"{size}-{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        parallel = (TP, str(size), *(("--sequence-parallel",) if size > 1 else ()))
+        return pretrain(tiny_gpt(corpus_prefix, *parallel, *flags), size, folder)
+
+    return run
+
+
+@pytest.mark.parametrize(("heads", "groups", "channels", "stock", "ranks", "_cut"), DEGREES)
+def test_a_degree_that_stock_refuses_gives_stocks_numbers(
+    train: Train, heads: int, groups: int, channels: int, stock: int, ranks: int, _cut: object
+) -> None:
+    flags = model(heads, groups, channels)
+    expected = train(stock, *flags)
+    actual = train(ranks, *flags, "--helix-n", "auto", "--helix-split", "sequence")
+    assert actual.losses == pytest.approx(expected.losses, rel=LOSS_TOLERANCE, abs=0)
+    assert actual.grad_norms == pytest.approx(expected.grad_norms, rel=GRAD_NORM_TOLERANCE, abs=0)
+
+
+@pytest.mark.parametrize(("heads", "groups", "channels", "_stock", "ranks", "cut"), DEGREES)
+def test_auto_takes_as_many_head_groups_as_the_heads_allow(
+    corpus_prefix: Path,
+    heads: int,
+    groups: int,
+    channels: int,
+    _stock: object,
+    ranks: int,
+    cut: tuple[int, int],
+) -> None:
+    flags = tiny_gpt(corpus_prefix, *model(heads, groups, channels), TP, str(ranks))
+    splits = ("--helix-n", "auto", "--helix-split", "sequence")
+    m, n = (str(size) for size in cut)
+    argv = arguments.complete([*flags, *splits], ranks)
+    assert argv[argv.index("--helix-m") :][:4] == ["--helix-m", m, "--helix-n", n]
+
+
+@pytest.mark.parametrize(("given", "m", "n"), [("--helix-m", "4", "2"), ("--helix-n", "2", "4")])
+def test_one_of_m_and_n_follows_from_the_other(
+    corpus_prefix: Path, given: str, m: str, n: str
+) -> None:
+    value = {"--helix-m": m, "--helix-n": n}[given]
+    flags = tiny_gpt(corpus_prefix, *model(4, 4), TP, "8", given, value)
+    argv = arguments.complete([*flags, "--helix-split", "sequence"], 8)
+    assert argv[-6:-2] == ["--helix-m", m, "--helix-n", n]
+
+
+def test_the_head_check_is_relaxed_and_nothing_else_of_a_config() -> None:
+    sizes = {"num_layers": 1, "hidden_size": 24, "tensor_model_parallel_size": 4}
+    stock = TransformerConfig.__post_init__
+    with pytest.raises(ValueError, match=r"num_attention_heads \(6\) must be a multiple"):
+        TransformerConfig(num_attention_heads=6, **sizes)
+    try:
+        compat.relax_head_check()
+        compat.relax_head_check()  # a second time changes nothing
+        config = TransformerConfig(num_attention_heads=6, num_query_groups=3, **sizes)
+        assert (config.num_attention_heads, config.num_query_groups) == (6, 3)
+        assert type(config.num_attention_heads) is type(config.num_query_groups) is int
+        assert config.kv_channels == 4
+        with pytest.raises(ValueError, match="Only one of self.fp16"):
+            TransformerConfig(num_attention_heads=6, fp16=True, bf16=True, **sizes)
+    finally:
+        TransformerConfig.__post_init__ = stock

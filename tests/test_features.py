@@ -1,0 +1,91 @@
+"""Megatron's features beside helix, one by one: five optimizer steps, the numbers of stock."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_helix.experiment.metrics import RunMetrics
+from tests.distributed import pretrain, tiny_gpt
+
+LOSS_TOLERANCE, GRAD_NORM_TOLERANCE = 1e-5, 1e-4  # see tests/test_parity.py
+
+TP = "--tensor-model-parallel-size"
+SP = "--sequence-parallel"
+HELIX = ("--helix-m", "2", "--helix-n", "2")
+PP2 = ("--pipeline-model-parallel-size", "2")
+MOE = (
+    *("--disable-bias-linear", "--num-experts", "4", "--moe-router-topk", "4"),
+    *("--moe-token-dispatcher-type", "alltoall", "--moe-aux-loss-coeff", "0.1"),
+)
+EP4 = ("--expert-model-parallel-size", "4", "--expert-tensor-parallel-size", "1")
+BALANCING = "--moe-router-load-balancing-type"
+
+FEATURES = {
+    "multi-token prediction": ("--mtp-num-layers", "1"),
+    "virtual pipeline": (
+        *(*PP2, "--num-layers", "4", "--num-layers-per-virtual-pipeline-stage", "1"),
+    ),
+    "overlapped data parallelism": (
+        *("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
+    ),
+    "expert tensor parallelism": (
+        *(*MOE, BALANCING, "none"),
+        *("--expert-model-parallel-size", "2", "--expert-tensor-parallel-size", "2"),
+    ),
+    "shared experts": (
+        *(*MOE, *EP4, BALANCING, "none", "--moe-shared-expert-intermediate-size", "64"),
+    ),
+    "auxiliary loss": (*MOE, *EP4, BALANCING, "aux_loss"),
+    "auxiliary loss by sequence": (*MOE, *EP4, BALANCING, "seq_aux_loss"),
+    "sliding window": ("--window-size", "8", "0"),
+}
+RANKS = {"virtual pipeline": 8, "overlapped data parallelism": 8}  # else 4
+
+# The roundoff of a type shows in how far apart two stock degrees are; helix, whose sums run in
+# again another order, may be as far from either, and no more than a few times that.
+PRECISIONS = {"bf16": ("--bf16",), "fp16": ("--fp16", "--initial-loss-scale", "65536")}
+TIMES_STOCKS_OWN_DIFFERENCE = 4
+
+Train = Callable[..., RunMetrics]
+
+
+@pytest.fixture
+def train(corpus_prefix: Path, tmp_path: Path) -> Train:
+    """Train the tiny GPT with these flags on so many ranks."""
+
+    def run(world_size: int, *flags: str) -> RunMetrics:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        return pretrain(tiny_gpt(corpus_prefix, SP, *flags), world_size, folder)
+
+    return run
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_a_feature_of_megatron_gives_the_same_numbers(train: Train, feature: str) -> None:
+    flags, ranks = FEATURES[feature], RANKS.get(feature, 4)
+    stock = train(ranks, TP, "4", *flags)
+    splits = ("--helix-split", "sequence") if "by sequence" in feature else ()
+    for exchange in (("activations",), ("weights", *splits)):
+        helix = train(ranks, *HELIX, *flags, "--helix-exchange", *exchange)
+        assert helix.losses == pytest.approx(stock.losses, rel=LOSS_TOLERANCE, abs=0)
+        assert helix.grad_norms == pytest.approx(stock.grad_norms, rel=GRAD_NORM_TOLERANCE, abs=0)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_half_precision_is_as_near_to_stock_as_stock_to_itself(
+    train: Train, precision: str
+) -> None:
+    flags = PRECISIONS[precision]
+    stock, other = train(4, TP, "4", *flags), train(4, TP, "2", *flags)
+    allowed = TIMES_STOCKS_OWN_DIFFERENCE * _difference(stock, other)
+    for exchange in ("activations", "weights"):
+        helix = train(4, *HELIX, *flags, "--helix-exchange", exchange)
+        assert len(helix.losses) == len(stock.losses)
+        assert _difference(stock, helix) <= allowed
+
+
+def _difference(a: RunMetrics, b: RunMetrics) -> float:
+    """Largest relative difference of a loss."""
+    return max(abs(x - y) / abs(x) for x, y in zip(a.losses, b.losses, strict=True))
