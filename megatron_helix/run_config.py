@@ -17,7 +17,10 @@ class Config(BaseModel):
 
 
 class ModelConfig(Config):
-    """A GPT model in Megatron's terms."""
+    """A GPT model in Megatron's terms.
+
+    ``vocab_size`` is what the planner counts with; experiments tokenise bytes, 256 of them.
+    """
 
     name: str
     num_layers: PositiveInt
@@ -30,6 +33,12 @@ class ModelConfig(Config):
     moe_router_topk: PositiveInt = 2
     swiglu: bool = False
     position_embedding_type: Literal["rope", "learned_absolute", "none"] = "rope"
+    vocab_size: PositiveInt = 256
+
+    @property
+    def query_groups(self) -> int:
+        """Key/value groups K; as many as heads without GQA."""
+        return self.num_query_groups or self.num_attention_heads
 
     def flags(self) -> list[str]:
         """Megatron's flags for the model. Linears have no bias, dropout is off."""
@@ -61,7 +70,8 @@ class ModelConfig(Config):
 class LayoutConfig(Config):
     """How the ranks share the work: stock (``tp``) or helix (``m``, ``n``), with PP and EP beside.
 
-    The data-parallel size is what is left of the ranks.
+    The data-parallel size is what is left of the ranks. ``gtp`` of these keep 1/gtp of every weight
+    and gather it for use (Megatron's ``--tensor-parallel-num-weight-shards``, over tp).
     """
 
     name: str
@@ -75,6 +85,8 @@ class LayoutConfig(Config):
     pp: PositiveInt = 1
     ep: PositiveInt = 1
     etp: PositiveInt = 1
+    cp: PositiveInt = 1
+    gtp: PositiveInt = 1
     micro_batch: PositiveInt
 
     @model_validator(mode="after")
@@ -105,6 +117,11 @@ class LayoutConfig(Config):
             words += _valued(tensor_model_parallel_size=self.tp)
         if self.tensor_parallel_size > 1:
             words.append("--sequence-parallel")
+        if self.cp > 1:
+            words += _valued(context_parallel_size=self.cp)
+        if self.gtp > 1:
+            shards = self.tensor_parallel_size * self.gtp
+            words += _valued(tensor_parallel_num_weight_shards=shards)
         if self.distributed_optimizer:
             words.append("--use-distributed-optimizer")
         if model.num_experts:

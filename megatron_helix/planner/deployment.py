@@ -1,0 +1,204 @@
+"""A model, a layout and a batch on a number of ranks: who shares what, and whether it can run.
+
+Global ranks run tensor-parallel first, then context, data and pipeline parallel, as Megatron's
+default order ``tp-cp-ep-dp-pp`` has it; for experts it is etp, ep, expert data, pipeline parallel.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from megatron_helix.exchange.strategy import Choice, resolve
+from megatron_helix.exchange.traffic import BlockShape, Plan
+from megatron_helix.layout import HelixLayout, require_divides
+from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig
+
+PHASES = ("train", "prefill", "decode")
+VOCAB_MULTIPLE = 16  # as experiments set --make-vocab-size-divisible-by
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A layout of a model on ``world_size`` ranks, for one phase.
+
+    Args:
+        model: the model.
+        layout: how the ranks share it.
+        batch: sequences of one step and their length. In ``decode`` a step is one new token of each
+            sequence, and the length is that of the context in the KV cache.
+        world_size: ranks.
+        phase: one of :data:`PHASES`.
+
+    Raises:
+        ValueError: from :meth:`check`.
+    """
+
+    model: ModelConfig
+    layout: LayoutConfig
+    batch: BatchConfig
+    world_size: int
+    phase: str = "train"
+
+    def check(self) -> "Deployment":
+        """This deployment, if it can run.
+
+        Raises:
+            ValueError: naming the field, the requirement and the value.
+        """
+        model, layout, batch = self.model, self.layout, self.batch
+        if self.phase not in PHASES:
+            raise ValueError(f"phase: must be one of {', '.join(PHASES)}, got {self.phase!r}")
+        heads, groups = model.num_attention_heads, model.query_groups
+        require_divides(
+            "num_query_groups", groups, "num_attention_heads", heads, remedy="use a divisor"
+        )
+        dense = self.tp * layout.pp * layout.cp
+        require_divides("tp (or m x n) x pp x cp", dense, "the number of ranks", self.world_size)
+        require_divides("pp", layout.pp, "num_layers", model.num_layers)
+        require_divides("gtp", layout.gtp, "ranks beside tp, pp and cp", self.batch_ranks)
+        if model.num_experts:
+            expert = layout.ep * layout.etp * layout.pp
+            require_divides("ep x etp x pp", expert, "the number of ranks", self.world_size)
+            require_divides("ep", layout.ep, "num_experts", model.num_experts)
+            require_divides("etp", layout.etp, "ffn_hidden_size", model.ffn_hidden_size)
+            if layout.gtp > 1:
+                raise ValueError(
+                    f"gtp: is predicted for dense models only, got {layout.gtp}; use 1"
+                )
+        share = layout.micro_batch * self.batch_ranks
+        require_divides("micro_batch x data-parallel ranks", share, "sequences", batch.sequences)
+        if layout.is_helix:
+            if layout.cp > 1 or layout.gtp > 1:
+                raise ValueError(
+                    "cp, gtp: are predicted beside stock layouts only; use 1 with m, n"
+                )
+            self.cut  # noqa: B018  # checks m and n
+        else:
+            require_divides("tp", self.tp, "num_attention_heads", heads)
+            require_divides("tp", self.tp, "num_query_groups", groups)
+        require_divides("tp (or m x n)", self.tp, "ffn_hidden_size", model.ffn_hidden_size)
+        if self.phase != "decode":
+            ranks = self.tp * layout.cp
+            require_divides("tp x cp", ranks, "sequence_length", batch.sequence_length)
+        elif layout.cp > 1 or layout.gtp > 1:
+            raise ValueError("cp, gtp: are not predicted for decode; use 1")
+        self.plan  # noqa: B018  # checks exchange and split
+        return self
+
+    @property
+    def tp(self) -> int:
+        """Ranks T of a tensor-parallel group."""
+        return self.layout.tensor_parallel_size
+
+    @property
+    def stages(self) -> int:
+        """Pipeline stages."""
+        return self.layout.pp
+
+    @property
+    def batch_ranks(self) -> int:
+        """Ranks that share the sequences of a batch: data parallel and gtp."""
+        return self.world_size // (self.tp * self.layout.cp * self.layout.pp)
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same dense weights and average their gradients."""
+        return self.batch_ranks * self.layout.cp // self.layout.gtp
+
+    @property
+    def expert_replicas(self) -> int:
+        """The same for the weights of experts."""
+        return self.world_size // (self.layout.ep * self.layout.etp * self.layout.pp)
+
+    @property
+    def microbatches(self) -> int:
+        """Micro-batches of a step."""
+        return self.batch.sequences // (self.layout.micro_batch * self.batch_ranks)
+
+    @property
+    def sequence(self) -> int:
+        """New tokens of a sequence on a context-parallel rank in one micro-batch."""
+        return 1 if self.phase == "decode" else self.batch.sequence_length // self.layout.cp
+
+    @property
+    def tokens(self) -> int:
+        """Tokens N of a micro-batch on one tensor-parallel group."""
+        return self.layout.micro_batch * self.sequence
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens that a step of the whole machine processes."""
+        return self.batch.sequences if self.phase == "decode" else self.batch.tokens
+
+    @property
+    def sequence_parallel(self) -> bool:
+        """Whether the stream between the linears is split over the tensor-parallel group."""
+        return self.tp > 1 and self.phase != "decode"
+
+    @property
+    def layers(self) -> int:
+        """Layers of one stage."""
+        return self.model.num_layers // self.layout.pp
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding, padded as Megatron pads them."""
+        unit = VOCAB_MULTIPLE * self.tp
+        return -(-self.model.vocab_size // unit) * unit
+
+    @cached_property
+    def block(self) -> BlockShape:
+        """What the closed forms of an exchange need."""
+        return BlockShape(
+            hidden=self.model.hidden_size,
+            ffn=0 if self.model.num_experts else self.model.ffn_hidden_size,
+            gated=self.model.swiglu,
+            num_layers=self.model.num_layers,
+        )
+
+    @cached_property
+    def cut(self) -> HelixLayout:
+        """The m x n partition; 1 x T for a stock layout."""
+        rotary = self.model.position_embedding_type == "rope"
+        return HelixLayout(
+            m=self.layout.m or 1,
+            n=self.layout.n or self.tp,
+            num_attention_heads=self.model.num_attention_heads,
+            num_query_groups=self.model.query_groups,
+            kv_channels=self.model.kv_channels,
+            rotary_dim=self.model.kv_channels if rotary else 0,
+        )
+
+    @cached_property
+    def plan(self) -> Plan:
+        """What moves over the dim axis; ``Plan("none")`` with one segment, which is stock."""
+        layout = self.layout
+        if self.cut.m == 1:
+            return Plan(exchange="none", split="none")
+        choice = Choice(
+            exchange=layout.exchange or "auto",
+            split=layout.split or "auto",
+            gather=layout.gather or "microbatch",
+            microbatches=self.microbatches,
+        )
+        if self.phase == "decode":
+            if layout.micro_batch % self.cut.m:
+                raise ValueError(
+                    f"micro_batch: must be a multiple of m ({self.cut.m}) for decode, got"
+                    f" {layout.micro_batch}; the KV cache is split by sequence"
+                )
+            return Plan(exchange="activations", split="batch")
+        return resolve(
+            choice,
+            self.cut,
+            self.block,
+            sequence=self.sequence,
+            batch=layout.micro_batch,
+            sequence_parallel=self.sequence_parallel,
+        )
+
+    @property
+    def embeds_in_block_order(self) -> bool:
+        """Whether embedding and head work on 1/m of the tokens, as `megatron_helix.vocabulary`."""
+        if self.plan.exchange != "weights" or self.plan.split != "batch" or self.phase != "train":
+            return False
+        return self.tokens > self.vocabulary // self.cut.n
