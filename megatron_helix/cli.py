@@ -1,10 +1,13 @@
 """The ``helix`` command: its subcommands are the modules of :mod:`megatron_helix.commands`."""
 
 import sys
+from typing import Annotated
 
 import typer
 
+from megatron_helix import __version__
 from megatron_helix.commands import data, experiment, generate, pretrain
+from megatron_helix.commands import launch as launch_command
 from megatron_helix.experiment import launch
 
 app = typer.Typer(
@@ -24,6 +27,24 @@ app.command()(experiment.report)
 app.command()(experiment.compare)
 app.command()(experiment.dag)
 app.command()(data.data)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+    launch_command.launch
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"megatron-helix {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:

@@ -1,0 +1,44 @@
+"""``helix launch``."""
+
+import os
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def launch(
+    context: typer.Context,
+    experiment: Annotated[Path, typer.Argument(help="An experiment file (YAML).")],
+    model: Annotated[str, typer.Argument(help="One of its models, by name.")],
+    layout: Annotated[str, typer.Argument(help="One of its layouts, by name.")],
+    nnodes: Annotated[int, typer.Option(min=1, help="Machines that share the ranks.")] = 1,
+    rdzv_endpoint: Annotated[
+        str | None, typer.Option(help="HOST:PORT of one node, on every node the same.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Prefix of a dataset made by helix data; else mock data.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command only.")] = False,
+) -> None:
+    """Train one layout of an experiment with torchrun; run it on every node.
+
+    Flags that are not its own go on to Megatron.
+    """
+    from megatron_helix.experiment import config, torchrun
+
+    words = torchrun.command(
+        config.load(experiment),
+        model,
+        layout,
+        nodes=torchrun.Nodes(count=nnodes, rendezvous=rdzv_endpoint),
+        data=data,
+        more=context.args,
+    )
+    if dry_run:
+        typer.echo(shlex.join(words))
+        return
+    # Megatron insists on it before Blackwell: communication then starts in the order it is issued.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    os.execvp(words[0], words)

@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# The 8-expert MoE model of the source experiment on 16 GPUs, stock TP=8, PP=2: scripts/moe_baseline.sh [--dry-run] ...
+# Two nodes: the same call on both, with --nnodes 2 --rdzv-endpoint HOST:29500.
+set -euo pipefail
+config=$(dirname "${BASH_SOURCE[0]}")/../configs/experiments/h100_16.yaml
+exec helix launch "$config" moe tp8_pp2 "$@"

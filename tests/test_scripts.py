@@ -1,0 +1,134 @@
+"""Launch scripts: the torchrun line they print, checked as a rank would check it."""
+
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from megatron_helix import arguments
+from megatron_helix.experiment import config, torchrun
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = ROOT / "scripts"
+LAUNCHERS = ("dense_baseline", "dense_helix", "moe_baseline", "moe_helix")
+RENDEZVOUS = ("--rdzv-endpoint", "node0:29500")
+EXPERIMENT = config.load(ROOT / "configs" / "experiments" / "h100_16.yaml")
+
+
+def call(*words: object, path: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a script with the helix of this environment, and with ``path`` before anything else."""
+    places = [str(path)] if path else []
+    places += [str(ROOT / ".venv" / "bin"), os.environ["PATH"]]
+    return subprocess.run(
+        ["bash", *map(str, words)],
+        env={**os.environ, **env, "PATH": os.pathsep.join(places)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_every_script_passes_shellcheck() -> None:
+    scripts = sorted([*SCRIPTS.glob("*.sh"), *SCRIPTS.glob("*.sbatch"), ROOT / ".ci" / "run"])
+    found = subprocess.run(
+        ["shellcheck", *scripts], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert found.returncode == 0, found.stdout
+
+
+def flags_of(line: str) -> list[str]:
+    """Megatron's flags in a torchrun line."""
+    words = shlex.split(line)
+    entry = words.index("megatron_helix.pretrain_gpt")
+    assert words[0] == "torchrun"
+    assert words[entry - 1] == "-m"
+    return words[entry + 1 :]
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_a_launch_script_prints_a_line_that_every_rank_accepts(name: str) -> None:
+    printed = call(SCRIPTS / f"{name}.sh", "--dry-run", "--train-iters", "3")
+    assert printed.returncode == 0, printed.stderr
+    assert printed.stdout.startswith("torchrun --standalone --nproc-per-node 16 -m ")
+    flags = flags_of(printed.stdout)
+    assert ("--helix-m" in flags) == name.endswith("helix")
+    assert ("--num-experts" in flags) == name.startswith("moe")
+    assert "--fp16" in flags
+    assert flags[-2:] == ["--train-iters", "3"]  # a user's flag comes last, and wins
+    # The device is the one thing that this machine lacks.
+    flags[flags.index("--helix-device") + 1] = "cpu"
+    degree = "--tensor-model-parallel-size"
+    completed = arguments.complete(flags, 16)
+    assert completed[completed.index(degree) + 1] == ("16" if name.endswith("helix") else "8")
+
+
+@pytest.mark.parametrize("model", ["dense", "moe"])
+@pytest.mark.parametrize("layout", ["tp8_pp2", "helix_4x4"])
+def test_two_nodes_meet_at_the_rendezvous(model: str, layout: str) -> None:
+    nodes = torchrun.Nodes(count=2, rendezvous="node0:29500")
+    words = torchrun.command(EXPERIMENT, model, layout, nodes=nodes, data="corpus")
+    assert words[: words.index("-m")] == [
+        *("torchrun", "--nnodes", "2", "--rdzv-id", "helix", "--rdzv-backend", "c10d"),
+        *(*RENDEZVOUS, "--nproc-per-node", "8"),
+    ]
+    assert words[-4:] == ["--data-path", "corpus", "--split", "100,0,0"]
+
+
+@pytest.mark.parametrize(
+    ("arguments_", "message"),
+    [
+        (("dens", "helix_4x4"), r"^MODEL: must be one of dense, moe, got 'dens'$"),
+        (("moe", "tp16"), r"^LAYOUT: must be one of tp8_pp2, helix_4x4, got 'tp16'$"),
+    ],
+)
+def test_an_unknown_name_is_refused(arguments_: tuple[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        torchrun.command(EXPERIMENT, *arguments_)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "message"),
+    [
+        (torchrun.Nodes(count=3), r"^--nnodes: must be a positive divisor of .* \(16\), got 3"),
+        (torchrun.Nodes(count=2), r"^--rdzv-endpoint: must be HOST:PORT of one node"),
+    ],
+)
+def test_nodes_that_cannot_hold_the_ranks_are_refused(nodes: torchrun.Nodes, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        torchrun.command(EXPERIMENT, "dense", "helix_4x4", nodes=nodes)
+
+
+def test_slurm_starts_the_script_on_every_node(tmp_path: Path) -> None:
+    """With Slurm's own commands answered by what they answer in an allocation of two nodes."""
+    for name, answer in (("scontrol", "printf 'gpu7\\ngpu8\\n'"), ("srun", 'exec "$@" --dry-run')):
+        command = tmp_path / name
+        command.write_text(f"#!/usr/bin/env bash\n{answer}\n")
+        command.chmod(0o755)
+    printed = call(
+        *(SCRIPTS / "slurm.sbatch", SCRIPTS.relative_to(ROOT) / "moe_helix.sh"),
+        path=tmp_path,
+        SLURM_JOB_NODELIST="gpu[7-8]",
+        SLURM_JOB_NUM_NODES="2",
+    )
+    assert printed.returncode == 0, printed.stderr
+    assert "--nnodes 2 --rdzv-id helix --rdzv-backend c10d --rdzv-endpoint gpu7:29500" in (
+        printed.stdout
+    )
+    assert "--num-experts 8" in printed.stdout
+
+
+def test_the_container_has_the_tested_torch_and_what_it_copies() -> None:
+    recipe = (SCRIPTS / "Dockerfile").read_text()
+    pinned = dict(
+        line.split("==")
+        for line in (ROOT / "requirements" / "cpu.txt").read_text().splitlines()
+        if "==" in line
+    )
+    assert f"pytorch/pytorch:{pinned['torch']}-cuda13" in recipe
+    copied = [line.split()[1:-1] for line in recipe.splitlines() if line.startswith("COPY")]
+    assert copied
+    assert all((ROOT / source).exists() for sources in copied for source in sources)
+    assert shutil.which("shellcheck")  # comes with the extra dev, as this test's neighbour needs it
