@@ -12,6 +12,8 @@ Times are the first rank's, which has every token when a client would. A request
 one takes the cost of first connections and allocations on itself.
 """
 
+from __future__ import annotations
+
 import json
 import statistics
 import time
@@ -19,10 +21,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_helix.experiment.comm_ledger import CommLedger, install
-from megatron_helix.inference.engine import Engine, MicroBatch, cache_bytes
+
+if TYPE_CHECKING:  # it imports Megatron, which a process that only reads does without
+    from megatron_helix.inference.engine import Engine, MicroBatch
 
 # What a rank's two phases leave in its file.
 _Times = list[list[float]]
@@ -70,6 +74,8 @@ def record(
         folder: where the ranks' files go; made if missing.
         rank: this rank.
     """
+    from megatron_helix.inference.engine import cache_bytes
+
     warm = make_parts()
     for _ in (*engine.prefill(warm), *engine.decode(warm)):
         pass
