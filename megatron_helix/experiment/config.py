@@ -98,7 +98,7 @@ class ExperimentConfig(Config):
     peak_tflops: PositiveFloat | None = None
     tolerance: Tolerance = Tolerance()
     verification: VerificationConfig = VerificationConfig()
-    claims: list[Claim] = []
+    claims: tuple[Claim, ...] = ()
 
     @model_validator(mode="after")
     def _fits_together(self) -> "ExperimentConfig":

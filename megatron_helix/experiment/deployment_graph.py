@@ -2,7 +2,8 @@
 
 One micro-batch's forward pass. A node is an operator on a rank; an edge within a rank is data that
 stays, an edge between ranks is what one sends the other, in bytes. A collective of p ranks in which
-each sends S bytes is S / (p - 1) bytes from each to each other.
+each sends S bytes is S / (p - 1) bytes from each to each other. The bytes are the closed forms of
+:mod:`megatron_helix.exchange.traffic`, one collective at a time.
 """
 
 from collections.abc import Sequence
@@ -11,28 +12,39 @@ from typing import Any
 
 import networkx as nx
 
-from megatron_helix.experiment import partition, runs
+from megatron_helix.experiment import partition
 from megatron_helix.experiment.config import ExperimentConfig
 from megatron_helix.experiment.runs import Run
+from megatron_helix.planner.deployment import Deployment
+
+_SCORE_BYTES = 4  # scores are summed in fp32
 
 
 @dataclass(frozen=True)
 class Step:
-    """An operator of every rank of a stage, and what its input has come over.
+    """An operator of a rank, and what other ranks send for it.
 
     Attributes:
         operator: its name.
         axis: group whose ranks send to each other; "" where the input is on the rank already.
-        sent_bytes: by each rank, to all others of the group together.
+        sent_bytes: by each rank of the axis, to all others together.
+        tile: a weight whose tiles the dim group gathers for it; "" for none.
+        tile_bytes: sent by each rank of the dim group for that, to all others together.
     """
 
     operator: str
     axis: str = ""
     sent_bytes: float = 0.0
+    tile: str = ""
+    tile_bytes: float = 0.0
 
 
 def build(
-    experiment: ExperimentConfig, *, model: str | None, layout: str | None, layers: int | None
+    experiment: ExperimentConfig,
+    *,
+    model: str | None = None,
+    layout: str | None = None,
+    layers: int | None = None,
 ) -> nx.DiGraph:
     """The graph of one model and layout.
 
@@ -49,17 +61,24 @@ def build(
     run = Run(
         model=_named("--model", experiment.models, model),
         layout=_named("--layout", experiment.layouts, layout or next(iter(helix), None)),
-        phase="prefill",
+        phase="train",
         precision=experiment.precision,
     )
     here = partition.deployment(experiment, run).check()
-    cut = partition.describe(experiment, run)
-    made = nx.DiGraph(model=run.model.name, layout=run.layout.name)
-    per_stage = run.model.num_layers // here.stages
-    shown = range(min(layers or run.model.num_layers, run.model.num_layers))
-    for place in cut["ranks"]:
-        _rank(made, run, here, place, [i for i in shown if i // per_stage == place["stage"]])
-    _connect(made, cut, shown, per_stage, _stream_bytes(run, here))
+    element = partition.ELEMENT_BYTES[run.precision]
+    places = {place["rank"]: place for place in partition.describe(experiment, run)["ranks"]}
+    made = nx.DiGraph()
+    chains = {
+        rank: _chain(made, here, place, element, layers or run.model.num_layers)
+        for rank, place in places.items()
+    }
+    for rank, chain in chains.items():
+        for number, node in enumerate(chain):
+            _connect(made, places[rank], chains, number, node)
+        if places[rank]["stage"] and chain:
+            sender = _stage_before(places[rank])
+            chunk = _chunk(here) * element
+            made.add_edge(chains[sender][-1], chain[0], bytes=chunk)
     if not nx.is_directed_acyclic_graph(made):
         raise RuntimeError(f"the deployment of {run.name} has a cycle")
     return made
@@ -75,117 +94,131 @@ def _named(flag: str, items: Sequence[Any], name: str | None) -> Any:
     return found[0]
 
 
-def _chunk_bytes(run: Run, here: Any) -> float:
-    """A rank's chunk of the stream of one micro-batch."""
-    tokens = here.batch.sequence_length * run.layout.micro_batch
-    return tokens * run.model.hidden_size / here.tp * partition.ELEMENT_BYTES[run.precision]
+def _stage_before(place: dict[str, Any]) -> int:
+    stages = place["groups"]["pp"]
+    return stages[stages.index(place["rank"]) - 1]
 
 
-def _stream_bytes(run: Run, here: Any) -> float:
-    """What a rank hands to the next pipeline stage."""
-    return _chunk_bytes(run, here)
+def _tokens(here: Deployment) -> int:
+    return here.batch.sequence_length * here.layout.micro_batch
 
 
-def layer_steps(run: Run, here: Any) -> list[Step]:
-    """The operators of one layer, in order."""
-    chunk, T = _chunk_bytes(run, here), here.tp
-    weights = run.layout.is_helix and here.plan.exchange == "weights"
-    axis, ranks = ("head", run.layout.n) if weights else ("tp", T)
-    stream = (ranks - 1) * chunk
-    m = run.layout.m or 1
-    element = partition.ELEMENT_BYTES[run.precision]
-    tokens = here.batch.sequence_length * run.layout.micro_batch
-    D, d = run.model.hidden_size, run.model.kv_channels
-    H, K = run.model.num_attention_heads, run.model.query_groups
-    swapped = (m - 1) / m * tokens * d / T * element
-    by_activations = run.layout.is_helix and here.plan.exchange == "activations" and m > 1
-    gather_qkv = (m - 1) * (H + 2 * K) * d * D / T * element
-    steps = []
-    if weights:
-        steps.append(Step("gathered W_QKV", "dim", gather_qkv))
-    steps.append(Step("QKV projection", axis, stream))
-    steps.append(
-        Step("attention", "dim", swapped * (H + 2 * K)) if by_activations else Step("attention")
-    )
-    if weights:
-        steps.append(Step("gathered W_O", "dim", (m - 1) * H * d * D / T * element))
-    steps.append(
-        Step("output projection", "dim", swapped * H)
-        if by_activations
-        else Step("output projection")
-    )
-    steps.append(Step("add, norm", axis, stream))
-    if run.model.num_experts:
-        ep = run.layout.ep
-        routed = (ep - 1) / ep * chunk * run.model.moe_router_topk
-        steps += [Step("router"), Step("experts", "ep", routed), Step("combine", "ep", routed)]
-        return steps
-    F = run.model.ffn_hidden_size
-    gather = (m - 1) * F * D / T * element
-    gated = 2 if run.model.swiglu else 1
-    steps += [Step("gathered W_1", "dim", gather * gated)] if weights else []
-    steps.append(Step("MLP up", axis, stream))
-    steps += [Step("gathered W_2", "dim", gather)] if weights else []
-    steps += [Step("MLP down"), Step("add", axis, stream)]
-    return steps
+def _chunk(here: Deployment) -> float:
+    """Elements of a rank's share of the stream of one micro-batch."""
+    return _tokens(here) * here.model.hidden_size / here.tp
 
 
-def _rank(made: nx.DiGraph, run: Run, here: Any, place: dict[str, Any], layers: list[int]) -> None:
-    """The operators of one rank."""
-    steps = layer_steps(run, here)
+def layer_steps(here: Deployment, element: int) -> list[Step]:
+    """The operators of one layer, in order; ``element`` bytes an element."""
+    model, T, m = here.model, here.tp, here.layout.m or 1
+    exchange, split = (here.plan.exchange, here.plan.split) if m > 1 else ("none", "none")
+    gathers = exchange == "weights"
+    axis, ranks = ("head", here.layout.n or 1) if gathers else ("tp", T)
+    stream = (ranks - 1) * _chunk(here) * element
+    D, d, H, K = model.hidden_size, model.kv_channels, model.num_attention_heads, model.query_groups
+    tokens = _tokens(here)
+
+    def tile(name: str, elements: float) -> dict[str, Any]:
+        sent = (m - 1) * elements / T * element
+        return {"tile": name, "tile_bytes": sent} if gathers else {}
+
+    def swapped(channels: int) -> float:
+        moves = exchange == "activations"
+        return (m - 1) / m * tokens * channels / T * element if moves else 0.0
+
+    into_attention = swapped((H + 2 * K) * d)
+    if split == "sequence":
+        into_attention += (m - 1) * tokens * 2 * K * d / T * element
+    if exchange == "scores":
+        heads, sequence = H // (here.layout.n or 1), here.batch.sequence_length
+        summed = here.layout.micro_batch * heads * sequence**2
+        into_attention += 2 * (m - 1) / m * summed * _SCORE_BYTES
+    steps = [
+        Step("QKV projection", axis, stream, **tile("W_QKV", (H + 2 * K) * d * D)),
+        Step("attention", "dim" if into_attention else "", into_attention),
+        Step(
+            "output projection",
+            "dim" if exchange == "activations" else "",
+            swapped(H * d),
+            **tile("W_O", H * d * D),
+        ),
+        Step("add and norm", axis, stream),
+    ]
+    if model.num_experts:
+        ep = here.layout.ep
+        routed = (ep - 1) / ep * _chunk(here) * model.moe_router_topk * element
+        return [
+            *steps,
+            Step("router"),
+            Step("experts", "ep" if ep > 1 else "", routed),
+            Step("combine", "ep" if ep > 1 else "", routed),
+        ]
+    F, gated = model.ffn_hidden_size, 2 if model.swiglu else 1
+    return [
+        *steps,
+        Step("MLP up", axis, stream, **tile("W_1", gated * F * D)),
+        Step("MLP down", **tile("W_2", F * D)),
+        Step("add", axis, stream),
+    ]
+
+
+def _chain(
+    made: nx.DiGraph, here: Deployment, place: dict[str, Any], element: int, shown: int
+) -> list[Any]:
+    """Add the operators of one rank; its nodes in order, of the layers that are shown."""
+    per_stage = here.model.num_layers // here.stages
+    first = place["stage"] * per_stage
+    layers = range(first, min(first + per_stage, shown))
+    if not layers:
+        return []
+    steps = layer_steps(here, element)
+    head = Step("received" if place["stage"] else "embedding")
+    named = [(head, "")]
+    named += [(step, f", layer {layer}") for layer in layers for step in steps]
     tile = f", tile {place['head_group']},{place['segment']}" if "segment" in place else ""
-    for layer in layers:
-        for number, step in enumerate(steps):
-            made.add_node(
-                (place["rank"], layer, number),
-                label=f"{step.operator}, layer {layer}",
-                group=f"rank {place['rank']}{tile}",
-                place=(layer * len(steps) + number, place["rank"]),
-                step=step,
-            )
+    column = first * len(steps) + place["stage"]
+    chain = []
+    for number, (step, layer) in enumerate(named):
+        node = (place["rank"], column + number)
+        made.add_node(
+            node,
+            label=f"{step.operator}{layer}",
+            group=f"rank {place['rank']}{tile}",
+            place=(column + number, place["rank"]),
+            step=step,
+        )
+        chain.append(node)
+    return chain
 
 
 def _connect(
-    made: nx.DiGraph, cut: dict[str, Any], layers: range, per_stage: int, stream_bytes: float
+    made: nx.DiGraph, place: dict[str, Any], chains: dict[int, list[Any]], number: int, node: Any
 ) -> None:
-    """Data that stays, collectives, and what goes from stage to stage."""
-    members = {place["rank"]: place["groups"] for place in cut["ranks"]}
-    for rank, layer, number in list(made):
-        step: Step = made.nodes[rank, layer, number]["step"]
-        before = (
-            (rank, layer, number - 1) if number else (rank, layer - 1, _last(made, rank, layer))
-        )
-        if before in made:
-            made.add_edge(before, (rank, layer, number))
-        elif layer and layer % per_stage == 0 and not number and layer in layers:
-            stages = members[rank]["pp"]
-            sender = stages[stages.index(rank) - 1]
-            last = max(node[2] for node in made if node[:2] == (sender, layer - 1))
-            made.add_edge((sender, layer - 1, last), (rank, layer, 0), bytes=stream_bytes)
-        if not step.axis:
-            continue
-        group = members[rank].get(step.axis) or members[rank]["tp"]
+    """Edges into a node: from the operator before it, on this rank and on those that send."""
+    step: Step = made.nodes[node]["step"]
+    if number:
+        made.add_edge(chains[place["rank"]][number - 1], node)
+    if step.axis:
+        group = place["groups"][step.axis]
         for other in group:
-            sender = (other, layer, number - 1) if number else (other, layer, "stored")
-            if other == rank:
-                continue
-            if not number or step.operator.startswith("gathered"):
-                sender = (other, layer, f"stored {step.operator}")
-                if sender not in made:
-                    column, row = made.nodes[rank, layer, number]["place"]
-                    made.add_node(
-                        sender,
-                        label=step.operator.replace("gathered", "tile of")
-                        if step.operator.startswith("gathered")
-                        else f"stream, layer {layer}",
-                        group=made.nodes[other, layer, number]["group"],
-                        place=(column - 0.5, other + 0.3),
-                    )
-            made.add_edge(
-                sender, (rank, layer, number), bytes=step.sent_bytes / max(1, len(group) - 1)
-            )
+            if other != place["rank"]:
+                sent = step.sent_bytes / (len(group) - 1)
+                made.add_edge(chains[other][number - 1], node, bytes=sent, axis=step.axis)
+    if step.tile:
+        group = place["groups"]["dim"]
+        for other in group:
+            tile = _tile(made, chains[other][number], step)
+            sent = step.tile_bytes / (len(group) - 1)
+            apart = {} if other == place["rank"] else {"bytes": sent, "axis": "dim"}
+            made.add_edge(tile, node, **apart)
 
 
-def _last(made: nx.DiGraph, rank: int, layer: int) -> int:
-    numbers = [node[2] for node in made if node[:2] == (rank, layer - 1) and type(node[2]) is int]
-    return max(numbers, default=-1)
+def _tile(made: nx.DiGraph, user: Any, step: Step) -> Any:
+    """The node of a stored tile, beside the operator of its own rank that uses it."""
+    tile = (*user, step.tile)
+    if tile not in made:
+        column, row = made.nodes[user]["place"]
+        group = made.nodes[user]["group"]
+        label = f"own tile of {step.tile}"
+        made.add_node(tile, label=label, group=group, place=(column - 0.5, row + 0.4))
+    return tile

@@ -1,7 +1,7 @@
 """A graph as Mermaid, Graphviz dot or SVG text.
 
-Nodes carry ``label``, ``group`` (drawn as one box) and ``place``, ``(column, row)``; edges may carry
-``bytes``.
+Nodes carry ``label``, ``group`` (drawn as one box) and ``place``, ``(column, row)``; edges may
+carry ``bytes``.
 """
 
 import io
@@ -92,49 +92,42 @@ def _dot(made: nx.DiGraph) -> str:
 def _svg(made: nx.DiGraph) -> str:
     from matplotlib.figure import Figure
 
-    places = {name: (column, -row) for name, (column, row) in made.nodes(data="place")}
-    columns = len({column for column, _ in places.values()})
-    rows = max(row for _, row in places.values()) - min(row for _, row in places.values()) + 1
-    figure = Figure(figsize=(2.1 * columns, 0.45 * rows + 1.2), layout="constrained")
-    axes = figure.subplots()
-    sent = [(start, end) for start, end, data in made.edges(data=True) if "bytes" in data]
-    plain = [edge for edge in made.edges if edge not in set(sent)]
-    for edges, colour, width in ((plain, "#444444", 0.8), (sent, "#0072b2", 0.4)):
-        for start, end in edges:
-            axes.annotate(
-                "",
-                xy=places[end],
-                xytext=places[start],
-                arrowprops={
-                    "arrowstyle": "->",
-                    "color": colour,
-                    "lw": width,
-                    "shrinkA": 30,
-                    "shrinkB": 34,
-                },
-            )
-    for name, (x, y) in places.items():
-        axes.text(
-            *(x, y, made.nodes[name]["label"]),
-            ha="center",
-            va="center",
-            fontsize=6.5,
-            bbox={"boxstyle": "round", "facecolor": "white", "edgecolor": "#444444"},
-        )
-    for text, x, y in made.graph.get("headings", _column_headings(made, places)):
-        axes.text(x, y, text, ha="center", va="bottom", fontsize=7, weight="bold")
+    places: dict[Any, tuple[float, float]] = {
+        name: (data["place"][0], -data["place"][1]) for name, data in made.nodes.items()
+    }
     xs, ys = zip(*places.values(), strict=True)
-    axes.set_xlim(min(xs) - 0.6, max(xs) + 0.6)
-    axes.set_ylim(min(ys) - 0.8, max(ys) + 1.4)
+    size = (1.9 * (max(xs) - min(xs) + 1), 0.5 * (max(ys) - min(ys) + 2))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    for start, end, data in made.edges(data=True):
+        colour, width = ("#0072b2", 0.4) if "bytes" in data else ("#444444", 0.7)
+        (x, y), (to_x, to_y) = places[start], places[end]
+        arrow = {"arrowstyle": "->", "color": colour, "lw": width, "shrinkA": 0, "shrinkB": 0}
+        axes.annotate("", xy=(to_x - 0.3, to_y), xytext=(x + 0.3, y), arrowprops=arrow)
+    for name, (x, y) in places.items():
+        box = {"boxstyle": "round", "facecolor": "white", "edgecolor": "#444444", "pad": 0.25}
+        label = made.nodes[name]["label"].replace(", ", "\n").replace(" of ", " of\n")
+        axes.text(x, y, label, ha="center", va="center", fontsize=6, bbox=box)
+    for text, x, y in _headings(made, places):
+        axes.text(x, y, text, ha="center", va="center", fontsize=7, weight="bold")
+    axes.set_xlim(min(xs) - 1.2, max(xs) + 0.6)
+    axes.set_ylim(min(ys) - 0.8, max(ys) + 1.2)
     axes.set_axis_off()
     text = io.StringIO()
     figure.savefig(text, format="svg")
     return text.getvalue()
 
 
-def _column_headings(
+def _headings(
     made: nx.DiGraph, places: dict[Any, tuple[float, float]]
 ) -> list[tuple[str, float, float]]:
-    top = max(y for _, y in places.values()) + 0.7
-    found = {made.nodes[name]["group"]: x for name, (x, _) in places.items()}
-    return [(group.replace("_", "\n"), x, top) for group, x in found.items()]
+    """The groups' names: above where a group is a column, else to the left of its row."""
+    left, top = min(x for x, _ in places.values()), max(y for _, y in places.values())
+    found = []
+    for group, members in _groups(made).items():
+        columns = {places[member][0] for member in members}
+        if len(columns) == 1:
+            found.append((group.replace("_", "\n"), *columns, top + 0.8))
+        else:
+            found.append((group.replace(", ", "\n"), left - 0.8, places[members[0]][1]))
+    return found

@@ -18,8 +18,7 @@ causal half would do, as is usual for model FLOPs utilisation. Source: Chowdhery
 
 from typing import Any
 
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.flop_counter import flop_registry
 
 from megatron_helix.run_config import BatchConfig, ModelConfig
@@ -60,6 +59,6 @@ class FlopCounter(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         count = flop_registry.get(func._overloadpacket)
         if count:
-            with torch.utils._python_dispatch._disable_current_modes():
+            with _disable_current_modes():
                 self.total += count(*args, **(kwargs or {}), out_val=out)
         return out

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_helix.experiment.config import LauncherConfig
 from megatron_helix.experiment.launch import GRACE_S, Ranks, RunFailed
 from megatron_helix.experiment.launch import run as fork_ranks
-from megatron_helix.experiment.config import LauncherConfig
 
 POLL_S = 0.5
 

@@ -8,14 +8,15 @@ from typing import Any
 from megatron_helix.experiment.config import ExperimentConfig
 from megatron_helix.experiment.runs import Run
 from megatron_helix.planner.deployment import Deployment
-from megatron_helix.planner.traffic import step_bytes
+from megatron_helix.planner.traffic import AXES, step_bytes, transfers
 
 ELEMENT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
 def deployment(experiment: ExperimentConfig, run: Run) -> Deployment:
     """The run as the planner sees it."""
-    return Deployment(run.model, run.layout, experiment.batch, experiment.world_size, run.phase)
+    # A prefill is here the forward pass of the training step, loss included: layouts compare by it.
+    return Deployment(run.model, run.layout, experiment.batch, experiment.world_size, "train")
 
 
 def describe(experiment: ExperimentConfig, run: Run) -> dict[str, Any]:
@@ -33,31 +34,52 @@ def describe(experiment: ExperimentConfig, run: Run) -> dict[str, Any]:
             "replica": rank % per_stage // (T * cp),
             "context": rank // T % cp,
             "tensor_rank": rank % T,
-            "groups": _groups(rank, T, per_stage, experiment.world_size),
+            "groups": _groups(run, rank, per_stage, experiment.world_size),
         }
         if run.layout.m and run.layout.n:
             place["head_group"], place["segment"] = divmod(rank % T, run.layout.m)
             place["groups"] |= _helix_groups(rank, T, run.layout.m)
-        sent = step_bytes(
-            run.model,
-            run.layout,
-            experiment.batch,
-            world_size=experiment.world_size,
-            rank=rank,
-            phase=run.phase,
-            element_bytes=ELEMENT_BYTES[run.precision],
-        )
+        sent = predicted_bytes(experiment, run, rank)
         place["predicted_bytes"] = {"/".join(key): value for key, value in sent.items()}
         ranks.append(place)
     return {"tensor_parallel": T, "m": run.layout.m, "n": run.layout.n, "ranks": ranks}
 
 
-def _groups(rank: int, T: int, per_stage: int, world_size: int) -> dict[str, list[int]]:
+def predicted_bytes(experiment: ExperimentConfig, run: Run, rank: int) -> dict[Any, float]:
+    """What the planner says a rank sends in one step, by (axis, kind) as the ledger names them."""
+    element = ELEMENT_BYTES[run.precision]
+    if run.phase == "train":
+        return step_bytes(
+            run.model,
+            run.layout,
+            experiment.batch,
+            world_size=experiment.world_size,
+            rank=rank,
+            element_bytes=element,
+        )
+    here = deployment(experiment, run).check()
+    stage = rank // (experiment.world_size // run.layout.pp)
+    source = rank % run.layout.tensor_parallel_size == 0
+    sums: dict[Any, float] = {}
+    for moved in transfers(here, stage, element_bytes=element, source=source):
+        is_loss = moved.axis == "dp" and moved.what.startswith("loss")
+        if moved.sent_bytes and (moved.when == "forward" or is_loss):
+            key = AXES[moved.axis], moved.kind
+            sums[key] = sums.get(key, 0.0) + moved.sent_bytes
+    return sums
+
+
+def _groups(run: Run, rank: int, per_stage: int, world_size: int) -> dict[str, list[int]]:
+    T, ep, etp = run.layout.tensor_parallel_size, run.layout.ep, run.layout.etp
     first = rank - rank % T
-    return {
+    groups = {
         "tp": list(range(first, first + T)),
         "pp": list(range(rank % per_stage, world_size, per_stage)),
     }
+    if run.model.num_experts:
+        first = rank - rank % (ep * etp) + rank % etp
+        groups["ep"] = [first + expert * etp for expert in range(ep)]
+    return groups
 
 
 def _helix_groups(rank: int, T: int, m: int) -> dict[str, list[int]]:

@@ -78,11 +78,14 @@ def _groups() -> dict[str, list[int]]:
     return {name: dist.get_process_group_ranks(group) for name, group in groups.items()}
 
 
-def _attention_weights(
-    model: list[torch.nn.Module],
-) -> list[tuple[int, str, torch.nn.Parameter]]:
+def _attention_weights(model: list[torch.nn.Module]) -> list[tuple[int, str, Any]]:
     """(layer of the whole model from 0, name, weight) of all attention weights of this rank."""
-    layers = [m for chunk in model for m in chunk.modules() if isinstance(m, TransformerLayer)]
+    layers: list[Any] = [
+        module
+        for chunk in model
+        for module in chunk.modules()
+        if isinstance(module, TransformerLayer)
+    ]
     return [
         (layer.layer_number - 1, name, getattr(layer.self_attention, name).weight)
         for layer in layers
@@ -100,11 +103,15 @@ class KeyValueBytes:
 
     def __init__(self, model: list[torch.nn.Module]):
         self.largest: dict[int, int] = {}
-        self._handles = [
-            module.core_attention.register_forward_pre_hook(self._see)
+        attentions: list[Any] = [
+            module
             for chunk in model
             for module in chunk.modules()
             if isinstance(module, SelfAttention)
+        ]
+        self._handles = [
+            attention.core_attention.register_forward_pre_hook(self._see)
+            for attention in attentions
         ]
 
     def _see(self, core_attention: torch.nn.Module, given: tuple[Any, ...]) -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from megatron_helix.experiment.metrics import PARTS
@@ -107,7 +107,7 @@ def _losses(results: list[dict[str, Any]]) -> Figure:
             )
         axes.set_title(" ".join(case), fontsize=10)
         axes.set_xlabel("step")
-        axes.set_xticks(list(steps) if len(steps) <= 12 else axes.get_xticks())
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
     panels[0].set_ylabel("loss")
@@ -118,8 +118,8 @@ def _load(helix: list[tuple[dict[str, Any], dict[str, Any]]]) -> Figure:
     """A row for each run, a panel for each load: m columns, n rows, mean over replicas."""
     kinds = list(helix[0][0]["loads"])
     figure, grid = _figure(len(helix), len(kinds), 2.1 * len(helix) + 0.5)
-    shown = matplotlib.colors.Normalize(0.5, 1.5)
-    image = None
+    shown = Normalize(0.5, 1.5)
+    image: Any = None
     for panels, (check, cut) in zip(grid, helix, strict=True):
         for axes, kind in zip(panels, kinds, strict=True):
             tiles = _tiles(check["loads"][kind], cut)

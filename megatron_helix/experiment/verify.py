@@ -11,6 +11,7 @@ from :mod:`megatron_helix.experiment.partition` and from the checkpoint all layo
 
 import json
 import math
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -66,8 +67,8 @@ def verify(
         }
         for model in experiment.models:
             for layout in experiment.layouts:
-                pair = [trained[model.name, layout.name, p] for p in ("fp32", "fp16")]
-                found.append(fp16(f"{model.name}-{layout.name}", *pair, asked.fp16))
+                single, half = (trained[model.name, layout.name, p] for p in ("fp32", "fp16"))
+                found.append(fp16(f"{model.name}-{layout.name}", single, half, asked.fp16))
     return sorted(found, key=lambda check: check["check"])
 
 
@@ -168,13 +169,15 @@ def fingerprints(
 def _read(checkpoint: Path, name: str) -> Any:
     """One tensor of Megatron's distributed checkpoint, ``[layers, ...]``."""
     import torch
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import filesystem, state_dict_loader
 
     step = int((checkpoint / "latest_checkpointed_iteration.txt").read_text())
     folder = checkpoint / f"iter_{step:07d}"
-    stored: Any = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata[name]
+    stored: Any = filesystem.FileSystemReader(folder).read_metadata().state_dict_metadata[name]
     tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
-    dcp.load({name: tensor}, checkpoint_id=folder, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        state_dict_loader.load({name: tensor}, checkpoint_id=folder, no_dist=True)
     return tensor
 
 

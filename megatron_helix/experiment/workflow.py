@@ -1,4 +1,4 @@
-"""An experiment as a graph of nodes: input, models, partitions, devices, runs, results, verification.
+"""An experiment as a graph of nodes, from its input to its report.
 
 The six components of the source experiment are groups of nodes; the deployment verification and the
 report follow them. A second call with the same experiment does only what is missing or changed.
