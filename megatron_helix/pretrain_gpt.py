@@ -22,8 +22,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     train(prepare_rank(sys.argv[1:] if argv is None else argv))
 
 
-def prepare_rank(argv: Sequence[str]) -> list[str]:
-    """:func:`prepare` for the rank that torchrun started.
+def prepare_rank(argv: Sequence[str]) -> Sequence[str]:
+    """:func:`prepare` and :func:`adapt_megatron` for the rank that torchrun started.
 
     Raises:
         SystemExit: with code 2, for flags that cannot run; rank 0 says what is wrong.
@@ -32,10 +32,12 @@ def prepare_rank(argv: Sequence[str]) -> list[str]:
     quiet = contextlib.nullcontext() if rank == 0 else contextlib.redirect_stderr(io.StringIO())
     with quiet:  # one rank tells the user what is wrong
         try:
-            return prepare(argv, int(os.environ.get("WORLD_SIZE", "1")))
+            argv = prepare(argv, int(os.environ.get("WORLD_SIZE", "1")))
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
+    adapt_megatron(argv)
+    return argv
 
 
 def prepare(argv: Sequence[str], world_size: int) -> list[str]:
@@ -60,6 +62,13 @@ def prepare(argv: Sequence[str], world_size: int) -> list[str]:
     return argv
 
 
+def adapt_megatron(argv: Sequence[str]) -> None:
+    """What of Megatron has no seam and must be touched before it parses these flags."""
+    compat.use_compiled_dataset_helpers()
+    if arguments.want_helix(argv):
+        compat.relax_head_check()
+
+
 def train(argv: Sequence[str]) -> None:
     """Megatron's ``pretrain`` with flags that :func:`prepare` has completed."""
     from megatron.core.enums import ModelType
@@ -72,9 +81,7 @@ def train(argv: Sequence[str]) -> None:
 
     from megatron_helix import gpt_training
 
-    compat.use_compiled_dataset_helpers()
-    if arguments.want_helix(argv):
-        compat.relax_head_check()
+    adapt_megatron(argv)
     sys.argv = [sys.argv[0], *argv]  # Megatron's parser reads it there
     args = parse_and_validate_args(extra_args_provider=flags_beside())
     model_config = turn_on(args, gpt_config_from_args(args))

@@ -103,10 +103,12 @@ def test_a_wrong_call_is_refused(tmp_path: Path, arguments: tuple[str, ...], mes
 def test_the_patched_script_trains_as_ours(
     checkout: Path, corpus_prefix: Path, tmp_path: Path
 ) -> None:
-    flags = tiny_gpt(corpus_prefix, *HELIX, "--sequence-parallel", train_iters=3)
+    # Two heads on four ranks: the check of heads that stock makes is relaxed there, too.
+    two_heads = ("--num-attention-heads", "2", "--kv-channels", "32", "--sequence-parallel")
+    flags = tiny_gpt(corpus_prefix, *HELIX, *two_heads, train_iters=3)
     ours = pretrain(flags, 4, tmp_path)
     assert patch(checkout).returncode == 0
-    # The checkout would compile its dataset helpers; the wheel of the same version brings them.
+    # Compiling the dataset helpers takes pybind11; the wheel brings them.
     helpers = find_spec("megatron.core.datasets.helpers_cpp")
     assert helpers is not None
     assert helpers.origin is not None
@@ -124,7 +126,7 @@ def test_the_patched_script_trains_as_ours(
         timeout=200,
         check=False,
     )
-    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.returncode == 0, run.stdout[-1000:] + run.stderr[-6000:]
     assert (
         "Megatron-Core version .......... 0.19.1" in run.stdout
     )  # the checkout's, not the wheel's
