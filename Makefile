@@ -1,4 +1,4 @@
-.PHONY: quickstart test lint format
+.PHONY: quickstart test lint format docs
 .DEFAULT_GOAL := test
 
 quickstart:
@@ -17,3 +17,8 @@ format:
 	bash scripts/env.sh dev
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
+
+docs:
+	bash scripts/env.sh dev
+	.venv/bin/python docs/figures.py
+	.venv/bin/mkdocs build --strict

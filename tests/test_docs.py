@@ -1,0 +1,184 @@
+"""The documentation: it builds, its figures are current, and its commands and messages are so."""
+
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import typer.main
+from megatron.training.arguments import add_megatron_arguments
+
+from megatron_helix import arguments, cli, pretrain_gpt
+from megatron_helix.experiment import config
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def load(name: str) -> ModuleType:
+    """A script of docs/, which is no package."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+hooks = load("hooks")
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    built = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert built.returncode == 0, built.stderr
+    flags = (tmp_path / "flags" / "index.html").read_text()
+    assert "from the code" not in flags
+    assert all(f"--helix-{name}" in flags for name in ("m", "n", "exchange", "split", "metrics"))
+    assert "helix launch" in flags
+
+
+def test_the_figures_are_what_their_script_draws(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, ROOT / "docs" / "figures.py", tmp_path], check=True)
+    drawn = sorted(path.name for path in tmp_path.iterdir())
+    assert drawn == sorted(path.name for path in (ROOT / "docs" / "figures").iterdir())
+    for name in drawn:
+        kept = (ROOT / "docs" / "figures" / name).read_text()
+        assert (tmp_path / name).read_text() == kept, f"{name}: call python docs/figures.py"
+
+
+def test_every_error_message_says_or_is_told_what_to_do() -> None:
+    messages = list(hooks.messages())
+    assert len(messages) > 50
+    without = [message.text for message in messages if not message.remedy]
+    assert not without, "give the message a remedy, or docs/hooks.py:REMEDIES an entry"
+    page = hooks.errors()
+    for message in messages:
+        words = max(re.split(r"\{[^{}]*\}|`|\|", message.text.rpartition("; ")[0] or message.text))
+        assert words in page
+
+
+def test_no_remedy_is_left_over() -> None:
+    texts = [message.text for message in hooks.messages()]
+    unused = [start for start in hooks.REMEDIES if not any(t.startswith(start) for t in texts)]
+    assert not unused
+
+
+def commands(page: Path) -> list[str]:
+    """The command lines of a page's ``bash`` blocks, continued lines joined."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.strip() and not line.startswith("#")]
+
+
+@pytest.mark.parametrize(
+    ("page", "line"),
+    [(page.name, line) for page in PAGES for line in commands(page)],
+    ids=lambda value: value[:60],
+)
+def test_a_command_of_the_documentation_can_be_called(page: str, line: str) -> None:
+    words = shlex.split(line)
+    while "=" in words[0]:  # an environment variable
+        words.pop(0)
+    name = Path(words[0]).name
+    check = CHECKS.get(name)
+    assert check, f"{page}: {name} is not a command that this test knows how to try"
+    check(words[1:])
+
+
+def try_script(words: list[str]) -> None:
+    """A script is there and parses; a launch script prints its command."""
+    script = ROOT / words[0]
+    subprocess.run(["bash", "-n", script], check=True)
+    if "--dry-run" in words:
+        launched = re.search(r"^exec (helix launch .*)$", script.read_text(), re.MULTILINE)
+        assert launched
+        line = launched[1].replace('"$config"', "configs/experiments/h100_16.yaml")
+        try_helix([*shlex.split(line)[1:-1], *words[1:]])
+    if script.name == "quickstart.sh":
+        try_helix(["run", "configs/experiments/quickstart.yaml", "--out", "runs/quickstart"])
+
+
+def try_helix(words: list[str]) -> None:
+    """The command line parses, its files exist, and flags that go on to a run are accepted."""
+    command: Any = typer.main.get_command(cli.app)
+    if words == ["--version"]:
+        return
+    sub = command.commands[words[0]]
+    context = sub.make_context(words[0], list(words[1:]))
+    experiment = context.params.get("experiment")
+    if experiment:
+        config.load(ROOT / experiment)
+    for source in context.params.get("sources") or ():
+        assert (ROOT / source).exists()
+    if words[0] in ("pretrain", "generate"):
+        try_flags(list(context.args), context.params["nproc_per_node"])
+
+
+def try_torchrun(words: list[str]) -> None:
+    """The flags after the entry point are accepted."""
+    entry = words.index("megatron_helix.pretrain_gpt")
+    assert words[entry - 1] == "-m"
+    try_flags(words[entry + 1 :], int(words[words.index("--nproc-per-node") + 1]))
+
+
+def try_flags(flags: list[str], world_size: int) -> None:
+    """Helix completes the flags, and Megatron's parser knows all of them."""
+    while "--data-path" in flags:  # what an earlier command of the page makes
+        at = flags.index("--data-path")
+        del flags[at : at + 2]
+    completed = arguments.complete(["--helix-device", "cpu", *flags], world_size)
+    import argparse
+
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    parsed, unknown = pretrain_gpt.flags_beside()(parser).parse_known_args(completed)
+    assert not unknown
+    size = parsed.tensor_model_parallel_size * parsed.pipeline_model_parallel_size
+    assert world_size % size == 0
+
+
+def try_pip(words: list[str]) -> None:
+    """What is installed is this package, with an extra that it has."""
+    assert words[0] == "install"
+    target = words[-1]
+    assert target.startswith(".")
+    extra = re.fullmatch(r"\.\[(\w+)\]", target)
+    assert target == "." or (extra and f'"{extra[1]}": [' in (ROOT / "setup.py").read_text())
+
+
+def try_docker(words: list[str]) -> None:
+    """The recipe is there."""
+    assert (ROOT / words[words.index("--file") + 1]).exists()
+
+
+def try_sbatch(words: list[str]) -> None:
+    """The batch script parses, and so does what it starts."""
+    try_script(words[:1])
+    try_script([words[1], "--dry-run", *words[2:]])
+
+
+CHECKS = {
+    "bash": try_script,
+    "helix": try_helix,
+    "torchrun": try_torchrun,
+    "pip": try_pip,
+    "docker": try_docker,
+    "sbatch": try_sbatch,
+}
+
+
+def test_the_readme_fits_a_screen_and_names_files_that_exist() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.splitlines()) < 100
+    for link in re.findall(r"\]\(([^)#:]+)\)", readme):
+        assert (ROOT / link).exists(), link
