@@ -4,13 +4,19 @@ Weights and optimizer state come back, so that the losses after loading are thos
 went on without an interruption.
 """
 
-from collections.abc import Callable
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from megatron.core.dist_checkpointing import load_plain_tensors
 
+from megatron_helix import pretrain_gpt
+from megatron_helix.experiment import launch
 from megatron_helix.experiment.metrics import RunMetrics
 from tests.distributed import pretrain, run_distributed, tiny_gpt
 
@@ -160,3 +166,42 @@ def test_the_distributed_optimizer_saves_its_state_in_the_same_order(saved: Save
     expected = tensors_in(saved("helix_2x2")[1], STEPS)
     assert own_copies
     assert_same_tensors({key: found[key] for key in found.keys() - own_copies}, expected)
+
+
+def test_an_asynchronous_save_is_the_same_checkpoint(saved: Saved) -> None:
+    found = tensors_in(saved("helix_2x2", "--async-save")[1], STEPS)
+    expected = tensors_in(saved("helix_2x2")[1], STEPS)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_what_was_saved_before_a_rank_was_killed_still_loads(
+    saved: Saved, resume: Resume, corpus_prefix: Path, tmp_path: Path
+) -> None:
+    uninterrupted, _ = saved("helix_2x2")
+    checkpoint = tmp_path / "checkpoint"
+    half_written = checkpoint / f"iter_{STEPS:07d}"
+
+    def train_until_it_saves(argv: Sequence[str]) -> None:
+        def end() -> None:
+            while not half_written.exists():
+                time.sleep(1e-3)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        if os.environ["RANK"] == "1":
+            threading.Thread(target=end, daemon=True).start()
+        pretrain_gpt.train(argv)
+
+    save = ("--save", str(checkpoint), "--save-interval", str(SAVED_STEP))
+    flags = tiny_gpt(corpus_prefix, *MODEL, *LAYOUTS["helix_2x2"], *save, train_iters=STEPS)
+    argv = pretrain_gpt.prepare(flags, 4)
+    with pytest.raises(launch.RankFailed, match="rank 1 of 4 was killed by SIGKILL"):
+        launch.run(
+            launch.Ranks(
+                target=train_until_it_saves, args=(argv,), world_size=4, logs=tmp_path / "logs"
+            )
+        )
+    assert half_written.exists()
+    tracker = checkpoint / "latest_checkpointed_iteration.txt"
+    assert tracker.read_text().strip() == str(SAVED_STEP)
+    assert_goes_on(resume(checkpoint, "helix_4x1"), uninterrupted)

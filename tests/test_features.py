@@ -38,7 +38,7 @@ FEATURES = {
     ),
     "auxiliary loss": (*MOE, *EP4, BALANCING, "aux_loss"),
     "auxiliary loss by sequence": (*MOE, *EP4, BALANCING, "seq_aux_loss"),
-    "sliding window": ("--window-size", "8", "0"),
+    "sliding window": ("--window-size", "(8,0)"),
 }
 RANKS = {"virtual pipeline": 8, "overlapped data parallelism": 8}  # else 4
 
