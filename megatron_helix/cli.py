@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from megatron_helix import __version__
-from megatron_helix.commands import data, experiment, generate, pretrain
+from megatron_helix.commands import data, experiment, generate, plan, pretrain
 from megatron_helix.commands import launch as launch_command
 from megatron_helix.experiment import launch
 
@@ -27,6 +27,8 @@ app.command()(experiment.report)
 app.command()(experiment.compare)
 app.command()(experiment.dag)
 app.command()(data.data)
+app.command()(plan.plan)
+app.command()(plan.calibrate)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
     launch_command.launch
 )

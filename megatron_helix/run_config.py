@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, model_validator
 
 
 class Config(BaseModel):
@@ -141,6 +141,24 @@ class BatchConfig(Config):
     def tokens(self) -> int:
         """Tokens of a global batch."""
         return self.sequences * self.sequence_length
+
+
+def read_config[T: Config](kind: type[T], path: Path) -> T:
+    """The config of one ``kind`` in the file.
+
+    Raises:
+        ValueError: naming the file, the path of each bad key, and what was wrong with it.
+    """
+    document = read_mapping(path)
+    try:
+        return kind.model_validate(document)
+    except ValidationError as error:
+        lines = [
+            f"{path}: {'.'.join(map(str, item['loc'])) or 'file'}: {item['msg']},"
+            f" got {item['input']!r}"
+            for item in error.errors()
+        ]
+        raise ValueError("\n".join(lines)) from None
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

@@ -84,7 +84,7 @@ class Deployment:
         self.plan  # noqa: B018  # checks exchange and split
         return self
 
-    @property
+    @cached_property
     def tp(self) -> int:
         """Ranks T of a tensor-parallel group."""
         return self.layout.tensor_parallel_size
@@ -94,7 +94,7 @@ class Deployment:
         """Pipeline stages."""
         return self.layout.pp
 
-    @property
+    @cached_property
     def batch_ranks(self) -> int:
         """Ranks that share the sequences of a batch: data parallel and gtp."""
         return self.world_size // (self.tp * self.layout.cp * self.layout.pp)
@@ -109,7 +109,7 @@ class Deployment:
         """The same for the weights of experts."""
         return self.world_size // (self.layout.ep * self.layout.etp * self.layout.pp)
 
-    @property
+    @cached_property
     def microbatches(self) -> int:
         """Micro-batches of a step."""
         return self.batch.sequences // (self.layout.micro_batch * self.batch_ranks)
@@ -119,7 +119,7 @@ class Deployment:
         """New tokens of a sequence on a context-parallel rank in one micro-batch."""
         return 1 if self.phase == "decode" else self.batch.sequence_length // self.layout.cp
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """Tokens N of a micro-batch on one tensor-parallel group."""
         return self.layout.micro_batch * self.sequence
@@ -129,7 +129,7 @@ class Deployment:
         """Tokens that a step of the whole machine processes."""
         return self.batch.sequences if self.phase == "decode" else self.batch.tokens
 
-    @property
+    @cached_property
     def sequence_parallel(self) -> bool:
         """Whether the stream between the linears is split over the tensor-parallel group."""
         return self.tp > 1 and self.phase != "decode"
@@ -139,7 +139,7 @@ class Deployment:
         """Layers of one stage."""
         return self.model.num_layers // self.layout.pp
 
-    @property
+    @cached_property
     def vocabulary(self) -> int:
         """Rows of the embedding, padded as Megatron pads them."""
         unit = VOCAB_MULTIPLE * self.tp
@@ -177,7 +177,8 @@ class Deployment:
         choice = Choice(
             exchange=layout.exchange or "auto",
             split=layout.split or "auto",
-            gather=layout.gather or "microbatch",
+            # A forward pass alone gathers anew: only a training step knows when it is over.
+            gather=layout.gather or "microbatch" if self.phase == "train" else "microbatch",
             microbatches=self.microbatches,
         )
         if self.phase == "decode":
@@ -196,7 +197,7 @@ class Deployment:
             sequence_parallel=self.sequence_parallel,
         )
 
-    @property
+    @cached_property
     def embeds_in_block_order(self) -> bool:
         """Whether embedding and head work on 1/m of the tokens, as `megatron_helix.vocabulary`."""
         if self.plan.exchange != "weights" or self.plan.split != "batch" or self.phase != "train":

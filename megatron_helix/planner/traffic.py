@@ -28,6 +28,8 @@ embedding between first and last stage, and single numbers: the gradient norm, t
 import math
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
 
 from megatron_helix.exchange import traffic
 from megatron_helix.exchange.traffic import Plan
@@ -57,8 +59,7 @@ FP32 = INT32 = 4
 INT64 = 8
 
 
-@dataclass(frozen=True, kw_only=True)
-class Transfer:
+class Transfer(NamedTuple):
     """Calls of one collective in one step, all alike.
 
     Attributes:
@@ -134,6 +135,8 @@ def transfers(
     book = _Book(here, element_bytes)
     first, last = stage == 0, stage == here.stages - 1
     _layers(book, first, last)
+    if here.layout.gtp > 1:
+        _weight_shards(book)
     if here.model.num_experts:
         _experts(book)
     if here.layout.cp > 1:
@@ -158,8 +161,9 @@ class _Book:
     element_bytes: int
     entries: list[Transfer] = field(default_factory=list)
 
-    def group(self, axis: str) -> tuple[int, int]:
-        """(ranks, stride) of an axis."""
+    @cached_property
+    def groups(self) -> dict[str, tuple[int, int]]:
+        """(ranks, stride) of every axis."""
         here, layout = self.here, self.here.layout
         beyond = here.tp * layout.cp
         stage = here.world_size // layout.pp
@@ -180,11 +184,11 @@ class _Book:
             "expert_model": (layout.etp * layout.ep * layout.pp, 1),
             "optimizer": (here.world_size, 1),
             "world": (here.world_size, 1),
-        }[axis]
+        }
 
     def sent(self, what: str, axis: str, kind: str, when: str, sent: float, calls: int) -> None:
         """``sent`` bytes by a rank in all calls."""
-        ranks, stride = self.group(axis)
+        ranks, stride = self.groups[axis]
         if ranks > 1 and when in self.phases:
             entry = Transfer(
                 what=what,
@@ -211,7 +215,7 @@ class _Book:
         """Calls on a tensor of ``elements``; for every micro-batch unless ``when`` is ``step``."""
         size = self.element_bytes if size is None else size
         calls *= 1 if when == "step" else self.here.microbatches
-        one = round(elements * size * share(kind, self.group(axis)[0]))
+        one = round(elements * size * share(kind, self.groups[axis][0]))
         self.sent(what, axis, kind, when, one * calls, calls)
 
     @property
@@ -243,26 +247,25 @@ def _layers(book: _Book, first: bool, last: bool) -> None:
     if once:
         number = 2 * here.block.sublayers * here.layers
         wide = weights * here.layers
-        if here.phase == "train":
-            book.sent("weights", "dim", "all_gather", "step", wide * book.element_bytes, number)
-            book.sent("weights", "dim", "reduce_scatter", "step", wide * FP32, number)
-        else:
-            book.sent("weights", "dim", "all_gather", "forward", wide * book.element_bytes, number)
+        book.sent("weights", "dim", "all_gather", "step", wide * book.element_bytes, number)
+        book.sent("weights", "dim", "reduce_scatter", "step", wide * FP32, number)
     ends = traffic.block_ends(plan, here.cut, here.block, **size)["dim", "all_to_all"]
     if ends and not here.embeds_in_block_order:
         converted = ends // 2 * (first + last) * here.microbatches * book.element_bytes
         for when in ("forward", "backward") if first or last else ():
             number = (first + last) * here.microbatches
             book.sent("token order", "dim", "all_to_all", when, converted, number)
-    if here.layout.gtp > 1:
-        shard = parameters.layer_matrices(here) // here.layout.gtp
-        matrices = 2 * here.block.sublayers
-        for when in ("forward", "backward"):
-            book.call(
-                "weights", "gtp", "all_gather", when, shard / matrices, matrices * here.layers
-            )
-        number = matrices * here.layers
-        book.call("weights", "gtp", "reduce_scatter", "backward", shard / matrices, number)
+
+
+def _weight_shards(book: _Book) -> None:
+    """Weights cut over gtp as well: gathered for each pass, and their gradients scattered."""
+    here = book.here
+    matrices = 2 * here.block.sublayers
+    one = parameters.layer_matrices(here) / here.layout.gtp / matrices
+    number = matrices * here.layers
+    for when in ("forward", "backward"):
+        book.call("weights", "gtp", "all_gather", when, one, number)
+    book.call("weights", "gtp", "reduce_scatter", "backward", one, number)
 
 
 def _unsplit_layers(book: _Book) -> None:
@@ -418,7 +421,7 @@ def _gradients(book: _Book, first: bool, last: bool) -> None:
 
 def _distributed(book: _Book, axis: str, tensors: list[int]) -> None:
     """Gradients out and weights back, of a bucket padded as Megatron pads it."""
-    ranks, _ = book.group(axis)
+    ranks, _ = book.groups[axis]
     if not tensors:
         return
     unit = math.lcm(ranks, 128)

@@ -1,0 +1,191 @@
+"""Measure this machine and write what was found as a hardware file.
+
+On CPUs :func:`on_cpu` forks gloo ranks. On GPUs each rank is one of torchrun's::
+
+    torchrun --nproc-per-node 8 -m megatron_helix.planner.calibrate --out hardware.yaml
+
+which measures with NCCL. **The GPU path has not been run**: it is the same code with events of CUDA
+for a clock.
+
+Each collective is timed at a small and a large size. With the alpha-beta model of
+:meth:`megatron_helix.planner.hardware.Hardware.seconds`, ``t = hops alpha + bytes / beta``, the two
+give latency and bandwidth; the file holds the medians over the kinds, and each kind in a comment.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+
+from megatron_helix.planner.traffic import share
+
+REPEATS = 5
+SMALL, LARGE = 256, 2**20  # elements a rank puts in; on GPUs the large one is 64 times that
+Measured = dict[str, Any]
+
+
+def on_cpu(ranks: int, out: Path) -> str:
+    """Measure with ``ranks`` forked gloo ranks and write ``out``; one line that says what.
+
+    Raises:
+        ValueError: when ``out`` has no folder to be in.
+    """
+    from megatron_helix.experiment import launch
+
+    if not out.parent.is_dir():
+        raise ValueError(f"--out: {out.parent} must be a folder, and is none; make it first")
+    with tempfile.TemporaryDirectory(prefix="helix-calibrate-") as name:
+        found = Path(name) / "measured.json"
+        launch.run(launch.Ranks(target=_cpu_rank, args=(found,), world_size=ranks))
+        measured = json.loads(found.read_text())
+    return write(measured, out)
+
+
+def _cpu_rank(found: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    measured = measure("cpu")
+    if dist.get_rank() == 0:
+        found.write_text(json.dumps(measured))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def measure(device: str) -> Measured:
+    """Rates of one device and of the links between all ranks; every rank must call this."""
+    dtype, factor = (torch.float16, 64) if device == "cuda" else (torch.float32, 1)
+    clock = _gpu_seconds if device == "cuda" else _cpu_seconds
+    ranks = dist.get_world_size()
+    size = 8192 if device == "cuda" else 512
+    a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    gemm = 2 * size**3 / clock(lambda: a @ b)
+    source = torch.ones(LARGE * factor * 4, dtype=dtype, device=device)
+    target = torch.empty_like(source)
+    copied = 2 * source.nbytes / clock(lambda: target.copy_(source))
+    links = {}
+    for kind in ("all_reduce", "all_gather", "all_to_all"):
+        points = []
+        for elements in (SMALL, LARGE * factor):
+            elements -= elements % ranks
+            x = torch.ones(elements, dtype=dtype, device=device)
+            seconds = clock(_collective(kind, x, ranks))
+            points.append((x.nbytes * share(kind, ranks), seconds))
+        (few, quick), (many, slow) = points
+        bandwidth = (many - few) / max(slow - quick, 1e-9)
+        hops = 1 if kind == "all_to_all" else math.ceil(math.log2(ranks))
+        hops *= 2 if kind == "all_reduce" else 1
+        links[kind] = (bandwidth, max(quick - few / bandwidth, 1e-7) / hops)
+    if device == "cuda":
+        held = torch.cuda.get_device_properties(0).total_memory
+        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+        name = f"{ranks} x {torch.cuda.get_device_name()}"
+    else:
+        held = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks
+        per_node, name = ranks, f"{ranks} CPU ranks, gloo"
+    return {
+        "name": name,
+        "ranks": ranks,
+        "devices_per_node": per_node,
+        "gemm": gemm,
+        "memory": held,
+        "copied": copied,
+        "links": links,
+    }
+
+
+def _collective(kind: str, x: torch.Tensor, ranks: int) -> Callable[[], Any]:
+    if kind == "all_reduce":
+        return lambda: dist.all_reduce(x)
+    if kind == "all_gather":
+        y = torch.empty(ranks * x.numel(), dtype=x.dtype, device=x.device)
+        return lambda: dist.all_gather_into_tensor(y, x)
+    y = torch.empty_like(x)
+    return lambda: dist.all_to_all_single(y, x)
+
+
+def _cpu_seconds(work: Callable[[], Any]) -> float:
+    """Shortest of some runs, after one to warm up; every rank starts at once."""
+    taken = []
+    for _ in range(REPEATS + 1):
+        dist.barrier()
+        start = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - start)
+    return min(taken[1:])
+
+
+def _gpu_seconds(work: Callable[[], Any]) -> float:
+    """The same, by the GPU's own clock."""
+    taken = []
+    for _ in range(REPEATS + 1):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        dist.barrier()
+        start.record()
+        work()
+        end.record()
+        torch.cuda.synchronize()
+        taken.append(start.elapsed_time(end) / 1e3)
+    return min(taken[1:])
+
+
+def write(measured: Measured, out: Path) -> str:
+    """Write the hardware file; a line that says what is in it."""
+    source = f"measured by helix calibrate with torch {torch.__version__}"
+    links = measured["links"]
+    bandwidth, latency = (statistics.median(link[i] for link in links.values()) for i in (0, 1))
+    note = "; ".join(
+        f"{kind} {each / 1e9:.3g} GB/s, {hop * 1e6:.3g} us a hop"
+        for kind, (each, hop) in links.items()
+    )
+
+    def quantity(value: float, unit: str, scale: float) -> dict[str, Any]:
+        return {"value": float(f"{value / scale:.4g}"), "unit": unit, "source": source}
+
+    link = {
+        "bandwidth": quantity(bandwidth, "GB/s", 1e9),
+        "latency": quantity(latency, "us", 1e-6),
+    }
+    several = measured["ranks"] > measured["devices_per_node"]
+    document = {
+        "name": measured["name"],
+        "devices": measured["ranks"],
+        "devices_per_node": measured["devices_per_node"],
+        "gemm": quantity(measured["gemm"], "GFLOP/s", 1e9),
+        "memory": quantity(measured["memory"], "GB", 1e9),
+        "memory_bandwidth": quantity(measured["copied"], "GB/s", 1e9),
+        "intra_node": link,
+        # All ranks were measured together: between nodes the slower links set the figures.
+        **({"inter_node": link} if several else {}),
+        "note": note,
+    }
+    out.write_text(yaml.safe_dump(document, sort_keys=False, width=100))
+    return f"GEMM {measured['gemm'] / 1e9:.4g} GFLOP/s; {note}"
+
+
+def main() -> None:
+    """One rank of torchrun's, on its GPU."""
+    parser = argparse.ArgumentParser(description="Measure GPUs and links.")
+    parser.add_argument("--out", type=Path, required=True)
+    out = parser.parse_args().out
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl")
+    measured = measure("cuda")
+    if dist.get_rank() == 0:
+        print(f"{out}: {write(measured, out)}")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Memory of a rank: weights, gradients, optimizer, activations, KV cache, gathered weights.
+
+Sources: Rajbhandari et al., "ZeRO" (2020), section 3.1, for the states of mixed-precision Adam;
+Korthikanti et al., "Reducing activation recomputation in large transformer models" (2022), section
+4, for the tensors a layer keeps, here without dropout and with each counted in its own width.
+"""
+
+from dataclasses import dataclass, fields
+
+from megatron_helix.exchange.traffic import packed
+from megatron_helix.planner import parameters
+from megatron_helix.planner.deployment import Deployment
+
+ADAM_BYTES = 12  # fp32 master weight and two moments
+GRADIENT_BYTES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on one rank, at the highest point of a step."""
+
+    weights: float
+    gradients: float = 0.0
+    optimizer: float = 0.0
+    activations: float
+    kv_cache: float = 0.0
+    gathered_weights: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def of_rank(here: Deployment, stage: int, *, fused_channels: int, element_bytes: int = 2) -> Memory:
+    """What a rank of ``stage`` needs.
+
+    Args:
+        here: the deployment.
+        stage: pipeline stage; the first one keeps the most micro-batches.
+        fused_channels: largest head dimension with fused attention.
+        element_bytes: of weights and activations.
+    """
+    dense, experts = parameters.held(here, stage)
+    train = here.phase == "train"
+    sharded = here.layout.distributed_optimizer
+    split = (here.replicas, here.expert_replicas) if sharded else (1, 1)
+    states = dense / split[0] + experts / split[1]
+    inflight = min(here.stages - stage, here.microbatches) if train else 1
+    return Memory(
+        weights=(dense + experts) * element_bytes,
+        gradients=(dense + experts) * GRADIENT_BYTES if train else 0.0,
+        optimizer=states * ADAM_BYTES if train else 0.0,
+        activations=inflight * _kept(here, stage, fused_channels, element_bytes),
+        kv_cache=0.0 if train else _cache(here, element_bytes),
+        gathered_weights=_gathered(here, element_bytes, train),
+    )
+
+
+def _kept(here: Deployment, stage: int, fused_channels: int, element_bytes: int) -> float:
+    """Activations of a micro-batch: of all layers in training, of one at a time in inference."""
+    model, N = here.model, here.tokens / here.tp
+    D = model.hidden_size
+    rows = N * (model.moe_router_topk if model.num_experts else 1)
+    # Inputs of two norms and two linears; QKV and context; features before and after activation.
+    layer = (
+        N * (4 * D + packed(here.cut)) + rows * (3 if model.swiglu else 2) * model.ffn_hidden_size
+    )
+    if model.num_experts:
+        layer += 2 * rows * D  # routed in, routed out
+    if model.kv_channels > fused_channels or here.plan.exchange == "scores":
+        layer += 2 * N * here.batch.sequence_length * model.num_attention_heads  # scores, softmax
+    kept = layer * element_bytes * (here.layers if here.phase == "train" else 1)
+    if stage == here.stages - 1 and here.phase == "train":
+        kept += N * here.vocabulary * (element_bytes + 4)
+    return kept
+
+
+def _cache(here: Deployment, element_bytes: int) -> float:
+    """Keys and values of all sequences of this rank; in prefill and decode alike."""
+    model = here.model
+    sequences = here.batch.sequences / here.batch_ranks
+    per_token = 2 * model.query_groups * model.kv_channels * here.layers
+    tokens = sequences * here.batch.sequence_length / here.layout.cp
+    return element_bytes * per_token * tokens / here.tp
+
+
+def _gathered(here: Deployment, element_bytes: int, train: bool) -> float:
+    """Weights that are not a rank's own: the largest one at a time, or all of a step."""
+    shards = here.cut.m if here.plan.exchange == "weights" else here.layout.gtp
+    if shards == 1:
+        return 0.0
+    layer = parameters.layer_matrices(here) / here.layout.gtp * shards
+    if here.plan.gather == "step" and train:
+        return layer * here.layers * (element_bytes + GRADIENT_BYTES)
+    model = here.model
+    widest = max(packed(here.cut), (2 if model.swiglu else 1) * here.block.ffn)
+    shared = widest * model.hidden_size / here.tp * here.cut.m
+    return shared * element_bytes * (2 if train else 1)  # the weight and its gradient

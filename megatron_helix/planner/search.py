@@ -1,0 +1,216 @@
+"""Every layout that fits in memory, ranked, and the winner explained."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from megatron_helix.planner.deployment import Deployment
+from megatron_helix.planner.hardware import Hardware
+from megatron_helix.planner.time import Prediction, predict
+from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig
+
+RANKINGS = ("tps", "tpot", "memory")
+MAX_MICRO_BATCH = 64
+MAX_MICRO_BATCH_CHOICES = 4  # a larger micro-batch saves weights traffic, a smaller one the bubble
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a search saw.
+
+    Attributes:
+        ranked: what fits, best first.
+        too_large: layouts that need more memory than a device has.
+    """
+
+    ranked: list[Prediction]
+    too_large: int
+
+    def cuts(self) -> list[Prediction]:
+        """The best micro-batch of each way to cut the model, best first."""
+        best: dict[tuple, Prediction] = {}
+        for one in self.ranked:
+            best.setdefault(_cut(one), one)
+        return list(best.values())
+
+
+def search(
+    model: ModelConfig,
+    machine: Hardware,
+    batch: BatchConfig,
+    *,
+    phase: str = "train",
+    rank_by: str = "tps",
+    overlap: float = 0.0,
+) -> Found:
+    """Predict every layout on all devices of ``machine``.
+
+    Raises:
+        ValueError: when no layout can run, or none fits in memory; says which is nearest.
+    """
+    if rank_by not in RANKINGS:
+        raise ValueError(f"rank-by: must be one of {', '.join(RANKINGS)}, got {rank_by!r}")
+    fit, too_large = [], []
+    for here in deployments(model, machine.devices, batch, phase):
+        predicted = predict(here, machine, overlap=overlap)
+        fits = predicted.memory.total <= machine.memory.rate
+        (fit if fits else too_large).append(predicted)
+    if not fit and not too_large:
+        raise ValueError(
+            f"no layout of {model.name} runs on {machine.devices} devices with"
+            f" {batch.sequences} sequences of {batch.sequence_length} tokens; change --batch"
+            " or --seq to multiples of the number of devices"
+        )
+    if not fit:
+        nearest = min(too_large, key=lambda one: one.memory.total)
+        raise ValueError(
+            f"no layout of {model.name} fits in {machine.memory.rate / 1e9:.0f} GB a device: the"
+            f" smallest, {nearest.deployment.layout.name}, needs"
+            f" {nearest.memory.total / 1e9:.0f} GB; use more devices, or a smaller --batch"
+        )
+    return Found(ranked=sorted(fit, key=_key(rank_by)), too_large=len(too_large))
+
+
+def _key(rank_by: str) -> Callable[[Prediction], tuple[float, float]]:
+    return {
+        "tps": lambda one: (-one.tokens_per_s, one.memory.total),
+        "tpot": lambda one: (one.tpot_ms, -one.tokens_per_s),
+        "memory": lambda one: (one.memory.total, -one.tokens_per_s),
+    }[rank_by]
+
+
+def deployments(
+    model: ModelConfig, devices: int, batch: BatchConfig, phase: str
+) -> Iterator[Deployment]:
+    """Every layout that can run; none of them made for a machine."""
+    for cut in _cuts(model, devices, phase):
+        tp = cut.get("tp") or cut["m"] * cut["n"]
+        for pp in _divisors(math.gcd(model.num_layers, devices // tp)):
+            rest = devices // (tp * pp)
+            if devices % (tp * pp):
+                continue
+            for beside in _beside(model, cut, rest, devices // pp, tp, phase):
+                share = rest // beside.get("cp", 1)
+                if batch.sequences % share:
+                    continue
+                for micro_batch in _micro_batches(batch.sequences // share):
+                    keys = {**cut, **beside, "pp": pp, "micro_batch": micro_batch}
+                    keys["distributed_optimizer"] = phase == "train" and rest > 1
+                    try:
+                        layout = LayoutConfig(name=name(keys), **keys)
+                        yield Deployment(model, layout, batch, devices, phase).check()
+                    except ValueError:
+                        continue
+
+
+def _cuts(model: ModelConfig, devices: int, phase: str) -> Iterator[dict]:
+    """Stock tensor parallelism, and every m x n with what may move."""
+    heads = math.gcd(model.num_attention_heads, model.query_groups)
+    for tp in _divisors(devices):
+        if heads % tp == 0:
+            yield {"tp": tp}
+        for n in _divisors(math.gcd(tp, heads)):
+            m = tp // n
+            if m == 1 or model.kv_channels % m:
+                continue
+            yield {"m": m, "n": n, "exchange": "activations"}
+            if phase != "decode":
+                yield {"m": m, "n": n, "exchange": "weights"}
+            if phase == "train":
+                yield {"m": m, "n": n, "exchange": "weights", "gather": "step"}
+
+
+def _beside(
+    model: ModelConfig, cut: dict, rest: int, stage_ranks: int, tp: int, phase: str
+) -> Iterator[dict]:
+    """Context, weight-shard and expert parallelism next to a cut, on the ``rest`` of the ranks."""
+    if model.num_experts:
+        for ep in _divisors(math.gcd(model.num_experts, stage_ranks)):
+            for etp in sorted({1, tp}):
+                if stage_ranks % (ep * etp) == 0:
+                    yield {"ep": ep, "etp": etp}
+        return
+    yield {}
+    if "tp" in cut and phase != "decode":
+        for size in _divisors(rest):
+            if size > 1:
+                yield {"gtp": size}
+                yield {"cp": size}
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def _micro_batches(sequences: int) -> list[int]:
+    sizes = [size for size in _divisors(math.gcd(sequences, 2**30)) if size <= MAX_MICRO_BATCH]
+    return sizes[-MAX_MICRO_BATCH_CHOICES:] + sizes[:-MAX_MICRO_BATCH_CHOICES][:1]
+
+
+def name(keys: dict) -> str:
+    """A layout in one word: what differs from the default."""
+    tp = keys.get("tp")
+    words = [f"tp{tp}"] if tp else [f"helix_{keys['m']}x{keys['n']}"]
+    if keys.get("exchange"):
+        words.append(keys["exchange"])
+    if keys.get("gather") == "step":
+        words.append("step")
+    words += [
+        f"{key}{keys[key]}" for key in ("pp", "cp", "gtp", "ep", "etp") if keys.get(key, 1) > 1
+    ]
+    return "_".join([*words, f"mb{keys['micro_batch']}"])
+
+
+def explain(found: Found, rank_by: str) -> str:
+    """The winner in two sentences: what bounds it, and what the next best loses."""
+    best = found.ranked[0]
+    shares = {
+        bound: sum(term.seconds for term in best.terms if term.bound == bound)
+        for bound in ("compute", "memory", "link", "waiting")
+    }
+    bound = max(shares, key=shares.__getitem__)
+    layout = best.deployment.layout
+    reached = (
+        f"{shares[bound] / best.step_s:.0%} of the step, and {best.roofline:.0%} of its roofline"
+    )
+    kind = _kind(layout)
+    first = f"{layout.name}, {kind}, wins; {_BOUNDS[bound]} bounds it ({reached} is reached)."
+    cuts = found.cuts()
+    if len(cuts) == 1:
+        return f"{first} Nothing else fits."
+    other = cuts[1]
+    rival = other.deployment.layout
+    loses = {
+        "tps": f"{1 - other.tokens_per_s / best.tokens_per_s:.1%} of the TPS",
+        "tpot": f"{other.tpot_ms - best.tpot_ms:.3f} ms of TPOT",
+        "memory": f"{(other.memory.total - best.memory.total) / 1e9:.1f} GB a device",
+    }[rank_by]
+    second = f" The next best cut, {rival.name} ({_kind(rival)}), loses {loses}"
+    if not layout.is_helix:
+        helix = next((one for one in found.ranked if one.deployment.layout.is_helix), None)
+        if helix is None:
+            return f"{first}{second}; no helix layout fits, m = 1 suffices."
+        if helix is not other:
+            behind = 1 - helix.tokens_per_s / best.tokens_per_s
+            second += f"; m = 1 suffices: the best helix layout, {helix.deployment.layout.name},"
+            return f"{first}{second} has {behind:.1%} less TPS."
+        return f"{first}{second}; m = 1 suffices."
+    return f"{first}{second}."
+
+
+_BOUNDS = {
+    "compute": "arithmetic",
+    "memory": "memory bandwidth",
+    "link": "the links",
+    "waiting": "waiting for other stages",
+}
+
+
+def _kind(layout: LayoutConfig) -> str:
+    return "a helix layout" if layout.is_helix else "a stock layout"
+
+
+def _cut(one: Prediction) -> tuple:
+    """What makes two layouts different cuts, and not the same with another micro-batch."""
+    keys = one.deployment.layout
+    return (keys.tp, keys.m, keys.n, keys.exchange, keys.pp, keys.cp, keys.gtp, keys.ep, keys.etp)

@@ -1,0 +1,258 @@
+"""What must hold of predictions, whatever the model, the layout and the machine."""
+
+import itertools
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from megatron_helix.commands.plan import _layout
+from megatron_helix.planner import flops, hardware, memory, parameters, search, traffic
+from megatron_helix.planner.deployment import Deployment
+from megatron_helix.planner.hardware import Hardware
+from megatron_helix.planner.time import predict
+from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig, read_config
+
+MACHINES = {
+    path.stem: hardware.load(path) for path in sorted(Path("configs/hardware").glob("*.yaml"))
+}
+DENSE = read_config(ModelConfig, Path("configs/models/dense.yaml"))
+MOE = read_config(ModelConfig, Path("configs/models/moe.yaml"))
+SMALL = BatchConfig(sequences=64, sequence_length=512)
+SIXTEEN = MACHINES["h100_2x8_ib"]
+
+CANDIDATES = {
+    (model.name, phase): list(search.deployments(model, 16, SMALL, phase))
+    for model in (DENSE, MOE)
+    for phase in ("train", "prefill", "decode")
+}
+deployed = st.sampled_from(sorted(CANDIDATES)).flatmap(lambda key: st.sampled_from(CANDIDATES[key]))
+machines = st.sampled_from([SIXTEEN, MACHINES["h100_nvl16"]])
+overlaps = st.floats(0, 1)
+
+
+def _with(machine: Hardware, *path: str, factor: float) -> Hardware:
+    """The machine with one constant multiplied."""
+    document = machine.model_dump()
+    place = document
+    for key in path:
+        place = place[key]
+    place["value"] *= factor
+    return Hardware.model_validate(document)
+
+
+@pytest.mark.parametrize("machine", MACHINES.values(), ids=list(MACHINES))
+def test_every_constant_says_where_it_is_from(machine: Hardware) -> None:
+    links = [link for link in (machine.intra_node, machine.inter_node) if link]
+    quantities = [machine.gemm, machine.memory, machine.memory_bandwidth]
+    quantities += [quantity for link in links for quantity in (link.bandwidth, link.latency)]
+    for quantity in quantities:
+        assert quantity.source
+        assert quantity.achieved == 1 or quantity.achieved_source
+
+
+@given(deployed, machines, overlaps, st.floats(1, 100), st.data())
+def test_a_better_machine_is_never_slower(
+    here: Deployment, machine: Hardware, overlap: float, factor: float, data: st.DataObject
+) -> None:
+    paths = [("gemm",), ("memory_bandwidth",), ("intra_node", "bandwidth")]
+    if machine.inter_node:
+        paths.append(("inter_node", "bandwidth"))
+    better = _with(machine, *data.draw(st.sampled_from(paths)), factor=factor)
+    before = predict(here, machine, overlap=overlap)
+    after = predict(here, better, overlap=overlap)
+    assert after.step_s <= before.step_s * (1 + 1e-12)
+
+
+@given(deployed, machines, st.floats(1, 100))
+def test_more_latency_is_never_faster(here: Deployment, machine: Hardware, factor: float) -> None:
+    worse = _with(machine, "intra_node", "latency", factor=factor)
+    assert predict(here, worse).step_s >= predict(here, machine).step_s * (1 - 1e-12)
+
+
+@given(deployed, machines, overlaps, overlaps)
+def test_more_overlap_is_never_slower(
+    here: Deployment, machine: Hardware, first: float, second: float
+) -> None:
+    less, more = sorted((first, second))
+    fast, slow = predict(here, machine, overlap=more), predict(here, machine, overlap=less)
+    assert fast.step_s <= slow.step_s * (1 + 1e-12)
+
+
+@given(deployed, machines, overlaps)
+def test_nothing_is_above_the_roofline(here: Deployment, machine: Hardware, overlap: float) -> None:
+    one = predict(here, machine, overlap=overlap)
+    assert one.step_s >= one.bounds.roofline_s * (1 - 1e-12)
+    # And of the whole machine, whatever the layout: its arithmetic at 100 %.
+    assert one.step_s >= flops.useful(here) / (machine.gemm.peak * here.world_size)
+
+
+@given(deployed, machines)
+def test_the_terms_are_the_step(here: Deployment, machine: Hardware) -> None:
+    one = predict(here, machine)
+    parts = one.compute_s + one.communication_s + one.waiting_s
+    assert parts == pytest.approx(one.step_s)
+    # Ranks of one stage differ in what comes once a step only.
+    assert sum(term.seconds for term in one.terms) == pytest.approx(one.step_s, rel=0.02)
+    assert min(one.compute_s, one.communication_s, one.waiting_s) >= 0
+
+
+@given(deployed, machines)
+def test_memory_is_positive_and_holds_the_weights(here: Deployment, machine: Hardware) -> None:
+    for stage in range(here.stages):
+        need = memory.of_rank(here, stage, fused_channels=machine.fused_attention_max_channels)
+        assert min(vars(need).values()) >= 0
+        assert need.total >= need.weights > 0
+
+
+@given(deployed)
+def test_ranks_together_hold_the_model_once_a_replica(here: Deployment) -> None:
+    """Matrices; norms, routers and the second copy of a tied embedding are replicas."""
+    model = here.model
+    held = 0
+    for stage in range(here.stages):
+        first, last = stage == 0, stage == here.stages - 1
+        tensors = parameters.dense_tensors(here, first, last)
+        norms = parameters.sequence_parallel(here, last)
+        held += (sum(tensors) - norms) * here.tp * here.layout.gtp
+        held += sum(parameters.expert_tensors(here)) * here.layout.ep * here.layout.etp
+    copies = 2 if here.stages > 1 else 1
+    heads = model.num_attention_heads + model.query_groups
+    attention = 2 * model.hidden_size * heads * model.kv_channels
+    mlp = 2 * model.hidden_size * model.ffn_hidden_size * (model.num_experts or 1)
+    whole = model.num_layers * (attention + mlp) + copies * here.vocabulary * model.hidden_size
+    assert held == whole
+
+
+@pytest.mark.parametrize("phase", ["train", "prefill", "decode"])
+@pytest.mark.parametrize("model", [DENSE, MOE], ids=lambda model: model.name)
+@pytest.mark.parametrize("exchange", ["activations", "weights", "scores", "auto"])
+def test_one_segment_is_stock_term_by_term(model: ModelConfig, phase: str, exchange: str) -> None:
+    beside = {"name": "one", "micro_batch": 4, "pp": 2}
+    stock = LayoutConfig(tp=8, **beside)
+    helix = LayoutConfig(m=1, n=8, exchange=exchange, **beside)
+    one, other = (
+        predict(Deployment(model, layout, SMALL, 16, phase).check(), SIXTEEN)
+        for layout in (stock, helix)
+    )
+    assert one.terms == other.terms
+    assert (one.step_s, one.tpot_ms, one.memory) == (other.step_s, other.tpot_ms, other.memory)
+
+
+@given(st.sampled_from(CANDIDATES["dense", "train"]), st.integers(2, 4))
+def test_more_micro_batches_send_in_proportion(here: Deployment, times: int) -> None:
+    """What moves every micro-batch is symmetric in them; what moves once a step does not grow."""
+    more = BatchConfig(sequences=SMALL.sequences * times, sequence_length=SMALL.sequence_length)
+    assume(here.plan.gather == "microbatch")
+    after = Deployment(here.model, here.layout, more, here.world_size, here.phase)
+
+    def sent(run: Deployment) -> tuple[Counter, Counter]:
+        steps, rest = Counter(), Counter()
+        for moved in traffic.transfers(run, 0):
+            where = steps if moved.when == "step" else rest
+            where[moved.axis, moved.kind] += moved.sent_bytes  # type: ignore[assignment]
+        return steps, rest
+
+    (once, each), (once_after, each_after) = sent(here), sent(after)
+    assert once_after == once
+    assert each_after == Counter({key: count * times for key, count in each.items()})
+
+
+@given(deployed)
+def test_ranks_of_a_stage_send_alike(here: Deployment) -> None:
+    """All but the rank that broadcasts the batch, whatever their place in the layout."""
+    stage_ranks = here.world_size // here.stages
+    known = (here.model, here.layout, here.batch)
+    sent = [
+        traffic.step_bytes(*known, world_size=here.world_size, rank=rank, phase=here.phase)
+        for rank in range(stage_ranks)
+    ]
+    for one in sent:
+        one.pop(("TENSOR_MODEL_PARALLEL_GROUP", "broadcast"), None)
+    assert all(one == sent[0] for one in sent)
+
+
+@given(
+    st.sampled_from(["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"]),
+    st.sampled_from([2, 4, 8, 16]),
+    st.floats(0, 1e10),
+)
+def test_crossing_nodes_is_never_faster(kind: str, ranks: int, sent_bytes: float) -> None:
+    machine = SIXTEEN.scaled(128)
+    strides = [1, 2, 4, 8]
+    times = [machine.seconds(kind, sent_bytes, 1, ranks, stride) for stride in strides]
+    assert all(near <= far for near, far in itertools.pairwise(times))
+
+
+def test_a_thousand_gpus_are_searched_in_full() -> None:
+    machine = SIXTEEN.scaled(1024)
+    batch = BatchConfig(sequences=4096, sequence_length=2048)
+    found = search.search(DENSE, machine, batch)
+    # A prediction takes about a millisecond: so many layouts are some seconds.
+    assert 1000 < len(found.ranked) + found.too_large < 5000
+    speeds = [one.tokens_per_s for one in found.ranked]
+    assert speeds == sorted(speeds, reverse=True)
+    assert any(one.deployment.layout.is_helix for one in found.ranked)
+
+
+@pytest.mark.parametrize("rank_by", search.RANKINGS)
+def test_the_explanation_is_two_sentences_and_names_the_winner(rank_by: str) -> None:
+    found = search.search(DENSE, SIXTEEN, SMALL, rank_by=rank_by)
+    words = search.explain(found, rank_by)
+    best = found.ranked[0].deployment.layout
+    assert words.startswith(best.name)
+    assert words.count(". ") == 1
+    assert words.endswith(".")
+    assert best.is_helix or "m = 1 suffices" in words
+
+
+def test_nothing_that_does_not_fit_is_ranked() -> None:
+    small = _with(SIXTEEN, "memory", factor=0.1)
+    found = search.search(DENSE, small, SMALL)
+    assert found.too_large
+    assert all(one.memory.total <= small.memory.rate for one in found.ranked)
+    with pytest.raises(ValueError, match=r"no layout of dense fits in 0 GB.*use more devices"):
+        search.search(DENSE, _with(SIXTEEN, "memory", factor=1e-4), SMALL)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("tp=8", "layout: micro_batch"),
+        ("tp=8,wings=2,micro_batch=1", "layout: wings"),
+        ("tp=8,m=2,n=4,micro_batch=1", "needs either tp"),
+    ],
+)
+def test_a_bad_layout_is_refused(words: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _layout(words)
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ({"tp": 3, "micro_batch": 1}, "must be a positive divisor of the number of ranks"),
+        ({"tp": 8, "pp": 2, "micro_batch": 3}, "micro_batch x data-parallel ranks"),
+        ({"m": 4, "n": 4, "gtp": 2, "micro_batch": 1}, "gtp"),
+        ({"m": 4, "n": 4, "micro_batch": 2, "split": "batch"}, "multiple of --helix-m"),
+        ({"tp": 16, "pp": 1, "cp": 2, "micro_batch": 1}, "the number of ranks"),
+    ],
+)
+def test_a_layout_that_cannot_run_is_refused(layout: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Deployment(DENSE, LayoutConfig(name="bad", **layout), SMALL, 16).check()
+
+
+def test_a_bad_hardware_file_is_refused(tmp_path: Path) -> None:
+    source = Path("configs/hardware/h100_nvl16.yaml").read_text()
+    path = tmp_path / "bad.yaml"
+    for old, new, message in (
+        ("unit: TFLOP/s", "unit: km/h", "gemm: .*unit must be one of TFLOP/s"),
+        ("devices_per_node: 16", "devices_per_node: 8", "inter_node"),
+        ("achieved: 0.70", "achieved: 7", "gemm.achieved"),
+    ):
+        path.write_text(source.replace(old, new))
+        with pytest.raises(ValueError, match=message):
+            hardware.load(path)
