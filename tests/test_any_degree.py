@@ -101,7 +101,7 @@ def test_the_head_check_is_relaxed_and_nothing_else_of_a_config() -> None:
         assert (config.num_attention_heads, config.num_query_groups) == (6, 3)
         assert type(config.num_attention_heads) is type(config.num_query_groups) is int
         assert config.kv_channels == 4
-        with pytest.raises(ValueError, match="Only one of self.fp16"):
+        with pytest.raises(ValueError, match=r"Only one of self\.fp16"):
             TransformerConfig(num_attention_heads=6, fp16=True, bf16=True, **sizes)
     finally:
         TransformerConfig.__post_init__ = stock

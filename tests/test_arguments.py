@@ -60,8 +60,11 @@ REFUSALS = {
         r"^--helix-split: sequence and --context-parallel-size > 1 both cut the sequence",
     ),
     "a loss per sequence and another token order": (
-        (*cut(2, 2), "--sequence-parallel", "--num-experts", "4", "--helix-exchange", "weights")
-        + ("--helix-split", "batch", "--moe-router-load-balancing-type", "seq_aux_loss"),
+        (
+            *(*cut(2, 2), "--sequence-parallel", "--num-experts", "4"),
+            *("--helix-exchange", "weights", "--helix-split", "batch"),
+            *("--moe-router-load-balancing-type", "seq_aux_loss"),
+        ),
         r"^--helix-exchange: weights with --helix-split batch leaves the token order",
     ),
     "n does not divide the heads": (

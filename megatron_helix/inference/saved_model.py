@@ -112,6 +112,8 @@ def load(flags: list[str]) -> tuple[Any, argparse.Namespace]:
     from megatron_helix import arguments, compat, plugin
 
     compat.use_compiled_dataset_helpers()
+    if arguments.want_helix(flags):
+        compat.relax_head_check()
     sys.argv = [sys.argv[0], *flags]  # Megatron's parser reads it there
     args = parse_and_validate_args(extra_args_provider=arguments.add_helix_arguments)
     initialize_megatron()
