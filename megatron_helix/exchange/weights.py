@@ -81,7 +81,9 @@ class GatheredWeight:
 
     def gradient(self, whole: torch.Tensor) -> torch.Tensor | None:
         """The shard's gradient from the whole weight's; one reduce-scatter over dim."""
-        return scatter_sum(self.shards.part(whole, self.dim.size()), self.dim)
+        parts = self.shards.part(whole, self.dim.size())
+        del whole  # the caller keeps none either: one copy less while they are exchanged
+        return scatter_sum(parts, self.dim)
 
 
 class StepWeight(GatheredWeight):
@@ -150,8 +152,9 @@ class _ColumnLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         (x,) = ctx.saved_tensors
         grad_x = scatter_sum(grad @ ctx.weight.whole(), ctx.head)
-        grad_whole = grad.flatten(0, -2).t() @ gather(x, ctx.head).flatten(0, -2)
-        return grad_x, ctx.weight.gradient(grad_whole), None, None
+        x = gather(x, ctx.head)
+        grad_shard = ctx.weight.gradient(grad.flatten(0, -2).t() @ x.flatten(0, -2))
+        return grad_x, grad_shard, None, None
 
 
 class _RowLinear(torch.autograd.Function):
@@ -178,8 +181,8 @@ class _RowLinear(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         grad = gather(grad, ctx.head)
         grad_x = grad @ ctx.weight.whole()
-        grad_whole = grad.flatten(0, -2).t() @ x.flatten(0, -2)
-        return grad_x, ctx.weight.gradient(grad_whole), None, None
+        grad_shard = ctx.weight.gradient(grad.flatten(0, -2).t() @ x.flatten(0, -2))
+        return grad_x, grad_shard, None, None
 
 
 def column_linear(x: torch.Tensor, weight: GatheredWeight, head: dist.ProcessGroup) -> torch.Tensor:
