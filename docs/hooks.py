@@ -33,7 +33,6 @@ REMEDIES = {
     "{folder}: need the same number of steps": "a run was interrupted: remove its folder",
     "{folder}: need the files of a finished": "measure first, then read",
     "ranks {sorted(left)}": "read the ranks' logs: one waits for a collective that another skipped",
-    "rank {rank} of": "read the log that the message names, the last lines first",
     "{Path(command[0]).name}: a rank failed": "read the log that the message names",
     "{argument}: must be one of": "take one of the names",
     "{flag}: must be one of": "take one of the values",
@@ -54,7 +53,9 @@ REMEDIES = {
     "rank: need 0 <=": "ask for a rank of the group",
     "need a GPTModel": "build the model with Megatron's GPT builder",
     "module {__name__}": "take one of the names in megatron_helix.__all__",
-    "{path}: {": "correct the key that the message names",
+    "unit must be one of": "take one of the units, or leave the value in the file's own",
+    "must be given where": "give it in the hardware file",
+    "rank-by: must be one of": "take one of the names",
 }
 
 

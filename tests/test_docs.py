@@ -103,7 +103,7 @@ def try_script(words: list[str]) -> None:
     if "--dry-run" in words:
         launched = re.search(r"^exec (helix launch .*)$", script.read_text(), re.MULTILINE)
         assert launched
-        line = launched[1].replace('"$config"', "configs/experiments/h100_16.yaml")
+        line = launched[1].replace('"$config"', "configs/experiments/seed_16gpu.yaml")
         try_helix([*shlex.split(line)[1:-1], *words[1:]])
     if script.name == "quickstart.sh":
         try_helix(["run", "configs/experiments/quickstart.yaml", "--out", "runs/quickstart"])
