@@ -42,10 +42,12 @@ class Fp16Config(Config):
         band: how far the fp16 loss may be from the fp32 loss, relative, at any step. Four unit
             roundoffs of fp16 by default: the loss is a mean over tokens of sums in fp32, so that
             the roundings of single products, of one roundoff each, mostly cancel.
+        steps: of the runs that are made for this check only; null for all of the experiment's.
     """
 
     loss_scale: PositiveFloat = 65536.0
     band: PositiveFloat = 4 * FP16_ROUNDOFF
+    steps: PositiveInt | None = None
 
 
 class VerificationConfig(Config):

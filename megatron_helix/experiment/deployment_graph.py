@@ -220,5 +220,5 @@ def _tile(made: nx.DiGraph, user: Any, step: Step) -> Any:
         column, row = made.nodes[user]["place"]
         group = made.nodes[user]["group"]
         label = f"own tile of {step.tile}"
-        made.add_node(tile, label=label, group=group, place=(column - 0.5, row + 0.4))
+        made.add_node(tile, label=label, group=group, place=(column - 0.55, row + 0.4))
     return tile

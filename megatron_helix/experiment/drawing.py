@@ -103,11 +103,11 @@ def _svg(made: nx.DiGraph) -> str:
         colour, width = ("#0072b2", 0.4) if "bytes" in data else ("#444444", 0.7)
         (x, y), (to_x, to_y) = places[start], places[end]
         arrow = {"arrowstyle": "->", "color": colour, "lw": width, "shrinkA": 0, "shrinkB": 0}
-        axes.annotate("", xy=(to_x - 0.3, to_y), xytext=(x + 0.3, y), arrowprops=arrow)
+        axes.annotate("", xy=(to_x - 0.24, to_y), xytext=(x + 0.2, y), arrowprops=arrow)
     for name, (x, y) in places.items():
         box = {"boxstyle": "round", "facecolor": "white", "edgecolor": "#444444", "pad": 0.25}
         label = made.nodes[name]["label"].replace(", ", "\n").replace(" of ", " of\n")
-        axes.text(x, y, label, ha="center", va="center", fontsize=6, bbox=box)
+        axes.text(x, y, label, ha="center", va="center", fontsize=6, bbox=box, zorder=3)
     for text, x, y in _headings(made, places):
         axes.text(x, y, text, ha="center", va="center", fontsize=7, weight="bold")
     axes.set_xlim(min(xs) - 1.2, max(xs) + 0.6)

@@ -11,6 +11,7 @@ from megatron_helix.experiment.metrics import PARTS
 _COLOURS = ("#0072b2", "#e69f00", "#56b4e9", "#999999", "#009e73", "#cc79a7", "#d55e00", "#f0e442")
 _WIDTH = 8.0
 _DPI = 130
+_DARK = 0.35  # away from the mean a tile's colour is so dark that black is not read on it
 
 Pictures = list[tuple[str, Path]]
 
@@ -126,7 +127,8 @@ def _load(helix: list[tuple[dict[str, Any], dict[str, Any]]]) -> Figure:
             image = axes.imshow(tiles, cmap="PuOr", norm=shown)
             for i, row in enumerate(tiles):
                 for j, value in enumerate(row):
-                    axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7)
+                    ink = "white" if abs(value - 1) > _DARK else "black"
+                    axes.text(j, i, f"{value:.2f}", color=ink, ha="center", va="center", size=7)
             axes.set_xticks(range(cut["m"]))
             axes.set_yticks(range(cut["n"]))
             axes.tick_params(labelsize=7, length=0)

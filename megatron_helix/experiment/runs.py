@@ -94,6 +94,12 @@ def model_flags(experiment: ExperimentConfig, model: ModelConfig) -> list[str]:
     ]
 
 
+def steps(experiment: ExperimentConfig, run: Run) -> int:
+    """How many steps a run takes."""
+    fp16 = experiment.verification.fp16
+    return (fp16.steps if run.is_check and fp16 else None) or experiment.steps
+
+
 def _data_flags(prefix: Path) -> list[str]:
     return ["--data-path", str(prefix), "--split", "100,0,0"]
 
@@ -112,7 +118,7 @@ def layout_flags(experiment: ExperimentConfig, run: Run) -> list[str]:
         *run.layout.flags(run.model),
         *precision[run.precision],
         *("--global-batch-size", str(experiment.batch.sequences)),
-        *("--train-iters", str(experiment.steps)),
+        *("--train-iters", str(steps(experiment, run))),
     ]
 
 

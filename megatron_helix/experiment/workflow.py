@@ -60,9 +60,13 @@ def run(experiment: ExperimentConfig, out: Path, console: Console) -> dict[str, 
             console=console,
         )
         tasks: dict[str, Any] = {}
+        totals = {
+            f"execution_monitoring/{one.name}": runs.steps(experiment, one)
+            for one in [*runs.compared(experiment), *runs.checks(experiment)]
+        }
 
         def notify(name: str, state: str) -> None:
-            total = experiment.steps if name.startswith("execution_monitoring/") else 1
+            total = totals.get(name, 1)
             if name not in tasks:
                 tasks[name] = progress.add_task(name.removeprefix("execution_"), total=total)
             if state != "started":
@@ -211,7 +215,9 @@ def _execute(
     """The result of one run, measured now."""
     folder = runs.folder(out, one)
     shutil.rmtree(folder, ignore_errors=True)
-    flags = [*runs.run_flags(experiment, one, _prefix(out, values), out), "--helix-profile"]
+    flags = runs.run_flags(experiment, one, _prefix(out, values), out)
+    if not one.is_check:
+        flags.append("--helix-profile")
     launchers.launch(
         experiment.launcher,
         flags,

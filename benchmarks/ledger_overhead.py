@@ -1,0 +1,103 @@
+"""What the ledger costs: steps of one training run with it and without it, in turns.
+
+    .venv/bin/python benchmarks/ledger_overhead.py --out runs/ledger_overhead
+
+One run of the quickstart's dense model on four CPU ranks: its collectives are small and many. All
+ranks take the ledger out before every second step and put it back after. What is compared is CPU
+time of a rank, which other processes and the other ranks do not change; the time of a step on the
+wall is printed beside it. Both are medians, means over ranks; exit code 1 above the limit.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from megatron_helix import compat, pretrain_gpt
+from megatron_helix.experiment import config, launch, runs
+from megatron_helix.experiment.comm_ledger import CommLedger, install
+from megatron_helix.run_config import LayoutConfig
+
+QUICKSTART = Path(__file__).parent.parent / "configs" / "experiments" / "quickstart.yaml"
+LIMIT = 0.02
+WARMUP_STEPS = 2
+
+
+def main() -> int:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description="Overhead of the communication ledger")
+    parser.add_argument("--out", type=Path, required=True, help="folder for results and logs")
+    parser.add_argument("--steps", type=int, default=42, help="steps of the run")
+    asked = parser.parse_args()
+    layout = LayoutConfig(name="helix_2x2", m=2, n=2, exchange="activations", micro_batch=4)
+    experiment = config.load(QUICKSTART).model_copy(
+        update={"layouts": [layout], "world_size": 4, "steps": asked.steps}
+    )
+    model = experiment.models[0]
+    run = runs.Run(model=model, layout=layout, phase="train", precision="fp32")
+    console = Console()
+    prefix = runs.corpus_dataset(asked.out, console)
+    runs.initial_weights(experiment, model, prefix, asked.out)
+    flags = runs.run_flags(experiment, run, prefix, asked.out)
+    place = flags.index("--helix-metrics")  # its own observer would measure, too
+    del flags[place : place + 2]
+    ready = pretrain_gpt.prepare(flags, experiment.world_size)
+    ranks = launch.Ranks(
+        target=_train, args=(ready, asked.out), world_size=4, logs=asked.out / "logs"
+    )
+    launch.run(ranks, timeout_s=1800)
+    found = [json.loads(file.read_text()) for file in sorted(asked.out.glob("rank*.json"))]
+    overhead = {}
+    for what in ("cpu_s", "wall_s"):
+        on, off = (
+            statistics.mean(statistics.median(rank[what][state]) for rank in found)
+            for state in ("on", "off")
+        )
+        overhead[what] = on / off - 1
+        console.print(
+            f"{what}: {off * 1e3:.2f} ms a step without the ledger, {on * 1e3:.2f} ms with it:"
+            f" {overhead[what]:+.2%}"
+        )
+    calls = found[0]["calls"]
+    console.print(f"{calls} calls a step and rank; limit {LIMIT:.0%} of CPU time")
+    return int(overhead["cpu_s"] > LIMIT)
+
+
+def _train(flags: list[str], out: Path) -> None:
+    """One rank: train, with the ledger in every second step."""
+    times: dict[str, dict[str, list[float]]] = {
+        what: {"on": [], "off": []} for what in ("cpu_s", "wall_s")
+    }
+    ledger = CommLedger()
+    done = calls = 0
+
+    def observed(train_step: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal done, calls
+        uninstall = install(ledger) if done % 2 else None
+        cpu, wall = time.process_time(), time.perf_counter()
+        result = train_step(*args, **kwargs)
+        if uninstall:
+            calls = len(ledger.take_calls())
+        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+        if uninstall:
+            uninstall()
+        if done >= WARMUP_STEPS:
+            state = "on" if uninstall else "off"
+            times["cpu_s"][state].append(cpu)
+            times["wall_s"][state].append(wall)
+        done += 1
+        return result
+
+    compat.observe_train_step(observed)
+    pretrain_gpt.train(flags)
+    (out / f"rank{os.environ['RANK']}.json").write_text(json.dumps({**times, "calls": calls}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
