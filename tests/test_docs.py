@@ -119,6 +119,9 @@ def try_helix(words: list[str]) -> None:
     experiment = context.params.get("experiment")
     if experiment:
         config.load(ROOT / experiment)
+    for name in ("model", "hardware"):
+        if isinstance(context.params.get(name), Path):
+            assert (ROOT / context.params[name]).exists()
     for source in context.params.get("sources") or ():
         assert (ROOT / source).exists()
     if words[0] in ("pretrain", "generate"):
