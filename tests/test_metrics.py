@@ -65,6 +65,40 @@ def test_a_run_of_one_step_is_read(tmp_path: Path) -> None:
     assert metrics.read(write(tmp_path, [line(step_s=2.0)])).step_ms == 2000.0
 
 
+def test_the_shortest_time_of_a_call_is_communication_and_the_rest_waiting(tmp_path: Path) -> None:
+    ranks = [
+        [
+            line(),
+            line(
+                step_s=1.0,
+                communication_s=s + 0.1,
+                calls=[["g", 0, "all_gather", s], ["p", 0, p2p, 0.1]],
+            ),
+        ]
+        for s, p2p in ((0.2, "send"), (0.6, "recv"))
+    ]
+    ranks[1][1]["calls"][1][3] = 0.3
+    ranks[1][1]["communication_s"] = 0.9
+    parts = metrics.read(write(tmp_path, *ranks)).breakdown_ms
+    assert parts["communication"] == pytest.approx((0.2 + 0.1) * 1e3)
+    assert parts["waiting"] == pytest.approx((0.0 + 0.4) / 2 * 1e3)
+    assert parts["pipeline_idle"] == pytest.approx((0.0 + 0.2) / 2 * 1e3)
+    assert parts["compute"] == pytest.approx((0.7 + 0.1) / 2 * 1e3)
+
+
+def test_a_profiled_step_counts_in_no_time(tmp_path: Path) -> None:
+    profile = {"ledger_s": 1.0, "profiler_s": 1.0}
+    steps = [line(step_s=9.0), line(step_s=2.0), line(step_s=7.0, profile=profile)]
+    found = metrics.read(write(tmp_path, steps))
+    assert found.step_ms == 2000.0
+    assert found.per_rank[0]["profile"] == profile
+
+
+def test_percentiles_are_interpolated() -> None:
+    assert metrics.percentile([3.0, 1.0, 2.0], 50) == 2.0
+    assert metrics.percentile([0.0, 10.0], 99) == pytest.approx(9.9)
+
+
 @pytest.mark.parametrize(
     ("ranks", "counts"),
     [

@@ -162,6 +162,14 @@ def layer_steps(here: Deployment, element: int) -> list[Step]:
     ]
 
 
+def _token_order(here: Deployment, element: int) -> list[Step]:
+    """The conversion of the stream at either end of the block, where there is one."""
+    plan, m = here.plan, here.layout.m or 1
+    if plan.exchange != "weights" or plan.split != "batch" or here.embeds_in_block_order:
+        return []
+    return [Step("token order", "dim", (m - 1) / m * _chunk(here) * element)]
+
+
 def _chain(
     made: nx.DiGraph, here: Deployment, place: dict[str, Any], element: int, shown: int
 ) -> list[Any]:
@@ -172,11 +180,13 @@ def _chain(
     if not layers:
         return []
     steps = layer_steps(here, element)
-    head = Step("received" if place["stage"] else "embedding")
-    named = [(head, "")]
+    named = [(Step("received" if place["stage"] else "embedding"), "")]
+    named += [(step, "") for step in _token_order(here, element) if not first]
     named += [(step, f", layer {layer}") for layer in layers for step in steps]
+    last = layers[-1] == here.model.num_layers - 1
+    named += [(step, "") for step in _token_order(here, element) if last]
     tile = f", tile {place['head_group']},{place['segment']}" if "segment" in place else ""
-    column = first * len(steps) + place["stage"]
+    column = first * len(steps) + 2 * place["stage"]
     chain = []
     for number, (step, layer) in enumerate(named):
         node = (place["rank"], column + number)

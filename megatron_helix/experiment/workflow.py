@@ -51,7 +51,6 @@ def run(experiment: ExperimentConfig, out: Path, console: Console) -> dict[str, 
     """
     check(experiment)
     with dag.locked(out):
-        (out / "experiment.json").write_text(experiment.model_dump_json(indent=1))
         progress = Progress(
             TextColumn("{task.description:44}"),
             BarColumn(bar_width=16),
@@ -132,8 +131,8 @@ def nodes(
         *made,
         Node(
             name="result_collection",
-            inputs=document["name"],
-            action=partial(_collect, compared, out),
+            inputs=document,
+            action=partial(_collect, experiment, compared, out),
             needs=results,
         ),
         Node(
@@ -144,7 +143,7 @@ def nodes(
         ),
         Node(
             name="report",
-            inputs=[document, megatron_helix.__version__],
+            inputs=megatron_helix.__version__,
             action=partial(_report, out),
             needs=("result_collection", "deployment_verification"),
         ),
@@ -249,14 +248,18 @@ def _execute(
     return Made(value=result, files=[kept, *sorted((folder / "metrics").iterdir())])
 
 
-def _collect(compared: list[Run], out: Path, values: dict[str, Any]) -> Made:
-    """``results.json``: the runs, the baseline first within a model."""
+def _collect(
+    experiment: ExperimentConfig, compared: list[Run], out: Path, values: dict[str, Any]
+) -> Made:
+    """``results.json``: the runs, the baseline first within a model; and what was asked for."""
     results = [dict(values[f"execution_monitoring/{one.name}"]) for one in compared]
     for result in results:
         del result["per_rank"]
     path = out / "results.json"
     path.write_text(json.dumps({"runs": results}, indent=2) + "\n")
-    return Made(value=results, files=[path])
+    asked = out / "experiment.json"
+    asked.write_text(experiment.model_dump_json(indent=1) + "\n")
+    return Made(value=results, files=[path, asked])
 
 
 def _verify(

@@ -1,0 +1,438 @@
+"""One small experiment from its file to its report, and everything that must make it fail."""
+
+import copy
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from megatron_helix import pretrain_gpt
+from megatron_helix.experiment import (
+    config,
+    dag,
+    deployment_graph,
+    launch,
+    launchers,
+    metrics,
+    report,
+    runs,
+    verify,
+    workflow,
+)
+from megatron_helix.experiment.config import ExperimentConfig, LauncherConfig
+from megatron_helix.planner.traffic import step_bytes, transfers
+
+CONFIGS = Path(__file__).parent.parent / "configs" / "experiments"
+QUIET = Console(quiet=True)
+DOCUMENT: dict[str, Any] = {
+    "name": "small",
+    "models": [
+        {
+            "name": "tiny",
+            "num_layers": 2,
+            "hidden_size": 64,
+            "num_attention_heads": 4,
+            "kv_channels": 16,
+            "ffn_hidden_size": 256,
+        }
+    ],
+    "layouts": [
+        {"name": "tp2_pp2", "tp": 2, "pp": 2, "micro_batch": 4},
+        {"name": "helix_2x2", "m": 2, "n": 2, "micro_batch": 4},
+    ],
+    "world_size": 4,
+    "batch": {"sequences": 8, "sequence_length": 32},
+    "phases": ["train", "prefill"],
+    "steps": 4,
+    "device": "cpu",
+    # Ranks that are short of cores are held up long after the profiler has seen the end of a call.
+    "verification": {"time_factor": 10.0, "busy_balance": 3.0},
+}
+Values = dict[str, Any]
+
+# What torch says where Megatron and torch themselves read checkpoints.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The argument order of load has been changed:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Please use DTensor instead:FutureWarning"),
+]
+
+
+def experiment(**changed: Any) -> ExperimentConfig:
+    """The small experiment, changed."""
+    return ExperimentConfig.model_validate({**DOCUMENT, **changed})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Values]:
+    """Its folder and the values of its nodes."""
+    out = tmp_path_factory.mktemp("experiment")
+    return out, workflow.run(experiment(), out, QUIET)
+
+
+def of(values: Values, component: str, run: str = "tiny-helix_2x2") -> Any:
+    """A copy of a node's value, to be spoilt."""
+    return copy.deepcopy(values[f"{component}/{run}"])
+
+
+def mapped(
+    finished: tuple[Path, Values], spoil: Callable[[list[dict[str, Any]]], None]
+) -> dict[str, Any]:
+    """The mapping check of the helix run, after ``spoil`` has been at what the ranks said."""
+    out, values = finished
+    run = runs.compared(experiment())[1]
+    live = verify.placements(runs.folder(out, run) / "metrics")
+    wanted = verify.fingerprints(experiment(), run, runs.initial_folder(out, run.model), live)
+    spoil(live)
+    cut, devices = of(values, "partitioning_setup"), of(values, "device_mapping")
+    return verify.mapping(run.name, cut, devices, live, wanted)
+
+
+def test_every_layout_is_exact_and_every_check_passes(finished: tuple[Path, Values]) -> None:
+    _, values = finished
+    results, checks = values["result_collection"], values["deployment_verification"]
+    assert report.departures(experiment(), results) == []
+    assert report.failures(checks) == []
+    kinds = {check["check"] for check in checks}
+    assert kinds == {"mapping", "fp16", "communication: bytes", "communication: time", "load"}
+    judged = [check for check in checks if check["run"] == "tiny-helix_2x2"]
+    assert [check["passed"] for check in judged] == [True] * 5
+
+
+def test_results_are_what_a_program_reads(finished: tuple[Path, Values]) -> None:
+    out, _ = finished
+    results = json.loads((out / "results.json").read_text())["runs"]
+    assert [result["layout"] for result in results] == ["tp2_pp2", "helix_2x2"] * 2
+    assert [result["phase"] for result in results] == ["train"] * 2 + ["prefill"] * 2
+    for result in results:
+        assert result["source"] == "measured"
+        assert len(result["losses"]) == 4
+        assert result["tokens_per_s"] > 0
+        assert set(result["breakdown_ms"]) == set(metrics.PARTS)
+        assert "per_rank" not in result
+    assert results[2]["losses"][0] == results[0]["losses"][0]  # the same forward pass
+    assert results[2]["grad_norms"] == []
+    assert (
+        results[0]["breakdown_ms"]["pipeline_idle"]
+        > 0
+        == results[1]["breakdown_ms"]["pipeline_idle"]
+    )
+
+
+def test_flops_of_live_ranks_are_the_formulas(finished: tuple[Path, Values]) -> None:
+    out, _ = finished
+    batch, model = experiment().batch, experiment().models[0]
+    for name, phase in (("tiny-helix_2x2", "train"), ("tiny-tp2_pp2-prefill", "prefill")):
+        ranks = json.loads((out / "runs" / name / "result.json").read_text())["per_rank"]
+        counted = sum(rank["flops"] for rank in ranks)
+        assert counted == workflow.model_flops(model, batch, runs.VOCABULARY, phase)
+
+
+def test_a_second_run_does_nothing(finished: tuple[Path, Values]) -> None:
+    out, values = finished
+    states: set[str] = set()
+    nodes = workflow.nodes(experiment(), out)
+    assert dag.run(nodes, out, lambda name, state: states.add(state)) == values
+    assert states == {"kept"}
+
+
+def test_an_interrupt_at_each_node_changes_no_result(
+    finished: tuple[Path, Values], tmp_path: Path
+) -> None:
+    chosen = experiment(phases=["train"], verification={**DOCUMENT["verification"], "fp16": None})
+    started: list[str] = []
+    done: list[str] = []
+    in_a_run: list[str] = []
+
+    def notify(name: str, state: str) -> None:
+        if state == "done":
+            done.append(name)
+        if state == "started" and name not in started:
+            started.append(name)
+            raise KeyboardInterrupt
+
+    def advance(name: str, steps: int) -> None:
+        if steps >= 1 and name not in in_a_run:
+            in_a_run.append(name)
+            raise KeyboardInterrupt
+
+    nodes = workflow.nodes(chosen, tmp_path, QUIET, advance)
+    values: Values = {}
+    while not values:
+        try:
+            values = dag.run(nodes, tmp_path, notify)
+        except KeyboardInterrupt:
+            continue
+    assert sorted(done) == sorted(node.name for node in nodes)  # each once
+    assert len(started) == len(nodes)
+    assert len(in_a_run) == 2
+    whole = finished[1]["result_collection"][:2]
+    for key in ("losses", "grad_norms", "sent_bytes"):
+        assert [result[key] for result in values["result_collection"]] == [
+            result[key] for result in whole
+        ]
+
+
+def test_a_swapped_pair_of_ranks_fails(finished: tuple[Path, Values], tmp_path: Path) -> None:
+    out, values = finished
+    run = runs.compared(experiment())[1]
+    flags = runs.run_flags(experiment(), run, out / "data" / "python_stdlib", out)
+    ready = pretrain_gpt.prepare([*flags, "--helix-metrics", str(tmp_path)], 4)
+
+    def swapped() -> None:
+        rank = os.environ["RANK"]
+        os.environ["RANK"] = {"1": "2", "2": "1"}.get(rank, rank)
+        pretrain_gpt.train(ready)
+
+    launch.run(launch.Ranks(target=swapped, world_size=4, logs=tmp_path / "logs"), timeout_s=60)
+    live = verify.placements(tmp_path)
+    wanted = verify.fingerprints(experiment(), run, runs.initial_folder(out, run.model), live)
+    cut, devices = of(values, "partitioning_setup"), of(values, "device_mapping")
+    found = verify.mapping(run.name, cut, devices, live, wanted)
+    assert found["passed"] is False
+    assert "rank 1 should be on cpu 1 and is on cpu 2" in found["detail"]
+    assert "rank 2 should be on cpu 2 and is on cpu 1" in found["detail"]
+
+
+def test_tiles_that_lie_on_other_ranks_fail(finished: tuple[Path, Values]) -> None:
+    def swap(live: list[dict[str, Any]]) -> None:
+        live[1]["attention"], live[2]["attention"] = live[2]["attention"], live[1]["attention"]
+
+    found = mapped(finished, swap)
+    assert found["passed"] is False
+    assert "rank 1: linear_qkv of layer 0 should be tile 1 and is tile 2" in found["detail"]
+
+
+def test_a_tile_of_another_model_fails(finished: tuple[Path, Values]) -> None:
+    found = mapped(finished, lambda live: live[3]["attention"][0].update(sha256="0"))
+    assert "rank 3: linear_qkv of layer 0 should be tile 3 and is no tile" in found["detail"]
+
+
+def test_two_ranks_on_one_device_fail(finished: tuple[Path, Values]) -> None:
+    found = mapped(finished, lambda live: live[3].update(device=live[0]["device"]))
+    assert found["passed"] is False
+    assert "4 ranks on 3 devices" in found["detail"]
+
+
+def test_a_wrong_process_group_fails(finished: tuple[Path, Values]) -> None:
+    found = mapped(finished, lambda live: live[0]["groups"].update(dim=[0, 2]))
+    assert "rank 0: its dim group should be [0, 1] and is [0, 2]" in found["detail"]
+
+
+def test_a_missing_rank_fails(finished: tuple[Path, Values]) -> None:
+    found = mapped(finished, lambda live: live.pop())
+    assert "4 ranks asked for, 3 ran" in found["detail"]
+
+
+def test_a_wrong_byte_formula_fails(finished: tuple[Path, Values]) -> None:
+    _, values = finished
+    cut, result = of(values, "partitioning_setup"), of(values, "execution_monitoring")
+    key = "HELIX_DIM_GROUP/all_gather"
+    cut["ranks"][2]["predicted_bytes"][key] += 4
+    found = verify.sent_bytes("x", cut, result["per_rank"])
+    assert found["passed"] is False
+    assert f"rank 2, {key}:" in found["detail"]
+
+
+def test_traffic_that_nobody_predicted_fails(finished: tuple[Path, Values]) -> None:
+    _, values = finished
+    cut, result = of(values, "partitioning_setup"), of(values, "execution_monitoring")
+    result["per_rank"][1]["sent_bytes"]["NEW_GROUP/all_reduce"] = 8
+    found = verify.sent_bytes("x", cut, result["per_rank"])
+    assert "rank 1, NEW_GROUP/all_reduce: 0 bytes predicted, 8 sent" in found["detail"]
+
+
+@pytest.mark.parametrize(
+    ("ledger_s", "passes"), [(1.9, True), (0.6, True), (2.1, False), (0.4, False)]
+)
+def test_the_ledgers_time_must_be_the_profilers(ledger_s: float, passes: bool) -> None:
+    ranks = [{"profile": {"ledger_s": ledger_s, "profiler_s": 1.0}}] * 2
+    assert verify.times("x", ranks, 2.0)["passed"] is passes
+
+
+def test_a_run_without_a_profile_fails() -> None:
+    assert verify.times("x", [{"profile": None}], 2.0)["passed"] is False
+
+
+@pytest.mark.parametrize("what", ["parameters", "KV bytes", "FLOPs", "busy time"])
+def test_an_unbalanced_layout_fails(finished: tuple[Path, Values], what: str) -> None:
+    out, values = finished
+    run = runs.compared(experiment())[1]
+    live = verify.placements(runs.folder(out, run) / "metrics")
+    result = of(values, "execution_monitoring")
+    asked = experiment().verification
+    assert verify.load(run, live, result["per_rank"], asked)["passed"] is True
+    live[0]["parameters"]["more"] = [[64, 4096 if what == "parameters" else 0], "float32"]
+    live[0]["key_value_bytes"] *= 2 if what == "KV bytes" else 1
+    result["per_rank"][0]["flops"] *= 2 if what == "FLOPs" else 1
+    result["per_rank"][0]["busy_s"] *= 100 if what == "busy time" else 1
+    found = verify.load(run, live, result["per_rank"], asked)
+    assert found["passed"] is False
+    assert found["detail"].startswith(f"{what}: max/mean")
+
+
+@pytest.mark.parametrize(
+    ("half", "said"),
+    [
+        ({"losses": [5.0, float("nan")]}, "losses must be finite"),
+        ({"losses": [5.0, 4.9]}, "loss leaves fp32's by 2.1e-02, allowed 2.0e-03"),
+        ({"grad_norms": [1.0, float("inf")]}, "gradient norms must be finite"),
+        ({"skipped_steps": 1}, "1 updates overflowed"),
+    ],
+)
+def test_fp16_that_goes_astray_fails(half: dict[str, Any], said: str) -> None:
+    single = {"losses": [5.0, 4.8]}
+    sound = {"losses": [5.0, 4.8], "grad_norms": [1.0], "skipped_steps": 0, "loss_scales": [2.0]}
+    asked = config.Fp16Config()
+    assert verify.fp16("x", single, sound, asked)["passed"] is True
+    found = verify.fp16("x", single, {**sound, **half}, asked)
+    assert found["passed"] is False
+    assert said in found["detail"]
+
+
+def test_the_report_stands_alone_and_separates_claims(
+    finished: tuple[Path, Values], tmp_path: Path
+) -> None:
+    out, _ = finished
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 4
+    assert "http" not in page
+    assert "Verified:" in page
+    assert "context switches" in page  # what times on shared cores are worth
+    text = (out / "report.md").read_text()
+    assert "TPS, claimed | TPS, measured" in text
+    assert all((out / "plots" / name).exists() for name in ("tps_tpot.png", "losses.png"))
+
+
+def test_comparing_with_itself_finds_no_change(finished: tuple[Path, Values]) -> None:
+    out, _ = finished
+    made = report.compare(out, out)
+    assert made.row_count == 4
+
+
+@pytest.mark.parametrize("what", ["models", "batch", "steps", "learning_rate"])
+def test_unequal_experiments_are_not_compared(
+    finished: tuple[Path, Values], tmp_path: Path, what: str
+) -> None:
+    other = {
+        "models": [{**DOCUMENT["models"][0], "ffn_hidden_size": 128}],
+        "batch": {"sequences": 16, "sequence_length": 32},
+        "steps": 5,
+        "learning_rate": 0.5,
+    }
+    out = tmp_path / "other"
+    copied(finished[0], out)
+    (out / "experiment.json").write_text(experiment(**{what: other[what]}).model_dump_json())
+    with pytest.raises(ValueError, match=f"compare: {what} must be equal, got"):
+        report.compare(finished[0], out)
+
+
+def copied(source: Path, target: Path) -> None:
+    """What ``report.read`` needs."""
+    target.mkdir()
+    for name in ("experiment.json", "results.json", "verification.json"):
+        (target / name).write_bytes((source / name).read_bytes())
+
+
+def test_an_unfinished_experiment_has_no_report(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"experiment\.json is missing; call `helix run"):
+        report.read(tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["tp2_pp2", "helix_2x2", "activations", "sequence", "scores"])
+def test_the_deployment_graph_sends_what_is_predicted(layout: str) -> None:
+    helix = {"m": 2, "n": 2, "micro_batch": 4}
+    more = [
+        {"name": "activations", **helix, "exchange": "activations", "split": "batch"},
+        {"name": "sequence", **helix, "exchange": "weights", "split": "sequence"},
+        {"name": "scores", **helix, "exchange": "scores"},
+    ]
+    chosen = experiment(layouts=[*DOCUMENT["layouts"], *more])
+    made = deployment_graph.build(chosen, layout=layout)
+    assert len({data["group"] for _, data in made.nodes(data=True)}) == 4
+    run = runs.Run(
+        model=chosen.models[0],
+        layout=next(item for item in chosen.layouts if item.name == layout),
+        phase="train",
+        precision="fp32",
+    )
+    here = workflow.partition.deployment(chosen, run)
+    for rank in range(4):
+        sent: dict[str, float] = {}
+        for _, _, data in made.out_edges([n for n in made if n[0] == rank], data=True):
+            if "bytes" in data:
+                axis = data.get("axis", "pp")
+                sent[axis] = sent.get(axis, 0.0) + data["bytes"] * here.microbatches
+        predicted: dict[str, float] = {}
+        for moved in transfers(here, rank // 2 if here.stages == 2 else 0, element_bytes=4):
+            inside = moved.what not in ("batch", "embedding", "LM head", "losses", "cross entropy")
+            if moved.when == "forward" and inside and moved.sent_bytes:
+                predicted[moved.axis] = predicted.get(moved.axis, 0.0) + moved.sent_bytes
+        assert sent == pytest.approx(predicted), (rank, sent, predicted)
+
+
+def test_the_shipped_experiments_are_sound() -> None:
+    for path in sorted(CONFIGS.glob("*.yaml")):
+        chosen = config.load(path)
+        for run in runs.compared(chosen):
+            workflow.partition.deployment(chosen, run).check()
+        assert dag.graph(workflow.nodes(chosen, Path())).number_of_nodes() > 8
+
+
+def test_a_layout_that_cannot_run_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    layouts = [{"name": "bad", "m": 2, "n": 3, "micro_batch": 4}]
+    with pytest.raises(ValueError, match=r"tiny, layout bad: .*must be a positive divisor"):
+        workflow.run(experiment(layouts=layouts), tmp_path / "out", QUIET)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"phases": ["train", "train"]}, "phases: must differ"),
+        ({"device": "cuda"}, "launcher.kind: must be torchrun or slurm on cuda, got fork"),
+        ({"launcher": {"kind": "slurm", "nodes": 3}}, "launcher.nodes: must divide world_size"),
+        ({"launcher": {"kind": "fork", "nodes": 2}}, "launcher.nodes: must be 1 with fork"),
+        ({"color": "red"}, "color: Extra inputs are not permitted, got 'red'"),
+        ({"batch": {"sequences": 0, "sequence_length": 8}}, "batch.sequences: Input should be"),
+    ],
+)
+def test_a_bad_file_is_named_with_the_path_of_the_key(
+    tmp_path: Path, changed: dict[str, Any], said: str
+) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(json.dumps({**DOCUMENT, **changed}))  # JSON is YAML
+    with pytest.raises(ValueError, match=f"bad.yaml: {said}"):
+        config.load(path)
+
+
+def test_torchrun_runs_the_same_training(finished: tuple[Path, Values], tmp_path: Path) -> None:
+    out, values = finished
+    layouts = [{"name": "helix_2x2", "m": 2, "n": 2, "micro_batch": 4}]
+    run = runs.compared(experiment(layouts=layouts, phases=["train"], steps=2))[0]
+    flags = runs.run_flags(experiment(steps=2), run, out / "data" / "python_stdlib", out)
+    flags += ["--helix-metrics", str(tmp_path / "metrics")]
+    launchers.launch(LauncherConfig(kind="torchrun"), flags, 4, tmp_path / "logs")
+    found = metrics.read(tmp_path / "metrics")
+    assert found.losses == values["result_collection"][1]["losses"][:2]
+
+
+def test_slurm_starts_one_torchrun_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_LAUNCH_NODE_IPADDR", "10.0.0.1")
+    slurm = LauncherConfig(kind="slurm", nodes=2)
+    words = launchers.launch_command(slurm, ["--fp16"], 16, tmp_path)
+    assert words[0] == "srun"
+    text = " ".join(words)
+    for part in ("--nodes 2", "--nproc-per-node 8", "--rdzv-endpoint 10.0.0.1:20007", "--fp16"):
+        assert part in text
+
+
+def test_predicted_bytes_of_training_are_the_planners() -> None:
+    run = runs.compared(experiment())[1]
+    same = step_bytes(run.model, run.layout, experiment().batch, world_size=4, rank=1)
+    assert workflow.partition.predicted_bytes(experiment(), run, 1) == same
