@@ -3,9 +3,10 @@
     .venv/bin/python benchmarks/ledger_overhead.py --out runs/ledger_overhead
 
 One run of the quickstart's dense model on four CPU ranks: its collectives are small and many. All
-ranks take the ledger out before every second step and put it back after. What is compared is CPU
-time of a rank, which other processes and the other ranks do not change; the time of a step on the
-wall is printed beside it. Both are medians, means over ranks; exit code 1 above the limit.
+ranks take the ledger out before every second step and put it back after: CPU time and time on the
+wall, side by side, medians over steps and means over ranks. On shared cores they vary by more than
+the ledger costs, so a call is measured by itself, too: exit code 1 if a step's calls cost more than
+the limit.
 """
 
 import argparse
@@ -17,7 +18,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from rich.console import Console
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
 from megatron_helix import compat, pretrain_gpt
 from megatron_helix.experiment import config, launch, runs
@@ -64,9 +68,32 @@ def main() -> int:
             f"{what}: {off * 1e3:.2f} ms a step without the ledger, {on * 1e3:.2f} ms with it:"
             f" {overhead[what]:+.2%}"
         )
-    calls = found[0]["calls"]
-    console.print(f"{calls} calls a step and rank; limit {LIMIT:.0%} of CPU time")
-    return int(overhead["cpu_s"] > LIMIT)
+    calls, step_s = found[0]["calls"], statistics.median(found[0]["cpu_s"]["off"])
+    call_s = _call_s()
+    share = calls * call_s / step_s
+    console.print(
+        f"{calls} calls a step and rank, {call_s * 1e6:.2f} us of the ledger in each:"
+        f" {share:.2%} of a rank's CPU time; limit {LIMIT:.0%}"
+    )
+    return int(share > LIMIT)
+
+
+def _call_s(calls: int = 5000, rounds: int = 9) -> float:
+    """What the ledger adds to a collective, seconds of CPU: on a group of one, with and without."""
+    dist.init_process_group("gloo", store=HashStore(), world_size=1, rank=0)
+    tensor, ledger = torch.ones(1), CommLedger()
+    spent: dict[bool, list[float]] = {True: [], False: []}
+    for turn in range(2 * rounds):
+        uninstall = install(ledger) if turn % 2 else None
+        start = time.process_time()
+        for _ in range(calls):
+            dist.all_reduce(tensor)
+        ledger.take()
+        spent[turn % 2 == 1].append((time.process_time() - start) / calls)
+        if uninstall:
+            uninstall()
+    dist.destroy_process_group()
+    return statistics.median(spent[True]) - statistics.median(spent[False])
 
 
 def _train(flags: list[str], out: Path) -> None:

@@ -46,8 +46,8 @@ class Traffic:
     """Running sums for one axis and kind of collective."""
 
     calls: int = 0
-    elements: int = 0
-    sent_bytes: int = 0
+    elements: float = 0
+    sent_bytes: float = 0
     time_s: float = 0.0
 
 
@@ -66,8 +66,8 @@ class Call:
     kind: str
     channel: str
     number: int
-    elements: int = 0
-    sent_bytes: int = 0
+    elements: float = 0
+    sent_bytes: float = 0
     time_s: float = 0.0
 
 
@@ -160,11 +160,11 @@ def _numel(tensors: Any) -> tuple[int, int]:
     return sum(size[0] for size in sizes), sum(size[1] for size in sizes)
 
 
-_Share = Callable[[int], float]
-_GATHER: tuple[str, int, _Share] = ("all_gather", 1, lambda p: p - 1)
-_SCATTER: tuple[str, int, _Share] = ("reduce_scatter", 0, lambda p: p - 1)
-_SWAP: tuple[str, int, _Share] = ("all_to_all", 1, lambda p: (p - 1) / p)
-_SUM: tuple[str, int, _Share] = ("all_reduce", 0, lambda p: 2 * (p - 1) / p)
+_Share = Callable[[int, int], float]  # of p ranks and V; V is multiplied first, to stay exact
+_GATHER: tuple[str, int, _Share] = ("all_gather", 1, lambda p, v: (p - 1) * v)
+_SCATTER: tuple[str, int, _Share] = ("reduce_scatter", 0, lambda p, v: (p - 1) * v)
+_SWAP: tuple[str, int, _Share] = ("all_to_all", 1, lambda p, v: (p - 1) * v / p)
+_SUM: tuple[str, int, _Share] = ("all_reduce", 0, lambda p, v: 2 * (p - 1) * v / p)
 
 # Method of ProcessGroup: its kind, which argument is the tensor V, and what a rank sends of V.
 # torch 2.13 renamed some; both names are here, and :func:`install` takes those that exist.
@@ -185,13 +185,13 @@ _METHODS: dict[str, tuple[str, int, _Share]] = {
     "alltoall": _SWAP,
     "alltoall_base": _SWAP,
     "all_to_all_single": _SWAP,
-    "broadcast": ("broadcast", 0, lambda p: 1),
-    "reduce": ("reduce", 0, lambda p: 1),
-    "gather": ("gather", 1, lambda p: 1),
-    "scatter": ("scatter", 0, lambda p: p - 1),
-    "send": ("send", 0, lambda p: 1),
-    "recv": ("recv", 0, lambda p: 0),
-    "barrier": ("barrier", -1, lambda p: 0),
+    "broadcast": ("broadcast", 0, lambda p, v: v),
+    "reduce": ("reduce", 0, lambda p, v: v),
+    "gather": ("gather", 1, lambda p, v: v),
+    "scatter": ("scatter", 0, lambda p, v: (p - 1) * v),
+    "send": ("send", 0, lambda p, v: v),
+    "recv": ("recv", 0, lambda p, v: 0),
+    "barrier": ("barrier", -1, lambda p, v: 0),
 }
 
 
@@ -241,8 +241,8 @@ def _counted(original: Any, kind: str, which: int, share: _Share, ledger: CommLe
         if which >= 0 and size > 1:
             elements, nbytes = _numel(args[which])
             sends = kind not in _ROOT_SENDS or _ROOT_SENDS[kind] == _is_root(group, args)
-            call.elements = round(elements * share(size)) if sends else 0
-            call.sent_bytes = round(nbytes * share(size)) if sends else 0
+            call.elements = share(size, elements) if sends else 0
+            call.sent_bytes = share(size, nbytes) if sends else 0
         start = ledger.clock.start()
         work = original(group, *args, **kwargs)
         ledger.clock.stop(start, call)

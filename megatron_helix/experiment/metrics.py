@@ -145,11 +145,11 @@ def _breakdown(counted: list[tuple[Line, ...]]) -> dict[str, float]:
     return {part: seconds / lines * 1e3 for part, seconds in sums.items()}
 
 
-def _sent(line: Line) -> dict[str, int]:
+def _sent(line: Line) -> dict[str, float]:
     return {f"{entry['axis']}/{entry['kind']}": entry["sent_bytes"] for entry in line["traffic"]}
 
 
-def _mean_of(ranks: list[dict[str, int]]) -> dict[str, float]:
+def _mean_of(ranks: list[dict[str, float]]) -> dict[str, float]:
     sums: dict[str, float] = defaultdict(float)
     for rank in ranks:
         for key, value in rank.items():
