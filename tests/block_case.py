@@ -53,6 +53,24 @@ def build(
     sequence_parallel: bool = True,
 ) -> torch.nn.ModuleList:
     """Its layers on ``groups.tp``: stock, or cut by a layout. For one rank they are the whole."""
+    config, spec = describe(block, groups, layout, choice, sequence_parallel=sequence_parallel)
+    layer = spec.layer_specs[0] if isinstance(spec, TransformerBlockSubmodules) else spec
+    layers = [
+        build_module(layer, config=config, layer_number=1 + i, pg_collection=groups)
+        for i in range(block.layers)
+    ]
+    return torch.nn.ModuleList(layers).to(block.dtype)  # norms take no dtype from the config
+
+
+def describe(
+    block: Block,
+    groups: ProcessGroupCollection,
+    layout: HelixLayout | None = None,
+    choice: Choice = Choice(),
+    *,
+    sequence_parallel: bool = True,
+) -> tuple[TransformerConfig, Any]:
+    """Megatron's config of it, and the spec of its layers."""
     config = TransformerConfig(
         num_layers=block.layers,
         hidden_size=block.hidden,
@@ -79,13 +97,7 @@ def build(
     spec: Any = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm)
     if layout is not None:
         spec = helixify(spec, layout, choice)
-    spec = with_sequence_parallel_norms(spec, config)
-    layer = spec.layer_specs[0] if isinstance(spec, TransformerBlockSubmodules) else spec
-    layers = [
-        build_module(layer, config=config, layer_number=1 + i, pg_collection=groups)
-        for i in range(block.layers)
-    ]
-    return torch.nn.ModuleList(layers).to(block.dtype)  # norms take no dtype from the config
+    return config, with_sequence_parallel_norms(spec, config)
 
 
 def run(layers: torch.nn.ModuleList, block: Block, x: torch.Tensor, sequence: int) -> torch.Tensor:

@@ -1,12 +1,17 @@
 """The closed forms of what an exchange sends, against what the ledger counts in a live layer."""
 
+import copy
+import dataclasses
 from collections import Counter
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -17,6 +22,8 @@ from megatron_helix.experiment.comm_ledger import CommLedger, install
 from megatron_helix.layer_spec import helixify, with_sequence_parallel_norms
 from megatron_helix.layout import HelixLayout
 from megatron_helix.linear import finish_step
+from tests import block_case
+from tests.block_case import Block
 from tests.distributed import model_parallel, run_distributed
 
 S, B, HIDDEN, FFN, HEADS, KV_CHANNELS = 16, 4, 32, 64, 4, 8
@@ -175,3 +182,74 @@ def test_weights_moves_a_third_of_tp16() -> None:
     ends = traffic.block_ends(plan, layout, shape, **size).total() / shape.num_layers
     stock = 4 * (15 / 16) * sequence * batch * hidden
     assert (forward.total() + ends) / stock <= 0.30
+
+
+# A decoder block of 4 layers with FFN = 4 x hidden, on 16 ranks.
+WIDE = Block(layers=4, hidden=128, ffn=512, heads=16, groups=16, kv_channels=8, rope=False)
+WEIGHTS = Choice(exchange="weights", split="batch")
+
+
+Counts = dict[tuple[int, bool], int]
+
+
+def _sent_bytes(m: int, n: int, pp: int) -> Counts:
+    """Bytes this rank sends for the block, or its pipeline stage, by (tokens a channel, training).
+
+    m = 1 is stock.
+    """
+    size = m * n
+    first = dist.get_rank() // size * size
+    tp = parallel_state.create_group(
+        list(range(first, first + size)),
+        use_local_synchronization=True,
+        group_desc="TENSOR_MODEL_PARALLEL_GROUP",
+    )
+    groups = copy.copy(ProcessGroupCollection.use_mpu_process_groups(["tp", "cp", "pp"]))
+    groups.tp = tp
+    block = dataclasses.replace(WIDE, layers=WIDE.layers // pp)
+    layers = block_case.build(block, groups, WIDE.layout(m, n) if m > 1 else None, WEIGHTS)
+    ledger = CommLedger()
+    uninstall = install(ledger)
+    counts = {}
+    batch = 16
+    for per_channel in (8, 16):
+        sequence = per_channel * block.hidden // batch
+        x = torch.randn(sequence // size, batch, block.hidden, requires_grad=True)
+        y = block_case.run(layers, block, x, sequence)
+        forward = _all_bytes(ledger)
+        y.sum().backward()
+        counts[per_channel, False] = forward
+        counts[per_channel, True] = forward + _all_bytes(ledger)
+    uninstall()
+    return counts
+
+
+def _all_bytes(ledger: CommLedger) -> int:
+    return sum(sent.sent_bytes for sent in ledger.take().values())
+
+
+BARS = [  # m, n, tokens a hidden channel, training step, stock (m, n, pp), largest ratio
+    (4, 4, 8, False, (1, 8, 2), 0.62),
+    (8, 2, 8, False, (1, 8, 2), 0.55),
+    (4, 4, 16, False, (1, 8, 2), 0.54),
+    (8, 2, 16, False, (1, 8, 2), 0.36),
+    (4, 4, 16, True, (1, 8, 2), 0.55),
+    (8, 2, 16, True, (1, 8, 2), 0.39),
+    (4, 4, 8, False, (1, 16, 1), 0.30),
+]
+
+
+def test_sixteen_ranks_send_less_than_stock() -> None:
+    """Counted on 16 live ranks. Stock's sends between its pipeline stages do not count here."""
+
+    def count() -> dict[tuple[int, int, int], Counts]:
+        with model_parallel(tp=16):
+            return {
+                layout: _sent_bytes(*layout)
+                for layout in ((4, 4, 1), (8, 2, 1), (1, 8, 2), (1, 16, 1))
+            }
+
+    for rank, counted in enumerate(run_distributed(count, 16)):
+        for m, n, tokens, train, stock, bar in BARS:
+            ratio = counted[m, n, 1][tokens, train] / counted[stock][tokens, train]
+            assert ratio <= bar, f"rank {rank}: {m}x{n} at {tokens} x hidden sends {ratio:.3f}"

@@ -27,7 +27,10 @@ def plan(
     top: Annotated[int, typer.Option(min=1, help="Layouts to show.")] = 10,
     layout: Annotated[
         list[str] | None,
-        typer.Option(help="Predict this one, not all; e.g. tp=8,pp=2,micro_batch=4. Repeatable."),
+        typer.Option(
+            help="Predict this one, not all; e.g. tp=8,pp=2,micro_batch=4. Repeatable: the others"
+            " are compared with the first."
+        ),
     ] = None,
     explain: Annotated[
         str | None, typer.Option(help="Show the sum of this layout, term by term.")
@@ -71,7 +74,7 @@ def plan(
         rows = [_row(prediction) for prediction in shown]
         typer.echo(json.dumps({"plan": title, "source": "predicted", "layouts": rows}, indent=2))
         return
-    console.print(_table(shown, title))
+    console.print(_table(shown, title, compare=bool(layout)))
     if words:
         console.print(words)
 
@@ -133,7 +136,7 @@ def _row(one: "Prediction") -> dict[str, Any]:
     }
 
 
-def _table(shown: list["Prediction"], title: str) -> "Table":
+def _table(shown: list["Prediction"], title: str, *, compare: bool) -> "Table":
     from rich import box
     from rich.table import Table
 
@@ -145,17 +148,22 @@ def _table(shown: list["Prediction"], title: str) -> "Table":
         caption_justify="left",
         box=box.SIMPLE_HEAD,
     )
-    made.add_column("layout", overflow="fold")
-    for heading in ("TPS", "TPOT\nms", "step\nms", "comm.", "wait", "GB", "roofline"):
+    made.add_column("layout", overflow="fold", min_width=14)
+    middle = ("TPS,\nchange", "TPOT,\nchange") if compare else ("step\nms", "wait")
+    for heading in ("TPS", "TPOT\nms", *middle, "comm.", "GB", "roofline"):
         made.add_column(heading, justify="right", no_wrap=True)
+    first = shown[0]
     for one in shown:
+        speed = one.tokens_per_s / first.tokens_per_s - 1
+        lost = one.tpot_ms / first.tpot_ms - 1 if first.tpot_ms else 0.0
+        changes = (f"{speed:+.1%}", f"{lost:+.1%}")
+        times = (f"{one.step_s * 1e3:,.1f}", f"{one.waiting_s / one.step_s:.0%}")
         made.add_row(
             one.deployment.layout.name,
             f"{one.tokens_per_s:,.0f}",
             f"{one.tpot_ms:.3f}",
-            f"{one.step_s * 1e3:,.1f}",
+            *(changes if compare else times),
             f"{one.communication_s / one.step_s:.0%}",
-            f"{one.waiting_s / one.step_s:.0%}",
             f"{one.memory.total / 1e9:.1f}",
             f"{one.roofline:.0%} {one.bounds.resource}",
         )

@@ -46,8 +46,8 @@ class Traffic:
     """Running sums for one axis and kind of collective."""
 
     calls: int = 0
-    elements: float = 0
-    sent_bytes: float = 0
+    elements: int = 0
+    sent_bytes: int = 0
     time_s: float = 0.0
 
 
@@ -66,8 +66,8 @@ class Call:
     kind: str
     channel: str
     number: int
-    elements: float = 0
-    sent_bytes: float = 0
+    elements: int = 0
+    sent_bytes: int = 0
     time_s: float = 0.0
 
 
@@ -241,8 +241,8 @@ def _counted(original: Any, kind: str, which: int, share: _Share, ledger: CommLe
         if which >= 0 and size > 1:
             elements, nbytes = _numel(args[which])
             sends = kind not in _ROOT_SENDS or _ROOT_SENDS[kind] == _is_root(group, args)
-            call.elements = share(size, elements) if sends else 0
-            call.sent_bytes = share(size, nbytes) if sends else 0
+            call.elements = round(share(size, elements)) if sends else 0
+            call.sent_bytes = round(share(size, nbytes)) if sends else 0
         start = ledger.clock.start()
         work = original(group, *args, **kwargs)
         ledger.clock.stop(start, call)

@@ -46,7 +46,11 @@ def on_cpu(ranks: int, out: Path) -> str:
         raise ValueError(f"--out: {out.parent} must be a folder, and is none; make it first")
     with tempfile.TemporaryDirectory(prefix="helix-calibrate-") as name:
         found = Path(name) / "measured.json"
-        launch.run(launch.Ranks(target=_cpu_rank, args=(found,), world_size=ranks))
+        launch.run(
+            launch.Ranks(
+                target=_cpu_rank, args=(found,), world_size=ranks, logs=found.with_name("logs")
+            )
+        )
         measured = json.loads(found.read_text())
     return write(measured, out)
 
@@ -99,6 +103,7 @@ def measure(device: str) -> Measured:
         "gemm": gemm,
         "memory": held,
         "copied": copied,
+        "element_bytes": source.element_size(),
         "links": links,
     }
 
@@ -167,6 +172,7 @@ def write(measured: Measured, out: Path) -> str:
         "intra_node": link,
         # All ranks were measured together: between nodes the slower links set the figures.
         **({"inter_node": link} if several else {}),
+        "element_bytes": measured["element_bytes"],
         "note": note,
     }
     out.write_text(yaml.safe_dump(document, sort_keys=False, width=100))

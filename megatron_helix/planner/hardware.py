@@ -95,6 +95,7 @@ class Hardware(Config):
         inter_node: links between nodes, one for each device; None where there is one node.
         fused_attention_max_channels: head dimension up to which attention keeps its scores on the
             chip; beyond it they go through memory.
+        element_bytes: of weights and activations, in the precision that ``gemm`` is for.
         note: what else a reader must know.
     """
 
@@ -107,6 +108,7 @@ class Hardware(Config):
     intra_node: Link
     inter_node: Link | None = Field(default=None, validate_default=True)
     fused_attention_max_channels: PositiveInt = 256
+    element_bytes: PositiveInt = 2
     note: str = ""
 
     @field_validator("gemm", "memory", "memory_bandwidth")

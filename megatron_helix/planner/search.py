@@ -10,8 +10,7 @@ from megatron_helix.planner.time import Prediction, predict
 from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig
 
 RANKINGS = ("tps", "tpot", "memory")
-MAX_MICRO_BATCH = 64
-MAX_MICRO_BATCH_CHOICES = 4  # a larger micro-batch saves weights traffic, a smaller one the bubble
+MICRO_BATCH_STEP = 3  # of powers of two every third: a factor of 8 between sizes that are tried
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,8 +142,9 @@ def _divisors(number: int) -> list[int]:
 
 
 def _micro_batches(sequences: int) -> list[int]:
-    sizes = [size for size in _divisors(math.gcd(sequences, 2**30)) if size <= MAX_MICRO_BATCH]
-    return sizes[-MAX_MICRO_BATCH_CHOICES:] + sizes[:-MAX_MICRO_BATCH_CHOICES][:1]
+    """Some powers of two, with the smallest and the largest that can be."""
+    sizes = _divisors(math.gcd(sequences, 2**30))
+    return sorted({sizes[0], *sizes[::-MICRO_BATCH_STEP]})
 
 
 def name(keys: dict) -> str:

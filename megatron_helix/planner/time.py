@@ -119,16 +119,13 @@ class _Stage:
         return self.compute_s + self.exposed_s
 
 
-def predict(
-    here: Deployment, machine: Hardware, *, overlap: float = 0.0, element_bytes: int = 2
-) -> Prediction:
+def predict(here: Deployment, machine: Hardware, *, overlap: float = 0.0) -> Prediction:
     """Time, memory and bounds of one step.
 
     Args:
         here: what runs; checked already.
         machine: what it runs on.
         overlap: fraction of a micro-batch's communication that computation may hide, 0 to 1.
-        element_bytes: of weights and activations.
 
     Raises:
         ValueError: when the machine has another number of devices, or overlap is no fraction.
@@ -145,7 +142,7 @@ def predict(
     counts = [1] * len(kinds)
     if len(kinds) == 3:
         counts[1] = here.stages - 2
-    stages = [_stage(here, stage, machine, overlap, element_bytes) for stage in kinds]
+    stages = [_stage(here, stage, machine, overlap) for stage in kinds]
     slowest = max(stages, key=lambda stage: stage.busy_s)
     rounds = (here.microbatches + here.stages - 1) / here.microbatches
     once_s, update_s = max(s.once_s for s in stages), max(s.update_s for s in stages)
@@ -159,7 +156,7 @@ def predict(
     bubble = Term(what="bubble", bound="waiting", seconds=(rounds - 1) * slowest.busy_s)
     fused = machine.fused_attention_max_channels
     needs = [
-        memory.of_rank(here, stage, fused_channels=fused, element_bytes=element_bytes)
+        memory.of_rank(here, stage, fused_channels=fused, element_bytes=machine.element_bytes)
         for stage in kinds
     ]
     return Prediction(
@@ -174,14 +171,12 @@ def predict(
     )
 
 
-def _stage(
-    here: Deployment, stage: int, machine: Hardware, overlap: float, element_bytes: int
-) -> _Stage:
+def _stage(here: Deployment, stage: int, machine: Hardware, overlap: float) -> _Stage:
     passes = 3 if here.phase == "train" else 1
     times = here.microbatches * passes
     fused = machine.fused_attention_max_channels
     gemm, stream = machine.gemm, machine.memory_bandwidth
-    work = flops.forward(here, stage, fused_channels=fused, element_bytes=element_bytes)
+    work = flops.forward(here, stage, fused_channels=fused, element_bytes=machine.element_bytes)
     terms = []
     for part in work:
         arithmetic, moving = part.flops / gemm.rate, part.memory_bytes / stream.rate
@@ -189,7 +184,7 @@ def _stage(
         terms.append(Term(what=part.what, bound=bound, seconds=times * max(arithmetic, moving)))
     compute_s = sum(term.seconds for term in terms)
     exchanged = once_s = link_s = 0.0
-    for moved in traffic.transfers(here, stage, element_bytes=element_bytes):
+    for moved in traffic.transfers(here, stage, element_bytes=machine.element_bytes):
         known = (moved.kind, moved.sent_bytes, moved.calls, moved.ranks, moved.stride)
         seconds = machine.seconds(*known)
         terms.append(
