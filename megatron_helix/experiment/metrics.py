@@ -43,8 +43,8 @@ class RunMetrics:
         sent_bytes: by axis and kind, sent by one rank in one step; mean over ranks.
         loss_scales: of every step; None without loss scaling.
         skipped_steps: updates that overflowed and were left out.
-        per_rank: one mapping a rank: ``sent_bytes`` and ``calls`` by axis and kind, ``busy_s``, ``flops``,
-            ``peak_memory_bytes`` and the ``profile`` of the profiled step.
+        per_rank: one mapping a rank: ``sent_bytes`` and ``calls`` by axis and kind, ``busy_s``,
+            ``flops``, ``peak_memory_bytes`` and the ``profile`` of the profiled step.
     """
 
     losses: list[float]
