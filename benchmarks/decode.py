@@ -17,8 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from megatron_helix import corpus, generate, pretrain_gpt
-from megatron_helix.experiment import launch
+from megatron_helix import corpus, generate, launch, pretrain_gpt
 from megatron_helix.inference import measure
 from megatron_helix.inference.requests import Request
 from megatron_helix.inference.sampling import Sampling

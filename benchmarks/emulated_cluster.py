@@ -19,8 +19,8 @@ from emulated_hosts import Hosts, emulated_hosts
 from rich.console import Console
 from rich.table import Table
 
-from megatron_helix import pretrain_gpt
-from megatron_helix.experiment import launch, metrics, report, runs
+from megatron_helix import launch, pretrain_gpt
+from megatron_helix.experiment import metrics, report, runs
 from megatron_helix.experiment.config import ExperimentConfig
 from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig
 

@@ -5,10 +5,9 @@ from typing import Annotated
 
 import typer
 
-from megatron_helix import __version__
+from megatron_helix import __version__, launch
 from megatron_helix.commands import data, experiment, generate, plan, pretrain
 from megatron_helix.commands import launch as launch_command
-from megatron_helix.experiment import launch
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_helix import arguments, compat, pretrain_gpt
-from megatron_helix.exchange.strategy import Choice
+from megatron_helix.exchange.strategy import Choice, cache_split
 from megatron_helix.inference import saved_model
 from megatron_helix.inference.requests import Request, tokenizer_of
 
@@ -89,8 +89,6 @@ def _require_split(saved: argparse.Namespace, flags: Sequence[str], batch: int) 
     asked = parser.parse_known_args(list(flags))[0]
     if not asked.helix_m or not asked.helix_n or asked.helix_m == 1:
         return
-    from megatron_helix.exchange.decode import cache_split
-
     choice = Choice(exchange=asked.helix_exchange, split=asked.helix_split)
     heads = saved.num_attention_heads
     layout = arguments.layout(

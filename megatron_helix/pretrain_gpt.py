@@ -108,7 +108,7 @@ def turn_on(args: argparse.Namespace, model_config: Any) -> Any:
     The ``pretrain_gpt.py`` of a patched Megatron-LM checkout calls it too.
     """
     from megatron_helix import plugin
-    from megatron_helix.experiment.record import Recording, record
+    from megatron_helix.recording.record import Recording, record
 
     if args.helix_metrics:
         record(

@@ -149,13 +149,22 @@ def read_config[T: Config](kind: type[T], path: Path) -> T:
     Raises:
         ValueError: naming the file, the path of each bad key, and what was wrong with it.
     """
-    document = read_mapping(path)
+    return validated(kind, read_mapping(path), path)
+
+
+def validated[T: Config](kind: type[T], document: dict[str, Any], path: Path) -> T:
+    """The config of one ``kind`` that the ``document`` from a file holds.
+
+    Raises:
+        ValueError: naming the file, the path of each bad key, and what was wrong with it.
+    """
     try:
         return kind.model_validate(document)
     except ValidationError as error:
         lines = [
-            f"{path}: {'.'.join(map(str, item['loc'])) or 'file'}: {item['msg']},"
-            f" got {item['input']!r}"
+            f"{path}: {'.'.join(map(str, item['loc']))}: {item['msg']}, got {item['input']!r}"
+            if item["loc"]
+            else f"{path}: {item['msg'].removeprefix('Value error, ')}"
             for item in error.errors()
         ]
         raise ValueError("\n".join(lines)) from None

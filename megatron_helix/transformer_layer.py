@@ -9,8 +9,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_viewless_tensor
 
 from megatron_helix.attention import HelixSelfAttention
-from megatron_helix.exchange.decode import cache_split, decode_plan, prefill_plan
-from megatron_helix.exchange.strategy import Choice, explain, resolve
+from megatron_helix.exchange.strategy import (
+    Choice,
+    cache_split,
+    decode_plan,
+    explain,
+    prefill_plan,
+    resolve,
+)
 from megatron_helix.exchange.tokens import from_batch_share, to_batch_share
 from megatron_helix.exchange.traffic import BlockShape, Plan
 from megatron_helix.layout import HelixLayout

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from rich.console import Console
 
 from megatron_helix import compat, corpus, cpu_device
 
@@ -17,6 +18,9 @@ cpu_device.enable()  # before Megatron is imported: some of its modules bind tor
 compat.quieten_imports()
 
 import megatron.training  # noqa: E402, F401
+
+from megatron_helix.experiment import workflow  # noqa: E402
+from tests.experiment_case import Values, experiment  # noqa: E402
 
 compat.use_compiled_dataset_helpers()
 torch.set_num_threads(1)  # a forked rank cannot use its parent's thread pool
@@ -33,3 +37,10 @@ def corpus_prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prefix = tmp_path_factory.mktemp("corpus") / "stdlib"
     corpus.build([library / "json", library / "email"], prefix, pattern="*.py")
     return prefix
+
+
+@pytest.fixture(scope="package")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Values]:
+    """The small experiment, run: its folder and the values of its nodes."""
+    out = tmp_path_factory.mktemp("experiment")
+    return out, workflow.run(experiment(), out, Console(quiet=True))

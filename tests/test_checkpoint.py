@@ -15,17 +15,9 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing import load_plain_tensors
 
-from megatron_helix import pretrain_gpt
-from megatron_helix.experiment import launch
+from megatron_helix import launch, pretrain_gpt
 from megatron_helix.experiment.metrics import RunMetrics
 from tests.distributed import pretrain, run_distributed, tiny_gpt
-
-# What torch says of how Megatron saves and loads.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning"),
-    pytest.mark.filterwarnings("ignore:The argument order of load has been changed:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Please use DTensor instead:FutureWarning"),
-]
 
 STEPS, SAVED_STEP = 4, 2
 

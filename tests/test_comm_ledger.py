@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_helix.experiment.comm_ledger import CommLedger, Traffic, install
+from megatron_helix.recording.comm_ledger import CommLedger, Traffic, install
 from tests.distributed import run_distributed
 
 P = 4  # ranks

@@ -12,13 +12,13 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_helix import vocabulary
-from megatron_helix.exchange import decode
+from megatron_helix.exchange import decode, strategy, traffic
 from megatron_helix.exchange.strategy import Choice
-from megatron_helix.experiment.comm_ledger import CommLedger, install
 from megatron_helix.inference.engine import Engine, cache_bytes, micro_batches
 from megatron_helix.inference.sampling import Sampling
 from megatron_helix.layer_spec import helixify, with_sequence_parallel_norms
 from megatron_helix.layout import HelixLayout
+from megatron_helix.recording.comm_ledger import CommLedger, install
 from megatron_helix.transformer_layer import block_shape
 from tests.distributed import model_parallel, run_distributed
 
@@ -267,7 +267,7 @@ def test_decode_is_as_stock(stock: Stock, name: str, layout: Layout) -> None:
         if layout.exchange == "scores":
             split = "none"
         elif split == "auto":
-            split = decode.cache_split(Choice(), layout.partition(model), batch)
+            split = strategy.cache_split(Choice(), layout.partition(model), batch)
         for rank, result in enumerate(found):
             where = f"batch {batch}, rank {rank}"
             assert torch.equal(result.tokens, expected.tokens), where
@@ -294,7 +294,7 @@ def assert_sends(result: Result, model: Model, layout: Layout, split: str, batch
     )
     start = min(map(len, prompts(batch)))
     for step, sent in enumerate(result.step_bytes):
-        expected = decode.step_bytes(
+        expected = traffic.decode_bytes(
             split,
             layout.partition(model),
             shape,

@@ -15,12 +15,6 @@ from megatron_helix.inference.requests import ByteTokenizer, Request, read_promp
 from megatron_helix.inference.sampling import Sampling
 from tests.distributed import launch_ranks, pretrain, tiny_gpt
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning"),
-    pytest.mark.filterwarnings("ignore:The argument order of load has been changed:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Please use DTensor instead:FutureWarning"),
-]
-
 PROMPTS = ("import os\n", "def f(x):", "class")
 GREEDY = Sampling()
 Generate = Callable[..., dict[int, list[int]]]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from megatron_helix.experiment import launch
+from megatron_helix import launch
 
 ENDS_WITHIN_S = 30.0  # far more than GRACE_S, far less than the collectives' own timeout of minutes
 
@@ -188,7 +188,7 @@ def test_ctrl_c_ends_the_ranks(tmp_path: Path) -> None:
 def test_ranks_do_not_outlive_a_launcher_that_is_ended(tmp_path: Path, how: signal.Signals) -> None:
     script = f"""
 import os, pathlib, time
-from megatron_helix.experiment import launch
+from megatron_helix import launch
 def run():
     pathlib.Path({str(tmp_path)!r}, "pid" + os.environ["RANK"]).write_text(str(os.getpid()))
     time.sleep(1000)

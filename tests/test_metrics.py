@@ -94,11 +94,6 @@ def test_a_profiled_step_counts_in_no_time(tmp_path: Path) -> None:
     assert found.per_rank[0]["profile"] == profile
 
 
-def test_percentiles_are_interpolated() -> None:
-    assert metrics.percentile([3.0, 1.0, 2.0], 50) == 2.0
-    assert metrics.percentile([0.0, 10.0], 99) == pytest.approx(9.9)
-
-
 @pytest.mark.parametrize(
     ("ranks", "counts"),
     [

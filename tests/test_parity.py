@@ -268,9 +268,6 @@ def stream_over_all_ranks(run: RunMetrics) -> list[str]:
     ]
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
-@pytest.mark.filterwarnings("ignore:The argument order of load has been changed:UserWarning")
-@pytest.mark.filterwarnings("ignore:Please use DTensor instead:FutureWarning")
 def test_learnable_softmax_offsets(corpus_prefix: Path, helix: Helix, tmp_path: Path) -> None:
     """From a common checkpoint: Megatron draws them alike on every tensor-parallel rank.
 

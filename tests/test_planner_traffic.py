@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from megatron_helix import corpus
+from megatron_helix.exchange import traffic
 from megatron_helix.experiment import config
-from megatron_helix.planner.deployment import VOCAB_MULTIPLE
+from megatron_helix.planner.deployment import VOCAB_MULTIPLE, Deployment
 from megatron_helix.planner.traffic import AXES, step_bytes
 from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig
 from tests.distributed import pretrain
@@ -142,3 +143,35 @@ def _take_routed(sent: list[Sent], predicted: list[Sent]) -> None:
     routed, expected = ([rank.pop(key) for rank in ranks] for ranks in (sent, predicted))
     assert sum(routed) == pytest.approx(sum(expected), rel=1e-5)
     assert min(routed) >= expected[0] / 2 * (1 - 1e-5)
+
+
+@pytest.mark.parametrize("model", ["dense", "gqa"])
+@pytest.mark.parametrize(
+    ("layout", "split"),
+    [
+        ({"tp": 2, "micro_batch": 4}, "batch"),
+        ({**CUT, "micro_batch": 4}, "batch"),
+        ({**CUT, "micro_batch": 1}, "sequence"),
+        ({"m": 4, "n": 1, "micro_batch": 2}, "sequence"),
+        ({**CUT, "exchange": "scores"}, "none"),
+    ],
+)
+def test_a_decode_step_is_the_closed_form_that_generation_is_held_to(
+    model: str, layout: dict, split: str
+) -> None:
+    """tests/test_decode.py holds the same closed form against the ledger of live decode steps."""
+    cut = LayoutConfig(name="case", **layout)
+    ranks = cut.tensor_parallel_size
+    batch = BatchConfig(sequences=cut.micro_batch, sequence_length=24)
+    here = Deployment(MODELS[model], cut, batch, ranks, "decode").check()
+    form = traffic.decode_bytes(
+        split,
+        here.cut,
+        here.block,
+        batch=cut.micro_batch,
+        vocabulary=here.vocabulary,
+        element_bytes=4,
+        positions=batch.sequence_length,
+    )
+    predicted = step_bytes(MODELS[model], cut, batch, world_size=ranks, rank=0, phase="decode")
+    assert predicted == {(AXES[axis], kind): sent for (axis, kind), sent in form.items()}

@@ -18,10 +18,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_helix.exchange import traffic
 from megatron_helix.exchange.strategy import Choice
 from megatron_helix.exchange.traffic import BlockShape, Plan
-from megatron_helix.experiment.comm_ledger import CommLedger, install
 from megatron_helix.layer_spec import helixify, with_sequence_parallel_norms
 from megatron_helix.layout import HelixLayout
 from megatron_helix.linear import finish_step
+from megatron_helix.recording.comm_ledger import CommLedger, install
 from tests import block_case
 from tests.block_case import Block
 from tests.distributed import model_parallel, run_distributed

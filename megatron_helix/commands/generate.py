@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from megatron_helix.experiment import launch
+from megatron_helix import launch
 
 
 def generate(

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_helix.experiment import launch
+from megatron_helix import launch
 
 
 def pretrain(

@@ -19,18 +19,13 @@ The merge is exact: with ``l_j`` the log of rank j's softmax denominator, ``exp(
 l_k)`` is the share that its positions have in the whole denominator.
 """
 
-from collections import Counter
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from megatron_helix.collectives import all_gather, all_to_all
-from megatron_helix.exchange import traffic
-from megatron_helix.exchange.strategy import Choice, resolve
 from megatron_helix.exchange.tokens import chunk_positions
-from megatron_helix.exchange.traffic import BlockShape, Elements, Plan
 from megatron_helix.layout import HelixLayout
 
 
@@ -149,128 +144,3 @@ def merge_shares(
         denominators = torch.cat([weight, extra])
     share = torch.exp(weight - torch.logsumexp(denominators, dim=0, keepdim=True))
     return (share * partial).sum(dim=0).view(1, b, heads * size)
-
-
-def cache_split(choice: Choice, layout: HelixLayout, batch: int) -> str:
-    """How the cache of ``batch`` sequences is cut: ``batch``, ``sequence``, or ``none`` (scores).
-
-    The batch where m divides it: a step then needs no merge.
-
-    Raises:
-        ValueError: when the batch split was asked for and m does not divide the batch.
-    """
-    if choice.exchange == "scores":
-        return "none"
-    if choice.split == "batch" and batch % layout.m:
-        raise ValueError(
-            f"--helix-split: batch needs a multiple of --helix-m ({layout.m}) sequences, got"
-            f" {batch}; use a multiple, or --helix-split sequence"
-        )
-    if choice.split != "auto":
-        return choice.split
-    return "sequence" if batch % layout.m else "batch"
-
-
-def prefill_plan(
-    choice: Choice,
-    layout: HelixLayout,
-    shape: BlockShape,
-    *,
-    sequence: int,
-    batch: int,
-    sequence_parallel: bool,
-) -> Plan:
-    """The plan for a prefill: of what the choice allows, what sends least in a forward alone.
-
-    Raises:
-        ValueError: when what was asked for cannot run on these tokens.
-    """
-    choice = replace(choice, gather="microbatch")
-    if choice.exchange != "scores":
-        choice = replace(choice, split=cache_split(choice, layout, batch))
-    names = ["activations", "weights"] if sequence_parallel else ["activations"]
-    if choice.exchange != "auto":
-        names = [choice.exchange]
-    size = {"sequence": sequence, "batch": batch}
-    plans = [
-        resolve(
-            replace(choice, exchange=name),
-            layout,
-            shape,
-            **size,
-            sequence_parallel=sequence_parallel,
-        )
-        for name in names
-    ]
-
-    def sent(plan: Plan) -> float:
-        forward, _ = traffic.layer(plan, layout, shape, **size)
-        ends = traffic.block_ends(plan, layout, shape, **size)
-        return forward.total() + ends.total() / shape.num_layers
-
-    return min(plans, key=sent)
-
-
-def decode_plan(split: str) -> Plan:
-    """The plan for a step on a cache that is cut as :func:`cache_split` says."""
-    exchange = {"batch": "activations", "sequence": "partials", "none": "scores"}[split]
-    return Plan(exchange=exchange, split=split)
-
-
-def step_elements(
-    split: str, layout: HelixLayout, shape: BlockShape, *, batch: int, positions: int = 0
-) -> tuple[Elements, Elements]:
-    """What a rank sends in one layer of a decode step, one new token for each of ``batch``.
-
-    Returns:
-        Elements by (axis, kind), of the model's dtype and of fp32. ``tp all_reduce`` is that of
-        attention and, where it is dense, the MLP: ``2 (T-1)/T b D`` each. With ``X`` packed
-        channels and ``Q = slots K d`` those of QKV alone, the dim axis moves ``(m-1)/m b X / T`` by
-        all_to_all (batch split); ``(m-1) b Q / T`` by all_gather and ``(m-1)/m b H/n (d + m)`` by
-        all_to_all in fp32 (sequence split); ``2 (m-1)/m b H/n P`` by all_reduce in fp32 (scores).
-        Only the last depends on the context, P ``positions``. What MoE layers and norms over head
-        segments (QK norms under ``scores``) send is not in it.
-    """
-    m, n, size = layout.m, layout.n, layout.size
-    reduced = shape.sublayers * 2 * (size - 1) * batch * shape.hidden // size
-    narrow: Elements = Counter({("tp", "all_reduce"): reduced})
-    wide: Elements = Counter()
-    heads = layout.num_attention_heads // n
-    if m == 1:
-        return narrow, wide
-    if split == "batch":
-        narrow["dim", "all_to_all"] = (m - 1) * batch * traffic.packed(layout) // (m * size)
-    elif split == "sequence":
-        qkv = layout.slots * layout.num_query_groups * layout.kv_channels
-        narrow["dim", "all_gather"] = (m - 1) * batch * qkv // size
-        wide["dim", "all_to_all"] = (m - 1) * batch * heads * (layout.kv_channels + m) // m
-    else:
-        wide["dim", "all_reduce"] = 2 * (m - 1) * batch * heads * positions // m
-    return narrow, wide
-
-
-def step_bytes(
-    split: str,
-    layout: HelixLayout,
-    shape: BlockShape,
-    *,
-    batch: int,
-    vocabulary: int,
-    element_bytes: int,
-    positions: int = 0,
-) -> dict[tuple[str, str], int]:
-    """Bytes a rank sends in a decode step of the whole model, by (axis, kind).
-
-    Beside the layers (:func:`step_elements`) these are the embedding's all-reduce over all T ranks,
-    ``2 (T-1)/T b D``, and the gathering of the logits, ``(T-1) b V / T``. With m = 1 it is plain
-    tensor parallelism.
-    """
-    narrow, wide = step_elements(split, layout, shape, batch=batch, positions=positions)
-    size = layout.size
-    sent: Counter[tuple[str, str]] = Counter()
-    for elements, width in ((narrow, element_bytes), (wide, 4)):
-        for key, count in elements.items():
-            sent[key] += shape.num_layers * count * width
-    sent["tp", "all_reduce"] += 2 * (size - 1) * batch * shape.hidden // size * element_bytes
-    sent["tp", "all_gather"] += (size - 1) * batch * vocabulary // size * element_bytes
-    return dict(sent)

@@ -6,9 +6,9 @@ is taken only when asked for: it moves the square of the sequence length and rul
 attention kernels.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from megatron_helix.exchange.traffic import BlockShape, Plan, per_layer
+from megatron_helix.exchange.traffic import BlockShape, Plan, block_ends, layer, per_layer
 from megatron_helix.layout import HelixLayout
 
 EXCHANGES = ("auto", "activations", "weights", "scores")
@@ -121,6 +121,72 @@ def explain(
         f" micro-batches of {batch} x {sequence} tokens; elements a rank sends a layer and"
         f" micro-batch (predicted): {', '.join(figures)}"
     )
+
+
+def cache_split(choice: Choice, layout: HelixLayout, batch: int) -> str:
+    """How the cache of ``batch`` sequences is cut: ``batch``, ``sequence``, or ``none`` (scores).
+
+    The batch where m divides it: a step then needs no merge.
+
+    Raises:
+        ValueError: when the batch split was asked for and m does not divide the batch.
+    """
+    if choice.exchange == "scores":
+        return "none"
+    if choice.split == "batch" and batch % layout.m:
+        raise ValueError(
+            f"--helix-split: batch needs a multiple of --helix-m ({layout.m}) sequences, got"
+            f" {batch}; use a multiple, or --helix-split sequence"
+        )
+    if choice.split != "auto":
+        return choice.split
+    return "sequence" if batch % layout.m else "batch"
+
+
+def prefill_plan(
+    choice: Choice,
+    layout: HelixLayout,
+    shape: BlockShape,
+    *,
+    sequence: int,
+    batch: int,
+    sequence_parallel: bool,
+) -> Plan:
+    """The plan for a prefill: of what the choice allows, what sends least in a forward alone.
+
+    Raises:
+        ValueError: when what was asked for cannot run on these tokens.
+    """
+    choice = replace(choice, gather="microbatch")
+    if choice.exchange != "scores":
+        choice = replace(choice, split=cache_split(choice, layout, batch))
+    names = ["activations", "weights"] if sequence_parallel else ["activations"]
+    if choice.exchange != "auto":
+        names = [choice.exchange]
+    size = {"sequence": sequence, "batch": batch}
+    plans = [
+        resolve(
+            replace(choice, exchange=name),
+            layout,
+            shape,
+            **size,
+            sequence_parallel=sequence_parallel,
+        )
+        for name in names
+    ]
+
+    def sent(plan: Plan) -> float:
+        forward, _ = layer(plan, layout, shape, **size)
+        ends = block_ends(plan, layout, shape, **size)
+        return forward.total() + ends.total() / shape.num_layers
+
+    return min(plans, key=sent)
+
+
+def decode_plan(split: str) -> Plan:
+    """The plan for a step on a cache that is cut as :func:`cache_split` says."""
+    exchange = {"batch": "activations", "sequence": "partials", "none": "scores"}[split]
+    return Plan(exchange=exchange, split=split)
 
 
 def _split(asked: str, layout: HelixLayout, sequence: int, batch: int) -> str:

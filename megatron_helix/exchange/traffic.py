@@ -5,7 +5,7 @@ is dense) of one micro-batch, by axis and kind of collective, with sequence para
 without bias. N = s * b tokens, D hidden, F MLP features a projection, T = m * n, ``c = N D / T`` a
 rank's chunk of the stream, ``X = (slots K + H) d`` channels of packed QKV and context, ``W = X D +
 (2 or 3) F D`` the layer's weights. A collective's send count is that of
-:mod:`megatron_helix.experiment.comm_ledger`.
+:mod:`megatron_helix.recording.comm_ledger`.
 
 ==================  ==============================  ==============================  ===============
 axis, kind          activations                     weights                         scores
@@ -89,7 +89,8 @@ def layer(
 ) -> tuple[Elements, Elements]:
     """(forward, backward) elements of one layer and micro-batch, by (axis, kind).
 
-    Gathered weights are counted as under ``gather="microbatch"``; see :func:`step_weights`.
+    With ``gather="step"`` the gathering of weights stands in the forward pass and its reduction in
+    the backward pass of each micro-batch; :func:`per_layer` shares them out.
     """
     m, n, size = layout.m, layout.n, layout.size
     tokens = sequence * batch
@@ -152,3 +153,62 @@ def per_layer(
         once = 2 * (layout.m - 1) * shape.weights(layout) // layout.size
         sent -= once * (1 - 1 / microbatches)
     return sent
+
+
+def decode_elements(
+    split: str, layout: HelixLayout, shape: BlockShape, *, batch: int, positions: int = 0
+) -> tuple[Elements, Elements]:
+    """What a rank sends in one layer of a decode step, one new token for each of ``batch``.
+
+    Returns:
+        Elements by (axis, kind), of the model's dtype and of fp32. ``tp all_reduce`` is that of
+        attention and, where it is dense, the MLP: ``2 (T-1)/T b D`` each. With ``X`` packed
+        channels and ``Q = slots K d`` those of QKV alone, the dim axis moves ``(m-1)/m b X / T`` by
+        all_to_all (batch split); ``(m-1) b Q / T`` by all_gather and ``(m-1)/m b H/n (d + m)`` by
+        all_to_all in fp32 (sequence split); ``2 (m-1)/m b H/n P`` by all_reduce in fp32 (scores).
+        Only the last depends on the context, P ``positions``. What MoE layers and norms over head
+        segments (QK norms under ``scores``) send is not in it.
+    """
+    m, n, size = layout.m, layout.n, layout.size
+    reduced = shape.sublayers * 2 * (size - 1) * batch * shape.hidden // size
+    narrow: Elements = Counter({("tp", "all_reduce"): reduced})
+    wide: Elements = Counter()
+    heads = layout.num_attention_heads // n
+    if m == 1:
+        return narrow, wide
+    if split == "batch":
+        narrow["dim", "all_to_all"] = (m - 1) * batch * packed(layout) // (m * size)
+    elif split == "sequence":
+        qkv = layout.slots * layout.num_query_groups * layout.kv_channels
+        narrow["dim", "all_gather"] = (m - 1) * batch * qkv // size
+        wide["dim", "all_to_all"] = (m - 1) * batch * heads * (layout.kv_channels + m) // m
+    else:
+        wide["dim", "all_reduce"] = 2 * (m - 1) * batch * heads * positions // m
+    return narrow, wide
+
+
+def decode_bytes(
+    split: str,
+    layout: HelixLayout,
+    shape: BlockShape,
+    *,
+    batch: int,
+    vocabulary: int,
+    element_bytes: int,
+    positions: int = 0,
+) -> dict[tuple[str, str], int]:
+    """Bytes a rank sends in a decode step of the whole model, by (axis, kind).
+
+    Beside the layers (:func:`decode_elements`) these are the embedding's all-reduce over all T
+    ranks, ``2 (T-1)/T b D``, and the gathering of the logits, ``(T-1) b V / T``. With m = 1 it is
+    plain tensor parallelism.
+    """
+    narrow, wide = decode_elements(split, layout, shape, batch=batch, positions=positions)
+    size = layout.size
+    sent: Counter[tuple[str, str]] = Counter()
+    for elements, width in ((narrow, element_bytes), (wide, 4)):
+        for key, count in elements.items():
+            sent[key] += shape.num_layers * count * width
+    sent["tp", "all_reduce"] += 2 * (size - 1) * batch * shape.hidden // size * element_bytes
+    sent["tp", "all_gather"] += (size - 1) * batch * vocabulary // size * element_bytes
+    return dict(sent)

@@ -6,9 +6,16 @@ An error names the file and the path of the key.
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from megatron_helix.run_config import BatchConfig, Config, LayoutConfig, ModelConfig, read_mapping
+from megatron_helix.run_config import (
+    BatchConfig,
+    Config,
+    LayoutConfig,
+    ModelConfig,
+    read_mapping,
+    validated,
+)
 
 Phase = Literal["train", "prefill"]
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -147,14 +154,4 @@ def load(path: Path) -> ExperimentConfig:
             read_mapping(path.parent / model) if isinstance(model, str) else model
             for model in document["models"]
         ]
-    try:
-        return ExperimentConfig.model_validate(document)
-    except ValidationError as error:
-        lines = [
-            f"{path}: {'.'.join(map(str, item['loc'])) or 'experiment'}: {item['msg']},"
-            f" got {item['input']!r}"
-            if item["loc"]
-            else f"{path}: {item['msg'].removeprefix('Value error, ')}"
-            for item in error.errors()
-        ]
-        raise ValueError("\n".join(lines)) from None
+    return validated(ExperimentConfig, document, path)

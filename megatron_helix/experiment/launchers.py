@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_helix.experiment.config import LauncherConfig
-from megatron_helix.experiment.launch import GRACE_S, Ranks, RunFailed
-from megatron_helix.experiment.launch import run as fork_ranks
+from megatron_helix.launch import GRACE_S, Ranks, RunFailed
+from megatron_helix.launch import run as fork_ranks
 
 POLL_S = 0.5
 

@@ -1,6 +1,6 @@
 """What the lines of a run's ranks say, put together: TPS, TPOT, where the time went, per rank.
 
-:mod:`megatron_helix.experiment.record` writes the lines; times come from the steps that are neither
+:mod:`megatron_helix.recording.record` writes the lines; times come from the steps that are neither
 the first ones, which warm up, nor watched by a profiler.
 
 A step's time has four parts. Outside collectives a rank *computes*. The shortest time of a call
@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_helix.experiment.comm_ledger import POINT_TO_POINT
+import numpy
+
+from megatron_helix.recording.comm_ledger import POINT_TO_POINT
 
 WARMUP_STEPS = 1  # not counted in a median: allocations and gloo's first connections
 
@@ -97,7 +99,7 @@ def read(folder: Path) -> RunMetrics:
         tokens_per_s=tokens / statistics.median(step_ms) * 1e3,
         tpot_ms=statistics.median(tpot),
         tpot_mean_ms=statistics.mean(tpot),
-        tpot_p99_ms=percentile(tpot, 99),
+        tpot_p99_ms=float(numpy.percentile(tpot, 99)),
         tpot_slowest_rank_ms=slowest * per_batch_ms,
         breakdown_ms=_breakdown(counted),
         sent_bytes=_mean_of([_sent(line) for line in counted[-1]]),
@@ -105,15 +107,6 @@ def read(folder: Path) -> RunMetrics:
         skipped_steps=sum(any(line["skipped"] for line in step) for step in steps),
         per_rank=[_rank(lines, line) for lines, line in zip(ranks, counted[-1], strict=True)],
     )
-
-
-def percentile(values: list[float], percent: float) -> float:
-    """The value below which ``percent`` of the values lie, interpolated."""
-    ordered = sorted(values)
-    place = (len(ordered) - 1) * percent / 100
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
 def _counted(steps: list[tuple[Line, ...]]) -> list[tuple[Line, ...]]:

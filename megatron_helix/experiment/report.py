@@ -16,7 +16,7 @@ from rich.table import Table
 
 from megatron_helix.experiment.config import ExperimentConfig
 from megatron_helix.experiment.dag import read_record
-from megatron_helix.experiment.flops import FORMULA
+from megatron_helix.planner.flops import FORMULA
 
 Result = dict[str, Any]
 

@@ -5,7 +5,7 @@
 3. **communication**: the ledger's bytes are the predicted ones, its time is the profiler's;
 4. **load**: parameters, KV bytes, FLOPs and busy time are alike on all ranks.
 
-What is checked comes from live ranks (:mod:`megatron_helix.experiment.placement`), the expectation
+What is checked comes from live ranks (:mod:`megatron_helix.recording.placement`), the expectation
 from :mod:`megatron_helix.experiment.partition` and from the checkpoint all layouts start from.
 """
 
@@ -147,7 +147,7 @@ def fingerprints(
     import torch
 
     from megatron_helix.experiment.partition import deployment
-    from megatron_helix.experiment.placement import ATTENTION_WEIGHTS, sha256
+    from megatron_helix.recording.placement import ATTENTION_WEIGHTS, sha256
 
     T = run.layout.tensor_parallel_size
     cut = deployment(experiment, run).cut if run.layout.is_helix else None

@@ -21,8 +21,8 @@ import megatron_helix
 from megatron_helix.experiment import dag, launchers, metrics, partition, runs
 from megatron_helix.experiment.config import ExperimentConfig
 from megatron_helix.experiment.dag import Made, Node
-from megatron_helix.experiment.flops import model_flops
 from megatron_helix.experiment.runs import Run
+from megatron_helix.planner.flops import of_model
 
 COMPONENTS = (
     "input_preparation",
@@ -227,7 +227,7 @@ def _execute(
     measured = asdict(metrics.read(folder / "metrics"))
     # Written by the same code in a prefill, too, where there is no gradient to speak of.
     measured["grad_norms"] = [norm for norm in measured["grad_norms"] if norm is not None]
-    flops = model_flops(one.model, experiment.batch, runs.VOCABULARY, one.phase)
+    flops = step_flops(experiment, one)
     per_gpu = flops / experiment.world_size / measured["step_ms"] / 1e9
     result = {
         "name": one.name,
@@ -246,6 +246,13 @@ def _execute(
     kept = folder / "result.json"
     kept.write_text(json.dumps(result, indent=2))
     return Made(value=result, files=[kept, *sorted((folder / "metrics").iterdir())])
+
+
+def step_flops(experiment: ExperimentConfig, one: Run) -> float:
+    """Operations of a step of a run; attention in full, as is usual for FLOPs utilisation."""
+    tokens, keys = experiment.batch.tokens, experiment.batch.sequence_length
+    flops = of_model(one.model, tokens=tokens, words=tokens, keys=keys, vocabulary=runs.VOCABULARY)
+    return flops * (3 if one.phase == "train" else 1)
 
 
 def _collect(

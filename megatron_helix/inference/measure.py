@@ -23,7 +23,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_helix.experiment.comm_ledger import CommLedger, install
+from megatron_helix.recording.comm_ledger import CommLedger, install
 
 if TYPE_CHECKING:  # it imports Megatron, which a process that only reads does without
     from megatron_helix.inference.engine import Engine, MicroBatch

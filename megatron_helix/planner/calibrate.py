@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from megatron_helix.planner.traffic import share
+from megatron_helix.planner.book import share
 
 REPEATS = 5
 SMALL, LARGE = 256, 2**20  # elements a rank puts in; on GPUs the large one is 64 times that
@@ -40,7 +40,7 @@ def on_cpu(ranks: int, out: Path) -> str:
     Raises:
         ValueError: when ``out`` has no folder to be in.
     """
-    from megatron_helix.experiment import launch
+    from megatron_helix import launch
 
     if not out.parent.is_dir():
         raise ValueError(f"--out: {out.parent} must be a folder, and is none; make it first")

@@ -7,7 +7,7 @@ default order ``tp-cp-ep-dp-pp`` has it; for experts it is etp, ep, expert data,
 from dataclasses import dataclass
 from functools import cached_property
 
-from megatron_helix.exchange.strategy import Choice, resolve
+from megatron_helix.exchange.strategy import Choice, cache_split, decode_plan, resolve
 from megatron_helix.exchange.traffic import BlockShape, Plan
 from megatron_helix.layout import HelixLayout, require_divides
 from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig
@@ -182,12 +182,7 @@ class Deployment:
             microbatches=self.microbatches,
         )
         if self.phase == "decode":
-            if layout.micro_batch % self.cut.m:
-                raise ValueError(
-                    f"micro_batch: must be a multiple of m ({self.cut.m}) for decode, got"
-                    f" {layout.micro_batch}; the KV cache is split by sequence"
-                )
-            return Plan(exchange="activations", split="batch")
+            return decode_plan(cache_split(choice, self.cut, layout.micro_batch))
         return resolve(
             choice,
             self.cut,

@@ -4,13 +4,19 @@ A matrix product of ``[a, b]`` and ``[b, c]`` is ``2 a b c`` operations. Stock a
 rank of T does 1/T of each. A backward pass is two forward passes, in operations and in memory
 traffic.
 Source of the terms: Narayanan et al., "Efficient large-scale language model training on GPU
-clusters using Megatron-LM" (2021), appendix.
+clusters using Megatron-LM" (2021), appendix; Chowdhery et al., "PaLM" (2022), appendix B.
 """
 
 from dataclasses import dataclass
 
 from megatron_helix.exchange.traffic import packed
 from megatron_helix.planner.deployment import Deployment
+from megatron_helix.run_config import ModelConfig
+
+FORMULA = (
+    "FLOPs of a token, forward: layers x (2 D (2 H + 2 K) d + 4 s H d + 2 (2, gated 3) D F x"
+    " active experts + 2 D E) + 2 D V; training is three times that"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +69,7 @@ def forward(here: Deployment, stage: int, *, fused_channels: int, element_bytes:
     parts.append(
         Work(
             what="experts" if experts else "MLP",
-            flops=layers * 2 * rows * features * D,
+            flops=layers * 2 * (rows * features * D + N / T * D * (experts or 0)),
             memory_bytes=layers * element_bytes * (held + rows * (features + 2 * D)),
         )
     )
@@ -101,13 +107,28 @@ def _attention(here: Deployment, fused_channels: int, element_bytes: int) -> Wor
 
 def useful(here: Deployment) -> float:
     """Operations of a step of the whole model, attention causal: what no layout can avoid."""
-    model = here.model
-    D, channels = model.hidden_size, model.num_attention_heads * model.kv_channels
-    features = (3 if model.swiglu else 2) * model.ffn_hidden_size
-    active = model.moe_router_topk if model.num_experts else 1
-    keys = here.batch.sequence_length * (1 if here.phase == "decode" else 0.5)
-    token = 2 * packed(here.cut) * D + 4 * keys * channels + 2 * active * features * D
-    passes = 3 if here.phase == "train" else 1
     words = here.step_tokens if here.phase == "train" else here.batch.sequences
-    vocabulary = 2 * words * model.vocab_size * D
-    return passes * (here.step_tokens * model.num_layers * token + vocabulary)
+    keys = here.batch.sequence_length * (1 if here.phase == "decode" else 0.5)
+    passes = 3 if here.phase == "train" else 1
+    return passes * of_model(here.model, tokens=here.step_tokens, words=words, keys=keys)
+
+
+def of_model(
+    model: ModelConfig, *, tokens: float, words: float, keys: float, vocabulary: int | None = None
+) -> float:
+    """Operations of a forward pass of the whole model, by :data:`FORMULA`.
+
+    Args:
+        model: the model.
+        tokens: that go through the layers.
+        words: that go through the LM head.
+        keys: that a token attends to; s, or half of it where attention is causal.
+        vocabulary: V; the model's by default.
+    """
+    D, d, F = model.hidden_size, model.kv_channels, model.ffn_hidden_size
+    H, K = model.num_attention_heads, model.query_groups
+    E = model.num_experts or 0
+    mlp = 2 * (3 if model.swiglu else 2) * D * F * (model.moe_router_topk if E else 1) + 2 * D * E
+    layer = 2 * D * (2 * H + 2 * K) * d + 4 * keys * H * d + mlp
+    head = 2 * D * (vocabulary or model.vocab_size)
+    return tokens * model.num_layers * layer + words * head

@@ -1,7 +1,7 @@
 """Every collective of a step: which ranks, how many bytes one of them sends, how often.
 
 :func:`transfers` lists them for one rank; :func:`step_bytes` adds them up by the axes and kinds of
-:mod:`megatron_helix.experiment.comm_ledger`, and by its counting rule, call by call. A test holds
+:mod:`megatron_helix.recording.comm_ledger`, and by its counting rule, call by call. A test holds
 the sums against what the ledger counts in Megatron's own loop; ``cp`` and ``gtp``, which need a
 GPU, are not in it.
 
@@ -25,73 +25,15 @@ weights all-gathered), of norms and routers over T (they see 1/T of the tokens),
 embedding between first and last stage, and single numbers: the gradient norm, the loss.
 """
 
-import math
 from collections import Counter
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import NamedTuple
 
 from megatron_helix.exchange import traffic
 from megatron_helix.exchange.traffic import Plan
 from megatron_helix.planner import parameters
+from megatron_helix.planner.book import AXES, FP32, INT64, Book, Transfer
 from megatron_helix.planner.deployment import Deployment
+from megatron_helix.planner.gradients import gradients, numbers
 from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig
-
-AXES = {
-    "tp": "TENSOR_MODEL_PARALLEL_GROUP",
-    "head": "HELIX_HEAD_GROUP",
-    "dim": "HELIX_DIM_GROUP",
-    "dp": "DATA_PARALLEL_GROUP_WITH_CP",
-    "pp": "PIPELINE_MODEL_PARALLEL_GROUP",
-    "cp": "CONTEXT_PARALLEL_GROUP",
-    "gtp": "GTP_WEIGHT_REMAT_GROUP",
-    "ep": "EXPERT_MODEL_PARALLEL_GROUP",
-    "etp": "EXPERT_TENSOR_PARALLEL_GROUP",
-    "etp_ep": "EXPERT_TENSOR_AND_MODEL_PARALLEL_GROUP",
-    "expert_dp": "EXPERT_DATA_PARALLEL_GROUP",
-    "expert_model": "EXPERT_TENSOR_MODEL_PIPELINE_PARALLEL_GROUP_WITH_EGTP",
-    "model": "MODEL_PARALLEL_GROUP",
-    "embedding": "EMBEDDING_GROUP",
-    "optimizer": "INTRA_DISTRIBUTED_OPTIMIZER_INSTANCE_GROUP",
-    "world": "default_pg",
-}
-FP32 = INT32 = 4
-INT64 = 8
-
-
-class Transfer(NamedTuple):
-    """Calls of one collective in one step, all alike.
-
-    Attributes:
-        what: what moves, for a reader.
-        axis: short name, a key of :data:`AXES`.
-        kind: as the ledger names it.
-        when: ``forward``, ``backward`` (both a sum over micro-batches) or ``step``.
-        ranks: size of the group.
-        stride: distance of its neighbours in global ranks.
-        calls: in a step.
-        sent_bytes: by one rank in a step.
-    """
-
-    what: str
-    axis: str
-    kind: str
-    when: str
-    ranks: int
-    stride: int
-    calls: int
-    sent_bytes: float
-
-
-def share(kind: str, ranks: int) -> float:
-    """What a rank sends of a tensor, by the ledger's rule."""
-    if kind == "all_reduce":
-        return 2 * (ranks - 1) / ranks
-    if kind == "all_to_all":
-        return (ranks - 1) / ranks
-    if kind in ("all_gather", "reduce_scatter"):
-        return ranks - 1
-    return 1 if ranks > 1 else 0  # send; broadcast on its source
 
 
 def step_bytes(
@@ -132,7 +74,7 @@ def transfers(
     here: Deployment, stage: int, *, element_bytes: int = 2, source: bool = True
 ) -> list[Transfer]:
     """Every collective that a rank of ``stage`` takes part in; ``source`` if it is rank 0 of T."""
-    book = _Book(here, element_bytes)
+    book = Book(here, element_bytes)
     first, last = stage == 0, stage == here.stages - 1
     _layers(book, first, last)
     if here.layout.gtp > 1:
@@ -150,83 +92,17 @@ def transfers(
     if here.phase == "train":
         if source:
             _data(book, first, last)
-        _gradients(book, first, last)
-        _numbers(book, last)
+        gradients(book, first, last)
+        numbers(book, last)
     return book.entries
 
 
-@dataclass
-class _Book:
-    here: Deployment
-    element_bytes: int
-    entries: list[Transfer] = field(default_factory=list)
-
-    @cached_property
-    def groups(self) -> dict[str, tuple[int, int]]:
-        """(ranks, stride) of every axis."""
-        here, layout = self.here, self.here.layout
-        beyond = here.tp * layout.cp
-        stage = here.world_size // layout.pp
-        return {
-            "tp": (here.tp, 1),
-            "head": (here.cut.n, here.cut.m),
-            "dim": (here.cut.m, 1),
-            "cp": (layout.cp, here.tp),
-            "gtp": (layout.gtp, beyond),
-            "dp": (here.replicas, here.tp * layout.gtp),
-            "pp": (layout.pp, stage),
-            "embedding": (2, (layout.pp - 1) * stage),
-            "model": (here.tp * layout.pp, 1),
-            "etp": (layout.etp, 1),
-            "ep": (layout.ep, layout.etp),
-            "etp_ep": (layout.etp * layout.ep, 1),
-            "expert_dp": (here.expert_replicas, layout.etp * layout.ep),
-            "expert_model": (layout.etp * layout.ep * layout.pp, 1),
-            "optimizer": (here.world_size, 1),
-            "world": (here.world_size, 1),
-        }
-
-    def sent(self, what: str, axis: str, kind: str, when: str, sent: float, calls: int) -> None:
-        """``sent`` bytes by a rank in all calls."""
-        ranks, stride = self.groups[axis]
-        if ranks > 1 and when in self.phases:
-            entry = Transfer(
-                what=what,
-                axis=axis,
-                kind=kind,
-                when=when,
-                ranks=ranks,
-                stride=stride,
-                calls=calls,
-                sent_bytes=sent,
-            )
-            self.entries.append(entry)
-
-    def call(
-        self,
-        what: str,
-        axis: str,
-        kind: str,
-        when: str,
-        elements: float,
-        calls: int = 1,
-        size: int | None = None,
-    ) -> None:
-        """Calls on a tensor of ``elements``; for every micro-batch unless ``when`` is ``step``."""
-        size = self.element_bytes if size is None else size
-        calls *= 1 if when == "step" else self.here.microbatches
-        one = round(elements * size * share(kind, self.groups[axis][0]))
-        self.sent(what, axis, kind, when, one * calls, calls)
-
-    @property
-    def phases(self) -> tuple[str, ...]:
-        return ("forward", "backward", "step") if self.here.phase == "train" else ("forward",)
-
-
-def _layers(book: _Book, first: bool, last: bool) -> None:
+def _layers(book: Book, first: bool, last: bool) -> None:
     here = book.here
-    if not here.sequence_parallel:
-        _unsplit_layers(book)
+    if here.phase == "decode":
+        _decode_layers(book)
+        return
+    if here.tp == 1:
         return
     plan = here.plan if here.cut.m > 1 else Plan(exchange="activations", split="batch")
     size = {"sequence": here.sequence, "batch": here.layout.micro_batch}
@@ -257,7 +133,7 @@ def _layers(book: _Book, first: bool, last: bool) -> None:
             book.sent("token order", "dim", "all_to_all", when, converted, number)
 
 
-def _weight_shards(book: _Book) -> None:
+def _weight_shards(book: Book) -> None:
     """Weights cut over gtp as well: gathered for each pass, and their gradients scattered."""
     here = book.here
     matrices = 2 * here.block.sublayers
@@ -268,16 +144,24 @@ def _weight_shards(book: _Book) -> None:
     book.call("weights", "gtp", "reduce_scatter", "backward", one, number)
 
 
-def _unsplit_layers(book: _Book) -> None:
-    """Without sequence parallelism, as in decode: the stream is summed after each row linear."""
+def _decode_layers(book: Book) -> None:
+    """A step of one token a sequence: the stream is whole on every rank."""
     here = book.here
-    stream = here.tokens * here.model.hidden_size
-    linears = here.block.sublayers * here.layers
-    for when in ("forward", "backward"):
-        book.call("attention and MLP linears", "tp", "all_reduce", when, stream, linears)
-    if here.plan.exchange == "activations":
-        moved = here.tokens * traffic.packed(here.cut) / here.tp / 2
-        book.call("exchange activations", "dim", "all_to_all", "forward", moved, 2 * here.layers)
+    narrow, wide = traffic.decode_elements(
+        here.plan.split,
+        here.cut,
+        here.block,
+        batch=here.layout.micro_batch,
+        positions=here.batch.sequence_length,
+    )
+    every = here.layers * here.microbatches
+    for elements, width in ((narrow, book.element_bytes), (wide, FP32)):
+        for (axis, kind), count in elements.items():
+            stream = axis == "tp"
+            what = "attention and MLP linears" if stream else f"exchange {here.plan.exchange}"
+            twice = here.plan.exchange == "activations"  # QKV there, context back
+            calls = here.block.sublayers if stream else 2 if twice else 1
+            book.sent(what, axis, kind, "forward", count * every * width, calls * every)
 
 
 def _calls(plan: Plan, linears: int) -> dict[tuple[str, str, str], int]:
@@ -300,7 +184,7 @@ def _calls(plan: Plan, linears: int) -> dict[tuple[str, str, str], int]:
     }
 
 
-def _experts(book: _Book) -> None:
+def _experts(book: Book) -> None:
     here = book.here
     rows = here.tokens * here.model.moe_router_topk / here.tp
     rows_D = rows * here.model.hidden_size
@@ -319,7 +203,7 @@ def _experts(book: _Book) -> None:
     book.call(what, "etp", "reduce_scatter", "backward", rows, layers, FP32)
 
 
-def _context(book: _Book) -> None:
+def _context(book: Book) -> None:
     """Ring attention: keys and values visit every rank, and their gradients with them."""
     here, layout = book.here, book.here.layout
     both = 2 * here.tokens * here.model.query_groups * here.model.kv_channels / here.tp
@@ -328,7 +212,7 @@ def _context(book: _Book) -> None:
     book.call("keys and values", "cp", "send", "backward", 2 * both, hops)
 
 
-def _embedding(book: _Book) -> None:
+def _embedding(book: Book) -> None:
     here = book.here
     D = here.model.hidden_size
     chunk = here.tokens * D / here.tp
@@ -347,7 +231,7 @@ def _embedding(book: _Book) -> None:
             book.call("embedding", "tp", "all_gather", "backward", chunk)
 
 
-def _head(book: _Book) -> None:
+def _head(book: Book) -> None:
     here = book.here
     D = here.model.hidden_size
     chunk = here.tokens * D / here.tp
@@ -376,7 +260,7 @@ def _head(book: _Book) -> None:
     book.call("cross entropy", axis, "all_reduce", "forward", losses, 3, FP32)
 
 
-def _pipeline(book: _Book, first: bool, last: bool) -> None:
+def _pipeline(book: Book, first: bool, last: bool) -> None:
     here = book.here
     stream = here.tokens * here.model.hidden_size
     chunk = stream / here.tp if here.sequence_parallel else stream
@@ -386,64 +270,8 @@ def _pipeline(book: _Book, first: bool, last: bool) -> None:
         book.call("pipeline", "pp", "send", "backward", chunk)
 
 
-def _data(book: _Book, first: bool, last: bool) -> None:
+def _data(book: Book, first: bool, last: bool) -> None:
     """Tokens and positions for the embedding, labels and loss mask for the head."""
     for needed, size in ((first, INT64), (first, INT64), (last, INT64), (last, FP32)):
         if needed:
             book.call("batch", "tp", "broadcast", "forward", book.here.tokens, size=size)
-
-
-def _gradients(book: _Book, first: bool, last: bool) -> None:
-    here, layout = book.here, book.here.layout
-    tensors = parameters.dense_tensors(here, first, last)
-    experts = parameters.expert_tensors(here)
-    if layout.ep == 1:  # Megatron keeps them with the dense weights then
-        tensors, experts = tensors + experts, []
-    what = "gradients"
-    if not layout.distributed_optimizer:
-        book.call(what, "dp", "all_reduce", "step", sum(tensors), size=FP32)
-    else:
-        tied = here.stages > 1 and (first or last)
-        table = tensors[:1] if tied else []  # a bucket of its own
-        for bucket in (table, tensors[len(table) :]):
-            _distributed(book, "dp", bucket)
-    if experts and not layout.distributed_optimizer:
-        book.call(what, "expert_dp", "all_reduce", "step", sum(experts), size=FP32)
-    elif experts:
-        _distributed(book, "expert_dp", experts)
-    if here.sequence_parallel:
-        unsplit = parameters.sequence_parallel(here, last)
-        book.call("gradients of norms", "tp", "all_reduce", "step", unsplit, size=FP32)
-    if here.stages > 1 and (first or last):
-        table = here.vocabulary * here.model.hidden_size / here.tp
-        book.call("gradient of the tied embedding", "embedding", "all_reduce", "step", table, 1, 4)
-
-
-def _distributed(book: _Book, axis: str, tensors: list[int]) -> None:
-    """Gradients out and weights back, of a bucket padded as Megatron pads it."""
-    ranks, _ = book.groups[axis]
-    if not tensors:
-        return
-    unit = math.lcm(ranks, 128)
-    padded = sum(-(-size // 64) * 64 for size in tensors)
-    shard = -(-padded // unit) * unit // ranks
-    book.call("gradients", axis, "reduce_scatter", "step", shard, size=FP32)
-    # Dense weights and experts have an optimizer each, and each of the two gathers all weights.
-    gathers = 2 if book.here.model.num_experts and book.here.layout.ep > 1 else 1
-    book.call("weights", axis, "all_gather", "step", shard, gathers)
-
-
-def _numbers(book: _Book, last: bool) -> None:
-    """Loss, gradient norm and other single numbers."""
-    here = book.here
-    what = "loss, gradient norm"
-    if last:
-        book.call(what, "dp", "all_reduce", "step", 2, size=FP32)
-    if here.layout.distributed_optimizer:
-        book.call(what, "optimizer", "all_reduce", "step", 1, size=FP32)
-        book.call(what, "model", "all_reduce", "step", 1, 2, FP32)
-    else:
-        book.call(what, "model", "all_reduce", "step", 1, 3, FP32)
-        if here.model.num_experts and here.layout.ep > 1:
-            book.call(what, "expert_model", "all_reduce", "step", 1, size=FP32)
-    book.call(what, "world", "all_reduce", "step", 1, size=INT32)

@@ -3,7 +3,7 @@
 Megatron's loop stays unmodified; :func:`record` stands around its ``train_step``. The lines of a
 rank go to ``rank00.jsonl`` and so on in one folder, each as soon as its step is over, so that a run
 that dies keeps what it measured. Beside them ``rank00.json`` says what the rank holds and where
-(:mod:`megatron_helix.experiment.placement`). :func:`metrics.read` puts the ranks together.
+(:mod:`megatron_helix.recording.placement`). :func:`metrics.read` puts the ranks together.
 
 The first step, which no time is taken from, counts FLOPs; with ``profile`` the last one runs under
 torch's profiler, whose time of the collectives is independent of the ledger's.
@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_helix import compat, cpu_device
-from megatron_helix.experiment import placement
-from megatron_helix.experiment.comm_ledger import (
+from megatron_helix.recording import placement
+from megatron_helix.recording.comm_ledger import (
     POINT_TO_POINT,
     Call,
     CommLedger,
@@ -30,7 +31,6 @@ from megatron_helix.experiment.comm_ledger import (
     install,
     totals,
 )
-from megatron_helix.experiment.flops import FlopCounter
 
 Phase = Literal["train", "prefill"]
 
@@ -75,7 +75,7 @@ def record(recording: Recording) -> None:
         first = done == 0
         described = placement.describe(model) if first else {}
         key_values = placement.KeyValueBytes(model) if first else None
-        flops = FlopCounter() if first else None
+        flops = FlopCounterMode(display=False) if first else None
         profiler = _profiler(on_gpu) if recording.profile and done == recording.steps - 1 else None
         ledger.take()  # what happened between steps is not part of one
         start, busy = time.perf_counter(), time.thread_time()
@@ -93,7 +93,7 @@ def record(recording: Recording) -> None:
             "peak_memory_bytes": _peak_memory_bytes(on_gpu),
         }
         if flops and key_values:
-            line["flops"] = flops.total
+            line["flops"] = flops.get_total_flops()
             described["key_value_bytes"] = key_values.close()
             (recording.folder / f"rank{recording.rank:02d}.json").write_text(json.dumps(described))
         if profiler:

@@ -1,0 +1,63 @@
+"""The collectives that come once a step: gradients, weights that follow them, single numbers."""
+
+import math
+
+from megatron_helix.planner import parameters
+from megatron_helix.planner.book import FP32, INT32, Book
+
+
+def gradients(book: Book, first: bool, last: bool) -> None:
+    """Gradients over replicas, over T where a rank saw 1/T of the tokens, of tied weights."""
+    here, layout = book.here, book.here.layout
+    tensors = parameters.dense_tensors(here, first, last)
+    experts = parameters.expert_tensors(here)
+    if layout.ep == 1:  # Megatron keeps them with the dense weights then
+        tensors, experts = tensors + experts, []
+    what = "gradients"
+    if not layout.distributed_optimizer:
+        book.call(what, "dp", "all_reduce", "step", sum(tensors), size=FP32)
+    else:
+        tied = here.stages > 1 and (first or last)
+        table = tensors[:1] if tied else []  # a bucket of its own
+        for bucket in (table, tensors[len(table) :]):
+            _distributed(book, "dp", bucket)
+    if experts and not layout.distributed_optimizer:
+        book.call(what, "expert_dp", "all_reduce", "step", sum(experts), size=FP32)
+    elif experts:
+        _distributed(book, "expert_dp", experts)
+    if here.sequence_parallel:
+        unsplit = parameters.sequence_parallel(here, last)
+        book.call("gradients of norms", "tp", "all_reduce", "step", unsplit, size=FP32)
+    if here.stages > 1 and (first or last):
+        table = here.vocabulary * here.model.hidden_size / here.tp
+        book.call("gradient of the tied embedding", "embedding", "all_reduce", "step", table, 1, 4)
+
+
+def _distributed(book: Book, axis: str, tensors: list[int]) -> None:
+    """Gradients out and weights back, of a bucket padded as Megatron pads it."""
+    ranks, _ = book.groups[axis]
+    if not tensors:
+        return
+    unit = math.lcm(ranks, 128)
+    padded = sum(-(-size // 64) * 64 for size in tensors)
+    shard = -(-padded // unit) * unit // ranks
+    book.call("gradients", axis, "reduce_scatter", "step", shard, size=FP32)
+    # Dense weights and experts have an optimizer each, and each of the two gathers all weights.
+    gathers = 2 if book.here.model.num_experts and book.here.layout.ep > 1 else 1
+    book.call("weights", axis, "all_gather", "step", shard, gathers)
+
+
+def numbers(book: Book, last: bool) -> None:
+    """Loss, gradient norm and other single numbers."""
+    here = book.here
+    what = "loss, gradient norm"
+    if last:
+        book.call(what, "dp", "all_reduce", "step", 2, size=FP32)
+    if here.layout.distributed_optimizer:
+        book.call(what, "optimizer", "all_reduce", "step", 1, size=FP32)
+        book.call(what, "model", "all_reduce", "step", 1, 2, FP32)
+    else:
+        book.call(what, "model", "all_reduce", "step", 1, 3, FP32)
+        if here.model.num_experts and here.layout.ep > 1:
+            book.call(what, "expert_model", "all_reduce", "step", 1, size=FP32)
+    book.call(what, "world", "all_reduce", "step", 1, size=INT32)

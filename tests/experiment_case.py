@@ -1,0 +1,42 @@
+"""The small experiment that several test files look at from all sides; it runs once."""
+
+import copy
+from typing import Any
+
+from megatron_helix.experiment.config import ExperimentConfig
+
+DOCUMENT: dict[str, Any] = {
+    "name": "small",
+    "models": [
+        {
+            "name": "tiny",
+            "num_layers": 2,
+            "hidden_size": 64,
+            "num_attention_heads": 4,
+            "kv_channels": 16,
+            "ffn_hidden_size": 256,
+        }
+    ],
+    "layouts": [
+        {"name": "tp2_pp2", "tp": 2, "pp": 2, "micro_batch": 4},
+        {"name": "helix_2x2", "m": 2, "n": 2, "micro_batch": 4},
+    ],
+    "world_size": 4,
+    "batch": {"sequences": 8, "sequence_length": 32},
+    "phases": ["train", "prefill"],
+    "steps": 4,
+    "device": "cpu",
+    # Ranks that are short of cores are held up long after the profiler has seen the end of a call.
+    "verification": {"time_factor": 10.0, "busy_balance": 3.0},
+}
+Values = dict[str, Any]
+
+
+def experiment(**changed: Any) -> ExperimentConfig:
+    """The small experiment, changed."""
+    return ExperimentConfig.model_validate({**DOCUMENT, **changed})
+
+
+def of(values: Values, component: str, run: str = "tiny-helix_2x2") -> Any:
+    """A copy of a node's value, to be spoilt."""
+    return copy.deepcopy(values[f"{component}/{run}"])
