@@ -22,6 +22,7 @@ import torch
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 GRACE_S = 5.0  # between asking the ranks that are left to end and killing them
+SETTLE_S = 0.5  # between the first failure that is seen and naming its cause
 _PR_SET_PDEATHSIG = 1
 
 
@@ -117,15 +118,24 @@ def _watch(ranks: Ranks, processes: list[Any], deadline: float | None, poll: Any
         wait([process.sentinel for process in left.values()], timeout=0.1)
         if poll:
             poll()
-        ended = {rank: process.exitcode for rank, process in left.items()}
-        failed = {rank: code for rank, code in ended.items() if code}
+        failed = _failed(left)
+        if failed and min(failed.values()) > 0:
+            # A rank that loses a peer fails at once, and the kernel closes the connections of a
+            # killed process before its exit code can be read: wait for the cause.
+            time.sleep(SETTLE_S)
+            failed = _failed(left)
         if failed:
-            # Ranks that lose a peer fail within milliseconds of it: a signal tells the cause.
-            rank = min(failed, key=lambda rank: (failed[rank] > 0, rank))
+            rank = min(failed, key=lambda rank: (failed[rank] > 0, rank))  # a signal is a cause
             raise RankFailed(rank, ranks.world_size, failed[rank], ranks.log(rank))
         left = {rank: process for rank, process in left.items() if process.exitcode is None}
         if deadline and time.monotonic() > deadline:
             raise TimeoutError(f"ranks {sorted(left)} of {ranks.world_size} did not end in time")
+
+
+def _failed(processes: dict[int, Any]) -> dict[int, int]:
+    """Exit codes of the ranks that have failed."""
+    codes = {rank: process.exitcode for rank, process in processes.items()}
+    return {rank: code for rank, code in codes.items() if code}
 
 
 def _end(processes: list[Any]) -> None:

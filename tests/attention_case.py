@@ -16,11 +16,11 @@ from megatron.core.pipeline_parallel.schedules import custom_backward
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import build_module
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_helix.exchange.strategy import Choice, Plan
 from megatron_helix.layer_spec import helixify, with_sequence_parallel_norms
 from megatron_helix.layout import HelixLayout
+from tests.cpu_config import cpu_config
 from tests.distributed import model_parallel
 
 S, B, HIDDEN, KV_CHANNELS = 8, 4, 32, 8
@@ -120,7 +120,7 @@ def run(models: dict[str, Model], cut: Cut) -> dict[str, tuple[Result, Result]]:
 
 def _build(model: Model, cut: Cut | None, groups: ProcessGroupCollection) -> torch.nn.Module:
     """The attention of Megatron's local layer spec, cut or whole."""
-    config = TransformerConfig(
+    config = cpu_config(
         num_layers=1,
         hidden_size=HIDDEN,
         num_attention_heads=model.heads,
@@ -130,13 +130,6 @@ def _build(model: Model, cut: Cut | None, groups: ProcessGroupCollection) -> tor
         tensor_model_parallel_size=groups.tp.size(),
         sequence_parallel=bool(cut and cut.sequence_parallel),
         params_dtype=torch.float64,
-        transformer_impl="local",
-        use_cpu_initialization=True,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=False,
         **model.more,
     )
     spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm)

@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_helix.exchange.strategy import Choice
 from megatron_helix.layer_spec import helixify, with_sequence_parallel_norms
 from megatron_helix.layout import HelixLayout
+from tests.cpu_config import cpu_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,7 @@ def describe(
     sequence_parallel: bool = True,
 ) -> tuple[TransformerConfig, Any]:
     """Megatron's config of it, and the spec of its layers."""
-    config = TransformerConfig(
+    config = cpu_config(
         num_layers=block.layers,
         hidden_size=block.hidden,
         ffn_hidden_size=block.ffn,
@@ -80,18 +81,9 @@ def describe(
         kv_channels=block.kv_channels,
         tensor_model_parallel_size=groups.tp.size(),
         sequence_parallel=sequence_parallel and groups.tp.size() > 1,
-        transformer_impl="local",
-        use_cpu_initialization=True,
         add_bias_linear=block.bias,
         gated_linear_unit=block.gated,
         params_dtype=block.dtype,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
-        persist_layer_norm=False,
         **block.more,
     )
     spec: Any = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm)

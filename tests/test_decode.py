@@ -20,6 +20,7 @@ from megatron_helix.layer_spec import helixify, with_sequence_parallel_norms
 from megatron_helix.layout import HelixLayout
 from megatron_helix.recording.comm_ledger import CommLedger, install
 from megatron_helix.transformer_layer import block_shape
+from tests.cpu_config import cpu_config
 from tests.distributed import model_parallel, run_distributed
 
 VOCABULARY, NEW_TOKENS, POSITIONS = 256, 6, 64
@@ -127,7 +128,7 @@ def _draw_embedding(weight: torch.Tensor) -> torch.Tensor:
 
 def _build(model: Model, layout: Layout) -> GPTModel:
     """This rank's part of a model; the whole is the same for every layout."""
-    config = TransformerConfig(
+    config = cpu_config(
         num_layers=2,
         hidden_size=64,
         ffn_hidden_size=128,
@@ -140,16 +141,7 @@ def _build(model: Model, layout: Layout) -> GPTModel:
         expert_tensor_parallel_size=1,
         pipeline_dtype=torch.float32,
         sequence_parallel=layout.sequence_parallel,
-        transformer_impl="local",
-        use_cpu_initialization=True,
         add_bias_linear=False,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
-        persist_layer_norm=False,
         init_method=_draw,
         output_layer_init_method=_draw,
         embedding_init_method=_draw_embedding,

@@ -13,10 +13,10 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import GlobalMemoryBuffer
 
 from megatron_helix.flex_attention import FlexAttention
+from tests.cpu_config import cpu_config
 
 S, B, H, D = 12, 3, 4, 16
 
@@ -37,7 +37,7 @@ def _state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def build(cls: Any, mask_type: AttnMaskType, **options: Any) -> Any:
     """A core attention on one rank."""
-    config = TransformerConfig(
+    config = cpu_config(
         **{
             **{"num_layers": 2, "hidden_size": H * D, "num_attention_heads": H},
             **{"attention_dropout": 0.0, "masked_softmax_fusion": False},

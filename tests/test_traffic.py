@@ -13,7 +13,6 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import build_module
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_helix.exchange import traffic
 from megatron_helix.exchange.strategy import Choice
@@ -24,6 +23,7 @@ from megatron_helix.linear import finish_step
 from megatron_helix.recording.comm_ledger import CommLedger, install
 from tests import block_case
 from tests.block_case import Block
+from tests.cpu_config import cpu_config
 from tests.distributed import model_parallel, run_distributed
 
 S, B, HIDDEN, FFN, HEADS, KV_CHANNELS = 16, 4, 32, 64, 4, 8
@@ -56,7 +56,7 @@ def _layout(m: int, n: int, groups: int) -> HelixLayout:
 def _count(plan: Plan, layout: HelixLayout, gated: bool) -> tuple[Counter, Counter]:
     """Elements this rank sends in one forward and one backward of a one-layer decoder block."""
     with model_parallel(tp=layout.size):
-        config = TransformerConfig(
+        config = cpu_config(
             num_layers=1,
             hidden_size=HIDDEN,
             ffn_hidden_size=FFN,
@@ -65,17 +65,8 @@ def _count(plan: Plan, layout: HelixLayout, gated: bool) -> tuple[Counter, Count
             kv_channels=KV_CHANNELS,
             tensor_model_parallel_size=layout.size,
             sequence_parallel=True,
-            transformer_impl="local",
-            use_cpu_initialization=True,
             add_bias_linear=False,
             gated_linear_unit=gated,
-            attention_dropout=0.0,
-            hidden_dropout=0.0,
-            bias_dropout_fusion=False,
-            apply_rope_fusion=False,
-            masked_softmax_fusion=False,
-            gradient_accumulation_fusion=False,
-            persist_layer_norm=False,
         )
         choice = Choice(exchange=plan.exchange, split=plan.split, gather=plan.gather)
         if plan.exchange == "scores":
