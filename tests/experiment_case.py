@@ -25,6 +25,15 @@ DOCUMENT: dict[str, Any] = {
     "batch": {"sequences": 8, "sequence_length": 32},
     "phases": ["train", "prefill"],
     "steps": 4,
+    "claims": [
+        {
+            "model": "tiny",
+            "layout": "helix_2x2",
+            "tokens_per_s": 123456,
+            "tpot_ms": 0.5,
+            "of": "another machine",
+        }
+    ],
     "device": "cpu",
     # Ranks that are short of cores are held up long after the profiler has seen the end of a call.
     "verification": {"time_factor": 10.0, "busy_balance": 3.0},

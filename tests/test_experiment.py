@@ -1,6 +1,7 @@
 """One small experiment from its file to its report, and everything that must make it fail."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,24 @@ def test_the_report_stands_alone_and_separates_claims(
     assert "context switches" in page  # what times on shared cores are worth
     text = (out / "report.md").read_text()
     assert "TPS, claimed | TPS, measured" in text
+    assert "| tiny | tp2_pp2 | train | - |" in text
+    assert "| tiny | helix_2x2 | train | 123,456 |" in text
+    assert "Claimed figures are those of another machine." in text
     assert all((out / "plots" / name).exists() for name in ("tps_tpot.png", "losses.png"))
+
+
+def test_without_claims_there_is_no_column_of_them(
+    finished: tuple[Path, Values], tmp_path: Path
+) -> None:
+    out, _ = finished
+    copy = tmp_path / "copy"
+    copied(out, copy)
+    shutil.copytree(out / "nodes", copy / "nodes")
+    (copy / "experiment.json").write_text(experiment(claims=[]).model_dump_json())
+    report.write(copy)
+    text = (copy / "report.md").read_text()
+    assert "| model | layout | phase | TPS, measured | TPOT ms, measured |" in text
+    assert "laimed figures" not in text
 
 
 def test_comparing_with_itself_finds_no_change(finished: tuple[Path, Values]) -> None:

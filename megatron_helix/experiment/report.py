@@ -192,7 +192,6 @@ def _content(found: dict[str, Any]) -> dict[str, Any]:
             {**check, "verdict": {True: "pass", False: "FAIL", None: "-"}[check["passed"]]}
             for check in found["verification"]
         ],
-        "claims": sorted({claim.of for claim in experiment.claims}),
     }
 
 
@@ -201,40 +200,27 @@ def _change(value: float, baseline: float) -> str:
 
 
 def _source_table(experiment: ExperimentConfig, results: list[Result]) -> dict[str, Any]:
+    """TPS and TPOT of every run, and beside them what the experiment file says is claimed."""
+    claims = {(claim.model, claim.layout): claim for claim in experiment.claims}
+    heads = ["model", "layout", "phase"]
+    for figure in ("TPS", "TPOT ms"):
+        heads += [f"{figure}, claimed"] if claims else []
+        heads.append(f"{figure}, measured")
     rows = []
     for result in results:
         base = baseline_of(result, results)
-        claimed = next(
-            (
-                claim
-                for claim in experiment.claims
-                if (claim.model, claim.layout) == (result["model"], result["layout"])
-            ),
-            None,
-        )
-        rows.append(
-            [
-                result["model"],
-                result["layout"],
-                result["phase"],
-                f"{claimed.tokens_per_s:,.0f}" if claimed else "-",
-                f"{result['tokens_per_s']:,.0f}"
-                + _change(result["tokens_per_s"], base["tokens_per_s"]),
-                f"{claimed.tpot_ms:.2f}" if claimed else "-",
-                f"{result['tpot_ms']:,.2f}" + _change(result["tpot_ms"], base["tpot_ms"]),
-            ]
-        )
-    return {
-        "title": "Throughput and overhead",
-        "note": "Claimed figures are those of "
-        + ("; ".join(sorted({claim.of for claim in experiment.claims})) or "nobody")
-        + ". In brackets: against the first layout.",
-        "heads": [
-            *("model", "layout", "phase", "TPS, claimed", "TPS, measured"),
-            *("TPOT ms, claimed", "TPOT ms, measured"),
-        ],
-        "rows": rows,
-    }
+        claimed = claims.get((result["model"], result["layout"]))
+        row = [result["model"], result["layout"], result["phase"]]
+        for key, digits in (("tokens_per_s", 0), ("tpot_ms", 2)):
+            if claims:
+                row.append(f"{getattr(claimed, key):,.{digits}f}" if claimed else "-")
+            row.append(f"{result[key]:,.{digits}f}{_change(result[key], base[key])}")
+        rows.append(row)
+    note = "In brackets: against the first layout."
+    if claims:
+        of = "; ".join(sorted({claim.of for claim in experiment.claims}))
+        note = f"Claimed figures are those of {of}. {note}"
+    return {"title": "Throughput and overhead", "note": note, "heads": heads, "rows": rows}
 
 
 def _exactness_table(results: list[Result]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import json
 import resource
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -75,7 +76,7 @@ def record(recording: Recording) -> None:
         first = done == 0
         described = placement.describe(model) if first else {}
         key_values = placement.KeyValueBytes(model) if first else None
-        flops = FlopCounterMode(display=False) if first else None
+        flops = _FlopCounter() if first else None
         profiler = _profiler(on_gpu) if recording.profile and done == recording.steps - 1 else None
         ledger.take()  # what happened between steps is not part of one
         start, busy = time.perf_counter(), time.thread_time()
@@ -104,6 +105,25 @@ def record(recording: Recording) -> None:
         return result
 
     compat.observe_train_step(observed)
+
+
+class _FlopCounter(FlopCounterMode):
+    """Torch's counter without its counts per module, whose hooks fail under full recompute.
+
+    Under it a layer runs with gradients on and inputs that have none; the tracker of modules wants
+    the gradient function of every input (torch.utils.module_tracker, 2.11 and 2.13).
+    """
+
+    def __init__(self) -> None:
+        super().__init__(display=False)
+        self.mod_tracker: Any = _OneModule()
+
+
+class _OneModule(AbstractContextManager):
+    parents = frozenset({"Global"})
+
+    def __exit__(self, *_error: object) -> None:
+        return None
 
 
 def forward_only(
