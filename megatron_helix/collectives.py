@@ -4,6 +4,7 @@ Every tensor that goes into a collective is made contiguous first: ``torch.empty
 permuted tensor keeps its strides, and a collective into such a buffer scrambles silently.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -95,19 +96,51 @@ def all_reduce(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 
 def gather(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """:func:`all_gather` without a gradient, for use inside a backward pass."""
-    x = x.contiguous()
-    y = torch.empty((group.size() * x.size(0), *x.shape[1:]), dtype=x.dtype, device=x.device)
-    dist.all_gather_into_tensor(y, x, group=group)
-    return y
+    return start_gather(x, group, early=False).wait()
 
 
 def scatter_sum(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """:func:`reduce_scatter` without a gradient, for use inside a backward pass."""
+    return start_scatter_sum(x, group, early=False).wait()
+
+
+@dataclass
+class UnderWay:
+    """A collective that has begun; its result must not be touched before :meth:`wait`."""
+
+    result: torch.Tensor
+    work: Any
+
+    def wait(self) -> torch.Tensor:
+        """The result. On a GPU the stream waits, not the process."""
+        if self.work is not None:
+            self.work.wait()
+        return self.result
+
+
+def start_gather(x: torch.Tensor, group: dist.ProcessGroup, *, early: bool) -> UnderWay:
+    """:func:`gather`, begun.
+
+    Args:
+        x: ``[a, ...]``.
+        group: p ranks.
+        early: whether to come back before it is through. NCCL then works on a stream of its own,
+            beside the compute that follows.
+
+    Returns:
+        ``[p * a, ...]`` once waited for.
+    """
+    x = x.contiguous()
+    y = torch.empty((group.size() * x.size(0), *x.shape[1:]), dtype=x.dtype, device=x.device)
+    return UnderWay(y, dist.all_gather_into_tensor(y, x, group=group, async_op=early))
+
+
+def start_scatter_sum(x: torch.Tensor, group: dist.ProcessGroup, *, early: bool) -> UnderWay:
+    """:func:`scatter_sum`, begun; ``[p * a, ...] -> [a, ...]``. ``early`` as in `start_gather`."""
     assert x.size(0) % group.size() == 0, (x.shape, group.size())
     x = x.contiguous()
     y = torch.empty((x.size(0) // group.size(), *x.shape[1:]), dtype=x.dtype, device=x.device)
-    dist.reduce_scatter_tensor(y, x, group=group)
-    return y
+    return UnderWay(y, dist.reduce_scatter_tensor(y, x, group=group, async_op=early))
 
 
 def _sum(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

@@ -11,17 +11,19 @@ the gathered linear of :mod:`megatron_helix.exchange.weights`, else Megatron's o
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
 
+from megatron_helix import lookahead
 from megatron_helix.checkpoint import tile_in_canonical_order
 from megatron_helix.collectives import all_gather
 from megatron_helix.exchange.activations import context_to_segments, qkv_to_whole_heads
 from megatron_helix.exchange.decode import qkv_to_every_rank
 from megatron_helix.exchange.traffic import Plan
 from megatron_helix.exchange.weights import (
+    Ahead,
     GatheredWeight,
     Shards,
     StepWeight,
@@ -61,8 +63,8 @@ class _HelixLinear(torch.nn.Module):
     weight: torch.nn.Parameter
     bias: torch.nn.Parameter | None
     plan = Plan(exchange="activations", split="batch")
-    step_weight: StepWeight | None = None
     shards: Shards
+    neighbours = lookahead.Neighbours()
 
     def __init__(
         self,
@@ -78,18 +80,33 @@ class _HelixLinear(torch.nn.Module):
         super().__init__(input_size, output_size, tp_group=groups.tp, **kwargs)  # type: ignore[call-arg]
         self.helix_layout, self.helix_groups = layout, groups
 
-    def _gathered_weight(self) -> GatheredWeight:
+    @cached_property
+    def _weight(self) -> GatheredWeight:
+        return GatheredWeight(self.weight, self.shards, self.helix_groups.dim)
+
+    @cached_property
+    def step_weight(self) -> StepWeight:
+        """The weight as ``--helix-gather step`` keeps it over a training step's micro-batches."""
+        return StepWeight(self.weight, self.shards, self.helix_groups.dim)
+
+    def _gathered_weight(self, plan: Plan) -> GatheredWeight:
         """The head group's weight; kept over a training step's micro-batches if the plan says."""
-        if self.plan.gather == "microbatch" or not self.training:
-            return GatheredWeight(self.weight, self.shards, self.helix_groups.dim)
-        if self.step_weight is None:
-            self.step_weight = StepWeight(self.weight, self.shards, self.helix_groups.dim)
-        return self.step_weight
+        return self.step_weight if plan.gather == "step" and self.training else self._weight
+
+    def _use_weight(self) -> tuple[GatheredWeight, Ahead]:
+        """The weight, and those to begin gathering for: all linears of a block share a plan."""
+        following, preceding = self.neighbours.of_this_pass()
+        ahead = Ahead(
+            forward=following and following._gathered_weight(self.plan),
+            backward=preceding and preceding._gathered_weight(self.plan),
+        )
+        return self._gathered_weight(self.plan), ahead
 
     def _column(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Gathered column-parallel linear, with Megatron's contract about the bias."""
         groups = self.helix_groups
-        y = column_linear(input_norm(self, x), self._gathered_weight(), groups.head)
+        weight, ahead = self._use_weight()
+        y = column_linear(input_norm(self, x), weight, groups.head, ahead)
         if self.bias is None or not self.bias.numel():
             return y, None
         bias = self.shards.join(all_gather(self.bias, groups.dim), groups.dim.size())
@@ -97,7 +114,8 @@ class _HelixLinear(torch.nn.Module):
 
     def _row(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Gathered row-parallel linear, with Megatron's contract about the bias."""
-        y = row_linear(x, self._gathered_weight(), self.helix_groups.head)
+        weight, ahead = self._use_weight()
+        y = row_linear(x, weight, self.helix_groups.head, ahead)
         if self.bias is None or not self.bias.numel():
             return y, None
         return (y, self.bias) if _skips_bias(self) else (y + self.bias, None)
@@ -107,7 +125,7 @@ def finish_step(model: list[torch.nn.Module]) -> None:
     """Bring home the gradients of weights that were gathered for a step (`StepWeight`)."""
     for chunk in model:
         for module in chunk.modules():
-            if isinstance(module, _HelixLinear) and module.step_weight is not None:
+            if isinstance(module, _HelixLinear):
                 module.step_weight.finish()
 
 
@@ -230,7 +248,13 @@ class _FC2(_HelixLinear):
         return super().forward(x, *args, **kwargs)  # type: ignore[misc]
 
 
+# In the order in which a layer uses them.
 _ENDS = {"linear_qkv": _QKV, "linear_proj": _Proj, "linear_fc1": _FC1, "linear_fc2": _FC2}
+
+
+def link(model: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    """Tell the linears of a model which weight each pass needs next (:mod:`lookahead`)."""
+    return lookahead.link(model, tuple(_ENDS.values()))
 
 
 @cache

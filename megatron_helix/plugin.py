@@ -12,7 +12,7 @@ from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 from megatron_helix import arguments, compat, vocabulary
 from megatron_helix.layer_spec import helixify, swap_norms, with_sequence_parallel_norms
 from megatron_helix.layout import HelixLayout
-from megatron_helix.linear import finish_step
+from megatron_helix.linear import finish_step, link
 
 
 def enable(args: argparse.Namespace, model_config: GPTModelConfig) -> GPTModelConfig:
@@ -48,7 +48,7 @@ def enable(args: argparse.Namespace, model_config: GPTModelConfig) -> GPTModelCo
         # Megatron's model builder leaves weights that were drawn on the CPU there.
         model_config.pre_wrap_hooks.append(lambda model: [chunk.cuda() for chunk in model])
     if arguments.wants_helix(args):
-        model_config.pre_wrap_hooks.append(vocabulary.extend)
+        model_config.pre_wrap_hooks += [vocabulary.extend, link]
     if arguments.wants_helix(args) and args.helix_gather == "step":
         model_config.transformer.finalize_model_grads_func = _finalize_model_grads
     return model_config

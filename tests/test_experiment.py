@@ -220,7 +220,7 @@ def test_the_shipped_experiments_are_sound() -> None:
 def test_a_layout_that_cannot_run_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     layouts = [{"name": "bad", "m": 2, "n": 3, "micro_batch": 4}]
     with pytest.raises(ValueError, match=r"tiny, layout bad: .*must be a positive divisor"):
-        workflow.run(experiment(layouts=layouts), tmp_path / "out", QUIET)
+        workflow.run(experiment(layouts=layouts, claims=[]), tmp_path / "out", QUIET)
     assert not (tmp_path / "out").exists()
 
 

@@ -26,7 +26,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_helix.collectives import gather, scatter_sum
+from megatron_helix.collectives import (
+    UnderWay,
+    gather,
+    scatter_sum,
+    start_gather,
+    start_scatter_sum,
+)
+from megatron_helix.exchange import gemm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,24 +73,55 @@ class Shards:
 class GatheredWeight:
     """The head group's weight, from the shards of a dim group, gathered whenever it is needed.
 
+    On a GPU :meth:`start` lets the gather run beside the GEMM before; nothing is begun early on the
+    CPU, where a collective would take the cores that compute.
+
     Args:
         shard: this rank's parameter.
         shards: how the shards make the whole.
         dim: the m ranks that hold them.
     """
 
+    _coming: UnderWay | None = None
+
     def __init__(self, shard: torch.nn.Parameter, shards: Shards, dim: dist.ProcessGroup):
         self.shard, self.shards, self.dim = shard, shards, dim
+        self.early = runs_beside_compute(shard)
+
+    def start(self) -> None:
+        """Begin the gather that the next :meth:`whole` waits for."""
+        if self.early and self._coming is None:
+            self._coming = self._start()
 
     def whole(self) -> torch.Tensor:
         """The head group's weight, ``[F/n, D]`` or ``[D, F/n]``; one all-gather over dim."""
-        return self.shards.join(gather(self.shard.detach(), self.dim), self.dim.size())
+        coming, self._coming = self._coming or self._start(), None
+        return self.shards.join(coming.wait(), self.dim.size())
 
-    def gradient(self, whole: torch.Tensor) -> torch.Tensor | None:
-        """The shard's gradient from the whole weight's; one reduce-scatter over dim."""
+    def gradient(self, whole: torch.Tensor) -> UnderWay | None:
+        """The shard's gradient from the whole weight's, begun; one reduce-scatter over dim."""
         parts = self.shards.part(whole, self.dim.size())
         del whole  # the caller keeps none either: one copy less while they are exchanged
-        return scatter_sum(parts, self.dim)
+        return start_scatter_sum(parts, self.dim, early=self.early)
+
+    def _start(self) -> UnderWay:
+        return start_gather(self.shard.detach(), self.dim, early=self.early)
+
+
+def runs_beside_compute(shard: torch.Tensor) -> bool:
+    """Whether a collective on ``shard`` is worth beginning before its result is needed."""
+    return shard.device.type == "cuda"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ahead:
+    """The weight that the pass will need after this one's, as far as that is certain.
+
+    Every rank of a dim group must come to the same answer: a gather begun is a collective.
+    """
+
+    forward: GatheredWeight | None = None
+    backward: GatheredWeight | None = None
 
 
 class StepWeight(GatheredWeight):
@@ -97,6 +135,11 @@ class StepWeight(GatheredWeight):
 
     _kept: torch.Tensor | None = None
     _sum: torch.Tensor | None = None
+
+    def start(self) -> None:
+        """As for the parent, unless the whole weight is there."""
+        if self._kept is None:
+            super().start()
 
     def whole(self) -> torch.Tensor:
         """As for the parent, on the first call of a step; the kept one on the others."""
@@ -133,7 +176,8 @@ class _ColumnLinear(torch.autograd.Function):
     """Forward: all-gather x over head, the weight over dim, multiply. Saves x, sharded.
 
     Backward: gathers both again; input gradient reduce-scattered over head, weight gradient over
-    dim. Dual of :class:`_RowLinear` in its token collectives.
+    dim. Dual of :class:`_RowLinear` in its token collectives. Begun early, the gather of x runs
+    beside the GEMM of the input gradient and the reduce-scatter of that beside the weight's.
     """
 
     @staticmethod
@@ -143,25 +187,35 @@ class _ColumnLinear(torch.autograd.Function):
         shard: torch.Tensor,
         weight: GatheredWeight,
         head: dist.ProcessGroup,
+        ahead: Ahead,
     ) -> torch.Tensor:
         ctx.save_for_backward(x)
-        ctx.weight, ctx.head = weight, head
-        return gather(x, head) @ weight.whole().t()
+        ctx.weight, ctx.head, ctx.ahead = weight, head, ahead
+        x, whole = gather(x, head), weight.whole()
+        _start(ahead.forward)
+        return gemm.output(x, whole)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         (x,) = ctx.saved_tensors
-        grad_x = scatter_sum(grad @ ctx.weight.whole(), ctx.head)
-        x = gather(x, ctx.head)
-        grad_shard = ctx.weight.gradient(grad.flatten(0, -2).t() @ x.flatten(0, -2))
-        return grad_x, grad_shard, None, None
+        early = ctx.weight.early
+        whole = ctx.weight.whole()
+        _start(ctx.ahead.backward)
+        gathering = start_gather(x, ctx.head, early=early)
+        grad_x = gemm.input_gradient(grad, whole)
+        del whole
+        summing = start_scatter_sum(grad_x, ctx.head, early=early)
+        del grad_x
+        grad_shard = ctx.weight.gradient(gemm.weight_gradient(grad, gathering.wait()))
+        return summing.wait(), grad_shard and grad_shard.wait(), None, None, None
 
 
 class _RowLinear(torch.autograd.Function):
     """Forward: all-gather the weight over dim, multiply, reduce-scatter over head. Saves x.
 
     Backward: output gradient all-gathered over head, weight gathered again; weight gradient
-    reduce-scattered over dim. Dual of :class:`_ColumnLinear` in its token collectives.
+    reduce-scattered over dim. Dual of :class:`_ColumnLinear` in its token collectives. Begun early,
+    the reduce-scatter runs beside the GEMM of the input gradient.
     """
 
     @staticmethod
@@ -171,37 +225,52 @@ class _RowLinear(torch.autograd.Function):
         shard: torch.Tensor,
         weight: GatheredWeight,
         head: dist.ProcessGroup,
+        ahead: Ahead,
     ) -> torch.Tensor:
         ctx.save_for_backward(x)
-        ctx.weight, ctx.head = weight, head
-        return scatter_sum(x @ weight.whole().t(), head)
+        ctx.weight, ctx.head, ctx.ahead = weight, head, ahead
+        whole = weight.whole()
+        _start(ahead.forward)
+        return scatter_sum(gemm.output(x, whole), head)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         (x,) = ctx.saved_tensors
         grad = gather(grad, ctx.head)
-        grad_x = grad @ ctx.weight.whole()
-        grad_shard = ctx.weight.gradient(grad.flatten(0, -2).t() @ x.flatten(0, -2))
-        return grad_x, grad_shard, None, None
+        grad_shard = ctx.weight.gradient(gemm.weight_gradient(grad, x))
+        whole = ctx.weight.whole()
+        _start(ctx.ahead.backward)
+        grad_x = gemm.input_gradient(grad, whole)
+        return grad_x, grad_shard and grad_shard.wait(), None, None, None
 
 
-def column_linear(x: torch.Tensor, weight: GatheredWeight, head: dist.ProcessGroup) -> torch.Tensor:
+def _start(weight: GatheredWeight | None) -> None:
+    if weight is not None:
+        weight.start()
+
+
+def column_linear(
+    x: torch.Tensor, weight: GatheredWeight, head: dist.ProcessGroup, ahead: Ahead = Ahead()
+) -> torch.Tensor:
     """Column-parallel linear on 1/m of the tokens.
 
     Args:
         x: ``[tokens/n, ..., D]``, sharded over ``head``.
         weight: shards ``[F/T, D]`` of the head group's ``[F/n, D]``.
         head: n ranks, over which tokens are gathered.
+        ahead: the weights to begin gathering while this one multiplies.
 
     Returns:
         ``[tokens, ..., F/n]``.
     """
-    return _ColumnLinear.apply(x, weight.shard, weight, head)
+    return _ColumnLinear.apply(x, weight.shard, weight, head, ahead)
 
 
-def row_linear(x: torch.Tensor, weight: GatheredWeight, head: dist.ProcessGroup) -> torch.Tensor:
+def row_linear(
+    x: torch.Tensor, weight: GatheredWeight, head: dist.ProcessGroup, ahead: Ahead = Ahead()
+) -> torch.Tensor:
     """Row-parallel linear on 1/m of the tokens: ``[tokens, ..., F/n] -> [tokens/n, ..., D]``.
 
     Arguments as for :func:`column_linear`; the shards are ``[D, F/T]`` of ``[D, F/n]``.
     """
-    return _RowLinear.apply(x, weight.shard, weight, head)
+    return _RowLinear.apply(x, weight.shard, weight, head, ahead)

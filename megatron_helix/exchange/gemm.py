@@ -1,0 +1,50 @@
+"""The three GEMMs of a linear whose weight is gathered.
+
+TransformerEngine's functional GEMM on a GPU where it is installed, torch's elsewhere: the products
+are then those of the TransformerEngine linears that the gathered ones stand in for.
+
+Not run on a GPU yet where ``docs/performance.md`` does not say so.
+"""
+
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+
+def output(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``x W^T``: ``[..., D]`` by ``[F, D]`` gives ``[..., F]``."""
+    if gemm := _engine(x):
+        y = gemm(weight, x.flatten(0, -2), out_dtype=x.dtype, layout="TN")[0]
+        return y.view(*x.shape[:-1], -1)
+    return x @ weight.t()
+
+
+def input_gradient(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``dY W``: ``[..., F]`` by ``[F, D]`` gives ``[..., D]``."""
+    if gemm := _engine(grad):
+        dx = gemm(weight, grad.flatten(0, -2), out_dtype=grad.dtype, layout="NN", grad=True)[0]
+        return dx.view(*grad.shape[:-1], -1)
+    return grad @ weight
+
+
+def weight_gradient(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """``dY^T X``: ``[..., F]`` by ``[..., D]`` gives ``[F, D]``."""
+    grad, x = grad.flatten(0, -2), x.flatten(0, -2)
+    if gemm := _engine(grad):
+        return gemm(x, grad, out_dtype=grad.dtype, layout="NT", grad=True)[0]
+    return grad.t() @ x
+
+
+def _engine(x: torch.Tensor) -> Any:
+    return _general_gemm() if x.device.type == "cuda" else None
+
+
+@cache
+def _general_gemm() -> Any:
+    if find_spec("transformer_engine") is None:
+        return None
+    from transformer_engine.pytorch.cpp_extensions import general_gemm  # type: ignore[import-not-found]
+
+    return general_gemm

@@ -1,0 +1,81 @@
+"""Which gathered weight comes next, so that its gather can run beside the GEMM before it.
+
+Within a decoder block the linears of the ``weights`` exchange are used in a fixed order: forward
+through the layers, and back. A gather is begun early only where the next use is certain, since one
+that nobody waits for is traffic for nothing. Under recompute a layer is run forward in the middle
+of the backward pass, so nothing is begun across the border of a layer there.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Neighbours:
+    """The linears before and after one in its decoder block.
+
+    Attributes:
+        preceding: the linear before; None for the block's first.
+        following: the linear after; None for the block's last.
+        first: whether it is its layer's first.
+        last: whether it is its layer's last.
+        recompute: whether linears are run again in the backward pass.
+    """
+
+    preceding: Any = None
+    following: Any = None
+    first: bool = True
+    last: bool = True
+    recompute: bool = False
+
+    def of_this_pass(self) -> tuple[Any, Any]:
+        """(used next if this is the forward pass, used next in the backward pass), or None."""
+        # What torch's own checkpointing asks: a forward inside a backward pass is a recompute.
+        recomputing = torch._C._current_graph_task_id() != -1
+        following = None if recomputing and self.last else self.following
+        return following, None if self.recompute and self.first else self.preceding
+
+
+def link(model: list[torch.nn.Module], ends: tuple[type, ...]) -> list[torch.nn.Module]:
+    """Tell every linear of the model's decoder blocks its neighbours.
+
+    Args:
+        model: Megatron's model chunks.
+        ends: the linear classes, in the order in which a layer uses them.
+
+    Returns:
+        ``model``; the form of Megatron's ``pre_wrap_hooks``.
+    """
+    for chunk in model:
+        for block in chunk.modules():
+            if isinstance(block, TransformerBlock):
+                _link_block(block, ends)
+    return model
+
+
+def _link_block(block: TransformerBlock, ends: tuple[type, ...]) -> None:
+    layers = [_in_order_of_use(layer, ends) for layer in block.layers]
+    chain = [linear for layer in layers for linear in layer]
+    recompute = _runs_linears_again(block.config)
+    for place, linear in enumerate(chain):
+        linear.neighbours = Neighbours(
+            preceding=chain[place - 1] if place else None,
+            following=chain[place + 1] if place + 1 < len(chain) else None,
+            first=any(linear is layer[0] for layer in layers if layer),
+            last=any(linear is layer[-1] for layer in layers if layer),
+            recompute=recompute,
+        )
+
+
+def _in_order_of_use(layer: torch.nn.Module, ends: tuple[type, ...]) -> list[Any]:
+    linears = [module for module in layer.modules() if isinstance(module, ends)]
+    return sorted(linears, key=lambda linear: [isinstance(linear, end) for end in ends].index(True))
+
+
+def _runs_linears_again(config: TransformerConfig) -> bool:
+    modules = config.recompute_modules or []
+    return config.recompute_granularity == "full" or "mlp" in modules

@@ -1,0 +1,77 @@
+"""Gathers begun beside compute: as on a GPU, on CPU ranks that are told to begin early too."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from megatron_helix.exchange import weights
+from megatron_helix.exchange.weights import GatheredWeight
+from megatron_helix.experiment.metrics import RunMetrics
+from tests.distributed import pretrain, tiny_gpt
+
+FULL = (
+    *("--recompute-granularity", "full", "--recompute-method", "uniform"),
+    *("--recompute-num-layers", "1"),
+)
+MLP = (
+    *("--recompute-granularity", "selective", "--recompute-modules", "mlp"),
+    "--disable-bias-linear",  # a bias that comes out of a checkpoint is no leaf any more, in stock
+)
+STEP = ("--helix-gather", "step")
+MICRO_BATCHES = 2
+
+
+def _run(corpus: Path, folder: Path, *flags: str) -> RunMetrics:
+    cut = ("--helix-m", "2", "--helix-n", "2", "--helix-exchange", "weights")
+    argv = tiny_gpt(corpus, "--sequence-parallel", *cut, *flags, train_iters=1)
+    return pretrain(argv, 4, folder)
+
+
+# Two layers of four linears. Late is what starts a pass, and under recompute what follows a border.
+@pytest.mark.parametrize(
+    ("flags", "late", "early"),
+    [
+        pytest.param((), 1 + 1, 7 + 7, id="plain"),
+        pytest.param(FULL, 1 + 2 * (1 + 1), 7 + 2 * (3 + 3), id="full-recompute"),
+        pytest.param(MLP, 1 + 2 * (1 + 1), 7 + 2 * (1 + 3), id="mlp-recompute"),
+        pytest.param(STEP, 1, 7, id="step"),
+    ],
+)
+def test_an_early_gather_is_the_next_one_and_moves_nothing_more(
+    corpus_prefix: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flags: tuple[str, ...],
+    late: int,
+    early: int,
+) -> None:
+    synchronous = _run(corpus_prefix, tmp_path / "synchronous", *flags)
+    start, uses = GatheredWeight._start, tmp_path / "uses"
+
+    def whole(weight: GatheredWeight) -> object:
+        with uses.open("a") as file:
+            file.write("early\n" if weight._coming else "late\n")
+        return original(weight)
+
+    def begun(weight: GatheredWeight) -> object:
+        with uses.open("a") as file:
+            file.write("begun\n")
+        return start(weight)
+
+    original = GatheredWeight.whole
+    monkeypatch.setattr(weights, "runs_beside_compute", lambda _shard: True)
+    monkeypatch.setattr(GatheredWeight, "whole", whole)
+    monkeypatch.setattr(GatheredWeight, "_start", begun)
+    ahead = _run(corpus_prefix, tmp_path / "ahead", *flags)
+
+    assert ahead.losses == synchronous.losses
+    assert ahead.grad_norms == synchronous.grad_norms
+    assert ahead.sent_bytes == synchronous.sent_bytes
+    passes = 4 * (1 if flags == STEP else MICRO_BATCHES)  # ranks, and what each does alike
+    counts = Counter(uses.read_text().split())
+    assert counts == {
+        "late": passes * late,
+        "early": passes * early,
+        "begun": passes * (late + early),
+    }
