@@ -3,7 +3,7 @@
 TransformerEngine's functional GEMM on a GPU where it is installed, torch's elsewhere: the products
 are then those of the TransformerEngine linears that the gathered ones stand in for.
 
-Not run on a GPU yet where ``docs/performance.md`` does not say so.
+The TransformerEngine branch has not run on a GPU yet.
 """
 
 from functools import cache
@@ -16,7 +16,7 @@ import torch
 def output(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """``x W^T``: ``[..., D]`` by ``[F, D]`` gives ``[..., F]``."""
     if gemm := _engine(x):
-        y = gemm(weight, x.flatten(0, -2), out_dtype=x.dtype, layout="TN")[0]
+        y = gemm(weight, _rows(x), out_dtype=x.dtype, layout="TN")[0]
         return y.view(*x.shape[:-1], -1)
     return x @ weight.t()
 
@@ -24,17 +24,21 @@ def output(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def input_gradient(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """``dY W``: ``[..., F]`` by ``[F, D]`` gives ``[..., D]``."""
     if gemm := _engine(grad):
-        dx = gemm(weight, grad.flatten(0, -2), out_dtype=grad.dtype, layout="NN", grad=True)[0]
+        dx = gemm(weight, _rows(grad), out_dtype=grad.dtype, layout="NN", grad=True)[0]
         return dx.view(*grad.shape[:-1], -1)
     return grad @ weight
 
 
 def weight_gradient(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """``dY^T X``: ``[..., F]`` by ``[..., D]`` gives ``[F, D]``."""
-    grad, x = grad.flatten(0, -2), x.flatten(0, -2)
     if gemm := _engine(grad):
-        return gemm(x, grad, out_dtype=grad.dtype, layout="NT", grad=True)[0]
-    return grad.t() @ x
+        return gemm(_rows(x), _rows(grad), out_dtype=grad.dtype, layout="NT", grad=True)[0]
+    return grad.flatten(0, -2).t() @ x.flatten(0, -2)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """``[..., D]`` as the contiguous matrix that cuBLAS is handed; a gradient may be a view."""
+    return x.flatten(0, -2).contiguous()
 
 
 def _engine(x: torch.Tensor) -> Any:
