@@ -9,10 +9,16 @@ import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from megatron_helix.argument_checks import (
+    CORE_ATTENTIONS,
+    require_core_attention,
+    require_data,
+    require_one_of,
+    require_plan,
+)
 from megatron_helix.compatibility import require_compatible
-from megatron_helix.exchange import strategy, traffic
+from megatron_helix.exchange import strategy
 from megatron_helix.layout import HelixLayout, require_divides
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -25,7 +31,7 @@ _SIZES = (
 )
 _SWITCHES = (
     *("group-query-attention", "rotary-interleaved", "attention-output-gate", "swiglu"),
-    *("sequence-parallel", "overlap-grad-reduce"),
+    *("sequence-parallel", "overlap-grad-reduce", "multi-latent-attention"),
 )
 
 # What a CPU needs of Megatron. Each line is appended unless the user said something about its flag.
@@ -77,6 +83,13 @@ def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         " step keeps the gathered weights of a step over its micro-batches, 1/N of all weights.",
     )
     group.add_argument(
+        "--helix-core-attention",
+        default=CORE_ATTENTIONS[0],
+        help=f"What computes softmax(QK)V: {', '.join(CORE_ATTENTIONS)}. spec is that of the layer"
+        " spec, TransformerEngine's or the local one; flex is torch's FlexAttention, which keeps"
+        " scores out of memory at any head dimension. Works without M and N as well.",
+    )
+    group.add_argument(
         "--helix-device",
         default="auto",
         help=f"{', '.join(DEVICES)}. auto is cuda; cpu runs Megatron on gloo ranks and fills in the"
@@ -119,7 +132,7 @@ def device(argv: Sequence[str]) -> str:
         ValueError: for an unknown device, and where there is no GPU and the CPU was not asked for.
     """
     name = _read(argv).helix_device
-    _require_one_of("--helix-device", name, DEVICES)
+    require_one_of("--helix-device", name, DEVICES)
     if name == "cpu":
         return "cpu"
     import torch
@@ -148,7 +161,7 @@ def complete(argv: Sequence[str], world_size: int) -> list[str]:
     """
     args = _read(argv)
     strategy.require_known(choice(args))
-    _require_one_of("--helix-phase", args.helix_phase, PHASES)
+    require_one_of("--helix-phase", args.helix_phase, PHASES)
     if args.helix_phase != PHASES[0] and not args.helix_metrics:
         raise ValueError(
             f"--helix-phase: {args.helix_phase} needs --helix-metrics DIR, where its measurements"
@@ -158,9 +171,10 @@ def complete(argv: Sequence[str], world_size: int) -> list[str]:
     if wants_helix(args):
         degree = _complete_degree(args, argv)
         implied = [*degree, *_helix_flags(args, argv, world_size)]
-    _require_data(args)
-    on_cpu = [] if device(argv) == "cuda" else _cpu_flags(argv)
-    return [*argv, *on_cpu, *implied]
+    require_data(args)
+    on_cpu = device(argv) == "cpu"
+    require_core_attention(args, on_cpu)
+    return [*argv, *(_cpu_flags(argv) if on_cpu else ()), *implied]
 
 
 def _read(argv: Sequence[str]) -> argparse.Namespace:
@@ -180,6 +194,7 @@ def _read(argv: Sequence[str]) -> argparse.Namespace:
         parser.add_argument(f"--{name}", nargs="*")
     parser.add_argument("--position-embedding-type", default="learned_absolute")
     parser.add_argument("--rotary-percent", type=float, default=1.0)
+    parser.add_argument("--attention-dropout", type=float, default=0.1)
     parser.add_argument("--moe-router-load-balancing-type", nargs="+")
     return parser.parse_known_args(argv)[0]
 
@@ -303,76 +318,9 @@ def _helix_flags(args: argparse.Namespace, argv: Sequence[str], world_size: int)
             num_query_groups=groups,
             kv_channels=channels,
         )
-        _require_plan(args, cut)
+        require_plan(args, choice(args), cut)
     return ["--tensor-model-parallel-size", str(size)]
-
-
-def _require_plan(args: argparse.Namespace, cut: HelixLayout) -> None:
-    """Check that the micro-batches of the run can be exchanged and split as asked."""
-    asked = choice(args)
-    if asked.exchange == "scores" and not cut.pairs_are_whole:
-        raise ValueError(
-            "--helix-exchange: scores needs both channels of a rotary pair in one segment, got"
-            f" --kv-channels {cut.kv_channels}, {cut.rotary_dim} of them rotary, --helix-m {cut.m};"
-            " use another --helix-m or --rotary-percent, or --helix-exchange activations"
-        )
-    if asked.gather == "step" and args.overlap_grad_reduce:
-        raise ValueError(
-            "--helix-gather: step brings gradients home at the end of a step, and"
-            " --overlap-grad-reduce sends them before; leave one of the two away"
-        )
-    if cut.m > 1 and args.seq_length and args.micro_batch_size:
-        strategy.resolve(
-            asked,
-            cut,
-            traffic.BlockShape(
-                hidden=args.hidden_size,
-                ffn=0 if args.num_experts else args.ffn_hidden_size or 4 * args.hidden_size,
-                gated=args.swiglu,
-                num_layers=args.num_layers,
-            ),
-            sequence=args.seq_length // args.context_parallel_size,
-            batch=args.micro_batch_size,
-            sequence_parallel=args.sequence_parallel,
-        )
 
 
 def _count_or_auto(word: str) -> int | str:
     return word if word == "auto" else int(word)
-
-
-def _require_one_of(flag: str, value: Any, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{flag}: must be one of {', '.join(allowed)}, got {value!r}")
-
-
-def _require_data(args: argparse.Namespace) -> None:
-    """Fail on a missing dataset now, once, instead of on one rank after minutes of set-up."""
-    words = [
-        word
-        for paths in (
-            args.data_path,
-            args.train_data_path,
-            args.valid_data_path,
-            args.test_data_path,
-        )
-        for word in paths or ()
-    ]
-    for word in words:
-        if _is_number(word):  # a blend's weight
-            continue
-        for suffix in (".bin", ".idx"):
-            if "://" not in word and not Path(word + suffix).exists():
-                raise ValueError(
-                    f"--data-path: {word} must be the prefix of a Megatron dataset, and"
-                    f" {word}{suffix} does not exist; make one with"
-                    f" `helix data FILES --out {word}`"
-                )
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True

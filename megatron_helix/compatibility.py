@@ -120,6 +120,13 @@ WORKS = (
         flags="--softmax-type",
         test="tests/test_parity.py::test_learnable_softmax_offsets",
     ),
+    Works(
+        feature="FlexAttention for core attention",
+        flags="--helix-core-attention flex",
+        test="tests/test_flex_attention.py::test_flex_is_stock",
+        note="forward, on a CPU; a run needs a GPU, where it was not tested. Not with attention"
+        " dropout, context parallelism, multi-latent attention or --helix-exchange scores",
+    ),
     Works(feature="Multi-token prediction", flags="--mtp-num-layers", test=_FEATURES),
     Works(
         feature="Checkpoints in torch_dist format, any layout to any other",

@@ -6,7 +6,7 @@ function (Dong et al., 2024, arXiv 2412.05496) and keeps the scores on the chip.
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -107,7 +107,7 @@ def _kernel(device: str) -> Callable[..., Any]:
     return torch.compile(flex_attention) if device == "cuda" else flex_attention
 
 
-@cache
+@lru_cache(maxsize=64)  # with a window, every step of a generation has another
 def _position_mask(
     queries: int, keys: int, window: tuple[int, int], device: torch.device
 ) -> BlockMask:

@@ -5,7 +5,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from megatron.core.transformer.attention import CrossAttention, SelfAttention
+from megatron.core.transformer.attention import (
+    CrossAttention,
+    SelfAttention,
+    SelfAttentionSubmodules,
+)
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.multi_latent_attention import MultiLatentAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -19,6 +23,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_helix.attention import HelixSelfAttention
 from megatron_helix.exchange.strategy import Choice
+from megatron_helix.flex_attention import FlexAttention
 from megatron_helix.layout import HelixLayout
 from megatron_helix.linear import helix_linear
 from megatron_helix.norm import sequence_parallel_norm
@@ -56,6 +61,17 @@ def helixify(spec: Any, layout: HelixLayout, choice: Choice = Choice()) -> Any:
             return dataclasses.replace(node, module=HelixSelfAttention, params=params)
         if issubclass(node.module, TransformerLayer):
             return dataclasses.replace(node, module=helix_layer(node.module), params=params)
+        return node
+
+    return _map_spec(spec, swap)
+
+
+def with_flex_attention(spec: Any) -> Any:
+    """``spec``, before or after :func:`helixify`, with FlexAttention for core attention."""
+
+    def swap(node: Any) -> Any:
+        if isinstance(node, SelfAttentionSubmodules):
+            return dataclasses.replace(node, core_attention=FlexAttention)
         return node
 
     return _map_spec(spec, swap)

@@ -10,7 +10,12 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
 from megatron_helix import arguments, compat, vocabulary
-from megatron_helix.layer_spec import helixify, swap_norms, with_sequence_parallel_norms
+from megatron_helix.layer_spec import (
+    helixify,
+    swap_norms,
+    with_flex_attention,
+    with_sequence_parallel_norms,
+)
 from megatron_helix.layout import HelixLayout
 from megatron_helix.linear import finish_step, link
 
@@ -21,8 +26,9 @@ def enable(args: argparse.Namespace, model_config: GPTModelConfig) -> GPTModelCo
     Args:
         args: Megatron's validated arguments, with the helix flags.
         model_config: the model config made from them. Its layer spec (given by ``--spec`` or
-            Megatron's default) is kept, with its self-attention swapped; without the helix flags
-            only the torch norms are exchanged for ones that allow sequence parallelism.
+            Megatron's default) is kept, with its self-attention swapped. Without a layout only the
+            torch norms are exchanged for ones that allow sequence parallelism, and the core
+            attention where ``--helix-core-attention`` says so.
 
     Returns:
         The same ``model_config``.
@@ -32,6 +38,8 @@ def enable(args: argparse.Namespace, model_config: GPTModelConfig) -> GPTModelCo
     layout = _layout(args, model_config) if arguments.wants_helix(args) else None
 
     def helix(spec: Any) -> Any:
+        if args.helix_core_attention == "flex":
+            spec = with_flex_attention(spec)
         return helixify(spec, layout, arguments.choice(args)) if layout else spec
 
     def layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Any:

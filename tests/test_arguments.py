@@ -12,6 +12,7 @@ from megatron_helix import arguments, pretrain_gpt
 from tests.distributed import tiny_gpt
 
 TP = "--tensor-model-parallel-size"
+FLEX = ("--helix-core-attention", "flex")
 GQA = ("--group-query-attention", "--num-query-groups", "2")
 
 
@@ -116,6 +117,30 @@ REFUSALS = {
     "unknown gathering": (
         (*cut(2, 2), "--helix-gather", "never"),
         r"^--helix-gather: must be one of microbatch, step, got 'never'$",
+    ),
+    "unknown core attention": (
+        ("--helix-core-attention", "flash"),
+        r"^--helix-core-attention: must be one of spec, flex, got 'flash'$",
+    ),
+    "FlexAttention with dropout": (
+        (*FLEX, "--attention-dropout", "0.1"),
+        r"^--helix-core-attention: flex needs --attention-dropout 0, .*, got 0\.1; set it to 0$",
+    ),
+    "FlexAttention of partial scores": (
+        (*cut(2, 2), *FLEX, "--helix-exchange", "scores"),
+        r"^--helix-core-attention: flex never has the scores that --helix-exchange scores moves",
+    ),
+    "FlexAttention and context parallelism": (
+        (*cut(2, 1), *FLEX, "--context-parallel-size", "2"),
+        r"^--helix-core-attention: flex attends within one rank and needs .* 1, got 2; leave one",
+    ),
+    "FlexAttention and latent attention": (
+        (*FLEX, "--multi-latent-attention"),
+        r"^--helix-core-attention: flex takes the place of Megatron's SelfAttention's, and",
+    ),
+    "FlexAttention on a CPU": (
+        (*cut(2, 2), *FLEX),
+        r"^--helix-core-attention: flex needs a GPU, .*, got --helix-device cpu; leave one of",
     ),
     "unknown device": (
         ("--helix-device", "tpu"),

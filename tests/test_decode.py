@@ -16,7 +16,11 @@ from megatron_helix.exchange import decode, strategy, traffic
 from megatron_helix.exchange.strategy import Choice
 from megatron_helix.inference.engine import Engine, cache_bytes, micro_batches
 from megatron_helix.inference.sampling import Sampling
-from megatron_helix.layer_spec import helixify, with_sequence_parallel_norms
+from megatron_helix.layer_spec import (
+    helixify,
+    with_flex_attention,
+    with_sequence_parallel_norms,
+)
 from megatron_helix.layout import HelixLayout
 from megatron_helix.recording.comm_ledger import CommLedger, install
 from megatron_helix.transformer_layer import block_shape
@@ -75,6 +79,7 @@ class Layout:
     split: str = "auto"
     sequence_parallel: bool = False
     microbatches: int = 1
+    flex: bool = False
 
     def partition(self, model: Model) -> HelixLayout:
         return HelixLayout(
@@ -150,6 +155,8 @@ def _build(model: Model, layout: Layout) -> GPTModel:
     spec: Any = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm
     )
+    if layout.flex:
+        spec = with_flex_attention(spec)
     if layout.m:
         choice = Choice(exchange=layout.exchange, split=layout.split)
         spec = helixify(spec, layout.partition(model), choice)
@@ -237,6 +244,7 @@ def _cases() -> list[tuple[str, Layout]]:
         ("sink", helix(2, 2)),
         ("sink", helix(2, 2, split="sequence", **sp)),
         ("off_by_one", helix(2, 2, split="sequence")),
+        ("gqa", helix(2, 2, flex=True, **sp)),
         ("gqa_16_2", helix(8, 2)),
         ("gqa_16_2", helix(8, 2, exchange="weights", **sp)),
     ]
@@ -246,9 +254,11 @@ def _name(value: Any) -> str | None:
     if not isinstance(value, Layout):
         return None
     sp = "-sp" if value.sequence_parallel else ""
-    return f"{value.m}x{value.n}-{value.exchange}-{value.split}{sp}"
+    flex = "-flex" if value.flex else ""
+    return f"{value.m}x{value.n}-{value.exchange}-{value.split}{sp}{flex}"
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize(("name", "layout"), _cases(), ids=_name)
 def test_decode_is_as_stock(stock: Stock, name: str, layout: Layout) -> None:
     """Tokens, logits at every step, the memory of the cache, and the bytes of every step."""

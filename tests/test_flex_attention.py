@@ -4,6 +4,7 @@ Forward only: torch has no backward pass of it on a CPU.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,8 +16,10 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.utils import GlobalMemoryBuffer
 
+from megatron_helix import arguments
 from megatron_helix.flex_attention import FlexAttention
 from tests.cpu_config import cpu_config
+from tests.distributed import pretrain, tiny_gpt
 
 S, B, H, D = 12, 3, 4, 16
 
@@ -24,8 +27,8 @@ S, B, H, D = 12, 3, 4, 16
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
 
-@pytest.fixture(autouse=True)
-def _state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What Megatron makes with its process groups, and stock attention asks for."""
     monkeypatch.setattr(parallel_state, "_GLOBAL_MEMORY_BUFFER", GlobalMemoryBuffer())
     tracker = get_cuda_rng_tracker()
@@ -82,6 +85,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @torch.no_grad()
 def test_flex_is_stock(case: dict[str, Any]) -> None:
@@ -101,6 +105,7 @@ def test_flex_is_stock(case: dict[str, Any]) -> None:
     torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.usefixtures("alone")
 @torch.no_grad()
 def test_a_chunk_sees_its_prefix() -> None:
     """Bottom-right causal, which a sequence split asks for: the last rows of the whole."""
@@ -112,14 +117,34 @@ def test_a_chunk_sees_its_prefix() -> None:
     torch.testing.assert_close(chunk, whole[4:8])
 
 
+@pytest.mark.usefixtures("alone")
 def test_dropout_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^--attention-dropout: must be 0 .* got 0.1; set it"):
         build(FlexAttention, AttnMaskType.causal, attention_dropout=0.1)
 
 
+@pytest.mark.usefixtures("alone")
 def test_packed_sequences_and_biases_are_refused() -> None:
     flex = build(FlexAttention, AttnMaskType.causal)
     with pytest.raises(ValueError, match=r"^--helix-core-attention: flex takes neither packed"):
         flex(*tensors(S, S, H), None, attention_bias=torch.zeros(1))
     with pytest.raises(ValueError, match=r"^--helix-core-attention: flex takes neither packed"):
         flex(*tensors(S, S, H), None, packed_seq_params=object())
+
+
+def test_the_flag_puts_it_into_every_layer(
+    corpus_prefix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, where torch cannot train with it, the layers that asked for it run stock's."""
+    used = tmp_path / "used"
+
+    def asked(self: FlexAttention, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with used.open("a") as lines:
+            lines.write(f"{self.layer_number}\n")
+        return DotProductAttention.forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(FlexAttention, "forward", asked)  # ranks are forks
+    monkeypatch.setattr(arguments, "require_core_attention", lambda *args: None)
+    flags = tiny_gpt(corpus_prefix, "--helix-m", "2", "--helix-n", "1", train_iters=1)
+    pretrain([*flags, "--helix-core-attention", "flex"], 2, tmp_path)
+    assert set(used.read_text().split()) == {"1", "2"}

@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_helix.exchange.decode import attend_to_share, merge_shares
 from megatron_helix.exchange.traffic import Plan
+from megatron_helix.flex_attention import FlexAttention
 from megatron_helix.layout import HelixLayout
 from megatron_helix.process_groups import HelixGroups
 
@@ -91,12 +92,13 @@ class PrefixChunks(torch.nn.Module):
     ) -> torch.Tensor | None:
         """The mask of one chunk, ``[b or 1, 1, length, end]``, True where hidden.
 
-        TransformerEngine aligns a causal mask to the bottom right by its type; the local
-        implementation makes masks for square scores only and is given this one.
+        TransformerEngine and FlexAttention align a causal mask to the bottom right by its type; the
+        local implementation makes masks for square scores only and is given this one.
         """
         if mask is not None:
             return mask[..., start : start + length, :end]
-        if not causal or not isinstance(self, DotProductAttention):
+        local = isinstance(self, DotProductAttention) and not isinstance(self, FlexAttention)
+        if not causal or not local:
             return None
         hidden = torch.ones(length, end, dtype=torch.bool, device=device).triu(start + 1)
         return hidden[None, None]

@@ -1,0 +1,113 @@
+"""Checks of flags that parse: each raises the one error that the user must read.
+
+``args`` are the helix flags and those of Megatron's that :mod:`megatron_helix.arguments` reads.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_helix.exchange import strategy, traffic
+from megatron_helix.layout import HelixLayout
+
+CORE_ATTENTIONS = ("spec", "flex")
+
+
+def require_one_of(flag: str, value: Any, allowed: Sequence[str]) -> None:
+    """Check that a flag has one of the values it knows."""
+    if value not in allowed:
+        raise ValueError(f"{flag}: must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def require_plan(args: argparse.Namespace, asked: strategy.Choice, cut: HelixLayout) -> None:
+    """Check that the micro-batches of the run can be exchanged and split as ``asked``."""
+    if asked.exchange == "scores" and not cut.pairs_are_whole:
+        raise ValueError(
+            "--helix-exchange: scores needs both channels of a rotary pair in one segment, got"
+            f" --kv-channels {cut.kv_channels}, {cut.rotary_dim} of them rotary, --helix-m {cut.m};"
+            " use another --helix-m or --rotary-percent, or --helix-exchange activations"
+        )
+    if asked.gather == "step" and args.overlap_grad_reduce:
+        raise ValueError(
+            "--helix-gather: step brings gradients home at the end of a step, and"
+            " --overlap-grad-reduce sends them before; leave one of the two away"
+        )
+    if cut.m > 1 and args.seq_length and args.micro_batch_size:
+        strategy.resolve(
+            asked,
+            cut,
+            traffic.BlockShape(
+                hidden=args.hidden_size,
+                ffn=0 if args.num_experts else args.ffn_hidden_size or 4 * args.hidden_size,
+                gated=args.swiglu,
+                num_layers=args.num_layers,
+            ),
+            sequence=args.seq_length // args.context_parallel_size,
+            batch=args.micro_batch_size,
+            sequence_parallel=args.sequence_parallel,
+        )
+
+
+def require_core_attention(args: argparse.Namespace, on_cpu: bool) -> None:
+    """Check that FlexAttention can do what the run asks of it."""
+    require_one_of("--helix-core-attention", args.helix_core_attention, CORE_ATTENTIONS)
+    if args.helix_core_attention != "flex":
+        return
+    if args.attention_dropout:
+        raise ValueError(
+            "--helix-core-attention: flex needs --attention-dropout 0, since its kernel has no"
+            f" dropout, got {args.attention_dropout}; set it to 0"
+        )
+    if args.helix_exchange == "scores":
+        raise ValueError(
+            "--helix-core-attention: flex never has the scores that --helix-exchange scores moves,"
+            " got both; use --helix-exchange activations or weights"
+        )
+    if args.context_parallel_size > 1:
+        raise ValueError(
+            "--helix-core-attention: flex attends within one rank and needs --context-parallel-size"
+            f" 1, got {args.context_parallel_size}; leave one of the two away"
+        )
+    if args.multi_latent_attention:
+        raise ValueError(
+            "--helix-core-attention: flex takes the place of Megatron's SelfAttention's, and"
+            " --multi-latent-attention has none; leave one of the two away"
+        )
+    if on_cpu:
+        raise ValueError(
+            "--helix-core-attention: flex needs a GPU, since torch's FlexAttention has no backward"
+            " pass on a CPU, got --helix-device cpu; leave one of the two away"
+        )
+
+
+def require_data(args: argparse.Namespace) -> None:
+    """Fail on a missing dataset now, once, instead of on one rank after minutes of set-up."""
+    words = [
+        word
+        for paths in (
+            args.data_path,
+            args.train_data_path,
+            args.valid_data_path,
+            args.test_data_path,
+        )
+        for word in paths or ()
+    ]
+    for word in words:
+        if _is_number(word):  # a blend's weight
+            continue
+        for suffix in (".bin", ".idx"):
+            if "://" not in word and not Path(word + suffix).exists():
+                raise ValueError(
+                    f"--data-path: {word} must be the prefix of a Megatron dataset, and"
+                    f" {word}{suffix} does not exist; make one with"
+                    f" `helix data FILES --out {word}`"
+                )
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
