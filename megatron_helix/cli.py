@@ -1,5 +1,6 @@
 """The ``helix`` command: its subcommands are the modules of :mod:`megatron_helix.commands`."""
 
+import os
 import sys
 from typing import Annotated
 
@@ -61,7 +62,8 @@ def main() -> None:
 
 
 def _say(error: object, code: int) -> int:
-    print(f"error: {error}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # one of torchrun's ranks tells the user
+        print(f"error: {error}", file=sys.stderr)
     return code
 
 

@@ -69,6 +69,7 @@ def prepare(
         [
             *("--helix-device", device, *saved_model.model_flags(saved)),
             *("--load", str(checkpoint), "--no-load-optim", "--no-load-rng"),
+            "--no-gradient-accumulation-fusion",  # there are none, and it needs apex
             *flags,
         ],
         world_size,

@@ -130,9 +130,14 @@ def try_helix(words: list[str]) -> None:
 
 def try_torchrun(words: list[str]) -> None:
     """The flags after the entry point are accepted."""
-    entry = words.index("megatron_helix.pretrain_gpt")
-    assert words[entry - 1] == "-m"
-    try_flags(words[entry + 1 :], int(words[words.index("--nproc-per-node") + 1]))
+    entry = words.index("-m") + 1
+    ranks = int(words[words.index("--nproc-per-node") + 1])
+    if words[entry] == "megatron_helix.cli":
+        assert words[entry + 1] == "generate"
+        try_helix(["generate", "--nproc-per-node", str(ranks), *words[entry + 2 :]])
+    else:
+        assert words[entry] == "megatron_helix.pretrain_gpt"
+        try_flags(words[entry + 1 :], ranks)
 
 
 def try_flags(flags: list[str], world_size: int) -> None:

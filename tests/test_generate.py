@@ -1,5 +1,7 @@
 """``helix generate``: one checkpoint, the same text under every layout, and clear refusals."""
 
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,6 +71,28 @@ def test_every_layout_says_what_one_stock_rank_says(generated: Generate) -> None
     assert generated(4, *helix, "--sequence-parallel") == expected
     pipeline = ("--pipeline-model-parallel-size", "2", "--tensor-model-parallel-size", "2")
     assert generated(4, *pipeline, microbatches=3) == expected
+
+
+def test_torchruns_ranks_print_the_same_text(
+    checkpoint: Path, generated: Generate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command on ranks that something else has started, where only rank 0 has the terminal."""
+    layout = ("--helix-device", "cpu", "--helix-m", "2", "--helix-n", "1")
+    words = ["generate", "--load", str(checkpoint), "--tokens", "8"]
+    words += [word for prompt in PROMPTS for word in ("--prompt", prompt)]
+
+    def rank() -> None:
+        monkeypatch.setenv("LOCAL_RANK", os.environ["RANK"])
+        result = CliRunner().invoke(cli.app, [*words, "--", *layout])
+        if result.exception:
+            raise result.exception
+        (tmp_path / f"said{os.environ['RANK']}").write_bytes(result.stdout_bytes)
+
+    launch_ranks(rank, (), 2, tmp_path / "logs")
+    texts = [bytes(tokens).decode(errors="replace") for tokens in generated(1).values()]
+    pairs = [prompt + text + "\n" for prompt, text in zip(PROMPTS, texts, strict=True)]
+    assert (tmp_path / "said0").read_text() == "\n".join(pairs)
+    assert (tmp_path / "said1").read_text() == ""
 
 
 def test_drawn_tokens_are_the_seeds(generated: Generate) -> None:
@@ -162,7 +186,7 @@ def test_prompts_of_a_file_come_after_the_others(tmp_path: Path) -> None:
 def test_text_is_printed_as_it_comes_and_no_character_in_halves(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    printer = Printer(("# ", "say "), ByteTokenizer())
+    printer = Printer(("# ", "say "), ByteTokenizer(), sys.stdout)
     euro = list("€".encode())
     printer.add(0, euro[0])
     printer.add(0, euro[1])

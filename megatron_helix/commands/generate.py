@@ -1,9 +1,12 @@
 """``helix generate``."""
 
+import contextlib
 import multiprocessing as mp
+import os
+import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -13,7 +16,9 @@ from megatron_helix import launch
 def generate(
     context: typer.Context,
     load: Annotated[Path, typer.Option(help="Folder that Megatron saved checkpoints in.")],
-    nproc_per_node: Annotated[int, typer.Option(min=1, help="Ranks to start.")] = 1,
+    nproc_per_node: Annotated[
+        int, typer.Option(min=1, help="CPU ranks to start; torchrun's own count under torchrun.")
+    ] = 1,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be repeated.")] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="A file of prompts, one a line; \\n is a line break.")
@@ -32,11 +37,13 @@ def generate(
     ] = None,
     logs: Annotated[Path | None, typer.Option(help="Folder for the ranks' output.")] = None,
 ) -> None:
-    """Generate text on this machine's CPU ranks, under any layout, from any checkpoint.
+    """Generate text from any checkpoint, under any layout.
 
-    Flags after -- are the layout: Megatron's parallel sizes, or helix's. The model's come from the
-    checkpoint.
+    On this machine's CPU ranks; or, called by torchrun (`torchrun -m megatron_helix.cli generate`),
+    on the GPUs of torchrun's ranks. Flags after -- are the layout: Megatron's parallel sizes, or
+    helix's. The model's come from the checkpoint.
     """
+    from megatron_helix import arguments
     from megatron_helix import generate as generation
     from megatron_helix.inference.requests import Request, read_prompts
     from megatron_helix.inference.sampling import Sampling
@@ -48,16 +55,24 @@ def generate(
         microbatches=microbatches,
     )
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    if "LOCAL_RANK" in os.environ:
+        out = sys.stdout
+        with contextlib.redirect_stdout(sys.stderr):  # Megatron's own lines
+            device = arguments.device(context.args)
+            world_size = int(os.environ["WORLD_SIZE"])
+            job = generation.prepare(load, request, context.args, world_size, device)
+            _as_rank(job, sampling, measure, out)
+        return
     job = generation.prepare(load, request, context.args, nproc_per_node)
     with tempfile.TemporaryDirectory(prefix="helix-generate-") as scratch:
         ranks: dict[str, Any] = {"world_size": nproc_per_node, "logs": logs or Path(scratch)}
         if measure:
             args = (job, sampling, measure)
             _run(launch.Ranks(target=generation.measure, args=args, **ranks))
-            _report(measure)
+            _report(measure, sys.stdout)
             return
         here, there = mp.Pipe(duplex=False)
-        printer = Printer(job.request.prompts, job.tokenizer)
+        printer = Printer(job.request.prompts, job.tokenizer, sys.stdout)
 
         def drain() -> None:
             while here.poll():
@@ -68,6 +83,27 @@ def generate(
         _run(launch.Ranks(target=generation.serve, args=args, **ranks), poll=drain)
         drain()
         printer.finish()
+
+
+def _as_rank(job: Any, sampling: Any, measure: Path | None, out: TextIO) -> None:
+    """Do the job on the rank that this process is; rank 0 prints to ``out``."""
+    import torch.distributed as dist
+
+    from megatron_helix import generate as generation
+
+    first = os.environ["RANK"] == "0"
+    if measure:
+        generation.measure(job, sampling, measure)
+        dist.barrier()  # every rank's file is there
+        if first:
+            _report(measure, out)
+    elif first:
+        printer = Printer(job.request.prompts, job.tokenizer, out)
+        generation.serve(job, sampling, printer.add)
+        printer.finish()
+    else:
+        generation.serve(job, sampling, lambda *token: None)
+    dist.destroy_process_group()
 
 
 def _run(ranks: launch.Ranks, **options: Any) -> None:
@@ -81,14 +117,14 @@ def _run(ranks: launch.Ranks, **options: Any) -> None:
         raise
 
 
-def _report(folder: Path) -> None:
+def _report(folder: Path, out: TextIO) -> None:
     from dataclasses import asdict
 
     from megatron_helix.inference import measure
 
     for name, value in asdict(measure.read(folder)).items():
         shown = f"{value:,.3f}" if isinstance(value, float) else value
-        typer.echo(f"{name}: {shown}")
+        typer.echo(f"{name}: {shown}", file=out)
 
 
 class Printer:
@@ -97,13 +133,14 @@ class Printer:
     Args:
         prompts: printed before what belongs to them.
         tokenizer: makes text of token ids.
+        out: where to.
     """
 
-    def __init__(self, prompts: tuple[str, ...], tokenizer: Any):
-        self.prompts, self.tokenizer = prompts, tokenizer
+    def __init__(self, prompts: tuple[str, ...], tokenizer: Any, out: TextIO):
+        self.prompts, self.tokenizer, self.out = prompts, tokenizer, out
         self.tokens: list[list[int]] = [[] for _ in prompts]
         self.printed = ""
-        _print(prompts[0])
+        self._print(prompts[0])
 
     def add(self, sequence: int, token: int) -> None:
         """One new token of a sequence."""
@@ -111,16 +148,15 @@ class Printer:
         if sequence == 0:
             # A character may be some tokens: it shows as U+FFFD until the last of them is there.
             text = self.tokenizer.detokenize(self.tokens[0]).rstrip("\ufffd")
-            _print(text[len(self.printed) :])
+            self._print(text[len(self.printed) :])
             self.printed = text
 
     def finish(self) -> None:
         """Print what is left."""
         texts = [self.tokenizer.detokenize(tokens) for tokens in self.tokens]
-        _print(texts[0][len(self.printed) :] + "\n")
+        self._print(texts[0][len(self.printed) :] + "\n")
         for prompt, text in zip(self.prompts[1:], texts[1:], strict=True):
-            _print(f"\n{prompt}{text}\n")
+            self._print(f"\n{prompt}{text}\n")
 
-
-def _print(text: str) -> None:
-    print(text, end="", flush=True)
+    def _print(self, text: str) -> None:
+        print(text, end="", flush=True, file=self.out)
