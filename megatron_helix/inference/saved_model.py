@@ -1,4 +1,11 @@
-"""A checkpoint's model: the flags that build it again, and the weights, under any layout."""
+"""A checkpoint's model: the flags that build it again, and the weights, under any layout.
+
+Not by Megatron's ``--use-checkpoint-args``. That leaves out some of what makes a model (in 0.19:
+``--qk-layernorm``, ``--attention-output-gate``, ``--softmax-type``, ``--window-size``, the norm's
+epsilon, the scaling of rotary embeddings, a byte-level tokenizer's vocabulary), silently where the
+user does not repeat it; and it reads the heads inside Megatron's own parser, which comes after the
+layout has to be checked against them.
+"""
 
 import argparse
 import sys
@@ -20,7 +27,9 @@ _MODEL = (
     *("num_experts", "moe_layer_freq", "moe_ffn_hidden_size", "moe_router_topk"),
     *("moe_router_pre_softmax", "moe_router_score_function", "moe_router_topk_scaling_factor"),
     *("moe_router_load_balancing_type", "moe_token_dispatcher_type", "moe_grouped_gemm"),
-    *("moe_shared_expert_intermediate_size", "fp16", "bf16"),
+    *("moe_router_enable_expert_bias", "moe_router_num_groups", "moe_router_group_topk"),
+    *("moe_shared_expert_intermediate_size", "moe_latent_size", "tiktoken_pattern"),
+    *("fp16", "bf16"),
 )
 
 
