@@ -87,13 +87,23 @@ def commands(page: Path) -> list[str]:
     ids=lambda value: value[:60],
 )
 def test_a_command_of_the_documentation_can_be_called(page: str, line: str) -> None:
-    words = shlex.split(line)
+    words = [expanded(word) for word in shlex.split(line)]
     while "=" in words[0]:  # an environment variable
         words.pop(0)
     name = Path(words[0]).name
     check = CHECKS.get(name)
     assert check, f"{page}: {name} is not a command that this test knows how to try"
     check(words[1:])
+
+
+def expanded(word: str) -> str:
+    """``word`` with what a ``$(command)`` in it prints."""
+    if "$(" not in word:
+        return word
+    printed = subprocess.run(
+        ["bash", "-c", f'printf %s "{word}"'], capture_output=True, text=True, check=True
+    )
+    return printed.stdout
 
 
 def try_script(words: list[str]) -> None:
