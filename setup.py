@@ -47,6 +47,7 @@ setup(
         "gpu": ["transformer-engine[core_cu13,pytorch]"],
         "dev": [
             "pytest>=9",
+            "pytest-xdist>=3.8",
             "hypothesis",
             "ruff==0.17.6",
             "pyright[nodejs]==1.1.414",

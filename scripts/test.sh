@@ -3,4 +3,5 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/env.sh dev
-exec .venv/bin/python -m pytest "$@"
+# Two files at a time: the ranks of a test wait for each other a good part of theirs.
+exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"

@@ -42,7 +42,9 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def _engine(x: torch.Tensor) -> Any:
-    return _general_gemm() if x.device.type == "cuda" else None
+    # TransformerEngine multiplies fp32 in TF32, which stock's local layers do not.
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    return _general_gemm() if half and x.device.type == "cuda" else None
 
 
 @cache
