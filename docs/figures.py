@@ -1,4 +1,7 @@
-"""Draws docs/figures/*.svg: the partition, and what each exchange moves. ``make docs`` calls it."""
+"""Draws docs/figures/*.svg: the partition, what each exchange moves, a model's text.
+
+``make docs`` calls it.
+"""
 
 import sys
 from pathlib import Path
@@ -9,6 +12,7 @@ mpl.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, Rectangle
+from terminal import terminal
 
 # The same bytes on every machine.
 mpl.rcParams.update({"svg.hashsalt": "helix", "font.family": "DejaVu Sans", "font.size": 10})
@@ -170,6 +174,8 @@ def main(folder: Path) -> None:
         plt.close("all")
         lines = path.read_text().splitlines()
         path.write_text("\n".join(line.rstrip() for line in lines) + "\n")
+    text = (Path(__file__).parent / "generated.txt").read_text()
+    (folder / "generated.svg").write_text(terminal(text))
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def commands(page: Path) -> list[str]:
     ids=lambda value: value[:60],
 )
 def test_a_command_of_the_documentation_can_be_called(page: str, line: str) -> None:
-    words = [expanded(word) for word in shlex.split(line)]
+    words = expanded(line)
     while "=" in words[0]:  # an environment variable
         words.pop(0)
     name = Path(words[0]).name
@@ -96,14 +96,12 @@ def test_a_command_of_the_documentation_can_be_called(page: str, line: str) -> N
     check(words[1:])
 
 
-def expanded(word: str) -> str:
-    """``word`` with what a ``$(command)`` in it prints."""
-    if "$(" not in word:
-        return word
-    printed = subprocess.run(
-        ["bash", "-c", f'printf %s "{word}"'], capture_output=True, text=True, check=True
-    )
-    return printed.stdout
+def expanded(line: str) -> list[str]:
+    """The words of a command; files that a ``$(command)`` names are expanded by the shell."""
+    if "$(" not in line:
+        return shlex.split(line)
+    words = ["bash", "-c", f"printf '%s\\n' {line}"]
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
 def try_script(words: list[str]) -> None:
