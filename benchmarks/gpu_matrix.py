@@ -34,8 +34,18 @@ from megatron_helix.experiment.config import ExperimentConfig, LauncherConfig, P
 from megatron_helix.launch import RunFailed
 from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig
 
-TINY = {"num_layers": 4, "hidden_size": 256, "num_attention_heads": 8, "kv_channels": 32}
-SEED = {"num_layers": 4, "hidden_size": 8192, "num_attention_heads": 16, "kv_channels": 512}
+TINY: dict[str, Any] = {
+    "num_layers": 4,
+    "hidden_size": 256,
+    "num_attention_heads": 8,
+    "kv_channels": 32,
+}
+SEED: dict[str, Any] = {
+    "num_layers": 4,
+    "hidden_size": 8192,
+    "num_attention_heads": 16,
+    "kv_channels": 512,
+}
 SHAPES = {
     "tiny": [
         ModelConfig(name="dense", ffn_hidden_size=1024, **TINY),

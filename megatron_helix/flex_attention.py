@@ -73,6 +73,7 @@ class FlexAttention(DotProductAttention):
             scale=self.softmax_scale * (self.scale_mask_softmax.scale or 1.0),
             enable_gqa=query.size(2) != key.size(2),
             return_aux=AuxRequest(lse=True),
+            kernel_options=_kernel_options(query.size(3)),
         )
         if self.softmax_offset is not None:
             # One more term in the denominator: Z / (Z + exp(offset)), with lse = log Z. [b, H, sq]
@@ -103,8 +104,20 @@ class FlexAttention(DotProductAttention):
 
 @cache
 def _kernel(device: str) -> Callable[..., Any]:
-    """Compiled once for a GPU. Uncompiled it is the plain formula, which is what a CPU runs."""
-    return torch.compile(flex_attention) if device == "cuda" else flex_attention
+    """Compiled for a GPU. Uncompiled it is the plain formula, which is what a CPU runs.
+
+    Once for every length: torch 2.11 fails to lower a mask function whose bounds are symbols.
+    """
+    return torch.compile(flex_attention, dynamic=False) if device == "cuda" else flex_attention
+
+
+def _kernel_options(head_dim: int) -> Any:
+    """Smaller blocks where torch's own choice does not fit the 227 KiB of an SM of Hopper."""
+    if head_dim <= 256:
+        return None
+    blocks = dict.fromkeys(("BLOCK_M", "BLOCK_N"), 32)
+    blocks |= dict.fromkeys(("bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2"), 32)
+    return {**blocks, "num_stages": 1, "num_warps": 8}
 
 
 @lru_cache(maxsize=64)  # with a window, every step of a generation has another
