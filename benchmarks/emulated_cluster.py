@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_helix import launch, pretrain_gpt
-from megatron_helix.experiment import metrics, report, runs
+from megatron_helix.experiment import metrics, results, runs
 from megatron_helix.experiment.config import ExperimentConfig
 from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig
 
@@ -119,7 +119,7 @@ def _row(name: str, turns: list[metrics.RunMetrics], first: metrics.RunMetrics) 
         "sent_mb": sum(turns[0].sent_bytes.values()) / 1e6,
         "tpot_ms": statistics.median(turn.tpot_ms for turn in turns),
         "last_loss": turns[0].losses[-1],
-        "loss_difference": report.largest_difference(turns[0].losses, first.losses),
+        "loss_difference": results.largest_difference(turns[0].losses, first.losses),
     }
 
 

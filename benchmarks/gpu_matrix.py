@@ -29,7 +29,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from megatron_helix.experiment import launchers, metrics, report, runs
+from megatron_helix.experiment import execution, launchers, metrics, results, runs
 from megatron_helix.experiment.config import ExperimentConfig, LauncherConfig, Precision
 from megatron_helix.launch import RunFailed
 from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig
@@ -271,8 +271,8 @@ def _compared(
 ) -> dict[str, Any]:
     if isinstance(turn, str) or isinstance(first, str):
         return {"failed": str(turn), "exact": False}
-    loss = report.largest_difference(turn.losses, first.losses)
-    norm = report.largest_difference(_known(turn), _known(first))
+    loss = results.largest_difference(turn.losses, first.losses)
+    norm = results.largest_difference(_known(turn), _known(first))
     return {"loss": loss, "grad_norm": norm, "exact": loss <= bands[0] and norm <= bands[1]}
 
 
@@ -341,7 +341,13 @@ def _row(
     experiment: ExperimentConfig, layout: LayoutConfig, turns: list[metrics.RunMetrics]
 ) -> dict[str, Any]:
     step_ms = statistics.median(turn.step_ms for turn in turns)
-    counted = [rank["flops"] for rank in turns[0].per_rank]
+    run = runs.Run(
+        model=experiment.models[0],
+        layout=layout,
+        phase=experiment.phases[0],
+        precision=experiment.precision,
+    )
+    flops = execution.step_flops(experiment, run) / experiment.world_size
     profiles = [rank["profile"] for rank in turns[-1].per_rank if rank["profile"]]
     seconds = sum(profile["profiler_s"] for profile in profiles)
     return {
@@ -356,7 +362,7 @@ def _row(
         "tpot_ms": statistics.median(turn.tpot_ms for turn in turns),
         "breakdown_ms": turns[-1].breakdown_ms,
         "sent_mb": sum(turns[0].sent_bytes.values()) / 1e6,
-        "tflops_per_gpu": statistics.mean(counted) / step_ms / 1e9 if all(counted) else None,
+        "tflops_per_gpu": flops / step_ms / 1e9,
         "memory_gb": max(rank["peak_memory_bytes"] or 0 for rank in turns[0].per_rank) / 1e9,
         "exposed_of_profiled": (
             sum(profile["ledger_s"] for profile in profiles) / seconds if seconds else None
@@ -377,7 +383,7 @@ def _table(title: str, rows: list[dict[str, Any]]) -> Table:
             f"{row['tokens_per_s']:,.0f}",
             f"{row['tpot_ms']:.3f}",
             f"{row['sent_mb']:.1f}",
-            f"{row['tflops_per_gpu']:.0f}" if row["tflops_per_gpu"] else "-",
+            f"{row['tflops_per_gpu']:.0f}",
             f"{row['memory_gb']:.1f}",
         )
     return made

@@ -120,6 +120,7 @@ def turn_on(args: argparse.Namespace, model_config: Any) -> Any:
                 steps=args.train_iters,
                 phase=args.helix_phase,
                 profile=args.helix_profile,
+                count_flops=args.helix_core_attention != "flex",
             )
         )
     return plugin.enable(args, model_config)

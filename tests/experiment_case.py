@@ -23,12 +23,27 @@ DOCUMENT: dict[str, Any] = {
     ],
     "world_size": 4,
     "batch": {"sequences": 8, "sequence_length": 32},
-    "phases": ["train", "prefill"],
+    "phases": ["train", "prefill", "decode"],
+    "decode": {"sequences": 4, "prompt_length": 8, "output_length": 4},
+    "hardware": {
+        "name": "four slow ranks",
+        "devices": 4,
+        "devices_per_node": 4,
+        "gemm": {"value": 5, "unit": "GFLOP/s", "source": "made up"},
+        "memory": {"value": 1, "unit": "GB", "source": "made up"},
+        "memory_bandwidth": {"value": 1, "unit": "GB/s", "source": "made up"},
+        "intra_node": {
+            "bandwidth": {"value": 0.1, "unit": "GB/s", "source": "made up"},
+            "latency": {"value": 500, "unit": "us", "source": "made up"},
+        },
+        "element_bytes": 4,
+    },
     "steps": 4,
     "claims": [
         {
             "model": "tiny",
             "layout": "helix_2x2",
+            "phase": "train",
             "tokens_per_s": 123456,
             "tpot_ms": 0.5,
             "of": "another machine",
@@ -42,7 +57,9 @@ Values = dict[str, Any]
 
 
 def experiment(**changed: Any) -> ExperimentConfig:
-    """The small experiment, changed."""
+    """The small experiment, changed; without its request where it has no phase for it."""
+    if "decode" not in changed.get("phases", ["decode"]):
+        changed["decode"] = None
     return ExperimentConfig.model_validate({**DOCUMENT, **changed})
 
 

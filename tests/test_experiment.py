@@ -11,16 +11,21 @@ from rich.console import Console
 from megatron_helix.experiment import (
     config,
     dag,
+    decode,
     deployment_graph,
+    execution,
     launchers,
     metrics,
+    prediction,
     report,
+    results,
     runs,
+    terminal,
     workflow,
 )
 from megatron_helix.experiment.config import LauncherConfig
 from megatron_helix.planner.traffic import step_bytes, transfers
-from tests.experiment_case import DOCUMENT, Values, experiment
+from tests.experiment_case import DOCUMENT, Values, experiment, of
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "experiments"
 QUIET = Console(quiet=True)
@@ -28,33 +33,82 @@ QUIET = Console(quiet=True)
 
 def test_every_layout_is_exact_and_every_check_passes(finished: tuple[Path, Values]) -> None:
     _, values = finished
-    results, checks = values["result_collection"], values["deployment_verification"]
-    assert report.departures(experiment(), results) == []
-    assert report.failures(checks) == []
+    found, checks = values["result_collection"], values["deployment_verification"]
+    assert results.departures(experiment(), found) == []
+    assert results.failures(checks) == []
     kinds = {check["check"] for check in checks}
-    assert kinds == {"mapping", "fp16", "communication: bytes", "communication: time", "load"}
-    judged = [check for check in checks if check["run"] == "tiny-helix_2x2"]
-    assert [check["passed"] for check in judged] == [True] * 5
+    assert kinds == {
+        *("mapping", "fp16", "communication: bytes", "communication: time"),
+        *("load", "load: KV cache"),
+    }
+    for run, judged in (("tiny-helix_2x2", 5), ("tiny-helix_2x2-decode", 2)):
+        passed = [check["passed"] for check in checks if check["run"] == run]
+        assert passed == [True] * judged
 
 
 def test_results_are_what_a_program_reads(finished: tuple[Path, Values]) -> None:
     out, _ = finished
-    results = json.loads((out / "results.json").read_text())["runs"]
-    assert [result["layout"] for result in results] == ["tp2_pp2", "helix_2x2"] * 2
-    assert [result["phase"] for result in results] == ["train"] * 2 + ["prefill"] * 2
-    for result in results:
+    found = json.loads((out / "results.json").read_text())["runs"]
+    assert [result["layout"] for result in found] == ["tp2_pp2", "helix_2x2"] * 3
+    phases = ["train"] * 2 + ["prefill"] * 2 + ["decode"] * 2
+    assert [result["phase"] for result in found] == phases
+    for result in found:
         assert result["source"] == "measured"
-        assert len(result["losses"]) == 4
         assert result["tokens_per_s"] > 0
-        assert set(result["breakdown_ms"]) == set(metrics.PARTS)
         assert "per_rank" not in result
-    assert results[2]["losses"][0] == results[0]["losses"][0]  # the same forward pass
-    assert results[2]["grad_norms"] == []
-    assert (
-        results[0]["breakdown_ms"]["pipeline_idle"]
-        > 0
-        == results[1]["breakdown_ms"]["pipeline_idle"]
-    )
+    for result in results.trained(found):
+        assert len(result["losses"]) == 4
+        assert set(result["breakdown_ms"]) == set(metrics.PARTS)
+    assert found[2]["losses"][0] == found[0]["losses"][0]  # the same forward pass
+    assert found[2]["grad_norms"] == []
+    idle = [result["breakdown_ms"]["pipeline_idle"] for result in found[:2]]
+    assert idle[0] > 0 == idle[1]
+
+
+def test_decode_measures_what_a_client_sees_alike_for_every_layout(
+    finished: tuple[Path, Values],
+) -> None:
+    stock, helix = results.decoded(finished[1]["result_collection"])
+    for result in (stock, helix):
+        assert (result["batch"], result["decode_steps"]) == (4, 3)
+        assert result["itl_p50_ms"] <= result["itl_p99_ms"]
+        assert result["itl_ms"] <= result["itl_p99_ms"]
+        assert min(result["ttft_ms"], result["itl_p50_ms"], result["tpot_ms"]) > 0
+        # 12 positions, rounded up to 12 or 16; two layers of keys and values of 64 channels, fp32.
+        held = sum(result["kv_bytes"])
+        assert held / (4 * 2 * 2 * 64 * 4) == 12
+    assert (stock["microbatches"], helix["microbatches"]) == (2, 1)
+    assert helix["sent_bytes"]["HELIX_DIM_GROUP/all_to_all"] > 0
+    assert stock["sent_bytes"]["PIPELINE_MODEL_PARALLEL_GROUP/send"] > 0
+
+
+@pytest.mark.parametrize("layout", ["tp2_pp2", "helix_2x2"])
+def test_decode_that_sends_other_bytes_fails(finished: tuple[Path, Values], layout: str) -> None:
+    run = next(run for run in runs.compared(experiment()) if run.name == f"tiny-{layout}-decode")
+    cut = of(finished[1], "partitioning_setup", run.name)
+    result = of(finished[1], "execution_monitoring", run.name)
+    key = "TENSOR_MODEL_PARALLEL_GROUP/all_reduce"
+    cut["ranks"][1]["predicted_bytes"][key] += 4
+    result["kv_bytes"][0] *= 2
+    sent, held = decode.verify(run, cut, result, experiment().verification)
+    assert sent["passed"] is False
+    assert sent["detail"].startswith(f"{key}: ")
+    assert held["passed"] is (False if layout == "helix_2x2" else None)
+
+
+def test_predictions_stand_beside_measurements(finished: tuple[Path, Values]) -> None:
+    found = finished[1]["result_collection"]
+    for run, result in zip(runs.compared(experiment()), found, strict=True):
+        predicted = result["predicted"]
+        assert predicted == prediction.of_run(experiment(), run)
+        assert (predicted["source"], predicted["hardware"]) == ("predicted", "four slow ranks")
+        error = prediction.error(result, "tokens_per_s")
+        assert result["tokens_per_s"] * (1 + error) == pytest.approx(predicted["tokens_per_s"])
+    *_, table = terminal.tables(found)
+    assert table.title == "Predicted for four slow ranks, and measured"
+    assert table.row_count == len(found)
+    plain = [{**result, "predicted": None} for result in found]
+    assert len(terminal.tables(plain)) == 2  # training and prefill, and decode
 
 
 def test_flops_of_live_ranks_are_the_formulas(finished: tuple[Path, Values]) -> None:
@@ -63,7 +117,7 @@ def test_flops_of_live_ranks_are_the_formulas(finished: tuple[Path, Values]) -> 
     for name in ("tiny-helix_2x2", "tiny-tp2_pp2-prefill"):
         ranks = json.loads((out / "runs" / name / "result.json").read_text())["per_rank"]
         counted = sum(rank["flops"] for rank in ranks)
-        assert counted == workflow.step_flops(experiment(), asked[name])
+        assert counted == execution.step_flops(experiment(), asked[name])
 
 
 def test_a_second_run_does_nothing(finished: tuple[Path, Values]) -> None:
@@ -116,14 +170,17 @@ def test_the_report_stands_alone_and_separates_claims(
 ) -> None:
     out, _ = finished
     page = (out / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 4
+    assert page.count("data:image/png;base64,") == 5
     assert "http" not in page
     assert "Verified:" in page
     assert "context switches" in page  # what times on shared cores are worth
     text = (out / "report.md").read_text()
-    assert "TPS, claimed | TPS, measured" in text
+    assert "TPS, claimed | TPS, predicted | TPS, measured | prediction's error" in text
     assert "| tiny | tp2_pp2 | train | - |" in text
     assert "| tiny | helix_2x2 | train | 123,456 |" in text
+    assert "| tiny | helix_2x2 | prefill | - |" in text  # claimed is training
+    assert "Predicted for four slow ranks" in text
+    assert "inter-token latency ms, mean / p50 / p99" in text
     assert "Claimed figures are those of another machine." in text
     assert all((out / "plots" / name).exists() for name in ("tps_tpot.png", "losses.png"))
 
@@ -135,7 +192,7 @@ def test_without_claims_there_is_no_column_of_them(
     copy = tmp_path / "copy"
     copied(out, copy)
     shutil.copytree(out / "nodes", copy / "nodes")
-    (copy / "experiment.json").write_text(experiment(claims=[]).model_dump_json())
+    (copy / "experiment.json").write_text(experiment(claims=[], hardware=None).model_dump_json())
     report.write(copy)
     text = (copy / "report.md").read_text()
     assert "| model | layout | phase | TPS, measured | TPOT ms, measured |" in text
@@ -144,17 +201,18 @@ def test_without_claims_there_is_no_column_of_them(
 
 def test_comparing_with_itself_finds_no_change(finished: tuple[Path, Values]) -> None:
     out, _ = finished
-    made = report.compare(out, out)
-    assert made.row_count == 4
+    made = terminal.compare(out, out)
+    assert made.row_count == 6
 
 
-@pytest.mark.parametrize("what", ["models", "batch", "steps", "learning_rate"])
+@pytest.mark.parametrize("what", ["models", "batch", "decode", "steps", "learning_rate"])
 def test_unequal_experiments_are_not_compared(
     finished: tuple[Path, Values], tmp_path: Path, what: str
 ) -> None:
     other = {
         "models": [{**DOCUMENT["models"][0], "ffn_hidden_size": 128}],
         "batch": {"sequences": 16, "sequence_length": 32},
+        "decode": {**DOCUMENT["decode"], "output_length": 5},
         "steps": 5,
         "learning_rate": 0.5,
     }
@@ -162,11 +220,11 @@ def test_unequal_experiments_are_not_compared(
     copied(finished[0], out)
     (out / "experiment.json").write_text(experiment(**{what: other[what]}).model_dump_json())
     with pytest.raises(ValueError, match=f"compare: {what} must be equal, got"):
-        report.compare(finished[0], out)
+        terminal.compare(finished[0], out)
 
 
 def copied(source: Path, target: Path) -> None:
-    """What ``report.read`` needs."""
+    """What ``results.read`` needs."""
     target.mkdir()
     for name in ("experiment.json", "results.json", "verification.json"):
         (target / name).write_bytes((source / name).read_bytes())
@@ -174,7 +232,7 @@ def copied(source: Path, target: Path) -> None:
 
 def test_an_unfinished_experiment_has_no_report(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"experiment\.json is missing; call `helix run"):
-        report.read(tmp_path)
+        results.read(tmp_path)
 
 
 @pytest.mark.parametrize("layout", ["tp2_pp2", "helix_2x2", "activations", "sequence", "scores"])
@@ -228,6 +286,20 @@ def test_a_layout_that_cannot_run_is_refused_before_anything_is_made(tmp_path: P
     ("changed", "said"),
     [
         ({"phases": ["train", "train"]}, "phases: must differ"),
+        ({"decode": None}, "decode: must be given with the phase decode"),
+        ({"phases": ["train"]}, "decode: needs the phase decode"),
+        (
+            {"decode": {**DOCUMENT["decode"], "prompt_length": 29}},
+            r"decode: prompt_length \+ output_length must fit .* \(32\), got 33",
+        ),
+        ({"decode": {**DOCUMENT["decode"], "output_length": 2}}, "decode.output_length: Input"),
+        ({"precision": "bf16"}, "hardware: four slow ranks has figures for elements of 4 bytes"),
+        (
+            {"world_size": 8},
+            "hardware: four slow ranks has 4 devices .* helix calibrate --ranks 8",
+        ),
+        ({"hardware": {**DOCUMENT["hardware"], "devices": 0}}, "hardware.devices: Input should"),
+        ({"phases": ["prefill", "decode"]}, "claims: phase train is not in this experiment"),
         ({"device": "cuda"}, "launcher.kind: must be torchrun or slurm on cuda, got fork"),
         ({"launcher": {"kind": "slurm", "nodes": 3}}, "launcher.nodes: must divide world_size"),
         ({"launcher": {"kind": "fork", "nodes": 2}}, "launcher.nodes: must be 1 with fork"),
@@ -259,10 +331,15 @@ def test_slurm_starts_one_torchrun_a_node(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_LAUNCH_NODE_IPADDR", "10.0.0.1")
     slurm = LauncherConfig(kind="slurm", nodes=2)
-    words = launchers.launch_command(slurm, ["--fp16"], 16, tmp_path)
+    words = launchers.launch_command(slurm, ["module", "--fp16"], 16, tmp_path)
     assert words[0] == "srun"
     text = " ".join(words)
-    for part in ("--nodes 2", "--nproc-per-node 8", "--rdzv-endpoint 10.0.0.1:20007", "--fp16"):
+    for part in (
+        "--nodes 2",
+        "--nproc-per-node 8",
+        "--rdzv-endpoint 10.0.0.1:20007",
+        "-m module --fp16",
+    ):
         assert part in text
 
 

@@ -1,5 +1,6 @@
 """Predicted bytes against what the ledger counts in Megatron's own loop: every rank, every byte."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from megatron_helix.experiment import config
 from megatron_helix.planner.deployment import VOCAB_MULTIPLE, Deployment
 from megatron_helix.planner.traffic import AXES, step_bytes
 from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig
-from tests.distributed import pretrain
+from tests import test_decode
+from tests.distributed import pretrain, run_distributed
 
 QUICKSTART = config.load(Path("configs/experiments/quickstart.yaml"))
 
@@ -175,3 +177,41 @@ def test_a_decode_step_is_the_closed_form_that_generation_is_held_to(
     )
     predicted = step_bytes(MODELS[model], cut, batch, world_size=ranks, rank=0, phase="decode")
     assert predicted == {(AXES[axis], kind): sent for (axis, kind), sent in form.items()}
+
+
+@pytest.mark.parametrize(
+    "layout", [test_decode.Layout(tp=4), test_decode.helix(2, 2)], ids=["stock", "helix"]
+)
+def test_in_decode_every_rank_sends_every_token_to_its_experts(layout: test_decode.Layout) -> None:
+    """Without sequence parallelism Megatron routes a token on each rank of a group anew."""
+    layout = dataclasses.replace(layout, ep=4, sequence_parallel=True)
+    routed = test_decode.MODELS["moe"]
+    model = ModelConfig(
+        name="moe",
+        num_layers=2,
+        hidden_size=64,
+        num_attention_heads=routed.heads,
+        kv_channels=routed.channels,
+        ffn_hidden_size=routed.more["moe_ffn_hidden_size"],
+        num_experts=routed.more["num_moe_experts"],
+        vocab_size=test_decode.VOCABULARY,
+    )
+    how = {"m": layout.m, "n": layout.n} if layout.m else {"tp": layout.tp}
+    cut = LayoutConfig(name="case", ep=4, micro_batch=8, **how)
+    batch = BatchConfig(sequences=8, sequence_length=16)
+    ranks = run_distributed(test_decode._generate, 4, routed, layout, (8,))
+    predicted = [
+        step_bytes(model, cut, batch, world_size=4, rank=rank, phase="decode") for rank in range(4)
+    ]
+    axes = {AXES[axis]: axis for axis in ("tp", "dim")}
+    wanted = [{(axes.get(a, a), k): sent for (a, k), sent in one.items()} for one in predicted]
+    for step in range(test_decode.NEW_TOKENS - 1):
+        sent = [
+            {key: count for key, count in found.step_bytes[step].items() if count}
+            for (found,) in ranks
+        ]
+        _take_routed(sent, [dict(one) for one in wanted])
+        assert sent == [
+            {key: count for key, count in one.items() if key != (AXES["ep"], "all_to_all")}
+            for one in wanted
+        ]

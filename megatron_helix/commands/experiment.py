@@ -11,6 +11,10 @@ Folder = Annotated[Path, typer.Argument(help="Folder of a finished experiment.")
 def run(
     experiment: Annotated[Path, typer.Argument(help="An experiment file (YAML).")],
     out: Annotated[Path, typer.Option(help="Folder for results and logs.")],
+    hardware: Annotated[
+        Path | None,
+        typer.Option(help="A hardware file (YAML) to predict for; instead of the experiment's."),
+    ] = None,
 ) -> None:
     """Run layouts side by side, verify and report.
 
@@ -18,17 +22,18 @@ def run(
     """
     from rich.console import Console
 
-    from megatron_helix.experiment import config, report, workflow
+    from megatron_helix.experiment import config, results, terminal, workflow
 
     console = Console()
-    chosen = config.load(experiment)
+    chosen = config.load(experiment, hardware)
     values = workflow.run(chosen, out, console)
-    results = values["result_collection"]
-    console.print(report.table(results))
+    found = values["result_collection"]
+    for table in terminal.tables(found):
+        console.print(table)
     console.print(f"results: {out / 'results.json'}, report: {out / 'report.html'}")
-    wrong = [f"not exact: {line}" for line in report.departures(chosen, results)]
+    wrong = [f"not exact: {line}" for line in results.departures(chosen, found)]
     wrong += [
-        f"not verified: {line}" for line in report.failures(values["deployment_verification"])
+        f"not verified: {line}" for line in results.failures(values["deployment_verification"])
     ]
     for line in wrong:
         console.print(line, highlight=False)
@@ -48,9 +53,9 @@ def compare(first: Folder, second: Folder) -> None:
     """Compare two experiments of equal models, data and batch."""
     from rich.console import Console
 
-    from megatron_helix.experiment import report
+    from megatron_helix.experiment import terminal
 
-    Console().print(report.compare(first, second))
+    Console().print(terminal.compare(first, second))
 
 
 def dag(

@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from megatron_helix.planner.hardware import Hardware
 from megatron_helix.run_config import (
     BatchConfig,
     Config,
@@ -17,9 +18,10 @@ from megatron_helix.run_config import (
     validated,
 )
 
-Phase = Literal["train", "prefill"]
+Phase = Literal["train", "prefill", "decode"]
 Precision = Literal["fp32", "fp16", "bf16"]
 
+ELEMENT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 FP16_ROUNDOFF = 2.0**-11  # half the distance of 1 to the next number of fp16
 
 
@@ -57,6 +59,21 @@ class Fp16Config(Config):
     steps: PositiveInt | None = None
 
 
+class DecodeConfig(Config):
+    """The request that the decode phase serves; the prompts are of the text that is trained on.
+
+    Attributes:
+        sequences: served together; data-parallel ranks share them.
+        prompt_length: tokens of each prompt.
+        output_length: new tokens of each. The prefill makes the first, and percentiles of the time
+            between two tokens need two of them.
+    """
+
+    sequences: PositiveInt
+    prompt_length: PositiveInt
+    output_length: int = Field(ge=3)
+
+
 class VerificationConfig(Config):
     """What the deployment verification asks for.
 
@@ -76,10 +93,11 @@ class VerificationConfig(Config):
 
 
 class Claim(Config):
-    """Figures somebody else has published for one layout of one model."""
+    """Figures somebody else has published for one phase of one layout of one model."""
 
     model: str
     layout: str
+    phase: Phase
     tokens_per_s: PositiveFloat
     tpot_ms: PositiveFloat
     of: str
@@ -89,7 +107,9 @@ class ExperimentConfig(Config):
     """Layouts of one or more models side by side; the first layout is the baseline.
 
     Attributes:
+        decode: what the phase ``decode`` serves.
         precision: of the runs that are compared.
+        hardware: what to predict the runs for, beside measuring them; null predicts nothing.
         peak_tflops: of one device at that precision, for MFU; the device's datasheet says it.
     """
 
@@ -99,11 +119,13 @@ class ExperimentConfig(Config):
     world_size: PositiveInt
     batch: BatchConfig
     phases: list[Phase] = Field(default=["train"], min_length=1)
+    decode: DecodeConfig | None = None
     steps: PositiveInt
     learning_rate: float = Field(default=1e-3, gt=0)
     device: Literal["cpu", "cuda"]
     launcher: LauncherConfig = LauncherConfig()
     precision: Precision = "fp32"
+    hardware: Hardware | None = None
     peak_tflops: PositiveFloat | None = None
     tolerance: Tolerance = Tolerance()
     verification: VerificationConfig = VerificationConfig()
@@ -117,6 +139,8 @@ class ExperimentConfig(Config):
                 raise ValueError(f"{what}: names must differ, got {', '.join(names)}")
         if len(set(self.phases)) != len(self.phases):
             raise ValueError(f"phases: must differ, got {', '.join(self.phases)}")
+        self._require_decode()
+        self._require_hardware()
         if self.device == "cuda" and self.launcher.kind == "fork":
             raise ValueError(
                 "launcher.kind: must be torchrun or slurm on cuda, got fork; a process that has"
@@ -139,11 +163,60 @@ class ExperimentConfig(Config):
             ):
                 if name not in [item.name for item in items]:
                     raise ValueError(f"claims: {what} {name} is not in this experiment")
+            if claim.phase not in self.phases:
+                raise ValueError(
+                    f"claims: phase {claim.phase} is not in this experiment; add it, or take the"
+                    " claim out"
+                )
         return self
 
+    def _require_decode(self) -> None:
+        if self.decode is None:
+            if "decode" in self.phases:
+                raise ValueError(
+                    "decode: must be given with the phase decode, got none; say sequences,"
+                    " prompt_length and output_length"
+                )
+            return
+        if "decode" not in self.phases:
+            raise ValueError(
+                "decode: needs the phase decode, which phases do not name; add it, or leave decode"
+                " out"
+            )
+        length = self.decode.prompt_length + self.decode.output_length
+        if length > self.batch.sequence_length:
+            raise ValueError(
+                "decode: prompt_length + output_length must fit the model's positions,"
+                f" batch.sequence_length ({self.batch.sequence_length}), got {length};"
+                " shorten one of the two"
+            )
 
-def load(path: Path) -> ExperimentConfig:
-    """Read an experiment file. A model may be given by the path of its file, relative to it.
+    def _require_hardware(self) -> None:
+        machine = self.hardware
+        if machine is None:
+            return
+        size = ELEMENT_BYTES[self.precision]
+        if machine.element_bytes != size:
+            raise ValueError(
+                f"hardware: {machine.name} has figures for elements of {machine.element_bytes}"
+                f" bytes, and {self.precision} has {size}; leave it out, or name another file"
+            )
+        if machine.inter_node is None and self.world_size > machine.devices_per_node:
+            raise ValueError(
+                f"hardware: {machine.name} has {machine.devices_per_node} devices in its one node,"
+                f" and the experiment {self.world_size} ranks; name a file with inter_node, or"
+                f" measure one with helix calibrate --ranks {self.world_size}"
+            )
+
+
+def load(path: Path, hardware: Path | None = None) -> ExperimentConfig:
+    """Read an experiment file.
+
+    Models and hardware may be given by the path of their file, relative to it.
+
+    Args:
+        path: of the file.
+        hardware: a hardware file, instead of the one that the experiment names.
 
     Raises:
         ValueError: naming the file, the path of each bad key, and what was wrong with it.
@@ -154,4 +227,8 @@ def load(path: Path) -> ExperimentConfig:
             read_mapping(path.parent / model) if isinstance(model, str) else model
             for model in document["models"]
         ]
+    if hardware:
+        document["hardware"] = read_mapping(hardware)
+    elif isinstance(document.get("hardware"), str):
+        document["hardware"] = read_mapping(path.parent / document["hardware"])
     return validated(ExperimentConfig, document, path)

@@ -13,7 +13,7 @@ from typing import Any
 import networkx as nx
 
 from megatron_helix.experiment import partition
-from megatron_helix.experiment.config import ExperimentConfig
+from megatron_helix.experiment.config import ELEMENT_BYTES, ExperimentConfig
 from megatron_helix.experiment.runs import Run
 from megatron_helix.planner.deployment import Deployment
 
@@ -65,7 +65,7 @@ def build(
         precision=experiment.precision,
     )
     here = partition.deployment(experiment, run).check()
-    element = partition.ELEMENT_BYTES[run.precision]
+    element = ELEMENT_BYTES[run.precision]
     places = {place["rank"]: place for place in partition.describe(experiment, run)["ranks"]}
     made = nx.DiGraph()
     chains = {

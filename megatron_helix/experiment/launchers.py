@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,39 @@ from megatron_helix.launch import run as fork_ranks
 POLL_S = 0.5
 
 
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """What every rank does.
+
+    Attributes:
+        words: module and arguments of a rank that is a process of its own.
+        forked: function and arguments of a rank that is forked; called in the parent, before.
+    """
+
+    words: Sequence[str]
+    forked: Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]
+
+
+def training(flags: Sequence[str], world_size: int) -> Program:
+    """Megatron's loop.
+
+    Args:
+        flags: as for ``megatron_helix.pretrain_gpt``.
+        world_size: ranks.
+    """
+
+    def forked() -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        from megatron_helix import pretrain_gpt
+
+        return pretrain_gpt.train, (pretrain_gpt.prepare(flags, world_size),)
+
+    return Program(words=["megatron_helix.pretrain_gpt", *flags], forked=forked)
+
+
 def launch_command(
-    launcher: LauncherConfig, flags: Sequence[str], world_size: int, logs: Path
+    launcher: LauncherConfig, words: Sequence[str], world_size: int, logs: Path
 ) -> list[str]:
-    """The command that starts the ranks, for torchrun and Slurm.
+    """The command that starts the ranks of a program's ``words``, for torchrun and Slurm.
 
     Under Slurm it must be called inside an allocation of ``nodes`` nodes; the first one is where
     the ranks meet.
@@ -30,7 +60,7 @@ def launch_command(
         *("--nnodes", str(nodes), "--nproc-per-node", str(world_size // nodes)),
         *("--log-dir", str(logs), "--redirects", "3"),
     ]
-    entry = ["-m", "megatron_helix.pretrain_gpt", *flags]
+    entry = ["-m", *words]
     if launcher.kind == "torchrun":
         return [*torchrun, "--standalone", *entry]
     meeting = os.environ.get("SLURM_LAUNCH_NODE_IPADDR") or os.environ.get("HOSTNAME", "localhost")
@@ -52,30 +82,37 @@ def launch(
     logs: Path,
     poll: Callable[[], Any] | None = None,
 ) -> None:
-    """Run Megatron's loop with these flags on ``world_size`` ranks, and wait for it.
+    """Run Megatron's loop with these flags; arguments and errors as for :func:`start`."""
+    start(launcher, training(flags, world_size), world_size, logs, poll)
+
+
+def start(
+    launcher: LauncherConfig,
+    program: Program,
+    world_size: int,
+    logs: Path,
+    poll: Callable[[], Any] | None = None,
+) -> None:
+    """Run the program on ``world_size`` ranks, and wait for it.
 
     Args:
         launcher: what starts the ranks.
-        flags: as for ``megatron_helix.pretrain_gpt``.
+        program: what they do.
         world_size: ranks.
         logs: folder that takes their output.
         poll: called now and then meanwhile, for progress.
 
     Raises:
-        ValueError: for flags that cannot run, before any rank is started.
+        ValueError: for a program that cannot run, before any rank is started.
         RunFailed: when a rank fails; the others are ended first.
     """
     if launcher.kind == "fork":
-        from megatron_helix import pretrain_gpt
-
-        ready = pretrain_gpt.prepare(flags, world_size)
-        fork_ranks(
-            Ranks(target=pretrain_gpt.train, args=(ready,), world_size=world_size, logs=logs),
-            poll=poll,
-        )
+        target, args = program.forked()
+        ranks = Ranks(target=target, args=args, world_size=world_size, logs=logs)
+        fork_ranks(ranks, poll=poll)
         return
     logs.mkdir(parents=True, exist_ok=True)
-    command = launch_command(launcher, flags, world_size, logs)
+    command = launch_command(launcher, program.words, world_size, logs)
     environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", **os.environ}
     with (logs / "launcher.log").open("w") as log:
         _supervise(command, environment, log, poll)

@@ -5,16 +5,17 @@ The deployment verification holds it against what the ranks found themselves to 
 
 from typing import Any
 
-from megatron_helix.experiment.config import ExperimentConfig
+from megatron_helix.experiment import decode
+from megatron_helix.experiment.config import ELEMENT_BYTES, ExperimentConfig
 from megatron_helix.experiment.runs import Run
 from megatron_helix.planner.deployment import Deployment
 from megatron_helix.planner.traffic import AXES, step_bytes, transfers
 
-ELEMENT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
-
 
 def deployment(experiment: ExperimentConfig, run: Run) -> Deployment:
     """The run as the planner sees it."""
+    if run.phase == "decode":
+        return decode.deployment(experiment, run)
     # A prefill is here the forward pass of the training step, loss included: layouts compare by it.
     return Deployment(run.model, run.layout, experiment.batch, experiment.world_size, "train")
 
@@ -47,6 +48,8 @@ def describe(experiment: ExperimentConfig, run: Run) -> dict[str, Any]:
 
 def predicted_bytes(experiment: ExperimentConfig, run: Run, rank: int) -> dict[Any, float]:
     """What the planner says a rank sends in one step, by (axis, kind) as the ledger names them."""
+    if run.phase == "decode":
+        return decode.predicted_bytes(experiment, run, rank)
     element = ELEMENT_BYTES[run.precision]
     if run.phase == "train":
         return step_bytes(

@@ -7,6 +7,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from megatron_helix.experiment.metrics import PARTS
+from megatron_helix.experiment.results import decoded, trained
 
 _COLOURS = ("#0072b2", "#e69f00", "#56b4e9", "#999999", "#009e73", "#cc79a7", "#d55e00", "#f0e442")
 _WIDTH = 8.0
@@ -24,11 +25,15 @@ def draw(found: dict[str, Any], folder: Path) -> Pictures:
     """
     folder.mkdir(parents=True, exist_ok=True)
     results, checks = found["results"], found["verification"]
-    pictures = [
-        ("TPS and TPOT, measured", "tps_tpot.png", _bars(results)),
-        ("Where a step's time goes, measured", "breakdown.png", _breakdown(results)),
-        ("Loss of every step", "losses.png", _losses(results)),
-    ]
+    pictures = [("TPS and TPOT, measured", "tps_tpot.png", _bars(results))]
+    if loops := trained(results):
+        pictures += [
+            ("Where a step's time goes, measured", "breakdown.png", _breakdown(loops)),
+            ("Loss of every step", "losses.png", _losses(loops)),
+        ]
+    if requests := decoded(results):
+        title = "Time to the first token and between tokens, measured"
+        pictures.append((title, "decode.png", _latencies(requests)))
     helix = [
         (check, found["cuts"][check["run"]])
         for check in checks
@@ -112,6 +117,28 @@ def _losses(results: list[dict[str, Any]]) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
     panels[0].set_ylabel("loss")
+    return figure
+
+
+def _latencies(results: list[dict[str, Any]]) -> Figure:
+    """Time to first token, and inter-token latency with its median and 99th percentile marked."""
+    figure, ((first, between),) = _figure(1, 2, 0.55 * len(results) + 1.6)
+    places = range(len(results))
+    for axes, key, unit in (
+        (first, "ttft_ms", "time to first token (ms)"),
+        (between, "itl_ms", "inter-token latency (ms), mean"),
+    ):
+        values = [result[key] for result in results]
+        axes.barh(places, values, color=_colours(results))
+        axes.set_yticks(places, [_label(result) for result in results], fontsize=8)
+        axes.invert_yaxis()
+        axes.set_xlabel(unit)
+        axes.spines[["top", "right"]].set_visible(False)
+    for key, mark, name in (("itl_p50_ms", "|", "p50"), ("itl_p99_ms", "x", "p99")):
+        values = [result[key] for result in results]
+        between.plot(values, places, mark, color="black", markersize=9, label=name)
+    between.set_yticklabels([])
+    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=9)
     return figure
 
 

@@ -95,7 +95,9 @@ def model_flags(experiment: ExperimentConfig, model: ModelConfig) -> list[str]:
 
 
 def steps(experiment: ExperimentConfig, run: Run) -> int:
-    """How many steps a run takes."""
+    """How many steps a run takes; a decode run is one, for it says nothing before its end."""
+    if run.phase == "decode":
+        return 1
     fp16 = experiment.verification.fp16
     return (fp16.steps if run.is_check and fp16 else None) or experiment.steps
 

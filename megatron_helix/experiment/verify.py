@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from megatron_helix.experiment import runs
+from megatron_helix.experiment import decode, runs
 from megatron_helix.experiment.config import ExperimentConfig, Fp16Config, VerificationConfig
 from megatron_helix.experiment.runs import Run
 
@@ -50,6 +50,9 @@ def verify(
     for run in compared:
         result = values[f"execution_monitoring/{run.name}"]
         cut = values[f"partitioning_setup/{run.name}"]
+        if run.phase == "decode":
+            found += decode.verify(run, cut, result, asked)
+            continue
         live = placements(runs.folder(out, run) / "metrics")
         wanted = fingerprints(experiment, run, runs.initial_folder(out, run.model), live)
         found += [

@@ -6,9 +6,7 @@ report follow them. A second call with the same experiment does only what is mis
 
 import json
 import shutil
-import subprocess
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -18,11 +16,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import megatron_helix
-from megatron_helix.experiment import dag, launchers, metrics, partition, runs
+from megatron_helix.experiment import (
+    dag,
+    decode,
+    execution,
+    partition,
+    prediction,
+    runs,
+)
 from megatron_helix.experiment.config import ExperimentConfig
 from megatron_helix.experiment.dag import Made, Node
 from megatron_helix.experiment.runs import Run
-from megatron_helix.planner.flops import of_model
 
 COMPONENTS = (
     "input_preparation",
@@ -34,8 +38,6 @@ COMPONENTS = (
     "deployment_verification",
     "report",
 )
-
-Poll = Callable[[int], None]
 
 
 def run(experiment: ExperimentConfig, out: Path, console: Console) -> dict[str, Any]:
@@ -160,10 +162,18 @@ def _run_nodes(
     """Partition, devices and execution of one run."""
     cut, devices, executed = (f"{component}/{one.name}" for component in COMPONENTS[2:5])
     source = runs.source_of(one)
+    # What a run of another phase does not depend on.
+    request = [decode.asked(experiment).model_dump()] if one.phase == "decode" else []
     return [
         Node(
             name=cut,
-            inputs=[source, experiment.world_size, experiment.batch.model_dump(), software],
+            inputs=[
+                source,
+                experiment.world_size,
+                experiment.batch.model_dump(),
+                *request,
+                software,
+            ],
             action=lambda _: Made(value=partition.describe(experiment, one)),
             needs=(f"model_loading/{one.model.name}",),
         ),
@@ -175,7 +185,7 @@ def _run_nodes(
         ),
         Node(
             name=executed,
-            inputs=[runs.layout_flags(experiment, one), software],
+            inputs=[runs.layout_flags(experiment, one), *request, software],
             action=partial(_execute, experiment, one, out, partial(advance, executed)),
             needs=("input_preparation", devices),
         ),
@@ -209,59 +219,25 @@ def _prefix(out: Path, values: dict[str, Any]) -> Path:
 
 
 def _execute(
-    experiment: ExperimentConfig, one: Run, out: Path, poll: Poll, values: dict[str, Any]
+    experiment: ExperimentConfig,
+    one: Run,
+    out: Path,
+    poll: execution.Poll,
+    values: dict[str, Any],
 ) -> Made:
-    """The result of one run, measured now."""
-    folder = runs.folder(out, one)
-    shutil.rmtree(folder, ignore_errors=True)
-    flags = runs.run_flags(experiment, one, _prefix(out, values), out)
-    if not one.is_check:
-        flags.append("--helix-profile")
-    launchers.launch(
-        experiment.launcher,
-        flags,
-        experiment.world_size,
-        folder / "logs",
-        lambda: poll(metrics.steps_done(folder / "metrics")),
-    )
-    measured = asdict(metrics.read(folder / "metrics"))
-    # Written by the same code in a prefill, too, where there is no gradient to speak of.
-    measured["grad_norms"] = [norm for norm in measured["grad_norms"] if norm is not None]
-    flops = step_flops(experiment, one)
-    per_gpu = flops / experiment.world_size / measured["step_ms"] / 1e9
-    result = {
-        "name": one.name,
-        "model": one.model.name,
-        "layout": one.layout.name,
-        "phase": one.phase,
-        "precision": one.precision,
-        "world_size": experiment.world_size,
-        **measured,
-        "tflops_per_device": per_gpu,
-        "mfu": per_gpu / experiment.peak_tflops if experiment.peak_tflops else None,
-        "device": experiment.device,
-        "source": "measured",
-        "commit": commit(),
-    }
-    kept = folder / "result.json"
-    kept.write_text(json.dumps(result, indent=2))
-    return Made(value=result, files=[kept, *sorted((folder / "metrics").iterdir())])
-
-
-def step_flops(experiment: ExperimentConfig, one: Run) -> float:
-    """Operations of a step of a run; attention in full, as is usual for FLOPs utilisation."""
-    tokens, keys = experiment.batch.tokens, experiment.batch.sequence_length
-    flops = of_model(one.model, tokens=tokens, words=tokens, keys=keys, vocabulary=runs.VOCABULARY)
-    return flops * (3 if one.phase == "train" else 1)
+    result, files = execution.execute(experiment, one, out, _prefix(out, values), poll)
+    return Made(value=result, files=files)
 
 
 def _collect(
     experiment: ExperimentConfig, compared: list[Run], out: Path, values: dict[str, Any]
 ) -> Made:
     """``results.json``: the runs, the baseline first within a model; and what was asked for."""
-    results = [dict(values[f"execution_monitoring/{one.name}"]) for one in compared]
-    for result in results:
-        del result["per_rank"]
+    results = []
+    for one in compared:
+        result = dict(values[f"execution_monitoring/{one.name}"])
+        result.pop("per_rank", None)
+        results.append({**result, "predicted": prediction.of_run(experiment, one)})
     path = out / "results.json"
     path.write_text(json.dumps({"runs": results}, indent=2) + "\n")
     asked = out / "experiment.json"
@@ -288,19 +264,3 @@ def _report(out: Path, values: dict[str, Any]) -> Made:
     from megatron_helix.experiment import report
 
     return Made(value=None, files=report.write(out))
-
-
-def commit() -> str:
-    """The commit of this source tree, or the version where it is none."""
-    here = Path(__file__).parent
-    try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        return found.stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return megatron_helix.__version__

@@ -119,14 +119,17 @@ def _collective(kind: str, x: torch.Tensor, ranks: int) -> Callable[[], Any]:
 
 
 def _cpu_seconds(work: Callable[[], Any]) -> float:
-    """Shortest of some runs, after one to warm up; every rank starts at once."""
+    """Shortest of some runs on the slowest rank, after one to warm up; every rank starts at once.
+
+    Ranks that share cores are slow together: what one of them gets alone says nothing of a step.
+    """
     taken = []
     for _ in range(REPEATS + 1):
         dist.barrier()
         start = time.perf_counter()
         work()
         taken.append(time.perf_counter() - start)
-    return min(taken[1:])
+    return _slowest(taken[1:], "cpu")
 
 
 def _gpu_seconds(work: Callable[[], Any]) -> float:
@@ -141,7 +144,14 @@ def _gpu_seconds(work: Callable[[], Any]) -> float:
         end.record()
         torch.cuda.synchronize()
         taken.append(start.elapsed_time(end) / 1e3)
-    return min(taken[1:])
+    return _slowest(taken[1:], "cuda")
+
+
+def _slowest(taken: list[float], device: str) -> float:
+    """The shortest run, each as long as its slowest rank took."""
+    runs = torch.tensor(taken, dtype=torch.float64, device=device)
+    dist.all_reduce(runs, op=dist.ReduceOp.MAX)
+    return float(runs.min())
 
 
 def write(measured: Measured, out: Path) -> str:

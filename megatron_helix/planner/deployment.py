@@ -135,6 +135,14 @@ class Deployment:
         return self.tp > 1 and self.phase != "decode"
 
     @property
+    def stream_ranks(self) -> int:
+        """Ranks that the stream's tokens are split over: all T, or none in decode.
+
+        Without sequence parallelism every rank routes all tokens: each reaches its experts T times.
+        """
+        return self.tp if self.sequence_parallel else 1
+
+    @property
     def layers(self) -> int:
         """Layers of one stage."""
         return self.model.num_layers // self.layout.pp

@@ -62,14 +62,15 @@ def forward(here: Deployment, stage: int, *, fused_channels: int, element_bytes:
         )
     ]
     parts.append(_attention(here, fused_channels, element_bytes))
-    rows = N / T * (model.moe_router_topk if experts else 1)
+    own = N / (here.stream_ranks if experts else T)
+    rows = own * (model.moe_router_topk if experts else 1)
     held = (
         features * D * (gathered / T if not experts else experts / here.layout.ep / here.layout.etp)
     )
     parts.append(
         Work(
             what="experts" if experts else "MLP",
-            flops=layers * 2 * (rows * features * D + N / T * D * (experts or 0)),
+            flops=layers * 2 * (rows * features * D + own * D * (experts or 0)),
             memory_bytes=layers * element_bytes * (held + rows * (features + 2 * D)),
         )
     )

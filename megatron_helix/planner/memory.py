@@ -61,7 +61,9 @@ def _kept(here: Deployment, stage: int, fused_channels: int, element_bytes: int)
     """Activations of a micro-batch: of all layers in training, of one at a time in inference."""
     model, N = here.model, here.tokens / here.tp
     D = model.hidden_size
-    rows = N * (model.moe_router_topk if model.num_experts else 1)
+    rows = N
+    if model.num_experts:
+        rows = here.tokens / here.stream_ranks * model.moe_router_topk
     # Inputs of two norms and two linears; QKV and context; features before and after activation.
     layer = (
         N * (4 * D + packed(here.cut)) + rows * (3 if model.swiglu else 2) * model.ffn_hidden_size

@@ -14,10 +14,12 @@ Per micro-batch, with N tokens, T tensor-parallel ranks, ``c = N D / T``, V voca
 * head: fwd all_gather, bwd all_gather and reduce_scatter of ``c`` over T; the cross entropy three
   fp32 all_reduces of N (largest logit, logit of the label, sum of exponentials). Both move to the
   head and dim axes as :mod:`megatron_helix.vocabulary` says.
-* experts (``r = k N / T`` rows a rank after routing to k experts): all_to_all over ep of rows there
-  and back and of their fp32 probabilities there; over etp all_gather there and reduce_scatter back.
-  What a rank receives depends on routing. Counted is the mean, exact for a sum over the ranks.
-* pipeline: c to the next stage, and its gradient back.
+* experts (``r = k N / T`` rows a rank after routing to k experts, ``k N`` in decode): all_to_all
+  over ep of rows there and back and of their fp32 probabilities there; over etp all_gather there
+  and reduce_scatter back. What a rank receives depends on routing. Counted is the mean, exact for a
+  sum over the ranks.
+* pipeline: c to the next stage, and its gradient back; in decode the whole stream, and the new
+  tokens from the last stage to the first.
 * batch: the first tensor-parallel rank broadcasts what a stage needs of it.
 
 Per step: gradients over the replicas (fp32; with a distributed optimizer reduce-scattered, and the
@@ -186,7 +188,7 @@ def _calls(plan: Plan, linears: int) -> dict[tuple[str, str, str], int]:
 
 def _experts(book: Book) -> None:
     here = book.here
-    rows = here.tokens * here.model.moe_router_topk / here.tp
+    rows = here.tokens * here.model.moe_router_topk / here.stream_ranks
     rows_D = rows * here.model.hidden_size
     layers = here.layers
     experts = here.model.num_experts or 0
@@ -268,6 +270,8 @@ def _pipeline(book: Book, first: bool, last: bool) -> None:
         book.call("pipeline", "pp", "send", "forward", chunk)
     if not first:
         book.call("pipeline", "pp", "send", "backward", chunk)
+    if here.phase == "decode" and last:
+        book.call("new tokens", "pp", "send", "forward", here.layout.micro_batch, size=INT64)
 
 
 def _data(book: Book, first: bool, last: bool) -> None:

@@ -5,7 +5,8 @@ rank go to ``rank00.jsonl`` and so on in one folder, each as soon as its step is
 that dies keeps what it measured. Beside them ``rank00.json`` says what the rank holds and where
 (:mod:`megatron_helix.recording.placement`). :func:`metrics.read` puts the ranks together.
 
-The first step, which no time is taken from, counts FLOPs; with ``profile`` the last one runs under
+The first step, which no time is taken from, counts FLOPs, those of torch's operators: GEMMs of
+TransformerEngine are not among them. With ``profile`` the last one runs under
 torch's profiler, whose time of the collectives is independent of the ledger's.
 """
 
@@ -48,6 +49,8 @@ class Recording:
         steps: steps of the run.
         phase: ``prefill`` runs the forward pass alone where the loop trains.
         profile: whether the last step runs under a profiler.
+        count_flops: whether the first step counts FLOPs. Torch cannot compile FlexAttention while a
+            counter watches.
     """
 
     folder: Path
@@ -57,6 +60,7 @@ class Recording:
     steps: int
     phase: Phase = "train"
     profile: bool = False
+    count_flops: bool = True
 
 
 def record(recording: Recording) -> None:
@@ -76,7 +80,7 @@ def record(recording: Recording) -> None:
         first = done == 0
         described = placement.describe(model) if first else {}
         key_values = placement.KeyValueBytes(model) if first else None
-        flops = _FlopCounter() if first else None
+        flops = _FlopCounter() if first and recording.count_flops else None
         profiler = _profiler(on_gpu) if recording.profile and done == recording.steps - 1 else None
         ledger.take()  # what happened between steps is not part of one
         start, busy = time.perf_counter(), time.thread_time()
@@ -93,8 +97,9 @@ def record(recording: Recording) -> None:
             "loss_scale": _loss_scale(optimizer),
             "peak_memory_bytes": _peak_memory_bytes(on_gpu),
         }
-        if flops and key_values:
+        if flops:
             line["flops"] = flops.get_total_flops()
+        if key_values:
             described["key_value_bytes"] = key_values.close()
             (recording.folder / f"rank{recording.rank:02d}.json").write_text(json.dumps(described))
         if profiler:

@@ -1,0 +1,111 @@
+"""One run of an experiment: start its ranks, wait for them, put together what they measured."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import megatron_helix
+from megatron_helix.experiment import decode, launchers, metrics, runs
+from megatron_helix.experiment.config import ExperimentConfig
+from megatron_helix.experiment.runs import Run
+from megatron_helix.planner.flops import of_model
+
+Poll = Callable[[int], None]
+
+
+def execute(
+    experiment: ExperimentConfig, one: Run, out: Path, prefix: Path, poll: Poll
+) -> tuple[dict[str, Any], list[Path]]:
+    """Run it now.
+
+    Args:
+        experiment: that the run is of.
+        one: the run.
+        out: folder of the experiment.
+        prefix: of the dataset.
+        poll: called now and then with the number of steps done.
+
+    Returns:
+        What was measured, and the files that hold it.
+    """
+    folder = runs.folder(out, one)
+    shutil.rmtree(folder, ignore_errors=True)
+    measure = _decoded if one.phase == "decode" else _trained
+    result = {
+        "name": one.name,
+        "model": one.model.name,
+        "layout": one.layout.name,
+        "phase": one.phase,
+        "precision": one.precision,
+        "world_size": experiment.world_size,
+        **measure(experiment, one, out, prefix, poll),
+        "device": experiment.device,
+        "source": "measured",
+        "commit": commit(),
+    }
+    kept = folder / "result.json"
+    kept.write_text(json.dumps(result, indent=2))
+    return result, [kept, *sorted((folder / "metrics").iterdir())]
+
+
+def _trained(
+    experiment: ExperimentConfig, one: Run, out: Path, prefix: Path, poll: Poll
+) -> dict[str, Any]:
+    """What a run of Megatron's loop measured."""
+    folder = runs.folder(out, one)
+    flags = runs.run_flags(experiment, one, prefix, out)
+    if not one.is_check:
+        flags.append("--helix-profile")
+    launchers.launch(
+        experiment.launcher,
+        flags,
+        experiment.world_size,
+        folder / "logs",
+        lambda: poll(metrics.steps_done(folder / "metrics")),
+    )
+    measured = asdict(metrics.read(folder / "metrics"))
+    # Written by the same code in a prefill, too, where there is no gradient to speak of.
+    measured["grad_norms"] = [norm for norm in measured["grad_norms"] if norm is not None]
+    flops = step_flops(experiment, one)
+    per_gpu = flops / experiment.world_size / measured["step_ms"] / 1e9
+    mfu = per_gpu / experiment.peak_tflops if experiment.peak_tflops else None
+    return {**measured, "tflops_per_device": per_gpu, "mfu": mfu}
+
+
+def _decoded(
+    experiment: ExperimentConfig, one: Run, out: Path, prefix: Path, poll: Poll
+) -> dict[str, Any]:
+    """What serving the experiment's request measured."""
+    folder = runs.folder(out, one)
+    prompts = folder / "prompts.txt"
+    decode.write_prompts(experiment, one, prefix, prompts)
+    program = decode.program(experiment, one, prompts, out)
+    launchers.start(experiment.launcher, program, experiment.world_size, folder / "logs")
+    return decode.read(experiment, one, folder / "metrics")
+
+
+def step_flops(experiment: ExperimentConfig, one: Run) -> float:
+    """Operations of a step of a run; attention in full, as is usual for FLOPs utilisation."""
+    tokens, keys = experiment.batch.tokens, experiment.batch.sequence_length
+    flops = of_model(one.model, tokens=tokens, words=tokens, keys=keys, vocabulary=runs.VOCABULARY)
+    return flops * (3 if one.phase == "train" else 1)
+
+
+def commit() -> str:
+    """The commit of this source tree, or the version where it is none."""
+    here = Path(__file__).parent
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return found.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return megatron_helix.__version__
