@@ -49,7 +49,7 @@ def _trained(results: list[Result]) -> Table:
         box=box.SIMPLE_HEAD,
     )
     for heading in ("model", "layout"):
-        made.add_column(heading, no_wrap=True)
+        made.add_column(heading, overflow="fold")  # names give way to figures
     for heading in ("TPS", "TPOT\nms", "MB", "first\nloss", "last\nloss", "diff."):
         made.add_column(heading, justify="right", no_wrap=True)
     for result in results:
@@ -86,7 +86,7 @@ def _decoded(results: list[Result]) -> Table:
         box=box.SIMPLE_HEAD,
     )
     for heading in ("model", "layout"):
-        made.add_column(heading, no_wrap=True)
+        made.add_column(heading, overflow="fold")  # names give way to figures
     for heading in ("TPS", "TTFT", "ITL\nmean", "p50", "p99", "TPOT", "KV"):
         made.add_column(heading, justify="right", no_wrap=True)
     for result in results:

@@ -6,8 +6,8 @@ that dies keeps what it measured. Beside them ``rank00.json`` says what the rank
 (:mod:`megatron_helix.recording.placement`). :func:`metrics.read` puts the ranks together.
 
 The first step, which no time is taken from, counts FLOPs, those of torch's operators: GEMMs of
-TransformerEngine are not among them. With ``profile`` the last one runs under
-torch's profiler, whose time of the collectives is independent of the ledger's.
+TransformerEngine are not among them. With ``profile`` the last one runs under torch's profiler,
+whose time of the collectives is independent of the ledger's.
 """
 
 import json
