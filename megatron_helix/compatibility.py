@@ -125,7 +125,8 @@ WORKS = (
         flags="--helix-core-attention flex",
         test="tests/test_flex_attention.py::test_flex_is_stock",
         note="forward, on a CPU; a run needs a GPU, where it trained 21 steps at TP=1 (one H100)."
-        " Not with attention dropout, context parallelism, multi-latent attention or --helix-exchange scores",
+        " Not with attention dropout, context parallelism, multi-latent attention or"
+        " --helix-exchange scores",
     ),
     Works(feature="Multi-token prediction", flags="--mtp-num-layers", test=_FEATURES),
     Works(
