@@ -1,0 +1,174 @@
+"""One attention layer on m x n CPU ranks, stock or helix, from the same weights and input.
+
+What ``few_query_groups.py`` measures. Megatron is imported late: the CPU device must be on first.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_helix.layout import HelixLayout
+from megatron_helix.recording.comm_ledger import CommLedger, install
+
+STOCK = "stock"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """One attention layer and its micro-batch, on m x n ranks; sizes in elements."""
+
+    heads: int = 16
+    groups: int = 2
+    head_dim: int = 64
+    hidden: int = 1024
+    sequence: int = 128
+    batch: int = 8
+    m: int = 8
+    n: int = 2
+
+    def layout(self) -> HelixLayout:
+        """The partition."""
+        return HelixLayout(
+            m=self.m,
+            n=self.n,
+            num_attention_heads=self.heads,
+            num_query_groups=self.groups,
+            kv_channels=self.head_dim,
+            rotary_dim=self.head_dim,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One way to run the layer; without an exchange it is stock's."""
+
+    exchange: str = ""
+    split: str = "batch"
+    sequence_parallel: bool = False
+
+    @property
+    def name(self) -> str:
+        """How it is printed."""
+        words = [self.exchange or STOCK] + [self.split] * bool(self.exchange)
+        return "-".join(words + ["sp"] * self.sequence_parallel)
+
+
+class Layer:
+    """This rank's part of the attention layer, its input and its output's gradient."""
+
+    def __init__(self, shape: Shape, variant: Variant):
+        self.shape, self.variant = shape, variant
+        self.module, self.rotary = _build(shape, variant)
+        whole = [_random(seed, shape.sequence, shape.batch, shape.hidden) for seed in (1, 2)]
+        x, self.y_grad = (self._mine(tensor).contiguous() for tensor in whole)
+        self.x = x.requires_grad_()
+
+    def step(self) -> torch.Tensor:
+        """Forward and backward; the output."""
+        self.x.grad = None
+        self.module.zero_grad()
+        y, _ = self.module(self.x, None, rotary_pos_emb=self.rotary)
+        y.backward(self.y_grad)
+        return y.detach()
+
+    def sent_bytes(self) -> int:
+        """What the rank that sends most sends in one forward and backward."""
+        ledger = CommLedger()
+        uninstall = install(ledger)
+        self.step()
+        uninstall()
+        sent = torch.tensor(sum(sent.sent_bytes for sent in ledger.take().values()))
+        dist.all_reduce(sent, op=dist.ReduceOp.MAX)
+        return int(sent)
+
+    def whole(self) -> list[torch.Tensor]:
+        """Output and input gradient of all tokens ``[s, b, hidden]``, from all ranks."""
+        y = self.step()
+        assert self.x.grad is not None
+        return [self._all(y), self._all(self.x.grad)]
+
+    def _moved(self) -> bool:
+        """Whether the stream has the token order of `weights` with a batch split."""
+        return (self.variant.exchange, self.variant.split) == ("weights", "batch")
+
+    def _mine(self, whole: torch.Tensor) -> torch.Tensor:
+        """A rank's tokens of the stream."""
+        m, n, rank = self.shape.m, self.shape.n, dist.get_rank()
+        if not self.variant.sequence_parallel:
+            return whole
+        if self._moved():
+            return whole.chunk(n)[rank // m].chunk(m, dim=1)[rank % m]
+        return whole.chunk(m * n)[rank]
+
+    def _all(self, part: torch.Tensor) -> torch.Tensor:
+        """The inverse of :meth:`_mine`."""
+        m, n = self.shape.m, self.shape.n
+        if not self.variant.sequence_parallel:
+            return part
+        parts = [torch.empty_like(part).contiguous() for _ in range(m * n)]
+        dist.all_gather(parts, part.contiguous())
+        if self._moved():
+            parts = [torch.cat(parts[i * m : (i + 1) * m], dim=1) for i in range(n)]
+        return torch.cat(parts)
+
+
+def _build(shape: Shape, variant: Variant) -> tuple[torch.nn.Module, torch.Tensor]:
+    """The attention of Megatron's local spec, with the same global weights for every variant."""
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.spec_utils import build_module
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megatron_helix.exchange.strategy import Choice
+    from megatron_helix.exchange.traffic import Plan
+    from megatron_helix.layer_spec import helixify
+
+    layout = shape.layout()
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=shape.hidden,
+        num_attention_heads=shape.heads,
+        num_query_groups=shape.groups,
+        kv_channels=shape.head_dim,
+        tensor_model_parallel_size=layout.size,
+        sequence_parallel=variant.sequence_parallel,
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        use_cpu_initialization=True,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        bias_dropout_fusion=False,
+        gradient_accumulation_fusion=False,
+    )
+    spec: Any = get_gpt_layer_local_spec()
+    if variant.exchange:
+        choice = Choice(exchange=variant.exchange, split=variant.split)
+        if variant.exchange == "scores":
+            choice = Choice(exchange="scores")
+        spec = helixify(spec, layout, choice)
+    groups = ProcessGroupCollection.use_mpu_process_groups(["tp", "cp", "pp"])
+    module = build_module(
+        spec.submodules.self_attention, config=config, layer_number=1, pg_collection=groups
+    )
+    if variant.exchange not in ("", "scores"):
+        module.set_plan(Plan(exchange=variant.exchange, split=variant.split))
+    rows = (shape.heads + 2 * shape.groups) * shape.head_dim
+    columns = shape.heads * shape.head_dim
+    orders = (layout.qkv_rows(), layout.proj_columns())
+    if not variant.exchange:
+        orders = (torch.arange(rows), torch.arange(columns))
+    weights = (_random(3, rows, shape.hidden), _random(4, shape.hidden, columns))
+    with torch.no_grad():
+        for axis, linear in enumerate((module.linear_qkv, module.linear_proj)):
+            mine = orders[axis].chunk(layout.size)[dist.get_rank()]
+            linear.weight.copy_(weights[axis].index_select(axis, mine) / shape.hidden**0.5)
+    rotary = RotaryEmbedding(shape.head_dim, 1.0, use_cpu_initialization=True)(shape.sequence)
+    return module, rotary
+
+
+def _random(seed: int, *size: int) -> torch.Tensor:
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
