@@ -30,6 +30,7 @@ DEGREES = [
     (16, 2, 16, 2, 16, (8, 2)),
     (28, 4, 8, 4, 8, (2, 4)),
     (40, 10, 8, 2, 4, (2, 2)),
+    (40, 10, 16, 2, 16, (8, 2)),
     (52, 52, 8, 4, 8, (2, 4)),
     (8, 1, 32, 1, 16, (16, 1)),
     (6, 3, 8, 1, 4, (4, 1)),
@@ -87,6 +88,20 @@ def test_one_of_m_and_n_follows_from_the_other(
     flags = tiny_gpt(corpus_prefix, *model(4, 4), TP, "8", given, value)
     argv = arguments.complete([*flags, "--helix-split", "sequence"], 8)
     assert argv[-6:-2] == ["--helix-m", m, "--helix-n", n]
+
+
+def test_where_the_heads_divide_auto_is_stock_and_says_so(
+    corpus_prefix: Path, tmp_path: Path
+) -> None:
+    found = {}
+    for name, flags in {"stock": (), "auto": ("--helix-n", "auto")}.items():
+        argv = tiny_gpt(corpus_prefix, *model(4, 4), TP, "4", "--sequence-parallel", *flags)
+        found[name] = pretrain(argv, 4, tmp_path / name)
+    assert found["auto"].losses == found["stock"].losses  # to the last bit
+    assert found["auto"].grad_norms == found["stock"].grad_norms
+    assert found["auto"].sent_bytes == found["stock"].sent_bytes
+    said = "helix 1x4: the heads divide; this is plain tensor parallelism"
+    assert said in (tmp_path / "auto" / "logs" / "rank00.log").read_text()
 
 
 def test_the_head_check_is_relaxed_and_nothing_else_of_a_config() -> None:

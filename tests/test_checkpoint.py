@@ -6,8 +6,6 @@ went on without an interruption.
 
 import os
 import signal
-import threading
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -68,12 +66,12 @@ def saved(corpus_prefix: Path, tmp_path_factory: pytest.TempPathFactory) -> Save
 
 @pytest.fixture
 def resume(corpus_prefix: Path, tmp_path: Path) -> Resume:
-    """A run that goes on from the checkpoint at :data:`SAVED_STEP`."""
+    """A run that goes on from a checkpoint, by default from the one at :data:`SAVED_STEP`."""
 
-    def run(checkpoint: Path, layout: str, *more: str) -> RunMetrics:
-        load = ("--load", str(checkpoint), "--ckpt-step", str(SAVED_STEP))
-        flags = tiny_gpt(corpus_prefix, *MODEL, *LAYOUTS[layout], *more, *load, train_iters=STEPS)
-        return pretrain(flags, 4, tmp_path)
+    def run(checkpoint: Path, layout: str, *more: str, step: int = SAVED_STEP) -> RunMetrics:
+        load = ("--load", str(checkpoint), "--ckpt-step", str(step))
+        flags = tiny_gpt(corpus_prefix, *MODEL, *LAYOUTS[layout], *load, *more, train_iters=STEPS)
+        return pretrain(flags, 4, tmp_path / layout)
 
     return run
 
@@ -152,6 +150,59 @@ def test_helix_goes_on_from_stock_and_then_saves_what_stock_does(
     assert_same_tensors(found, expected)
 
 
+def test_stock_then_helix_then_stock_is_one_curve(
+    saved: Saved, resume: Resume, tmp_path: Path
+) -> None:
+    """Two steps each: the second one shows the optimizer state that came along."""
+    longer = ("--train-iters", str(3 * SAVED_STEP))
+    uninterrupted, first = saved("stock_tp2_pp2", *longer)
+    second = tmp_path / "checkpoint"
+    until = str(2 * SAVED_STEP)  # of the schedule of the whole curve, not a shorter one's end
+    save = ("--save", str(second), "--save-interval", until, "--exit-interval", until)
+    helix = resume(first, "helix_2x2", *longer, *save)
+    assert sorted(folder.name for folder in second.glob("iter_*")) == [f"iter_{int(until):07d}"]
+    stock = resume(second, "stock_tp4", *longer, step=2 * SAVED_STEP)
+    assert [len(part.losses) for part in (helix, stock)] == [SAVED_STEP, SAVED_STEP]
+    losses = uninterrupted.losses[:SAVED_STEP] + helix.losses + stock.losses
+    norms = uninterrupted.grad_norms[:SAVED_STEP] + helix.grad_norms + stock.grad_norms
+    assert losses == pytest.approx(uninterrupted.losses, rel=LOSS_TOLERANCE, abs=0)
+    assert norms == pytest.approx(uninterrupted.grad_norms, rel=GRAD_NORM_TOLERANCE, abs=0)
+
+
+@pytest.mark.parametrize(
+    ("other", "tensor"),
+    [
+        (("--num-query-groups", "4"), "linear_qkv"),
+        (("--num-layers", "4"), ""),
+    ],
+)
+def test_a_checkpoint_of_another_model_shape_is_refused(
+    saved: Saved, resume: Resume, other: tuple[str, ...], tensor: str
+) -> None:
+    _, checkpoint = saved("stock_tp2_pp2")
+    shapes = rf"Global shape mismatch for loaded .* and expected .* for key .*{tensor}"
+    with pytest.raises(AssertionError, match=shapes):
+        resume(checkpoint, "helix_2x2", *other)
+
+
+def test_a_checkpoint_of_other_heads_in_the_same_shapes_is_refused(
+    corpus_prefix: Path, tmp_path: Path
+) -> None:
+    """Twice the heads of half the channels: the tensors would fit, and mean something else."""
+    checkpoint, few, many = str(tmp_path / "checkpoint"), ("4", "16"), ("8", "8")
+    flags = ("--num-attention-heads", "--kv-channels")
+    saving, loading = (
+        [word for pair in zip(flags, sizes, strict=True) for word in pair] for sizes in (few, many)
+    )
+    save = ("--save", checkpoint, "--save-interval", "1")
+    argv = tiny_gpt(corpus_prefix, *saving, *save, train_iters=1)
+    pretrain(argv, 1, tmp_path / "first")
+    argv = tiny_gpt(corpus_prefix, *LAYOUTS["helix_2x2"], *loading, "--load", checkpoint)
+    message = r"num_attention_heads value from checkpoint \(4\) is not equal .*\(8\)"
+    with pytest.raises(AssertionError, match=message):
+        pretrain(argv, 4, tmp_path / "then")
+
+
 def test_the_distributed_optimizer_saves_its_state_in_the_same_order(saved: Saved) -> None:
     found = tensors_in(saved("helix_2x2", *DISTRIBUTED_OPTIMIZER)[1], STEPS)
     own_copies = {key for key in found if key.startswith("optimizer.state.param.")}
@@ -170,18 +221,21 @@ def test_an_asynchronous_save_is_the_same_checkpoint(saved: Saved) -> None:
 def test_what_was_saved_before_a_rank_was_killed_still_loads(
     saved: Saved, resume: Resume, corpus_prefix: Path, tmp_path: Path
 ) -> None:
+    """Killed where its shard is written and not yet on the disk: in the middle of a save."""
     uninterrupted, _ = saved("helix_2x2")
     checkpoint = tmp_path / "checkpoint"
     half_written = checkpoint / f"iter_{STEPS:07d}"
 
     def train_until_it_saves(argv: Sequence[str]) -> None:
-        def end() -> None:
-            while not half_written.exists():
-                time.sleep(1e-3)
-            os.kill(os.getpid(), signal.SIGKILL)
+        rank, to_disk = os.getpid(), os.fsync
+
+        def fsync(file: int) -> None:
+            if half_written.exists():
+                os.kill(rank, signal.SIGKILL)
+            to_disk(file)
 
         if os.environ["RANK"] == "1":
-            threading.Thread(target=end, daemon=True).start()
+            os.fsync = fsync
         pretrain_gpt.train(argv)
 
     save = ("--save", str(checkpoint), "--save-interval", str(SAVED_STEP))
@@ -193,7 +247,11 @@ def test_what_was_saved_before_a_rank_was_killed_still_loads(
                 target=train_until_it_saves, args=(argv,), world_size=4, logs=tmp_path / "logs"
             )
         )
-    assert half_written.exists()
+    whole = {file.name for file in (checkpoint / f"iter_{SAVED_STEP:07d}").iterdir()}
+    half = {file.name for file in half_written.iterdir()}
+    assert any(name.startswith("__1_") for name in half), "killed before it wrote"
+    assert {".metadata", "metadata.json"} <= whole
+    assert not {".metadata", "metadata.json"} & half, "killed when all was written"
     tracker = checkpoint / "latest_checkpointed_iteration.txt"
     assert tracker.read_text().strip() == str(SAVED_STEP)
     assert_goes_on(resume(checkpoint, "helix_4x1"), uninterrupted)
