@@ -235,12 +235,17 @@ def _with_mode(function: Any) -> Any:
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Rewrites ``device='cuda'`` in factory functions, ``Tensor.to`` and ``Module.to``."""
+    """Rewrites ``device='cuda'`` in factory functions, ``Tensor.to`` and ``Module.to``.
+
+    Memory is not pinned: that would need the driver.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if "device" in kwargs:
             kwargs = {**kwargs, "device": _as_cpu(kwargs["device"])}
+        if "pin_memory" in kwargs:
+            kwargs = {**kwargs, "pin_memory": False}
         if func is torch.Tensor.to and len(args) > 1:
             args = (args[0], _as_cpu(args[1]), *args[2:])
         return func(*args, **kwargs)

@@ -44,7 +44,9 @@ RANKS = {"virtual pipeline": 8, "overlapped data parallelism": 8}  # else 4
 
 # The roundoff of a type shows in how far apart two stock degrees are; helix, whose sums run in
 # again another order, may be as far from either, and no more than a few times that.
-PRECISIONS = {"bf16": ("--bf16",), "fp16": ("--fp16", "--initial-loss-scale", "65536")}
+# So large that the first updates overflow and are left out, then it doubles again.
+DYNAMIC = ("--initial-loss-scale", "262144", "--hysteresis", "1", "--loss-scale-window", "2")
+PRECISIONS = {"bf16": ("--bf16",), "fp16": ("--fp16", *DYNAMIC)}
 TIMES_STOCKS_OWN_DIFFERENCE = 4
 
 Train = Callable[..., RunMetrics]
@@ -84,6 +86,30 @@ def test_half_precision_is_as_near_to_stock_as_stock_to_itself(
         helix = train(4, *HELIX, *flags, "--helix-exchange", exchange)
         assert len(helix.losses) == len(stock.losses)
         assert _difference(stock, helix) <= allowed
+        assert helix.loss_scales == stock.loss_scales
+        assert helix.skipped_steps == stock.skipped_steps
+    assert (0 < stock.skipped_steps < len(stock.losses)) == (precision == "fp16")
+
+
+def test_context_parallelism_gives_the_same_numbers(train: Train) -> None:
+    """Stock without it is the reference; stock with it says that the test's attention is right."""
+    expected = train(4, TP, "4")
+    context = (
+        "--context-parallel-size",
+        "2",
+        "--spec",
+        "tests.context_parallel_case",
+        "layer_spec",
+    )
+    for flags in (
+        (TP, "4"),
+        (*HELIX, "--helix-exchange", "activations"),
+        ("--helix-m", "4", "--helix-n", "1", "--helix-exchange", "weights"),
+    ):
+        found = train(8, *flags, *context)
+        assert found.losses == pytest.approx(expected.losses, rel=LOSS_TOLERANCE, abs=0)
+        norms = pytest.approx(expected.grad_norms, rel=GRAD_NORM_TOLERANCE, abs=0)
+        assert found.grad_norms == norms
 
 
 def _difference(a: RunMetrics, b: RunMetrics) -> float:

@@ -1,0 +1,71 @@
+"""Core attention under context parallelism that a CPU can run, as a layer spec for ``--spec``.
+
+Megatron leaves context parallelism to TransformerEngine's kernels. This one gathers keys and values
+over the context-parallel group and masks by position: the same attention, without the ring.
+"""
+
+import copy
+import dataclasses
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_helix.collectives import all_gather
+
+
+def positions(rank: int, size: int, length: int) -> torch.Tensor:
+    """Positions of a rank's ``length`` tokens: chunks are dealt out from both ends."""
+    first, second = (chunk * length // 2 for chunk in (rank, 2 * size - 1 - rank))
+    half = torch.arange(length // 2)
+    return torch.cat([first + half, second + half])
+
+
+class GatheredContext(DotProductAttention):
+    """``query, key, value [s/cp, b, heads, d]``, causal over the whole sequence."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *args: Any,
+        pg_collection: ProcessGroupCollection,
+        **kw: Any,
+    ):
+        alone = copy.copy(config)
+        alone.context_parallel_size = 1  # the stock class refuses more
+        kw.pop("cp_comm_type", None)
+        super().__init__(alone, *args, pg_collection=pg_collection, **kw)
+        self.context_group = pg_collection.cp
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        group = self.context_group
+        size, length = group.size(), query.size(0)
+        of_ranks = [positions(rank, size, length) for rank in range(size)]
+        key, value = (all_gather(part.contiguous(), group) for part in (key, value))
+        hidden = torch.cat(of_ranks)[None, :] > of_ranks[group.rank()][:, None]
+        return super().forward(
+            query, key, value, hidden[None, None], attn_mask_type=attn_mask_type, **kwargs
+        )
+
+
+def layer_spec(config: Any) -> Any:
+    """Megatron's local layer spec with this core attention; ``config`` is a ``GPTModelConfig``."""
+    spec = get_gpt_layer_local_spec()
+    attention = spec.submodules.self_attention
+    cut = dataclasses.replace(attention.submodules, core_attention=GatheredContext)
+    attention = dataclasses.replace(attention, submodules=cut)
+    return dataclasses.replace(
+        spec, submodules=dataclasses.replace(spec.submodules, self_attention=attention)
+    )
