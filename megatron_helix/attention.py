@@ -95,7 +95,17 @@ class HelixSelfAttention(SelfAttention):
         rotary_pos_emb: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As ``SelfAttention.forward``; mask and rotary frequencies are those of all tokens."""
+        """As ``SelfAttention.forward``; mask and rotary frequencies are those of all tokens.
+
+        Raises:
+            ValueError: for packed sequences.
+        """
+        if kwargs.get("packed_seq_params") is not None:
+            raise ValueError(
+                "packed_seq_params: sequences packed into one cannot be dealt out over --helix-m"
+                f" {self.helix_layout.m} ranks, got packed sequences; give padded ones, or run"
+                " --helix-m 1, which is plain tensor parallelism"
+            )
         m, segment = self.helix_layout.m, self.helix_groups.segment
         if self.plan.split == "batch":
             if attention_mask is not None and attention_mask.size(0) > 1:

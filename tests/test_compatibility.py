@@ -4,10 +4,16 @@ import ast
 from pathlib import Path
 
 import pytest
+import torch
+from megatron.core.models.T5.t5_spec import get_t5_decoder_with_local_block_spec
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_helix import arguments, compatibility
-from megatron_helix.compatibility import REFUSED, WORKS, Refused, Works
-from tests.distributed import tiny_gpt
+from megatron_helix.features import REFUSED, REFUSED_BY_LAYER, WORKS, Refused, RefusedByLayer, Works
+from megatron_helix.layer_spec import helixify
+from tests import block_case
+from tests.distributed import model_parallel, run_distributed, tiny_gpt
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,8 +44,12 @@ def test_other_values_of_a_flag_are_not_refused(row: Refused, corpus_prefix: Pat
     arguments.complete(argv, 4)
 
 
-@pytest.mark.parametrize("row", [row for row in WORKS if row.test], ids=lambda row: row.feature)
-def test_what_the_table_says_works_has_the_test_it_names(row: Works) -> None:
+@pytest.mark.parametrize(
+    "row",
+    [row for row in (*WORKS, *REFUSED_BY_LAYER) if row.test],
+    ids=lambda row: row.feature,
+)
+def test_what_the_table_says_has_the_test_it_names(row: Works | RefusedByLayer) -> None:
     assert row.test
     file, name = row.test.split("::")
     functions = [
@@ -52,6 +62,48 @@ def test_what_the_table_says_works_has_the_test_it_names(row: Works) -> None:
 
 def test_what_has_no_test_says_that_it_was_not_run() -> None:
     assert all("not run" in row.note for row in WORKS if not row.test)
+
+
+def test_cross_attention_is_refused() -> None:
+    spec, layout = get_t5_decoder_with_local_block_spec(1), block_case.Block().layout(2, 2)
+    message = r"^--helix-m: CrossAttention has no head-dimension partition, got 2; use --helix-m 1"
+    with pytest.raises(ValueError, match=message):
+        helixify(spec, layout)
+    assert helixify(spec, block_case.Block().layout(1, 4)) is spec
+
+
+def test_packed_sequences_are_refused_in_a_layer() -> None:
+    def call() -> None:
+        with model_parallel(tp=2):
+            block = block_case.Block(layers=1)
+            groups = ProcessGroupCollection.use_mpu_process_groups(["tp", "cp", "pp"])
+            (layer,) = block_case.build(block, groups, block.layout(2, 1), sequence_parallel=False)
+            ends = torch.tensor([0, 4, 8], dtype=torch.int32)
+            packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends)
+            message = r"^packed_seq_params: .* --helix-m 2 ranks, got packed .*; give padded ones"
+            with pytest.raises(ValueError, match=message):
+                layer(torch.ones(8, 1, block.hidden), None, packed_seq_params=packed)
+
+    run_distributed(call, 2)
+
+
+# Every feature that a user of Megatron may ask about: it works, or it is refused.
+ASKED_ABOUT = (
+    *("--sequence-parallel", "--pipeline-model-parallel-size", "--context-parallel-size"),
+    *("--num-layers-per-virtual-pipeline-stage", "--use-distributed-optimizer"),
+    *("--expert-model-parallel-size", "--expert-tensor-parallel-size", "--recompute-granularity"),
+    *("--global-batch-size", "--bf16", "--fp16", "--qk-layernorm", "--attention-output-gate"),
+    *("--window-size", "--softmax-type", "--mtp-num-layers", "--sft", "--fp8-format"),
+    *("--cuda-graph-impl", "--enable-cuda-graph", "--external-cuda-graph", "--tp-comm-overlap"),
+    *("--multi-latent-attention", "--tensor-parallel-num-weight-shards", "--optimizer"),
+)
+
+
+@pytest.mark.parametrize("flag", ASKED_ABOUT)
+def test_the_table_answers_for_a_feature_once(flag: str) -> None:
+    works = [row for row in WORKS if flag in row.flags.split()]
+    refused = [row for row in REFUSED if row.flag == flag]
+    assert len(works) + len(refused) == 1
 
 
 def test_the_page_is_the_table() -> None:
