@@ -155,3 +155,8 @@ def test_memory_statistics_are_zero_whatever_they_are_called() -> None:
     assert torch.cuda.memory_stats()["allocated_bytes.all.peak"] == 0
     assert torch.cuda.max_memory_allocated() == 0
     assert torch.cuda.mem_get_info() == (0, 0)
+
+
+def test_memory_that_should_be_pinned_is_not() -> None:
+    """Pinning needs the driver; Megatron asks for it under context parallelism."""
+    assert torch.tensor([1, 2], device="cpu", pin_memory=True).tolist() == [1, 2]
