@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_helix.collectives import gather
+from megatron_helix.exchange.tokens import from_batch_share, to_batch_share
 from megatron_helix.layout import HelixLayout
 from megatron_helix.recording.comm_ledger import CommLedger, install
 
@@ -45,14 +47,14 @@ class Variant:
     """One way to run the layer; without an exchange it is stock's."""
 
     exchange: str = ""
-    split: str = "batch"
+    split: str = ""
     sequence_parallel: bool = False
 
     @property
     def name(self) -> str:
         """How it is printed."""
-        words = [self.exchange or STOCK] + [self.split] * bool(self.exchange)
-        return "-".join(words + ["sp"] * self.sequence_parallel)
+        words = [self.exchange or STOCK, self.split, "sp" * self.sequence_parallel]
+        return "-".join(word for word in words if word)
 
 
 class Layer:
@@ -60,7 +62,7 @@ class Layer:
 
     def __init__(self, shape: Shape, variant: Variant):
         self.shape, self.variant = shape, variant
-        self.module, self.rotary = _build(shape, variant)
+        self.module, self.rotary, self.tp = _build(shape, variant)
         whole = [_random(seed, shape.sequence, shape.batch, shape.hidden) for seed in (1, 2)]
         x, self.y_grad = (self._mine(tensor).contiguous() for tensor in whole)
         self.x = x.requires_grad_()
@@ -89,33 +91,32 @@ class Layer:
         assert self.x.grad is not None
         return [self._all(y), self._all(self.x.grad)]
 
-    def _moved(self) -> bool:
-        """Whether the stream has the token order of `weights` with a batch split."""
-        return (self.variant.exchange, self.variant.split) == ("weights", "batch")
+    def _converted(self, part: torch.Tensor, convert: Any) -> torch.Tensor:
+        """``convert``, where the stream has another token order than stock's."""
+        if (self.variant.exchange, self.variant.split) != ("weights", "batch"):
+            return part
+        return convert(part, self.shape.layout(), self.module.helix_groups.dim)
 
     def _mine(self, whole: torch.Tensor) -> torch.Tensor:
         """A rank's tokens of the stream."""
-        m, n, rank = self.shape.m, self.shape.n, dist.get_rank()
         if not self.variant.sequence_parallel:
             return whole
-        if self._moved():
-            return whole.chunk(n)[rank // m].chunk(m, dim=1)[rank % m]
-        return whole.chunk(m * n)[rank]
+        part = whole.chunk(dist.get_world_size())[dist.get_rank()]
+        return self._converted(part, to_batch_share)
 
     def _all(self, part: torch.Tensor) -> torch.Tensor:
         """The inverse of :meth:`_mine`."""
-        m, n = self.shape.m, self.shape.n
         if not self.variant.sequence_parallel:
             return part
-        parts = [torch.empty_like(part).contiguous() for _ in range(m * n)]
-        dist.all_gather(parts, part.contiguous())
-        if self._moved():
-            parts = [torch.cat(parts[i * m : (i + 1) * m], dim=1) for i in range(n)]
-        return torch.cat(parts)
+        part = self._converted(part, from_batch_share).contiguous()
+        return gather(part, self.tp)
 
 
-def _build(shape: Shape, variant: Variant) -> tuple[torch.nn.Module, torch.Tensor]:
-    """The attention of Megatron's local spec, with the same global weights for every variant."""
+def _build(shape: Shape, variant: Variant) -> tuple[Any, torch.Tensor, dist.ProcessGroup]:
+    """The attention of Megatron's local spec, with the same global weights for every variant.
+
+    Also its rotary embeddings and the tensor-parallel group.
+    """
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -146,15 +147,13 @@ def _build(shape: Shape, variant: Variant) -> tuple[torch.nn.Module, torch.Tenso
     )
     spec: Any = get_gpt_layer_local_spec()
     if variant.exchange:
-        choice = Choice(exchange=variant.exchange, split=variant.split)
-        if variant.exchange == "scores":
-            choice = Choice(exchange="scores")
+        choice = Choice(exchange=variant.exchange, split=variant.split or "auto")
         spec = helixify(spec, layout, choice)
     groups = ProcessGroupCollection.use_mpu_process_groups(["tp", "cp", "pp"])
     module = build_module(
         spec.submodules.self_attention, config=config, layer_number=1, pg_collection=groups
     )
-    if variant.exchange not in ("", "scores"):
+    if variant.split:
         module.set_plan(Plan(exchange=variant.exchange, split=variant.split))
     rows = (shape.heads + 2 * shape.groups) * shape.head_dim
     columns = shape.heads * shape.head_dim
@@ -167,7 +166,7 @@ def _build(shape: Shape, variant: Variant) -> tuple[torch.nn.Module, torch.Tenso
             mine = orders[axis].chunk(layout.size)[dist.get_rank()]
             linear.weight.copy_(weights[axis].index_select(axis, mine) / shape.hidden**0.5)
     rotary = RotaryEmbedding(shape.head_dim, 1.0, use_cpu_initialization=True)(shape.sequence)
-    return module, rotary
+    return module, rotary, groups.tp
 
 
 def _random(seed: int, *size: int) -> torch.Tensor:

@@ -19,7 +19,7 @@ def variants(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
     """What the benchmark finds on 16 ranks with 16 heads and 2 query groups, by variant."""
     out = tmp_path_factory.mktemp("few_query_groups")
     command = [sys.executable, str(BENCHMARK), "--out", str(out), *SMALL]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert ran.returncode == 0, ran.stderr
     result = json.loads((out / "results.json").read_text())
     shape = result["shape"]
@@ -51,6 +51,6 @@ def test_every_variant_is_measured_and_is_the_same_attention(
     assert len(variants) == 7
     for row in variants.values():
         assert row["ms"] > 0
-        assert row["difference"] < 1e-4
+        assert row["difference"] < 1e-5
     # Not compared with itself alone: another order of sums rounds differently.
     assert variants["activations-batch"]["difference"] > 0
