@@ -52,12 +52,11 @@ class ScoresAttention(DotProductAttention):
         """``[sq, b, H/n, d/m]``, twice ``[sk, b, K/n, d/m]`` -> ``[sq, b, H/n * d/m]``.
 
         Raises:
-            ValueError: for packed sequences or an attention bias.
+            ValueError: for an attention bias.
         """
-        if packed_seq_params is not None or attention_bias is not None:
+        if attention_bias is not None:
             raise ValueError(
-                "--helix-exchange: scores takes neither packed sequences nor an attention bias;"
-                " use activations or weights"
+                "--helix-exchange: scores takes no attention bias; use activations or weights"
             )
         sq, b, heads, _ = query.shape
         repeats = heads // key.size(2)
