@@ -9,20 +9,13 @@ import dataclasses
 from typing import Any
 
 import torch
+from megatron.core.models.common.embeddings.rope_utils import get_pos_emb_on_this_cp_rank
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.dot_product_attention import DotProductAttention
-from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_helix.collectives import all_gather
-
-
-def positions(rank: int, size: int, length: int) -> torch.Tensor:
-    """Positions of a rank's ``length`` tokens: chunks are dealt out from both ends."""
-    first, second = (chunk * length // 2 for chunk in (rank, 2 * size - 1 - rank))
-    half = torch.arange(length // 2)
-    return torch.cat([first + half, second + half])
+from megatron_helix.collectives import all_gather, gather
 
 
 class GatheredContext(DotProductAttention):
@@ -47,17 +40,14 @@ class GatheredContext(DotProductAttention):
         key: torch.Tensor,
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        attn_mask_type: AttnMaskType | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         group = self.context_group
-        size, length = group.size(), query.size(0)
-        of_ranks = [positions(rank, size, length) for rank in range(size)]
+        every = torch.arange(group.size() * query.size(0))
+        own = get_pos_emb_on_this_cp_rank(every, 0, group)  # a position is its own embedding
         key, value = (all_gather(part.contiguous(), group) for part in (key, value))
-        hidden = torch.cat(of_ranks)[None, :] > of_ranks[group.rank()][:, None]
-        return super().forward(
-            query, key, value, hidden[None, None], attn_mask_type=attn_mask_type, **kwargs
-        )
+        hidden = gather(own, group)[None, :] > own[:, None]
+        return super().forward(query, key, value, hidden[None, None], **kwargs)
 
 
 def layer_spec(config: Any) -> Any:
