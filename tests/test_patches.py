@@ -1,13 +1,17 @@
 """The patch for a Megatron-LM checkout: applied, taken back, refused, and trained with.
 
-``MEGATRON_LM_DIR`` names a checkout of NVIDIA/Megatron-LM at core_v0.19.0; a copy of it is patched.
+``MEGATRON_LM_DIR`` names a checkout of NVIDIA/Megatron-LM, patched or not, at core_v0.19.0 or at
+the commit of main that ``patches/`` names; a copy of it is patched.
 """
 
 import hashlib
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,11 +22,12 @@ from tests.distributed import pretrain, tiny_gpt
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "patch_megatron.sh"
+PATCHES = sorted((ROOT / "patches").glob("*.patch"))
 HELIX = ("--helix-m", "2", "--helix-n", "2")
 
 needs_checkout = pytest.mark.skipif(
     "MEGATRON_LM_DIR" not in os.environ,
-    reason="set MEGATRON_LM_DIR to a checkout of NVIDIA/Megatron-LM at core_v0.19.0",
+    reason="set MEGATRON_LM_DIR to a checkout of NVIDIA/Megatron-LM that patches/ is for",
 )
 
 
@@ -44,11 +49,13 @@ def digests(folder: Path) -> dict[Path, str]:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A copy of what a run needs of the checkout, without its history."""
+    """A copy of what a run needs of the checkout, unpatched, inside another repository."""
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
     source, copy = Path(os.environ["MEGATRON_LM_DIR"]), tmp_path / "Megatron-LM"
     shutil.copytree(source / "megatron", copy / "megatron", ignore=shutil.ignore_patterns("*.pyc"))
     for script in source.glob("*.py"):
         shutil.copy2(script, copy)
+    assert patch(copy, "--reverse").returncode == 0
     return copy
 
 
@@ -78,8 +85,26 @@ def test_another_base_is_refused_and_left_alone(checkout: Path) -> None:
     for action in ((), ("--check",), ("--reverse",)):
         refused = patch(checkout, *action)
         assert refused.returncode == 2
-        assert "must be that of NVIDIA/Megatron-LM, tag core_v0.19.0" in refused.stderr
+        assert "must be that of NVIDIA/Megatron-LM, tag core_v0.19.0 (" in refused.stderr
+        assert " or NVIDIA/Megatron-LM, main at d98e8a64dd " in refused.stderr
     assert script.read_text().endswith("# mine\n")
+
+
+@pytest.mark.parametrize("patch_file", PATCHES, ids=lambda path: path.stem)
+def test_a_patch_names_its_base_and_changes_one_file(patch_file: Path) -> None:
+    header, mark, change = patch_file.read_text().partition("\ndiff --git ")
+    assert mark
+    assert re.search(
+        r"^Base: NVIDIA/Megatron-LM, .* \(megatron-core 0\.\d+\.\d+.*\)$", header, re.M
+    )
+    assert len(set(re.findall(r"^(?:Base|Patched)-SHA256: ([0-9a-f]{64})$", header, re.M))) == 2
+    assert "Why a patch: " in header
+    assert re.findall(r"^\+\+\+ (.*)$", change, re.M) == ["b/pretrain_gpt.py"]
+    # The same lines go into every base, ten of them.
+    added, removed = (re.findall(rf"^\{sign}(?!\{sign}).*$", change, re.M) for sign in "+-")
+    first = PATCHES[0].read_text()
+    assert added == re.findall(r"^\+(?!\+).*$", first, re.M)
+    assert (len(added), len(removed)) == (9, 1)
 
 
 @pytest.mark.parametrize(
@@ -127,9 +152,10 @@ def test_the_patched_script_trains_as_ours(
         check=False,
     )
     assert run.returncode == 0, run.stdout[-1000:] + run.stderr[-6000:]
-    assert (
-        "Megatron-Core version .......... 0.19.1" in run.stdout
-    )  # the checkout's, not the wheel's
+    # The checkout's megatron.core ran, not the wheel's.
+    info = runpy.run_path(str(checkout / "megatron" / "core" / "package_info.py"))
+    assert f"Megatron-Core version .......... {info['__version__']}" in run.stdout
+    assert info["__version__"] != version("megatron-core")
     theirs = metrics.read(measured)
     assert theirs.losses == ours.losses
     assert theirs.grad_norms == ours.grad_norms
