@@ -23,9 +23,11 @@ MOE = read_config(ModelConfig, Path("configs/models/moe.yaml"))
 SMALL = BatchConfig(sequences=64, sequence_length=512)
 SIXTEEN = MACHINES["h100_2x8_ib"]
 
+# The dense model with heads that fused attention takes, and context parallelism with it.
+NARROW = DENSE.model_copy(update={"name": "narrow", "num_attention_heads": 64, "kv_channels": 128})
 CANDIDATES = {
-    (model.name, phase): list(search.deployments(model, 16, SMALL, phase))
-    for model in (DENSE, MOE)
+    (model.name, phase): list(search.deployments(model, SIXTEEN, SMALL, phase))
+    for model in (DENSE, MOE, NARROW)
     for phase in ("train", "prefill", "decode")
 }
 deployed = st.sampled_from(sorted(CANDIDATES)).flatmap(lambda key: st.sampled_from(CANDIDATES[key]))
@@ -223,11 +225,24 @@ def test_nothing_that_does_not_fit_is_ranked() -> None:
         ("tp=8", "layout: micro_batch"),
         ("tp=8,wings=2,micro_batch=1", "layout: wings"),
         ("tp=8,m=2,n=4,micro_batch=1", "needs either tp"),
+        ("tp=8,tp=4,micro_batch=1", "layout: tp is given twice"),
+        ("tp8", "layout: tp8 must be a name of the table or KEY=VALUE"),
     ],
 )
 def test_a_bad_layout_is_refused(words: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _layout(words)
+
+
+@given(st.sampled_from([here for phases in CANDIDATES.values() for here in phases]))
+def test_a_name_of_the_table_is_the_layout_again(here: Deployment) -> None:
+    devices = here.world_size if here.phase == "train" else 0
+    assert _layout(here.layout.name, training_on=devices) == here.layout
+
+
+def test_a_phase_that_is_none_is_refused_before_the_search() -> None:
+    with pytest.raises(ValueError, match="phase: must be one of train, prefill, decode, got 'x'"):
+        search.search(DENSE, SIXTEEN, SMALL, phase="x")
 
 
 @pytest.mark.parametrize(
@@ -243,6 +258,24 @@ def test_a_bad_layout_is_refused(words: str, message: str) -> None:
 def test_a_layout_that_cannot_run_is_refused(layout: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Deployment(DENSE, LayoutConfig(name="bad", **layout), SMALL, 16).check()
+
+
+def test_context_parallelism_without_fused_attention_is_refused() -> None:
+    """No kernel of TransformerEngine's attends to 512 channels over several ranks."""
+    layout = LayoutConfig(name="ring", tp=4, cp=4, micro_batch=1)
+    wide = Deployment(DENSE, layout, SMALL, 16).check()
+    with pytest.raises(ValueError, match=r"cp: needs fused attention.*at most 256, got 512; use 1"):
+        predict(wide, SIXTEEN)
+    assert any(here.layout.cp > 1 for here in CANDIDATES["narrow", "train"])
+    assert not any(here.layout.cp > 1 for here in CANDIDATES["dense", "train"])
+
+
+def test_one_gpu_is_near_what_was_measured_on_it() -> None:
+    """One H100, TP=1, 4 sequences of 2048, fp16 (docs/log.md): 376.4 ms a training step."""
+    layout = LayoutConfig(name="one", tp=1, micro_batch=1)
+    batch = BatchConfig(sequences=4, sequence_length=2048)
+    step = predict(Deployment(DENSE, layout, batch, 1).check(), MACHINES["h100_2"].scaled(1)).step_s
+    assert step == pytest.approx(0.3764, rel=0.1)
 
 
 def test_a_bad_hardware_file_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """``helix plan`` and ``helix calibrate``."""
 
 import json
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,8 +10,12 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from megatron_helix.planner.hardware import Hardware
     from megatron_helix.planner.time import Prediction
     from megatron_helix.run_config import LayoutConfig
+
+
+FIGURES_WIDTH = 60  # of the table's columns beside the layout
 
 
 def plan(
@@ -28,12 +33,12 @@ def plan(
     layout: Annotated[
         list[str] | None,
         typer.Option(
-            help="Predict this one, not all; e.g. tp=8,pp=2,micro_batch=4. Repeatable: the others"
-            " are compared with the first."
+            help="Predict this one, not all: a name from the table, or e.g."
+            " tp=8,pp=2,micro_batch=4. Repeatable: the others are compared with the first."
         ),
     ] = None,
     explain: Annotated[
-        str | None, typer.Option(help="Show the sum of this layout, term by term.")
+        str | None, typer.Option(help="Show the sum of this layout, term by term; as --layout.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -51,8 +56,12 @@ def plan(
         machine = machine.scaled(devices)
     size = BatchConfig(sequences=batch, sequence_length=seq)
 
+    if explain and layout:
+        raise ValueError("--explain, --layout: take one at a time, got both; leave one away")
+
     def one(words: str) -> "Prediction":
-        here = Deployment(chosen, _layout(words), size, machine.devices, phase).check()
+        made = _layout(words, training_on=machine.devices if phase == "train" else 0)
+        here = Deployment(chosen, made, size, machine.devices, phase).check()
         return predict(here, machine, overlap=overlap)
 
     console = Console()
@@ -60,23 +69,23 @@ def plan(
     if explain:
         sum_of = one(explain)
         if as_json:
-            typer.echo(json.dumps(_row(sum_of) | {"terms": [t._asdict() for t in sum_of.terms]}))
+            terms = {"terms": [term._asdict() for term in sum_of.terms]}
+            typer.echo(json.dumps({"source": "predicted", **_row(sum_of, machine), **terms}))
         else:
-            console.print(_terms(sum_of, title))
+            console.print(_terms(sum_of, title), _too_large([sum_of], machine))
         return
     if layout:
-        shown, words = [one(spec) for spec in layout], ""
+        shown = [one(spec) for spec in layout]
+        words = _too_large(shown, machine)
     else:
         found = search.search(chosen, machine, size, phase=phase, rank_by=rank_by, overlap=overlap)
         shown, words = found.cuts()[:top], search.explain(found, rank_by)
         words += f" {len(found.ranked):,} layouts fit, {found.too_large:,} do not."
     if as_json:
-        rows = [_row(prediction) for prediction in shown]
+        rows = [_row(prediction, machine) for prediction in shown]
         typer.echo(json.dumps({"plan": title, "source": "predicted", "layouts": rows}, indent=2))
         return
-    console.print(_table(shown, title, compare=bool(layout)))
-    if words:
-        console.print(words)
+    console.print(_table(shown, title, compare=bool(layout), width=console.width), words)
 
 
 def calibrate(
@@ -92,34 +101,60 @@ def calibrate(
     typer.echo(f"{out}: {measuring.on_cpu(ranks, out)}")
 
 
-def _layout(words: str) -> "LayoutConfig":
-    """``tp=8,pp=2,micro_batch=4`` as a layout.
+_EXAMPLES = "tp=8,pp=2,micro_batch=4 or m=4,n=4,exchange=weights,micro_batch=16"
+
+
+def _layout(words: str, *, training_on: int = 0) -> "LayoutConfig":
+    """``tp=8,pp=2,micro_batch=4``, or the name that a table gives it, as a layout.
+
+    Args:
+        words: of the user.
+        training_on: devices of a training run, over which the layouts that the search names share
+            out optimizer states; 0 without an optimizer.
 
     Raises:
         ValueError: naming what is wrong.
     """
     from pydantic import ValidationError
 
-    from megatron_helix.planner.search import name
+    from megatron_helix.planner import search
     from megatron_helix.run_config import LayoutConfig
 
-    pairs = [word.partition("=") for word in words.split(",")]
-    keys: dict[str, Any] = {
-        key: int(value) if value.isdigit() else value for key, _, value in pairs
-    }
+    named = search.named(words)
+    keys: dict[str, Any] = dict(named)
+    if not named:
+        for word in words.split(","):
+            key, equals, value = word.partition("=")
+            if not equals or key in keys:
+                fault = "is given twice" if equals else "must be a name of the table or KEY=VALUE"
+                raise ValueError(f"layout: {key} {fault}, got {words!r}; write e.g. {_EXAMPLES}")
+            keys[key] = value
     try:
         made = LayoutConfig.model_validate({"name": "given", **keys})
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "layout"
         raise ValueError(
-            f"layout: {where}: {first['msg']}, got {words!r}; write e.g."
-            " tp=8,pp=2,micro_batch=4 or m=4,n=4,exchange=weights,micro_batch=16"
+            f"layout: {where}: {first['msg']}, got {words!r}; write e.g. {_EXAMPLES}"
         ) from None
-    return made.model_copy(update={"name": name(made.model_dump())})
+    update: dict[str, Any] = {"name": search.name(made.model_dump())}
+    if named:
+        update["distributed_optimizer"] = made.tensor_parallel_size * made.pp < training_on
+    return made.model_copy(update=update)
 
 
-def _row(one: "Prediction") -> dict[str, Any]:
+def _too_large(shown: list["Prediction"], machine: "Hardware") -> str:
+    """A line for each layout that a device cannot hold."""
+    most = machine.memory.rate
+    return "\n".join(
+        f"{one.deployment.layout.name} does not fit: it needs {one.memory.total / 1e9:.1f} GB, of"
+        f" {most / 1e9:.1f} GB that a device has."
+        for one in shown
+        if one.memory.total > most
+    )
+
+
+def _row(one: "Prediction", machine: "Hardware") -> dict[str, Any]:
     here = one.deployment
     return {
         "layout": here.layout.name,
@@ -130,13 +165,14 @@ def _row(one: "Prediction") -> dict[str, Any]:
         "communication_ms": one.communication_s * 1e3,
         "waiting_ms": one.waiting_s * 1e3,
         "memory_gb": one.memory.total / 1e9,
+        "fits": one.memory.total <= machine.memory.rate,
         "microbatches": here.microbatches,
         "roofline": one.roofline,
         "roofline_resource": one.bounds.resource,
     }
 
 
-def _table(shown: list["Prediction"], title: str, *, compare: bool) -> "Table":
+def _table(shown: list["Prediction"], title: str, *, compare: bool, width: int) -> "Table":
     from rich import box
     from rich.table import Table
 
@@ -147,9 +183,10 @@ def _table(shown: list["Prediction"], title: str, *, compare: bool) -> "Table":
         " layout's own, and which resource sets it.",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
+        padding=(0, 0),
     )
-    made.add_column("layout", overflow="fold", min_width=14)
-    middle = ("TPS,\nchange", "TPOT,\nchange") if compare else ("step\nms", "wait")
+    made.add_column("layout", no_wrap=True)
+    middle = ("TPS\nchange", "TPOT\nchange") if compare else ("step\nms", "wait")
     for heading in ("TPS", "TPOT\nms", *middle, "comm.", "GB", "roofline"):
         made.add_column(heading, justify="right", no_wrap=True)
     first = shown[0]
@@ -159,7 +196,7 @@ def _table(shown: list["Prediction"], title: str, *, compare: bool) -> "Table":
         changes = (f"{speed:+.1%}", f"{lost:+.1%}")
         times = (f"{one.step_s * 1e3:,.1f}", f"{one.waiting_s / one.step_s:.0%}")
         made.add_row(
-            one.deployment.layout.name,
+            _broken(one.deployment.layout.name, width - FIGURES_WIDTH),
             f"{one.tokens_per_s:,.0f}",
             f"{one.tpot_ms:.3f}",
             *(changes if compare else times),
@@ -168,6 +205,12 @@ def _table(shown: list["Prediction"], title: str, *, compare: bool) -> "Table":
             f"{one.roofline:.0%} {one.bounds.resource}",
         )
     return made
+
+
+def _broken(name: str, width: int) -> str:
+    """A layout's name in lines of at most ``width``, broken between its words."""
+    lines = textwrap.wrap(name.replace("_", " "), width, break_long_words=False)
+    return "\n".join(line.replace(" ", "_") for line in lines)
 
 
 def _terms(one: "Prediction", title: str) -> "Table":

@@ -16,6 +16,16 @@ PHASES = ("train", "prefill", "decode")
 VOCAB_MULTIPLE = 16  # as experiments set --make-vocab-size-divisible-by
 
 
+def require_phase(phase: str) -> None:
+    """Refuse what is none of :data:`PHASES`.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if phase not in PHASES:
+        raise ValueError(f"phase: must be one of {', '.join(PHASES)}, got {phase!r}")
+
+
 @dataclass(frozen=True)
 class Deployment:
     """A layout of a model on ``world_size`` ranks, for one phase.
@@ -45,8 +55,7 @@ class Deployment:
             ValueError: naming the field, the requirement and the value.
         """
         model, layout, batch = self.model, self.layout, self.batch
-        if self.phase not in PHASES:
-            raise ValueError(f"phase: must be one of {', '.join(PHASES)}, got {self.phase!r}")
+        require_phase(self.phase)
         heads, groups = model.num_attention_heads, model.query_groups
         require_divides(
             "num_query_groups", groups, "num_attention_heads", heads, remedy="use a divisor"

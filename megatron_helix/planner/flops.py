@@ -2,9 +2,11 @@
 
 A matrix product of ``[a, b]`` and ``[b, c]`` is ``2 a b c`` operations. Stock and helix alike, a
 rank of T does 1/T of each. A backward pass is two forward passes, in operations and in memory
-traffic.
+traffic; what training moves beside the layers is in :mod:`megatron_helix.planner.update`.
 Source of the terms: Narayanan et al., "Efficient large-scale language model training on GPU
-clusters using Megatron-LM" (2021), appendix; Chowdhery et al., "PaLM" (2022), appendix B.
+clusters using Megatron-LM" (2021), appendix; Chowdhery et al., "PaLM" (2022), appendix B. Memory
+traffic is counted from the kernels that Megatron and its TransformerEngine layers start: a tensor
+that one writes and the next reads goes through memory twice.
 """
 
 from dataclasses import dataclass
@@ -61,7 +63,9 @@ def forward(here: Deployment, stage: int, *, fused_channels: int, element_bytes:
             / T,
         )
     ]
-    parts.append(_attention(here, fused_channels, element_bytes))
+    parts += _attention(here, fused_channels, element_bytes)
+    if copied := layers * element_bytes * _reordered(here) / T:
+        parts.append(Work(what="exchange, put in order", flops=0, memory_bytes=copied))
     own = N / (here.stream_ranks if experts else T)
     rows = own * (model.moe_router_topk if experts else 1)
     held = (
@@ -74,8 +78,13 @@ def forward(here: Deployment, stage: int, *, fused_channels: int, element_bytes:
             memory_bytes=layers * element_bytes * (held + rows * (features + 2 * D)),
         )
     )
-    # Two norms and two residual additions read and write the stream, the activation its features.
+    # Two norms and two residual additions read and write the stream, the activation its features,
+    # rotary embeddings queries and keys.
     streamed = 10 * N * D / T + rows * features
+    if model.position_embedding_type == "rope":
+        streamed += 2 * N * (model.num_attention_heads + model.query_groups) * model.kv_channels / T
+    if experts:  # permuted for the dispatch, sorted by expert, and both undone: read and written
+        streamed += 8 * rows * D
     parts.append(
         Work(what="norms, residuals", flops=0, memory_bytes=layers * element_bytes * streamed)
     )
@@ -87,23 +96,57 @@ def forward(here: Deployment, stage: int, *, fused_channels: int, element_bytes:
     return parts
 
 
-def _attention(here: Deployment, fused_channels: int, element_bytes: int) -> Work:
-    """Scores and their use: causal where fused, the whole square where not."""
+def _attention(here: Deployment, fused_channels: int, element_bytes: int) -> list[Work]:
+    """Core attention: one kernel where fused, causal; else two products and a softmax between.
+
+    Unfused, scores are written, read for the softmax, its result written, and read. Those kernels
+    are short (their inner dimension is d) and run one after the other, so their arithmetic and
+    their memory traffic add up: two parts, of which each has one of them. Under a sequence split a
+    chunk attends to its own prefix, ``(T + 1) / 2 T`` of the keys; the other splits compute the
+    whole square. ``scores`` holds those of all tokens, in fp32; its fp32 products are counted at
+    the rate of half precision, which makes it look faster than it is.
+    """
     model, T = here.model, here.tp
     channels = model.num_attention_heads * model.kv_channels
     keys = here.batch.sequence_length
     pairs = here.tokens * keys
     cache = 2 * model.query_groups * model.kv_channels * keys * here.layout.micro_batch
-    moved = element_bytes * (4 * here.tokens * channels + cache) / T
-    fused = model.kv_channels <= fused_channels and here.plan.exchange != "scores"
-    causal = 0.5 if fused and here.phase != "decode" else 1.0
-    if not fused:  # scores written, read for the softmax, its result written, and read
-        moved += 4 * element_bytes * pairs * model.num_attention_heads / T
-    return Work(
-        what="attention" if fused else "attention, unfused",
-        flops=here.layers * 4 * pairs * channels * causal / T,
-        memory_bytes=here.layers * moved,
-    )
+    moved = here.layers * element_bytes * (4 * here.tokens * channels + cache) / T
+    flops = here.layers * 4 * pairs * channels / T
+    if is_fused(here, fused_channels):
+        causal = 1.0 if here.phase == "decode" else 0.5
+        return [Work(what="attention", flops=flops * causal, memory_bytes=moved)]
+    prefix = (T + 1) / (2 * T) if here.plan.split == "sequence" and here.phase != "decode" else 1.0
+    passes = 4 * here.layers * prefix * score_bytes(here, element_bytes)
+    return [
+        Work(what="attention, unfused: products", flops=flops * prefix, memory_bytes=moved),
+        Work(what="attention, unfused: scores", flops=0, memory_bytes=passes),
+    ]
+
+
+def is_fused(here: Deployment, fused_channels: int) -> bool:
+    """Whether core attention keeps its scores on the chip."""
+    return here.model.kv_channels <= fused_channels and here.plan.exchange != "scores"
+
+
+def score_bytes(here: Deployment, element_bytes: int) -> float:
+    """All scores of one layer and micro-batch on a rank, ``N s H / T``; H/n under ``scores``."""
+    whole = here.plan.exchange == "scores"
+    pairs = here.tokens * here.batch.sequence_length
+    heads = here.model.num_attention_heads / (here.cut.n if whole else here.tp)
+    return pairs * heads * (4 if whole else element_bytes)
+
+
+def _reordered(here: Deployment) -> float:
+    """Elements times T that an exchange reads and writes to put in order what it moves.
+
+    ``activations``: packed QKV and context, before and after their all-to-all. ``weights``: the
+    gathered weights of attention, whose shards are cut in every head; an MLP's lie in order.
+    """
+    if here.plan.exchange == "weights":
+        once = here.plan.gather == "step"
+        return 0.0 if once else 2 * packed(here.cut) * here.model.hidden_size * here.cut.m
+    return 4 * here.tokens * packed(here.cut) if here.plan.exchange == "activations" else 0.0
 
 
 def useful(here: Deployment) -> float:

@@ -8,10 +8,11 @@ Korthikanti et al., "Reducing activation recomputation in large transformer mode
 from dataclasses import dataclass, fields
 
 from megatron_helix.exchange.traffic import packed
-from megatron_helix.planner import parameters
+from megatron_helix.planner import flops, parameters
 from megatron_helix.planner.deployment import Deployment
 
-ADAM_BYTES = 12  # fp32 master weight and two moments
+MOMENT_BYTES = 8  # two, in fp32
+MASTER_BYTES = 4  # the weight in fp32, where the model's is in half precision
 GRADIENT_BYTES = 4
 
 
@@ -46,12 +47,14 @@ def of_rank(here: Deployment, stage: int, *, fused_channels: int, element_bytes:
     sharded = here.layout.distributed_optimizer
     split = (here.replicas, here.expert_replicas) if sharded else (1, 1)
     states = dense / split[0] + experts / split[1]
+    adam = MOMENT_BYTES + (MASTER_BYTES if element_bytes < MASTER_BYTES else 0)
     inflight = min(here.stages - stage, here.microbatches) if train else 1
     return Memory(
         weights=(dense + experts) * element_bytes,
         gradients=(dense + experts) * GRADIENT_BYTES if train else 0.0,
-        optimizer=states * ADAM_BYTES if train else 0.0,
-        activations=inflight * _kept(here, stage, fused_channels, element_bytes),
+        optimizer=states * adam if train else 0.0,
+        activations=inflight * _kept(here, stage, fused_channels, element_bytes)
+        + _passing(here, fused_channels, element_bytes),
         kv_cache=0.0 if train else _cache(here, element_bytes),
         gathered_weights=_gathered(here, element_bytes, train),
     )
@@ -70,12 +73,20 @@ def _kept(here: Deployment, stage: int, fused_channels: int, element_bytes: int)
     )
     if model.num_experts:
         layer += 2 * rows * D  # routed in, routed out
-    if model.kv_channels > fused_channels or here.plan.exchange == "scores":
-        layer += 2 * N * here.batch.sequence_length * model.num_attention_heads  # scores, softmax
-    kept = layer * element_bytes * (here.layers if here.phase == "train" else 1)
+    layer_bytes = layer * element_bytes
+    if not flops.is_fused(here, fused_channels):
+        layer_bytes += flops.score_bytes(here, element_bytes)  # the softmax of the scores
+    kept = layer_bytes * (here.layers if here.phase == "train" else 1)
     if stage == here.stages - 1 and here.phase == "train":
         kept += N * here.vocabulary * (element_bytes + 4)
     return kept
+
+
+def _passing(here: Deployment, fused_channels: int, element_bytes: int) -> float:
+    """Of one unfused attention, beside what is kept: scores; in training gradients of both."""
+    if flops.is_fused(here, fused_channels):
+        return 0.0
+    return (2 if here.phase == "train" else 1) * flops.score_bytes(here, element_bytes)
 
 
 def _cache(here: Deployment, element_bytes: int) -> float:

@@ -1,12 +1,13 @@
 """Every layout that fits in memory, ranked, and the winner explained."""
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from megatron_helix.planner.deployment import Deployment
+from megatron_helix.planner.deployment import Deployment, require_phase
 from megatron_helix.planner.hardware import Hardware
-from megatron_helix.planner.time import Prediction, predict
+from megatron_helix.planner.time import Prediction, predict, require_kernels
 from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig
 
 RANKINGS = ("tps", "tpot", "memory")
@@ -50,7 +51,8 @@ def search(
     if rank_by not in RANKINGS:
         raise ValueError(f"rank-by: must be one of {', '.join(RANKINGS)}, got {rank_by!r}")
     fit, too_large = [], []
-    for here in deployments(model, machine.devices, batch, phase):
+    require_phase(phase)
+    for here in deployments(model, machine, batch, phase):
         predicted = predict(here, machine, overlap=overlap)
         fits = predicted.memory.total <= machine.memory.rate
         (fit if fits else too_large).append(predicted)
@@ -79,9 +81,10 @@ def _key(rank_by: str) -> Callable[[Prediction], tuple[float, float]]:
 
 
 def deployments(
-    model: ModelConfig, devices: int, batch: BatchConfig, phase: str
+    model: ModelConfig, machine: Hardware, batch: BatchConfig, phase: str
 ) -> Iterator[Deployment]:
-    """Every layout that can run; none of them made for a machine."""
+    """Every layout that can run on the devices of a machine, whether it fits in memory or not."""
+    devices = machine.devices
     for cut in _cuts(model, devices, phase):
         tp = cut.get("tp") or cut["m"] * cut["n"]
         for pp in _divisors(math.gcd(model.num_layers, devices // tp)):
@@ -97,9 +100,11 @@ def deployments(
                     keys["distributed_optimizer"] = phase == "train" and rest > 1
                     try:
                         layout = LayoutConfig(name=name(keys), **keys)
-                        yield Deployment(model, layout, batch, devices, phase).check()
+                        here = Deployment(model, layout, batch, devices, phase).check()
+                        require_kernels(here, machine)
                     except ValueError:
                         continue
+                    yield here
 
 
 def _cuts(model: ModelConfig, devices: int, phase: str) -> Iterator[dict]:
@@ -159,6 +164,20 @@ def name(keys: dict) -> str:
         f"{key}{keys[key]}" for key in ("pp", "cp", "gtp", "ep", "etp") if keys.get(key, 1) > 1
     ]
     return "_".join([*words, f"mb{keys['micro_batch']}"])
+
+
+_NAMED = re.compile(
+    r"(?:tp(?P<tp>\d+)|helix_(?P<m>\d+)x(?P<n>\d+))"
+    r"(?:_(?P<exchange>auto|activations|weights|scores))?(?:_(?P<gather>step))?(?:_pp(?P<pp>\d+))?"
+    r"(?:_cp(?P<cp>\d+))?(?:_gtp(?P<gtp>\d+))?(?:_ep(?P<ep>\d+))?(?:_etp(?P<etp>\d+))?"
+    r"_mb(?P<micro_batch>\d+)"
+)
+
+
+def named(word: str) -> dict[str, str]:
+    """The keys that :func:`name` made a word of; empty when it did not make it."""
+    found = _NAMED.fullmatch(word)
+    return {key: value for key, value in found.groupdict().items() if value} if found else {}
 
 
 def explain(found: Found, rank_by: str) -> str:

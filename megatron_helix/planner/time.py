@@ -7,8 +7,8 @@
   there is any.
 * M micro-batches on p stages take ``(M + p - 1)`` times the slowest stage (1F1B: Narayanan et al.
   2021, section 2.2); forward alone fills and drains the same way.
-* Once a step come the gradients' collectives and the optimizer, which moves its states through
-  memory.
+* A micro-batch's gradients are added up in memory, and once a step come their collectives and the
+  optimizer: :mod:`megatron_helix.planner.update`.
 
 A rank's time is computation, communication and waiting (the pipeline's bubble, and slower stages).
 TPOT is communication and waiting of a rank, mean over ranks, for as many tokens as the batch has
@@ -18,12 +18,9 @@ sequences.
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megatron_helix.planner import flops, memory, parameters, traffic
+from megatron_helix.planner import flops, memory, traffic, update
 from megatron_helix.planner.deployment import Deployment
 from megatron_helix.planner.hardware import Hardware
-
-# Adam reads gradient, master weight and moments in fp32 and writes the three and the half weight.
-UPDATE_BYTES = 16 + 12 + 2
 
 
 class Term(NamedTuple):
@@ -52,7 +49,7 @@ class Bounds:
 
     @property
     def roofline_s(self) -> float:
-        """The largest one: no program on this layout is faster."""
+        """The largest one: nothing that computes and moves as much is faster."""
         return max(self.compute_s, self.memory_s, self.link_s)
 
     @property
@@ -128,7 +125,8 @@ def predict(here: Deployment, machine: Hardware, *, overlap: float = 0.0) -> Pre
         overlap: fraction of a micro-batch's communication that computation may hide, 0 to 1.
 
     Raises:
-        ValueError: when the machine has another number of devices, or overlap is no fraction.
+        ValueError: when the machine has another number of devices, overlap is no fraction, or the
+            machine has no kernel for attention over context-parallel ranks.
     """
     if here.world_size != machine.devices:
         raise ValueError(
@@ -137,6 +135,7 @@ def predict(here: Deployment, machine: Hardware, *, overlap: float = 0.0) -> Pre
         )
     if not 0 <= overlap <= 1:
         raise ValueError(f"overlap: must be between 0 and 1, got {overlap}; it is a fraction")
+    require_kernels(here, machine)
     # All stages between the first and the last are alike.
     kinds = sorted({0, min(1, here.stages - 1), here.stages - 1})
     counts = [1] * len(kinds)
@@ -171,6 +170,20 @@ def predict(here: Deployment, machine: Hardware, *, overlap: float = 0.0) -> Pre
     )
 
 
+def require_kernels(here: Deployment, machine: Hardware) -> None:
+    """Context parallelism runs in TransformerEngine's fused attention alone.
+
+    Raises:
+        ValueError: naming the head dimension that it stops at.
+    """
+    most = machine.fused_attention_max_channels
+    if here.layout.cp > 1 and here.model.kv_channels > most:
+        raise ValueError(
+            f"cp: needs fused attention, which {machine.name} has for a kv_channels of at most"
+            f" {most}, got {here.model.kv_channels}; use 1"
+        )
+
+
 def _stage(here: Deployment, stage: int, machine: Hardware, overlap: float) -> _Stage:
     passes = 3 if here.phase == "train" else 1
     times = here.microbatches * passes
@@ -182,6 +195,12 @@ def _stage(here: Deployment, stage: int, machine: Hardware, overlap: float) -> _
         arithmetic, moving = part.flops / gemm.rate, part.memory_bytes / stream.rate
         bound = "compute" if arithmetic > moving else "memory"
         terms.append(Term(what=part.what, bound=bound, seconds=times * max(arithmetic, moving)))
+    added = 0.0
+    if here.phase == "train":
+        each = update.accumulation_bytes(here, stage, machine.element_bytes)
+        added = here.microbatches * each
+        seconds = added / stream.rate
+        terms.append(Term(what="gradients added up", bound="memory", seconds=seconds))
     compute_s = sum(term.seconds for term in terms)
     exchanged = once_s = link_s = 0.0
     for moved in traffic.transfers(here, stage, element_bytes=machine.element_bytes):
@@ -203,17 +222,15 @@ def _stage(here: Deployment, stage: int, machine: Hardware, overlap: float) -> _
     hidden = min(overlap * exchanged, compute_s)
     if hidden:
         terms.append(Term(what="hidden behind computation", bound="hidden", seconds=-hidden))
-    update_s = moved_states = 0.0
+    update_s = updated = 0.0
     if here.phase == "train":
-        dense, experts = parameters.held(here, stage)
-        if here.layout.distributed_optimizer:
-            dense, experts = dense / here.replicas, experts / here.expert_replicas
-        moved_states = UPDATE_BYTES * (dense + experts)
-        update_s = moved_states / stream.rate
+        updated = update.optimizer_bytes(here, stage, machine.element_bytes)
+        update_s = updated / stream.rate
         terms.append(Term(what="optimizer", bound="memory", seconds=update_s))
+    moved_bytes = times * sum(part.memory_bytes for part in work) + added + updated
     bounds = Bounds(
         compute_s=times * sum(part.flops for part in work) / gemm.peak,
-        memory_s=(times * sum(part.memory_bytes for part in work) + moved_states) / stream.peak,
+        memory_s=moved_bytes / stream.peak,
         link_s=link_s,
     )
     return _Stage(
