@@ -1,0 +1,43 @@
+"""docs/performance.md: every figure is what the planner says now."""
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "performance.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def performance() -> ModuleType:
+    """The script that writes the figures."""
+    spec = importlib.util.spec_from_file_location("docs_performance", ROOT / "docs/performance.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_figures_are_current(performance: ModuleType) -> None:
+    assert performance.page(PAGE) == PAGE, "call python docs/performance.py"
+    assert re.findall(r"<!-- figures: (\w+) -->", PAGE) == list(performance.PARTS)
+
+
+def test_a_figure_changed_by_hand_is_found(performance: ModuleType) -> None:
+    row = re.search(r"^\| dense \| h100_nvl16 \| .*$", PAGE, re.M)
+    assert row
+    forged = PAGE.replace(row[0], row[0].replace("dense", "sparse"))
+    assert forged != PAGE
+    assert performance.page(forged) == PAGE
+
+
+def test_every_measured_run_stands_beside_its_prediction(performance: ModuleType) -> None:
+    table = PAGE[PAGE.index("## Measured") :]
+    for (phase, gpus, layout), milliseconds in performance.MEASURED_MS.items():
+        assert re.search(rf"\| {phase} \| {gpus} \| {layout} \|.* {milliseconds:.1f} \|", table)
