@@ -56,26 +56,95 @@ REMEDIES = {
     "unit must be one of": "take one of the units, or leave the value in the file's own",
     "must be given where": "give it in the hardware file",
     "rank-by: must be one of": "take one of the names",
+    "rank {rank} of {world_size}": "read the end of the log that the message names",
+    "{path}: {key}:": "correct that key, or leave it out",
+    "{$usage}": "call it as the message says",
+    "needs a launch script": "name one after scripts/slurm.sbatch",
+    "need Python 3.12 or 3.13": "install one and put it on PATH (Debian, Ubuntu: python3.12 and"
+    " python3.12-venv)",
 }
+
+
+# Messages that are put together, by the expression that does it.
+MADE = {
+    r"'\n'.join(lines)": "{path}: {key}: {what it must be}, got {value}",
+}
+
+# Where a message comes from: the first part of its module's path, or scripts.
+AREAS = {
+    "planner": "helix plan, helix calibrate",
+    "experiment": "helix run, report, compare, dag and launch",
+    "run_config": "Model, hardware and experiment files",
+    "inference": "helix generate",
+    "generate": "helix generate",
+    "corpus": "helix data",
+    "launch": "Ranks",
+    "scripts": "Scripts",
+}
+FLAGS = "Flags of a run"
+SAID = r'(?:fail|echo(?= "error: [^$]))((?:\s+"[^"]*")+)'
 
 
 class Message(NamedTuple):
     """An error message: its text, ``{expression}`` where a value goes, and what to do."""
 
-    error: str
+    area: str
     text: str
     remedy: str | None
 
 
 def messages() -> Iterator[Message]:
-    """Every message that the package raises to a user, in the order of the modules."""
+    """Every message to a user, of the package in the order of its modules, then of the scripts.
+
+    Raises:
+        ValueError: for an error whose text cannot be read from the code.
+    """
     for path in sorted(PACKAGE.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
-                error = ast.unparse(node.exc.func)
-                text = _text(node.exc.args[0]) if node.exc.args else None
-                if text and re.search("Error|Failed", error):
-                    yield Message(error, text, _remedy(text))
+        area = AREAS.get(path.relative_to(PACKAGE).parts[0].removesuffix(".py"), FLAGS)
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for text in (*_raised(tree, path), *_of_classes(tree)):
+            yield Message(area, text, _remedy(text))
+    for path in sorted((ROOT / "scripts").glob("*.s*")):
+        for text in _of_script(path.read_text(encoding="utf-8").replace("\\\n", " ")):
+            yield Message(AREAS["scripts"], text, _remedy(text))
+
+
+def _of_script(source: str) -> Iterator[str]:
+    """What a script says before it ends: ``fail ".."``, ``echo "error: .."``, ``${1:?..}``."""
+    said = [" ".join(re.findall(r'"([^"]*)"', words)) for words in re.findall(SAID, source)]
+    said += re.findall(r"\$\{1:\?([^}]*)\}", source)
+    for text in said:
+        yield re.sub(r"\$\w+", lambda name: f"{{{name[0]}}}", text.removeprefix("error: "))
+
+
+def _raised(tree: ast.Module, path: Path) -> Iterator[str]:
+    """The texts of the errors that a module raises."""
+    with_own = {node.name for node in ast.walk(tree) if _own_text(node)}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Raise) or not isinstance(node.exc, ast.Call):
+            continue
+        error = ast.unparse(node.exc.func)
+        if not re.search("Error|Failed", error) or error in with_own:
+            continue
+        text = _text(node.exc.args[0]) if node.exc.args else None
+        text = text or MADE.get(ast.unparse(node.exc.args[0]) if node.exc.args else "")
+        if text is None:
+            raise ValueError(f"{path}:{node.lineno}: no text to read; give one, or MADE an entry")
+        yield text
+
+
+def _of_classes(tree: ast.Module) -> Iterator[str]:
+    """The texts of exceptions that word themselves."""
+    return filter(None, (_own_text(node) for node in ast.walk(tree)))
+
+
+def _own_text(node: ast.AST) -> str | None:
+    """What the exception of this class says."""
+    if isinstance(node, ast.ClassDef) and re.search("(Error|Failed)$", node.name):
+        for call in ast.walk(node):
+            if isinstance(call, ast.Call) and ast.unparse(call.func) == "super().__init__":
+                return _text(call.args[0]) if call.args else None
+    return None
 
 
 def _text(node: ast.expr) -> str | None:
@@ -86,14 +155,14 @@ def _text(node: ast.expr) -> str | None:
             str(part.value) if isinstance(part, ast.Constant) else f"{{{ast.unparse(part.value)}}}"  # type: ignore[attr-defined]
             for part in node.values
         )
-    return None  # made from other messages
+    return None
 
 
 def _remedy(text: str) -> str | None:
-    _, mark, own = text.rpartition("; ")
-    if mark:
-        return own
-    return next((remedy for start, remedy in REMEDIES.items() if text.startswith(start)), None)
+    for start, remedy in REMEDIES.items():
+        if text.startswith(start):
+            return remedy
+    return text.rpartition("; ")[2] if "; " in text else None
 
 
 def flags() -> str:
@@ -130,14 +199,21 @@ def commands() -> str:
 
 
 def errors() -> str:
-    """Every message and its remedy."""
-    rows = ["| message | what to do |", "|---|---|"]
-    for text, remedy in sorted({(message.text, message.remedy) for message in messages()}):
+    """Every message and its remedy, a table for each area."""
+    areas: dict[str, set[str]] = {}
+    for area, text, remedy in messages():
         # An expression of the code says less than the dots that stand for its value.
         shown = re.sub(r"\{[^{}]*\}", "…", text.removesuffix(f"; {remedy}"))
         advice = re.sub(r"\{[^{}]*\}", "…", remedy or "")
-        rows.append(f"| {_code(shown)} | {_code(advice) if '…' in advice else advice} |")
-    return "\n".join(rows)
+        row = f"| {_code(shown)} | {_code(advice) if '…' in advice else advice} |"
+        areas.setdefault(area, set()).add(row)
+    head = ["| message | what to do |", "|---|---|"]
+    first = [FLAGS] if FLAGS in areas else []
+    parts = [
+        "\n".join([f"### {area}", "", *head, *sorted(areas[area])])
+        for area in (*first, *sorted(areas.keys() - {FLAGS}))
+    ]
+    return "\n\n".join(parts)
 
 
 def _code(text: str) -> str:

@@ -1,13 +1,17 @@
 """The documentation: it builds, its figures are current, and its commands and messages are so."""
 
+import argparse
 import importlib.util
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import typer.main
@@ -59,7 +63,7 @@ def test_the_figures_are_what_their_script_draws(tmp_path: Path) -> None:
 
 def test_every_error_message_says_or_is_told_what_to_do() -> None:
     messages = list(hooks.messages())
-    assert len(messages) > 50
+    assert len(messages) > 100
     without = [message.text for message in messages if not message.remedy]
     assert not without, "give the message a remedy, or docs/hooks.py:REMEDIES an entry"
     page = hooks.errors()
@@ -68,32 +72,131 @@ def test_every_error_message_says_or_is_told_what_to_do() -> None:
         assert words in page
 
 
+@pytest.mark.parametrize("text", ["words", "'no ' + names", "problem(flag)", ""])
+def test_no_message_is_missed(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A raised error whose text cannot be read ends the build of the site."""
+    (tmp_path / "new.py").write_text(f"def check():\n    raise ValueError({text})\n")
+    monkeypatch.setattr(hooks, "PACKAGE", tmp_path)
+    with pytest.raises(ValueError, match=r"new\.py:2: no text to read"):
+        list(hooks.messages())
+
+
+def test_errors_that_word_themselves_and_those_of_scripts_are_read() -> None:
+    texts = " | ".join(message.text for message in hooks.messages())
+    for words in (
+        "of {world_size} {how} (exit code {exitcode})",  # an exception's own __init__
+        "{what it must be}",  # pydantic's, put together
+        "must be the root of a Megatron-LM checkout",  # fail "..." "..."
+        "need Python 3.12 or 3.13 with its venv module; none is here",  # echo "error: ..."
+        "needs a launch script",  # ${1:?...}
+    ):
+        assert words in texts
+
+
 def test_no_remedy_is_left_over() -> None:
     texts = [message.text for message in hooks.messages()]
     unused = [start for start in hooks.REMEDIES if not any(t.startswith(start) for t in texts)]
     assert not unused
 
 
-def commands(page: Path) -> list[str]:
+class Command(NamedTuple):
+    """A command line of a page, and what its comment says it takes or needs.
+
+    What bears such a note is not run here, but parsed by what would run it; everything else runs.
+    """
+
+    page: str
+    line: str
+    note: str | None
+
+    def starts(self, other: "Command") -> bool:
+        """Whether the other is this one, perhaps with more arguments."""
+        mine, words = self.line.split(), other.line.split()
+        return words[: len(mine)] == mine
+
+
+def commands(page: Path) -> Iterator[Command]:
     """The command lines of a page's ``bash`` blocks, continued lines joined."""
     blocks = re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [line for line in lines if line.strip() and not line.startswith("#")]
+    for line in "".join(blocks).replace("\\\n", " ").splitlines():
+        noted = re.fullmatch(r"(.*?)\s+# ((?:takes|needs) .+)", line)
+        yield Command(page.name, *noted.groups()) if noted else Command(page.name, line, None)
 
 
-@pytest.mark.parametrize(
-    ("page", "line"),
-    [(page.name, line) for page in PAGES for line in commands(page)],
-    ids=lambda value: value[:60],
-)
-def test_a_command_of_the_documentation_can_be_called(page: str, line: str) -> None:
-    words = expanded(line)
+COMMANDS = [command for page in PAGES for command in commands(page)]
+NOTED = [command for command in COMMANDS if command.note]
+TO_RUN = [one for one in COMMANDS if not any(noted.starts(one) for noted in NOTED)]
+TO_PARSE = [one for one in COMMANDS if one not in TO_RUN]
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a reader has: the repository, with no ``runs`` yet; the commands run in it, in order."""
+    here = tmp_path_factory.mktemp("clone")
+    tracked = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for name in tracked.stdout.splitlines():
+        if (ROOT / name).exists():
+            (here / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, here / name)
+    (here / ".venv").symlink_to(sys.prefix)
+    return here
+
+
+@pytest.mark.parametrize("command", TO_RUN, ids=lambda one: f"{one.page}: {one.line[:60]}")
+def test_a_command_of_the_documentation_runs(clone: Path, command: Command) -> None:
+    ran = subprocess.run(
+        ["bash", "-c", command.line],
+        cwd=clone,
+        env={**os.environ, "PATH": os.pathsep.join([f"{sys.prefix}/bin", os.environ["PATH"]])},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-4000:]
+
+
+@pytest.mark.parametrize("command", TO_PARSE, ids=lambda one: f"{one.page}: {one.line[:60]}")
+def test_a_command_that_takes_long_or_more_can_be_called(
+    clone: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(clone)
+    words = expanded(command.line)
     while "=" in words[0]:  # an environment variable
         words.pop(0)
     name = Path(words[0]).name
     check = CHECKS.get(name)
-    assert check, f"{page}: {name} is not a command that this test knows how to try"
+    assert check, f"{command.page}: {name} is not a command that this test knows how to try"
     check(words[1:])
+
+
+def test_a_note_is_for_what_a_test_cannot_run() -> None:
+    reasons = "minutes|hour|GPU|Slurm|docker|nvcc|checkout|packages|that model|that experiment|both"
+    assert not [one for one in NOTED if not re.search(reasons, one.note or "")]
+    assert len(TO_RUN) > 20
+
+
+def prose(page: Path) -> str:
+    """A page without its blocks of code."""
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_names_exists(page: Path) -> None:
+    folders = "benchmarks|configs|docs|patches|requirements|scripts|tests"
+    for name in re.findall(rf"`((?:{folders})/[\w./-]+)", prose(page)):
+        assert (ROOT / name).exists(), name
+    parser = arguments.add_helix_arguments(argparse.ArgumentParser())
+    known = {flag for action in parser._actions for flag in action.option_strings}
+    assert set(re.findall(r"--helix-[a-z-]*[a-z]", page.read_text())) <= known
+    groups: Any = typer.main.get_command(cli.app)
+    assert set(re.findall(r"`helix ([a-z]+)", prose(page))) <= set(groups.commands)
 
 
 def expanded(line: str) -> list[str]:
@@ -126,7 +229,7 @@ def try_helix(words: list[str]) -> None:
     context = sub.make_context(words[0], list(words[1:]))
     experiment = context.params.get("experiment")
     if experiment:
-        config.load(ROOT / experiment)
+        config.load(Path(experiment))
     for name in ("model", "hardware"):
         if isinstance(context.params.get(name), Path):
             assert (ROOT / context.params[name]).exists()
@@ -154,13 +257,16 @@ def try_flags(flags: list[str], world_size: int) -> None:
         at = flags.index("--data-path")
         del flags[at : at + 2]
     completed = arguments.complete(["--helix-device", "cpu", *flags], world_size)
-    import argparse
-
     parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
     parsed, unknown = pretrain_gpt.flags_beside()(parser).parse_known_args(completed)
     assert not unknown
     size = parsed.tensor_model_parallel_size * parsed.pipeline_model_parallel_size
     assert world_size % size == 0
+
+
+def try_python(words: list[str]) -> None:
+    """The script is there."""
+    assert (ROOT / words[0]).exists()
 
 
 def try_pip(words: list[str]) -> None:
@@ -187,14 +293,15 @@ CHECKS = {
     "bash": try_script,
     "helix": try_helix,
     "torchrun": try_torchrun,
+    "python": try_python,
     "pip": try_pip,
     "docker": try_docker,
     "sbatch": try_sbatch,
 }
 
 
-def test_the_readme_fits_a_screen_and_names_files_that_exist() -> None:
+def test_the_readme_is_short_and_names_files_that_exist() -> None:
     readme = (ROOT / "README.md").read_text()
-    assert len(readme.splitlines()) < 100
+    assert len(readme.splitlines()) < 125
     for link in re.findall(r"\]\(([^)#:]+)\)", readme):
         assert (ROOT / link).exists(), link

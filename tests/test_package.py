@@ -1,6 +1,8 @@
 """The package: what it builds, what an installation of the wheel brings, and its public names."""
 
+import ast
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -83,6 +85,37 @@ def test_the_wheel_installs_into_an_empty_environment(built: Path, tmp_path: Pat
     assert run(helix, "--version", PWD=at) == f"megatron-helix {megatron_helix.__version__}\n"
     completion = run(helix, PWD=at, _HELIX_COMPLETE="source_bash")
     assert "_HELIX_COMPLETE=complete_bash" in completion
+
+
+def imported(module: Path) -> set[str]:
+    """The modules and packages of ours, right below the top, that a module imports anywhere."""
+    names = set()
+    for node in ast.walk(ast.parse(module.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "megatron_helix":
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("megatron_helix."):
+            names.add((node.module or "").split(".")[1])
+        elif isinstance(node, ast.Import):
+            ours = [a.name for a in node.names if a.name.startswith("megatron_helix.")]
+            names |= {name.split(".")[1] for name in ours}
+    return names - {"__version__"}
+
+
+def test_a_module_imports_only_from_its_floor_and_those_below() -> None:
+    package = ROOT / "megatron_helix"
+    design = (ROOT / "docs" / "design.md").read_text()
+    table = design.partition("| floor |")[2].splitlines()
+    rows = [re.findall(r"`([a-z_]+)/?`", row.split(" | ")[0]) for row in table if "` |" in row]
+    floor = {name: number for number, names in enumerate(rows) for name in names}
+    there = {path.stem for path in package.iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert set(floor) == {name for name in there if not name.startswith("_")}
+    seen = 0
+    for module in package.rglob("*.py"):
+        name = module.relative_to(package).parts[0].removesuffix(".py")
+        for other in imported(module) if name != "__init__" else ():
+            assert floor[other] <= floor[name], f"{module.relative_to(ROOT)} imports {other}"
+            seen += 1
+    assert seen > 100
 
 
 def test_importing_the_package_loads_neither_torch_nor_megatron() -> None:
