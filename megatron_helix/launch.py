@@ -11,6 +11,7 @@ import multiprocessing as mp
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 
 GRACE_S = 5.0  # between asking the ranks that are left to end and killing them
 SETTLE_S = 0.5  # between the first failure that is seen and naming its cause
-_PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG = 1
 
 
 class RunFailed(RuntimeError):
@@ -99,7 +100,7 @@ def run(
     store = context.Process(target=_serve_rendezvous, args=(ranks.address, there, parent))
     processes = [store]
     deadline = time.monotonic() + timeout_s if timeout_s else None
-    with _terminate_as_interrupt():
+    with terminate_as_interrupt():
         try:
             store.start()
             port = here.recv()
@@ -153,7 +154,7 @@ def _end(processes: list[Any]) -> None:
 
 def _die_with(parent: int) -> None:
     """Tie this process to its parent's life, and leave Ctrl-C to the parent."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -197,8 +198,14 @@ def _run_rank(ranks: Ranks, rank: int, port: int, parent: int) -> None:
 
 
 @contextlib.contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """SIGTERM ends the parent like Ctrl-C does, so that it still ends its ranks."""
+def terminate_as_interrupt() -> Iterator[None]:
+    """SIGTERM ends the parent like Ctrl-C does, so that it still ends its ranks.
+
+    Only the main thread gets signals; from another one nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
     def interrupt(signum: int, frame: Any) -> None:
         raise KeyboardInterrupt

@@ -42,6 +42,14 @@ DOCUMENT: dict[str, Any] = {
     "claims": [
         {
             "model": "tiny",
+            "layout": "tp2_pp2",
+            "phase": "train",
+            "tokens_per_s": 100000,
+            "tpot_ms": 0.8,
+            "of": "another machine",
+        },
+        {
+            "model": "tiny",
             "layout": "helix_2x2",
             "phase": "train",
             "tokens_per_s": 123456,

@@ -2,12 +2,14 @@
 
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_helix.recording.comm_ledger import CommLedger, Traffic, install
+from megatron_helix.recording import profile
+from megatron_helix.recording.comm_ledger import Call, CommLedger, Traffic, install
 from tests.distributed import run_distributed
 
 P = 4  # ranks
@@ -190,3 +192,55 @@ def test_take_starts_again_and_uninstall_restores() -> None:
     ledger.open("a", "b", "c")
     assert ledger.take()["a", "b"].calls == 1
     assert ledger.take() == {}
+
+
+class Event:
+    """What the profiler saw, from ``start`` to ``end`` in nanoseconds."""
+
+    def __init__(
+        self, name: str, start: int, end: int, device: str = "CUDA", is_label: bool = False
+    ):
+        self._name, self._start, self._end = name, start, end
+        self._device, self._is_label = device, is_label
+
+    def name(self) -> str:
+        return self._name
+
+    def start_ns(self) -> int:
+        return self._start
+
+    def duration_ns(self) -> int:
+        return self._end - self._start
+
+    def is_user_annotation(self) -> bool:
+        return self._is_label
+
+    def device_type(self) -> SimpleNamespace:
+        return SimpleNamespace(name=self._device)
+
+
+def test_collectives_of_a_gpu_are_exposed_where_nothing_else_runs() -> None:
+    events = [
+        Event("aten::mm", 0, 900, device="CPU"),
+        Event("gemm", 0, 100),
+        Event("ncclDevKernel_AllGather_RING_LL", 50, 150),  # half of it beside the GEMM
+        Event("ncclDevKernel_SendRecv", 200, 300),  # an all-to-all
+        Event("nccl:all_to_all", 200, 300, is_label=True),
+        Event("ncclDevKernel_ReduceScatter", 290, 310),  # two collectives at once are one time
+    ]
+    calls = [Call("tp", "all_to_all", "c", 0, time_s=1.0), Call("pp", "recv", "c", 1, time_s=0.5)]
+    assert profile.times(events, calls) == pytest.approx(
+        {"profiler_s": 220e-9, "exposed_s": 160e-9, "hidden_s": 50e-9, "ledger_s": 1.5}
+    )
+
+
+def test_sends_of_a_cpu_count_in_neither_time() -> None:
+    events = [
+        Event("gloo:all_gather", 0, 100, device="CPU"),
+        Event("gloo:send", 0, 900, device="CPU"),
+        Event("aten::mm", 0, 900, device="CPU"),
+    ]
+    calls = [Call("tp", "all_gather", "c", 0, time_s=1.0), Call("pp", "send", "c", 1, time_s=0.5)]
+    assert profile.times(events, calls) == pytest.approx(
+        {"profiler_s": 100e-9, "exposed_s": 100e-9, "hidden_s": 0.0, "ledger_s": 1.0}
+    )

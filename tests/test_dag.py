@@ -1,10 +1,12 @@
 """The engine: what is missing or changed is done, and nothing else."""
 
 import multiprocessing as mp
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import networkx as nx
 import pytest
 
 from megatron_helix.experiment import dag, drawing
@@ -129,6 +131,22 @@ def test_a_graph_is_drawn_with_every_node(tmp_path: Path, form: str) -> None:
     assert text.startswith(beginning)
     arrow = {"mermaid": " --> ", "dot": " -> ", "svg": "<!-- "}[form]
     assert text.count(arrow) >= 4
+
+
+def test_a_drawing_can_be_read_by_mermaid_and_dot(tmp_path: Path) -> None:
+    made = nx.DiGraph()
+    made.add_node("a", label="attention, layer 0", group="rank 0, tile 0,0", place=(0, 0))
+    made.add_node("b", label="add", group="rank 1, tile 0,1", place=(1, 1))
+    made.add_edge("a", "b", bytes=2048, axis="dim")
+    text = drawing.draw(made, "mermaid")
+    # Mermaid's identifiers have no commas; what a reader sees may have them.
+    assert re.findall(r"subgraph (\S+)\[(.*)\]", text) == [
+        ("g0", '"rank 0, tile 0,0"'),
+        ("g1", '"rank 1, tile 0,1"'),
+    ]
+    assert 'n0 -->|"2.048 kB"| n1' in text
+    assert 'n0 -> n1 [label="2.048 kB"]' in drawing.draw(made, "dot")
+    assert "dim axis: 2.048 kB" in drawing.draw(made, "svg")
 
 
 def test_an_unknown_format_is_refused(tmp_path: Path) -> None:

@@ -1,14 +1,22 @@
 """One small experiment from its file to its report, and everything that must make it fail."""
 
+import io
 import json
+import multiprocessing
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from rich.console import Console
+from typer.testing import CliRunner
 
+from megatron_helix import cli, pretrain_gpt
+from megatron_helix.commands import experiment as commands
 from megatron_helix.experiment import (
+    comparison,
     config,
     dag,
     decode,
@@ -16,14 +24,18 @@ from megatron_helix.experiment import (
     execution,
     launchers,
     metrics,
+    partition,
     prediction,
+    progress,
     report,
     results,
     runs,
+    source,
     terminal,
     workflow,
 )
 from megatron_helix.experiment.config import LauncherConfig
+from megatron_helix.launch import RankFailed
 from megatron_helix.planner.traffic import step_bytes, transfers
 from tests.experiment_case import DOCUMENT, Values, experiment, of
 
@@ -128,13 +140,14 @@ def test_a_second_run_does_nothing(finished: tuple[Path, Values]) -> None:
     assert states == {"kept"}
 
 
-def test_an_interrupt_at_each_node_changes_no_result(
+def test_an_interrupt_at_each_node_and_a_dead_rank_change_no_result(
     finished: tuple[Path, Values], tmp_path: Path
 ) -> None:
     chosen = experiment(phases=["train"], verification={**DOCUMENT["verification"], "fp16": None})
     started: list[str] = []
     done: list[str] = []
     in_a_run: list[str] = []
+    failures: list[str] = []
 
     def notify(name: str, state: str) -> None:
         if state == "done":
@@ -146,7 +159,10 @@ def test_an_interrupt_at_each_node_changes_no_result(
     def advance(name: str, steps: int) -> None:
         if steps >= 1 and name not in in_a_run:
             in_a_run.append(name)
-            raise KeyboardInterrupt
+            if len(in_a_run) == 1:
+                raise KeyboardInterrupt
+            ranks = {process.name: process for process in multiprocessing.active_children()}
+            ranks["rank 3"].kill()
 
     nodes = workflow.nodes(chosen, tmp_path, QUIET, advance)
     values: Values = {}
@@ -155,14 +171,152 @@ def test_an_interrupt_at_each_node_changes_no_result(
             values = dag.run(nodes, tmp_path, notify)
         except KeyboardInterrupt:
             continue
+        except RankFailed as failure:
+            failures.append(str(failure))
     assert sorted(done) == sorted(node.name for node in nodes)  # each once
     assert len(started) == len(nodes)
     assert len(in_a_run) == 2
+    (failure,) = failures
+    assert failure.startswith("rank 3 of 4 was killed by SIGKILL")
+    assert "runs/tiny-helix_2x2/logs/rank03.log" in failure
     whole = finished[1]["result_collection"][:2]
     for key in ("losses", "grad_norms", "sent_bytes"):
         assert [result[key] for result in values["result_collection"]] == [
             result[key] for result in whole
         ]
+
+
+def test_what_no_run_depends_on_runs_none_again(
+    finished: tuple[Path, Values], tmp_path: Path
+) -> None:
+    out = tmp_path / "copy"
+    shutil.copytree(finished[0], out)
+    done: list[str] = []
+    nodes = workflow.nodes(experiment(peak_tflops=1e-3), out)
+    values = dag.run(nodes, out, lambda name, state: done.extend([name] * (state == "done")))
+    assert done == ["result_collection", "report"]
+    for result in results.trained(values["result_collection"]):
+        assert result["mfu"] == pytest.approx(result["tflops_per_device"] / 1e-3)
+
+
+def test_changed_code_trains_again_and_a_changed_report_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "package"
+    shutil.copytree(Path(cli.__file__).parent, package)
+    monkeypatch.setattr(source, "_PACKAGE", package)
+
+    def digests() -> tuple[str, str]:
+        return source.of_runs.__wrapped__(), source.whole.__wrapped__()
+
+    before = digests()
+    assert digests() == before
+    for name, trains in (
+        ("experiment/templates/report.md.j2", False),
+        ("experiment/verify.py", False),
+        ("planner/time.py", False),
+        ("experiment/metrics.py", True),
+        ("attention.py", True),
+    ):
+        with (package / name).open("a") as file:
+            file.write("# changed")
+        after = digests()
+        assert after[1] != before[1], name
+        assert (after[0] != before[0]) is trains, name
+        before = after
+
+
+def test_a_second_run_at_the_same_time_is_refused(
+    finished: tuple[Path, Values], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+
+    def hold() -> None:
+        with dag.locked(finished[0]):
+            there.send("held")
+            there.recv()
+
+    holder = context.Process(target=hold)
+    holder.start()
+    try:
+        here.recv()
+        with pytest.raises(ValueError, match=f"one run at a time, and process {holder.pid} is at"):
+            workflow.run(experiment(), finished[0], QUIET)
+    finally:
+        here.send("let go")
+        holder.join()
+
+
+def test_a_finished_experiment_is_printed_as_json(
+    finished: tuple[Path, Values], tmp_path: Path
+) -> None:
+    out, values = finished
+    file = tmp_path / "small.yaml"
+    file.write_text(json.dumps(DOCUMENT))  # JSON is YAML
+    told = CliRunner().invoke(cli.app, ["run", str(file), "--out", str(out), "--json"])
+    assert told.exit_code == 0, told.output
+    assert json.loads(told.stdout) == {
+        "runs": values["result_collection"],
+        "checks": values["deployment_verification"],
+        "wrong": [],
+    }
+    assert "execution_monitoring/tiny-helix_2x2: kept" in told.stderr
+    assert "verified: " in told.stderr
+
+
+def test_a_deployment_that_is_not_as_planned_is_said_to_be_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Two ranks swapped, a wrong byte formula and an unbalanced layout, from file to exit code."""
+    train, predicted = pretrain_gpt.train, partition.predicted_bytes
+
+    def swapped(*args: Any) -> None:
+        rank = os.environ["RANK"]
+        os.environ["RANK"] = {"1": "2", "2": "1"}.get(rank, rank)
+        train(*args)
+
+    def wrong(*args: Any) -> dict[Any, float]:
+        return {key: sent * 1.01 for key, sent in predicted(*args).items()}
+
+    monkeypatch.setattr(pretrain_gpt, "train", swapped)
+    monkeypatch.setattr(partition, "predicted_bytes", wrong)
+    changed = {
+        # The LM head is work for the last stage alone.
+        "layouts": [{"name": "helix_2x1_pp2", "m": 2, "n": 1, "pp": 2, "micro_batch": 4}],
+        "verification": {**DOCUMENT["verification"], "fp16": None},
+        **{"phases": ["train"], "steps": 2, "claims": [], "hardware": None, "decode": None},
+    }
+    file = tmp_path / "wrong.yaml"
+    file.write_text(json.dumps({**DOCUMENT, **changed}))
+    out = tmp_path / "out"
+    with pytest.raises(typer.Exit) as ended:
+        commands.run(file, out)
+    assert ended.value.exit_code == 3
+    told = " ".join(capfd.readouterr().out.split())
+    text = (out / "report.md").read_text()
+    assert "**Not verified:**" in text
+    for check, detail in (
+        ("mapping", "rank 1 should be on cpu 1 and is on cpu 2"),
+        ("communication: bytes", "rank 0, EMBEDDING_GROUP/all_reduce: "),
+        ("load", "FLOPs: max/mean 1."),
+    ):
+        assert f"| {check} | tiny-helix_2x1_pp2 | FAIL | {detail}" in text
+        assert f"not verified: {check}, tiny-helix_2x1_pp2: {detail}" in told
+
+
+def test_a_log_gets_lines_and_no_bars() -> None:
+    log = io.StringIO()
+    with progress.shown(Console(file=log, width=40), {"execution_monitoring/a": 3}) as (notify, advance):
+        notify("input_preparation", "kept")
+        notify("execution_monitoring/a", "started")
+        advance("execution_monitoring/a", 2)
+        notify("execution_monitoring/a", "done")
+    assert log.getvalue().splitlines() == [
+        "input_preparation: kept",
+        "execution_monitoring/a: 3 steps",
+        "execution_monitoring/a: done in 0 s",
+    ]
 
 
 def test_the_report_stands_alone_and_separates_claims(
@@ -176,9 +330,14 @@ def test_the_report_stands_alone_and_separates_claims(
     assert "context switches" in page  # what times on shared cores are worth
     text = (out / "report.md").read_text()
     assert "TPS, claimed | TPS, predicted | TPS, measured | prediction's error" in text
-    assert "| tiny | tp2_pp2 | train | - |" in text
-    assert "| tiny | helix_2x2 | train | 123,456 |" in text
+    assert "| tiny | tp2_pp2 | train | 100,000 |" in text
+    assert "| tiny | helix_2x2 | train | 123,456 (+23.5%) |" in text
+    assert " | 0.50 (-37.5%) | " in text
     assert "| tiny | helix_2x2 | prefill | - |" in text  # claimed is training
+    assert "| tiny | tp2_pp2 | TP=2 | - | 2 | 1 | 1 | - | 4 x 2 |" in text
+    assert "| tiny | helix_2x2 | m=2, n=2 | weights, batch split | 1 | 1 | 1 | - | 4 x 2 |" in text
+    assert "peak memory, MB" in text
+    assert "experiment.json (" in text
     assert "Predicted for four slow ranks" in text
     assert "inter-token latency ms, mean / p50 / p99" in text
     assert "Claimed figures are those of another machine." in text
@@ -201,8 +360,13 @@ def test_without_claims_there_is_no_column_of_them(
 
 def test_comparing_with_itself_finds_no_change(finished: tuple[Path, Values]) -> None:
     out, _ = finished
-    made = terminal.compare(out, out)
+    made = comparison.table(out, out)
     assert made.row_count == 6
+    assert "(4 cpu ranks, fp32)" in str(made.title)
+    for row in comparison.as_json(comparison.pairs(out, out)):
+        assert row["source"] == "measured"
+        for figure in ("tokens_per_s", "tpot_ms", "sent_bytes", "last_loss"):
+            assert row[figure][0] == row[figure][1]
 
 
 @pytest.mark.parametrize("what", ["models", "batch", "decode", "steps", "learning_rate"])
@@ -220,7 +384,22 @@ def test_unequal_experiments_are_not_compared(
     copied(finished[0], out)
     (out / "experiment.json").write_text(experiment(**{what: other[what]}).model_dump_json())
     with pytest.raises(ValueError, match=f"compare: {what} must be equal, got"):
-        terminal.compare(finished[0], out)
+        comparison.pairs(finished[0], out)
+
+
+def test_unequal_or_unknown_data_are_not_compared(
+    finished: tuple[Path, Values], tmp_path: Path
+) -> None:
+    out = tmp_path / "other"
+    copied(finished[0], out)
+    with pytest.raises(ValueError, match=r"other must say what it was trained on"):
+        comparison.pairs(finished[0], out)
+    (out / "nodes").mkdir()
+    record = json.loads((finished[0] / "nodes" / "input_preparation.json").read_text())
+    record["files"]["data/python_stdlib.bin"][1] = "0"
+    (out / "nodes" / "input_preparation.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"the data of .* must be equal, and differ"):
+        comparison.pairs(finished[0], out)
 
 
 def copied(source: Path, target: Path) -> None:
@@ -285,6 +464,23 @@ def test_a_layout_that_cannot_run_is_refused_before_anything_is_made(tmp_path: P
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
+        ({"device": "cuda", "launcher": {"kind": "torchrun"}}, "cuda needs 4 GPUs .*, found [01]"),
+        ({"launcher": {"kind": "slurm"}}, "launcher.kind: slurm needs srun and an allocation"),
+    ],
+)
+def test_what_this_machine_has_not_is_named_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], said: str
+) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    with pytest.raises(ValueError, match=said):
+        workflow.run(experiment(**changed), tmp_path / "out", QUIET)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"layouts": [{**DOCUMENT["layouts"][0], "name": "a/b"}]}, "layouts: a name must be .*/b'"),
         ({"phases": ["train", "train"]}, "phases: must differ"),
         ({"decode": None}, "decode: must be given with the phase decode"),
         ({"phases": ["train"]}, "decode: needs the phase decode"),
@@ -319,7 +515,7 @@ def test_a_bad_file_is_named_with_the_path_of_the_key(
 def test_torchrun_runs_the_same_training(finished: tuple[Path, Values], tmp_path: Path) -> None:
     out, values = finished
     layouts = [{"name": "helix_2x2", "m": 2, "n": 2, "micro_batch": 4}]
-    run = runs.compared(experiment(layouts=layouts, phases=["train"], steps=2))[0]
+    run = runs.compared(experiment(layouts=layouts, phases=["train"], steps=2, claims=[]))[0]
     flags = runs.run_flags(experiment(steps=2), run, out / "data" / "python_stdlib", out)
     flags += ["--helix-metrics", str(tmp_path / "metrics")]
     launchers.launch(LauncherConfig(kind="torchrun"), flags, 4, tmp_path / "logs")

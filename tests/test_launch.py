@@ -12,8 +12,21 @@ import pytest
 import torch.distributed as dist
 
 from megatron_helix import launch
+from megatron_helix.experiment import launchers
+from megatron_helix.experiment.config import LauncherConfig
 
 ENDS_WITHIN_S = 30.0  # far more than GRACE_S, far less than the collectives' own timeout of minutes
+
+ROOT = Path(__file__).parents[1]
+# A rank that leaves its process id, and waits, or fails if it is the one that is named.
+SLEEPER = """
+import os, pathlib, sys, time
+rank = os.environ["RANK"]
+pathlib.Path(sys.argv[1], "pid" + rank).write_text(str(os.getpid()))
+if rank in sys.argv[2:]:
+    1 / 0
+time.sleep(1000)
+"""
 
 
 def write_pid(folder: Path) -> None:
@@ -189,6 +202,8 @@ def test_ranks_do_not_outlive_a_launcher_that_is_ended(tmp_path: Path, how: sign
     script = f"""
 import os, pathlib, time
 from megatron_helix import launch
+from megatron_helix.experiment import launchers
+from megatron_helix.experiment.config import LauncherConfig
 def run():
     pathlib.Path({str(tmp_path)!r}, "pid" + os.environ["RANK"]).write_text(str(os.getpid()))
     time.sleep(1000)
@@ -205,6 +220,46 @@ launch.run(launch.Ranks(target=run, world_size=2))
     assert launcher.returncode != 0
     # SIGKILL leaves the launcher no time: its ranks end by themselves, and init reaps them.
     wait_for(lambda: not any(is_alive(pid) for pid in pids(tmp_path)))
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_ranks_of_torchrun_do_not_outlive_what_started_it(
+    tmp_path: Path, how: signal.Signals
+) -> None:
+    (tmp_path / "sleeper.py").write_text(SLEEPER)
+    script = f"""
+import pathlib
+from megatron_helix.experiment import config, launchers
+logs, kind = pathlib.Path({str(tmp_path)!r}, "logs"), config.LauncherConfig(kind="torchrun")
+program = launchers.Program(words=["sleeper", {str(tmp_path)!r}], forked=lambda: None)
+launchers.start(kind, program, 2, logs)
+"""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    words = [sys.executable, "-c", script]
+    with subprocess.Popen(words, env=environment, stderr=subprocess.PIPE) as launcher:
+        try:
+            wait_for(lambda: sum(bool(f.read_text()) for f in tmp_path.glob("pid*")) == 2)
+            launcher.send_signal(how)
+            launcher.communicate(timeout=ENDS_WITHIN_S)
+        finally:
+            launcher.kill()
+    assert launcher.returncode != 0
+    wait_for(lambda: not any(is_alive(pid) for pid in pids(tmp_path)))
+
+
+def test_a_rank_of_torchrun_that_fails_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sleeper.py").write_text(SLEEPER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    words = ["sleeper", str(tmp_path), "1"]
+    program = launchers.Program(words=words, forked=lambda: pytest.fail("torchrun does not fork"))
+    with pytest.raises(launch.RunFailed, match=r"a rank failed \(exit code 1\); its output is in"):
+        launchers.start(LauncherConfig(kind="torchrun"), program, 2, tmp_path / "logs")
+    assert "ZeroDivisionError" in "".join(
+        file.read_text() for file in tmp_path.glob("logs/**/stderr.log")
+    )
+    assert not any(is_alive(pid) for pid in pids(tmp_path))
 
 
 def test_the_process_that_forks_has_no_threads_but_those_it_had(tmp_path: Path) -> None:

@@ -43,6 +43,13 @@ def test_communication_is_a_mean_over_ranks_for_every_batch_tokens(tmp_path: Pat
     assert found.tpot_ms == pytest.approx(0.2 * 1e3 * 8 / 256)
 
 
+def test_memory_is_that_of_the_rank_with_most(tmp_path: Path) -> None:
+    ranks = [[line(peak_memory_bytes=1), line(peak_memory_bytes=size)] for size in (7, 5)]
+    found = metrics.read(write(tmp_path, *ranks))
+    assert found.peak_memory_bytes == 7
+    assert found.hidden_ms is None
+
+
 def test_traffic_is_that_of_a_step_as_a_mean_over_ranks(tmp_path: Path) -> None:
     ranks = [
         [line(), line(traffic=[moved("TP", "all_gather", 100), moved("DIM", "all_to_all", 8)])],
@@ -87,11 +94,12 @@ def test_the_shortest_time_of_a_call_is_communication_and_the_rest_waiting(tmp_p
 
 
 def test_a_profiled_step_counts_in_no_time(tmp_path: Path) -> None:
-    profile = {"ledger_s": 1.0, "profiler_s": 1.0}
+    profile = {"ledger_s": 1.0, "profiler_s": 1.0, "hidden_s": 0.5}
     steps = [line(step_s=9.0), line(step_s=2.0), line(step_s=7.0, profile=profile)]
     found = metrics.read(write(tmp_path, steps))
     assert found.step_ms == 2000.0
     assert found.per_rank[0]["profile"] == profile
+    assert found.hidden_ms == 500.0
 
 
 @pytest.mark.parametrize(

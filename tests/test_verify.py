@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_helix import launch, pretrain_gpt
-from megatron_helix.experiment import config, runs, verify
+from megatron_helix.experiment import config, execution, runs, tiles, verify
 from tests.experiment_case import Values, experiment, of
 
 
@@ -19,7 +19,7 @@ def mapped(
     out, values = finished
     run = runs.compared(experiment())[1]
     live = verify.placements(runs.folder(out, run) / "metrics")
-    wanted = verify.fingerprints(experiment(), run, runs.initial_folder(out, run.model), live)
+    wanted = tiles.fingerprints(experiment(), run, runs.initial_folder(out, run.model), live)
     spoil(live)
     cut, devices = of(values, "partitioning_setup"), of(values, "device_mapping")
     return verify.mapping(run.name, cut, devices, live, wanted)
@@ -38,7 +38,7 @@ def test_a_swapped_pair_of_ranks_fails(finished: tuple[Path, Values], tmp_path: 
 
     launch.run(launch.Ranks(target=swapped, world_size=4, logs=tmp_path / "logs"), timeout_s=60)
     live = verify.placements(tmp_path)
-    wanted = verify.fingerprints(experiment(), run, runs.initial_folder(out, run.model), live)
+    wanted = tiles.fingerprints(experiment(), run, runs.initial_folder(out, run.model), live)
     cut, devices = of(values, "partitioning_setup"), of(values, "device_mapping")
     found = verify.mapping(run.name, cut, devices, live, wanted)
     assert found["passed"] is False
@@ -98,8 +98,11 @@ def test_traffic_that_nobody_predicted_fails(finished: tuple[Path, Values]) -> N
     ("ledger_s", "passes"), [(1.9, True), (0.6, True), (2.1, False), (0.4, False)]
 )
 def test_the_ledgers_time_must_be_the_profilers(ledger_s: float, passes: bool) -> None:
-    ranks = [{"profile": {"ledger_s": ledger_s, "profiler_s": 1.0}}] * 2
-    assert verify.times("x", ranks, 2.0)["passed"] is passes
+    hidden = {"hidden_s": 7.0, "profiler_s": 8.0}  # by computation: in neither
+    ranks = [{"profile": {"ledger_s": ledger_s, "exposed_s": 1.0, **hidden}}] * 2
+    found = verify.times("x", ranks, 2.0)
+    assert found["passed"] is passes
+    assert "1.000 s by the profiler in the same step and 7.000 s hidden" in found["detail"]
 
 
 def test_a_run_without_a_profile_fails() -> None:
@@ -107,7 +110,7 @@ def test_a_run_without_a_profile_fails() -> None:
 
 
 def test_a_rank_alone_has_no_time_to_compare() -> None:
-    ranks = [{"profile": {"ledger_s": 0.1, "profiler_s": 0.0}}]
+    ranks = [{"profile": {"ledger_s": 0.1, "exposed_s": 0.0, "hidden_s": 0.0}}]
     assert verify.times("x", ranks, 2.0)["passed"] is None
 
 
@@ -117,15 +120,31 @@ def test_an_unbalanced_layout_fails(finished: tuple[Path, Values], what: str) ->
     run = runs.compared(experiment())[1]
     live = verify.placements(runs.folder(out, run) / "metrics")
     result = of(values, "execution_monitoring")
-    asked = experiment().verification
-    assert verify.load(run, live, result["per_rank"], asked)["passed"] is True
+    asked, flops = experiment().verification, execution.step_flops(experiment(), run)
+    sound = verify.load(run, live, result["per_rank"], asked, flops)
+    assert sound["passed"] is True
+    assert "100% of the formula's counted" in sound["detail"]
     live[0]["parameters"]["more"] = [[64, 4096 if what == "parameters" else 0], "float32"]
     live[0]["key_value_bytes"] *= 2 if what == "KV bytes" else 1
     result["per_rank"][0]["flops"] *= 2 if what == "FLOPs" else 1
     result["per_rank"][0]["busy_s"] *= 100 if what == "busy time" else 1
-    found = verify.load(run, live, result["per_rank"], asked)
+    found = verify.load(run, live, result["per_rank"], asked, flops)
     assert found["passed"] is False
     assert found["detail"].startswith(f"{what}: max/mean")
+
+
+def test_flops_that_no_rank_or_only_some_have_counted(finished: tuple[Path, Values]) -> None:
+    out, values = finished
+    run = runs.compared(experiment())[1]
+    live = verify.placements(runs.folder(out, run) / "metrics")
+    ranks = of(values, "execution_monitoring")["per_rank"]
+    asked = experiment().verification
+    ranks[0]["flops"] = None
+    assert verify.load(run, live, ranks, asked, 1.0)["detail"].startswith("FLOPs: max/mean 1.333")
+    none = [{**rank, "flops": None} for rank in ranks]
+    found = verify.load(run, live, none, asked, 1.0)
+    assert found["passed"] is True
+    assert "FLOPs not counted" in found["detail"]
 
 
 @pytest.mark.parametrize(
@@ -141,7 +160,9 @@ def test_fp16_that_goes_astray_fails(half: dict[str, Any], said: str) -> None:
     single = {"losses": [5.0, 4.8]}
     sound = {"losses": [5.0, 4.8], "grad_norms": [1.0], "skipped_steps": 0, "loss_scales": [2.0]}
     asked = config.Fp16Config()
-    assert verify.fp16("x", single, sound, asked)["passed"] is True
+    passed = verify.fp16("x", single, {**sound, "loss_scales": [2.0, 2.0, 4.0]}, asked)
+    assert passed["passed"] is True
+    assert "loss scale 2 for 2 steps, then 4 for 1 steps" in passed["detail"]
     found = verify.fp16("x", single, {**sound, **half}, asked)
     assert found["passed"] is False
     assert said in found["detail"]

@@ -1,5 +1,6 @@
 """``helix run``, ``helix report``, ``helix compare`` and ``helix dag``."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -15,28 +16,33 @@ def run(
         Path | None,
         typer.Option(help="A hardware file (YAML) to predict for; instead of the experiment's."),
     ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print results and checks as JSON; all else on stderr.")
+    ] = False,
 ) -> None:
-    """Run layouts side by side, verify and report.
+    """Run layouts side by side, verify and report; a second call does what is missing or changed.
 
-    Exit code 3 when a layout leaves the baseline or the deployment is not as planned.
+    Exit code 3 when a layout leaves the baseline or the deployment is not as planned; 2 when
+    something asked for cannot be, 1 when a rank failed, 130 when interrupted.
     """
     from rich.console import Console
 
     from megatron_helix.experiment import config, results, terminal, workflow
 
-    console = Console()
+    console = Console(stderr=as_json)
     chosen = config.load(experiment, hardware)
     values = workflow.run(chosen, out, console)
-    found = values["result_collection"]
-    for table in terminal.tables(found):
-        console.print(table)
-    console.print(f"results: {out / 'results.json'}, report: {out / 'report.html'}")
+    found, checks = values["result_collection"], values["deployment_verification"]
     wrong = [f"not exact: {line}" for line in results.departures(chosen, found)]
-    wrong += [
-        f"not verified: {line}" for line in results.failures(values["deployment_verification"])
-    ]
-    for line in wrong:
+    wrong += [f"not verified: {line}" for line in results.failures(checks)]
+    if as_json:
+        typer.echo(json.dumps({"runs": found, "checks": checks, "wrong": wrong}, indent=2))
+    else:
+        for table in terminal.tables(found):
+            console.print(table)
+    for line in wrong or [f"verified: {results.verdict(chosen, found, checks)}"]:
         console.print(line, highlight=False)
+    console.print(f"results: {out / 'results.json'}, report: {out / 'report.html'}")
     if wrong:
         raise typer.Exit(3)
 
@@ -49,13 +55,20 @@ def report(folder: Folder) -> None:
         typer.echo(path)
 
 
-def compare(first: Folder, second: Folder) -> None:
+def compare(
+    first: Folder,
+    second: Folder,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
     """Compare two experiments of equal models, data and batch."""
     from rich.console import Console
 
-    from megatron_helix.experiment import terminal
+    from megatron_helix.experiment import comparison
 
-    Console().print(terminal.compare(first, second))
+    if as_json:
+        typer.echo(json.dumps(comparison.as_json(comparison.pairs(first, second)), indent=2))
+    else:
+        Console().print(comparison.table(first, second))
 
 
 def dag(

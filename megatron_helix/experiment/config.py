@@ -3,6 +3,7 @@
 An error names the file and the path of the key.
 """
 
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +24,8 @@ Precision = Literal["fp32", "fp16", "bf16"]
 
 ELEMENT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 FP16_ROUNDOFF = 2.0**-11  # half the distance of 1 to the next number of fp16
+
+_NAME = re.compile(r"\w[\w.-]*")
 
 
 class Tolerance(Config):
@@ -137,6 +140,12 @@ class ExperimentConfig(Config):
             names = [item.name for item in items]
             if len(set(names)) != len(names):
                 raise ValueError(f"{what}: names must differ, got {', '.join(names)}")
+            for name in names:
+                if not _NAME.fullmatch(name):
+                    raise ValueError(
+                        f"{what}: a name must be letters, digits, '_', '.' and '-', for it names"
+                        f" folders, got {name!r}; rename it"
+                    )
         if len(set(self.phases)) != len(self.phases):
             raise ValueError(f"phases: must differ, got {', '.join(self.phases)}")
         self._require_decode()

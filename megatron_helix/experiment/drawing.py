@@ -64,8 +64,8 @@ def _size(sent: float) -> str:
 def _mermaid(made: nx.DiGraph) -> str:
     name = _identities(made)
     lines = ["flowchart LR"]
-    for group, members in _groups(made).items():
-        lines.append(f'  subgraph {group.replace(" ", "_")}["{group}"]')
+    for place, (group, members) in enumerate(_groups(made).items()):
+        lines.append(f'  subgraph g{place}["{group}"]')
         lines += [f'    {name[member]}["{made.nodes[member]["label"]}"]' for member in members]
         lines.append("  end")
     for start, end, data in made.edges(data=True):
@@ -96,26 +96,48 @@ def _svg(made: nx.DiGraph) -> str:
         name: (data["place"][0], -data["place"][1]) for name, data in made.nodes.items()
     }
     xs, ys = zip(*places.values(), strict=True)
-    size = (1.9 * (max(xs) - min(xs) + 1), 0.5 * (max(ys) - min(ys) + 2))
+    size = (1.9 * (max(xs) - min(xs) + 1), 0.5 * (max(ys) - min(ys) + 2.4))
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
-    for start, end, data in made.edges(data=True):
-        colour, width = ("#0072b2", 0.4) if "bytes" in data else ("#444444", 0.7)
-        (x, y), (to_x, to_y) = places[start], places[end]
-        arrow = {"arrowstyle": "->", "color": colour, "lw": width, "shrinkA": 0, "shrinkB": 0}
-        axes.annotate("", xy=(to_x - 0.24, to_y), xytext=(x + 0.2, y), arrowprops=arrow)
+    boxes = {}
     for name, (x, y) in places.items():
         box = {"boxstyle": "round", "facecolor": "white", "edgecolor": "#444444", "pad": 0.25}
         label = made.nodes[name]["label"].replace(", ", "\n").replace(" of ", " of\n")
-        axes.text(x, y, label, ha="center", va="center", fontsize=6, bbox=box, zorder=3)
-    for text, x, y in _headings(made, places):
+        boxes[name] = axes.text(
+            x, y, label, ha="center", va="center", fontsize=6, bbox=box, zorder=3
+        )
+    for start, end, data in made.edges(data=True):
+        colour, width = ("#0072b2", 0.4) if "bytes" in data else ("#444444", 0.7)
+        ends = {"patchA": boxes[start].get_bbox_patch(), "patchB": boxes[end].get_bbox_patch()}
+        arrow = {"arrowstyle": "->", "color": colour, "lw": width, "shrinkA": 0, "shrinkB": 1}
+        axes.annotate(
+            "", xy=places[end], xytext=places[start], arrowprops={**arrow, **ends}, zorder=1
+        )
+    for text, x, y in [*_headings(made, places), *_sizes(made, places)]:
         axes.text(x, y, text, ha="center", va="center", fontsize=7, weight="bold")
     axes.set_xlim(min(xs) - 1.2, max(xs) + 0.6)
-    axes.set_ylim(min(ys) - 0.8, max(ys) + 1.2)
+    axes.set_ylim(min(ys) - 0.8, max(ys) + 1.6)
     axes.set_axis_off()
     text = io.StringIO()
     figure.savefig(text, format="svg")
     return text.getvalue()
+
+
+def _sizes(
+    made: nx.DiGraph, places: dict[Any, tuple[float, float]]
+) -> list[tuple[str, float, float]]:
+    """What every edge between two columns carries, above them."""
+    top = max(y for _, y in places.values())
+    found: dict[tuple[float, float], set[str]] = {}
+    for start, end, data in made.edges(data=True):
+        if "bytes" in data:
+            columns = places[start][0], places[end][0]
+            axis = f"{data['axis']} axis: " if "axis" in data else ""
+            found.setdefault(columns, set()).add(f"{axis}{_size(data['bytes'])}")
+    return [
+        ("\n".join(sorted(texts)), (left + right) / 2, top + 0.8 + 0.35 * (left % 1 > 0))
+        for (left, right), texts in found.items()
+    ]
 
 
 def _headings(

@@ -70,10 +70,7 @@ def _trained(
     measured = asdict(metrics.read(folder / "metrics"))
     # Written by the same code in a prefill, too, where there is no gradient to speak of.
     measured["grad_norms"] = [norm for norm in measured["grad_norms"] if norm is not None]
-    flops = step_flops(experiment, one)
-    per_gpu = flops / experiment.world_size / measured["step_ms"] / 1e9
-    mfu = per_gpu / experiment.peak_tflops if experiment.peak_tflops else None
-    return {**measured, "tflops_per_device": per_gpu, "mfu": mfu}
+    return measured
 
 
 def _decoded(
@@ -86,6 +83,13 @@ def _decoded(
     program = decode.program(experiment, one, prompts, out)
     launchers.start(experiment.launcher, program, experiment.world_size, folder / "logs")
     return decode.read(experiment, one, folder / "metrics")
+
+
+def utilisation(experiment: ExperimentConfig, one: Run, step_ms: float) -> dict[str, float | None]:
+    """What a device achieves in a step of a run, and what part of its peak that is (MFU)."""
+    per_device = step_flops(experiment, one) / experiment.world_size / step_ms / 1e9
+    mfu = per_device / experiment.peak_tflops if experiment.peak_tflops else None
+    return {"tflops_per_device": per_device, "mfu": mfu}
 
 
 def step_flops(experiment: ExperimentConfig, one: Run) -> float:

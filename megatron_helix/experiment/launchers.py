@@ -1,7 +1,9 @@
 """Start the ranks of a run: forked here, with torchrun here, or with torchrun on Slurm's nodes."""
 
 import contextlib
+import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,11 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_helix.experiment.config import LauncherConfig
-from megatron_helix.launch import GRACE_S, Ranks, RunFailed
+from megatron_helix.launch import (
+    GRACE_S,
+    PR_SET_PDEATHSIG,
+    Ranks,
+    RunFailed,
+    terminate_as_interrupt,
+)
 from megatron_helix.launch import run as fork_ranks
 
 POLL_S = 0.5
+_LIBC = ctypes.CDLL(None)  # found before a fork: there is little that a fork may do
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +39,25 @@ class Program:
 
     words: Sequence[str]
     forked: Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]
+
+
+def require(launcher: LauncherConfig, device: str, world_size: int) -> None:
+    """Refuse to start where the ranks cannot run.
+
+    Raises:
+        ValueError: without Slurm's allocation for ``slurm``, or with too few GPUs for ``cuda``.
+    """
+    if launcher.kind == "slurm" and not (shutil.which("srun") and os.environ.get("SLURM_JOB_ID")):
+        raise ValueError(
+            "launcher.kind: slurm needs srun and an allocation, and found none; call it from a"
+            " script that sbatch has started, or use torchrun"
+        )
+    wanted = world_size // launcher.nodes
+    if device == "cuda" and torch.cuda.device_count() < wanted:
+        raise ValueError(
+            f"device: cuda needs {wanted} GPUs on this machine, found {torch.cuda.device_count()};"
+            " use such a machine, or say what is to be expected of it with `helix plan`"
+        )
 
 
 def training(flags: Sequence[str], world_size: int) -> Program:
@@ -114,16 +144,21 @@ def start(
     logs.mkdir(parents=True, exist_ok=True)
     command = launch_command(launcher, program.words, world_size, logs)
     environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", **os.environ}
-    with (logs / "launcher.log").open("w") as log:
+    with (logs / "launcher.log").open("w") as log, terminate_as_interrupt():
         _supervise(command, environment, log, poll)
 
 
 def _supervise(
     command: Sequence[str], environment: dict[str, str], log: Any, poll: Callable[[], Any] | None
 ) -> None:
-    """Wait for the command; end all it has started when this process is interrupted."""
+    """Wait for the command; end all it has started when this process is interrupted or killed."""
     process = subprocess.Popen(
-        command, env=environment, stdout=log, stderr=log, start_new_session=True
+        command,
+        env=environment,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+        preexec_fn=_end_with_parent,
     )
     try:
         while True:
@@ -141,6 +176,11 @@ def _supervise(
             f"{Path(command[0]).name}: a rank failed (exit code {process.returncode}); its output"
             f" is in {Path(log.name).parent}"
         )
+
+
+def _end_with_parent() -> None:
+    """Let the launcher be told to end when this process is gone, so that no rank is left over."""
+    _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _end(process: subprocess.Popen[Any]) -> None:

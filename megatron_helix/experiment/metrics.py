@@ -42,6 +42,10 @@ class RunMetrics:
         tpot_p99_ms: the same, 99th percentile over steps.
         tpot_slowest_rank_ms: of the rank with most of it, median over steps.
         breakdown_ms: the parts of a step (:data:`PARTS`), means over ranks and steps.
+        hidden_ms: communication beside which a rank computed, mean over ranks, in the profiled
+            step; None without one.
+        peak_memory_bytes: most that a rank has held: of a GPU's allocator, or resident of the
+            process, which counts what forked ranks share.
         sent_bytes: by axis and kind, sent by one rank in one step; mean over ranks.
         loss_scales: of every step; None without loss scaling.
         skipped_steps: updates that overflowed and were left out.
@@ -59,6 +63,8 @@ class RunMetrics:
     tpot_p99_ms: float
     tpot_slowest_rank_ms: float
     breakdown_ms: dict[str, float]
+    hidden_ms: float | None
+    peak_memory_bytes: int
     sent_bytes: dict[str, float]
     loss_scales: list[float | None]
     skipped_steps: int
@@ -91,6 +97,7 @@ def read(folder: Path) -> RunMetrics:
     per_batch_ms = 1e3 * batch / tokens
     tpot = [statistics.mean(_communication(step)) * per_batch_ms for step in counted]
     slowest = max(map(statistics.median, zip(*map(_communication, counted), strict=True)))
+    hidden = [line["profile"]["hidden_s"] for lines in ranks for line in lines if "profile" in line]
     return RunMetrics(
         losses=[_said(step, "loss") for step in steps],
         grad_norms=[_said(step, "grad_norm") for step in steps],
@@ -102,6 +109,8 @@ def read(folder: Path) -> RunMetrics:
         tpot_p99_ms=float(numpy.percentile(tpot, 99)),
         tpot_slowest_rank_ms=slowest * per_batch_ms,
         breakdown_ms=_breakdown(counted),
+        hidden_ms=statistics.mean(hidden) * 1e3 if hidden else None,
+        peak_memory_bytes=max(lines[-1].get("peak_memory_bytes", 0) for lines in ranks),
         sent_bytes=_mean_of([_sent(line) for line in counted[-1]]),
         loss_scales=[_said(step, "loss_scale") for step in steps],
         skipped_steps=sum(any(line["skipped"] for line in step) for step in steps),

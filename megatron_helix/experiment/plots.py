@@ -1,5 +1,6 @@
 """The report's pictures, as PNG files. Colours are told apart without seeing red or green."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from megatron_helix.experiment.results import decoded, trained
 _COLOURS = ("#0072b2", "#e69f00", "#56b4e9", "#999999", "#009e73", "#cc79a7", "#d55e00", "#f0e442")
 _WIDTH = 8.0
 _DPI = 130
-_DARK = 0.35  # away from the mean a tile's colour is so dark that black is not read on it
+_HATCHES = ("", "///", "...", "xx")  # where there is no colour in print
+_DARK = 0.45  # luminance of a tile on which white is read better than black
 
 Pictures = list[tuple[str, Path]]
 
@@ -23,6 +25,7 @@ def draw(found: dict[str, Any], folder: Path) -> Pictures:
     Returns:
         Titles and files.
     """
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # its cache of fonts is no news
     folder.mkdir(parents=True, exist_ok=True)
     results, checks = found["results"], found["verification"]
     pictures = [("TPS and TPOT, measured", "tps_tpot.png", _bars(results))]
@@ -64,30 +67,47 @@ def _figure(rows: int, columns: int, height: float) -> tuple[Figure, Any]:
 
 
 def _bars(results: list[dict[str, Any]]) -> Figure:
-    figure, ((tps, tpot),) = _figure(1, 2, 0.55 * len(results) + 1.4)
-    for axes, key, unit in (
-        (tps, "tokens_per_s", "TPS (tokens/s), more is better"),
-        (tpot, "tpot_ms", "TPOT (ms), less is better"),
-    ):
-        values = [result[key] for result in results]
-        bars = axes.barh(range(len(results)), values, color=_colours(results))
-        axes.bar_label(bars, [f"{value:,.4g}" for value in values], padding=3, fontsize=8)
-        axes.set_yticks(range(len(results)), [_label(result) for result in results], fontsize=8)
-        axes.invert_yaxis()
-        axes.margins(x=0.2)
-        axes.set_xlabel(unit)
-        axes.spines[["top", "right"]].set_visible(False)
-    tpot.set_yticklabels([])
+    """A row of panels for each phase, whose figures are of different sizes."""
+    phases = list(dict.fromkeys(result["phase"] for result in results))
+    by_phase = [[one for one in results if one["phase"] == phase] for phase in phases]
+    figure = Figure(figsize=(_WIDTH, 0.55 * len(results) + 0.9 * len(phases)), layout="constrained")
+    heights = [len(own) + 1 for own in by_phase]
+    grid = figure.subplots(len(phases), 2, squeeze=False, height_ratios=heights)
+    for (tps, tpot), own in zip(grid, by_phase, strict=True):
+        for axes, key, unit in (
+            (tps, "tokens_per_s", "TPS (tokens/s), more is better"),
+            (tpot, "tpot_ms", "TPOT (ms), less is better"),
+        ):
+            values = [result[key] for result in own]
+            bars = axes.barh(
+                range(len(own)), values, color=_colours(own), edgecolor="black", lw=0.5
+            )
+            axes.bar_label(bars, [f"{value:,.4g}" for value in values], padding=3, fontsize=8)
+            axes.set_yticks(range(len(own)), [_label(result) for result in own], fontsize=8)
+            axes.invert_yaxis()
+            axes.margins(x=0.2)
+            axes.set_xlabel(unit)
+            axes.spines[["top", "right"]].set_visible(False)
+        tpot.set_yticklabels([])
     return figure
 
 
 def _breakdown(results: list[dict[str, Any]]) -> Figure:
     figure, ((axes,),) = _figure(1, 1, 0.55 * len(results) + 1.6)
     left = [0.0] * len(results)
-    for part, colour in zip(PARTS, _COLOURS, strict=False):
+    for part, colour, hatch in zip(PARTS, _COLOURS, _HATCHES, strict=False):
         values = [result["breakdown_ms"][part] for result in results]
         name = part.replace("_", " ")
-        axes.barh(range(len(results)), values, left=left, label=name, color=colour)
+        axes.barh(
+            range(len(results)),
+            values,
+            left=left,
+            label=name,
+            color=colour,
+            hatch=hatch,
+            edgecolor="white",
+            lw=0.5,
+        )
         left = [a + b for a, b in zip(left, values, strict=True)]
     axes.set_yticks(range(len(results)), [_label(result) for result in results], fontsize=8)
     axes.invert_yaxis()
@@ -144,7 +164,7 @@ def _latencies(results: list[dict[str, Any]]) -> Figure:
 
 def _load(helix: list[tuple[dict[str, Any], dict[str, Any]]]) -> Figure:
     """A row for each run, a panel for each load: m columns, n rows, mean over replicas."""
-    kinds = list(helix[0][0]["loads"])
+    kinds = list(helix[0][0]["ratios"])
     figure, grid = _figure(len(helix), len(kinds), 2.1 * len(helix) + 0.5)
     shown = Normalize(0.5, 1.5)
     image: Any = None
@@ -154,7 +174,9 @@ def _load(helix: list[tuple[dict[str, Any], dict[str, Any]]]) -> Figure:
             image = axes.imshow(tiles, cmap="PuOr", norm=shown)
             for i, row in enumerate(tiles):
                 for j, value in enumerate(row):
-                    ink = "white" if abs(value - 1) > _DARK else "black"
+                    red, green, blue, _ = image.cmap(shown(value))
+                    dark = 0.2126 * red + 0.7152 * green + 0.0722 * blue < _DARK
+                    ink = "white" if dark else "black"
                     axes.text(j, i, f"{value:.2f}", color=ink, ha="center", va="center", size=7)
             axes.set_xticks(range(cut["m"]))
             axes.set_yticks(range(cut["n"]))

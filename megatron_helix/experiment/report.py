@@ -8,7 +8,8 @@ import jinja2
 
 from megatron_helix.experiment import tables
 from megatron_helix.experiment.config import ExperimentConfig
-from megatron_helix.experiment.results import Result, departures, failures, read
+from megatron_helix.experiment.dag import digest
+from megatron_helix.experiment.results import Result, departures, failures, read, verdict
 from megatron_helix.experiment.terminal import CPU_NOTE
 from megatron_helix.planner.flops import FORMULA
 
@@ -56,10 +57,13 @@ def _content(found: dict[str, Any]) -> dict[str, Any]:
         "experiment": experiment,
         "device": f"{experiment.world_size} {experiment.device} ranks",
         "commits": sorted({result["commit"] for result in results}),
+        "configuration": f"experiment.json ({digest(experiment.model_dump(mode='json'))})",
+        "verdict": verdict(experiment, results, found["verification"]),
         "cpu_note": CPU_NOTE if experiment.device == "cpu" else "",
         "wrong": wrong,
         "formula": FORMULA,
-        "tables": tables.of_report(experiment, results, found["cuts"]),
+        "tables": tables.of_report(experiment, results),
+        "bytes": tables.of_bytes(results, found["cuts"]),
         "checks": [
             {**check, "verdict": {True: "pass", False: "FAIL", None: "-"}[check["passed"]]}
             for check in found["verification"]

@@ -15,7 +15,8 @@ def read(out: Path) -> dict[str, Any]:
     """What a finished experiment left in its folder.
 
     Returns:
-        ``experiment``, ``results``, ``verification``, ``data`` and ``nodes``.
+        ``experiment``, ``results``, ``verification``, ``data`` (its files) and ``cuts`` (the
+        partition of every run).
 
     Raises:
         ValueError: when something is missing.
@@ -94,6 +95,26 @@ def failures(checks: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
-def change(value: float, baseline: float) -> str:
+def verdict(experiment: ExperimentConfig, results: list[Result], checks: Sequence[Any]) -> str:
+    """One sentence on an experiment in which nothing is wrong."""
+    others = [result for result in trained(results) if result is not baseline_of(result, results)]
+    furthest = max(
+        (
+            largest_difference(result["losses"], baseline_of(result, results)["losses"])
+            for result in others
+        ),
+        default=None,
+    )
+    passed = sum(check["passed"] is True for check in checks)
+    asked = f"{passed} checks of the deployment pass"
+    if furthest is None:
+        return asked
+    return (
+        f"{asked}; no layout's loss leaves the first one's by more than {furthest:.1e}"
+        f" (allowed {experiment.tolerance.loss:.0e})"
+    )
+
+
+def change(value: float, baseline: float, digits: int = 1) -> str:
     """What is printed behind a value: by how much it differs, relative."""
-    return "" if value == baseline else f" ({value / baseline - 1:+.1%})"
+    return "" if value == baseline else f" ({value / baseline - 1:+.{digits}%})"

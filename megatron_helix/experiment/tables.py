@@ -7,8 +7,9 @@ another's column.
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_helix.experiment import decode, prediction
+from megatron_helix.experiment import decode, partition, prediction
 from megatron_helix.experiment.config import ExperimentConfig
+from megatron_helix.experiment.metrics import PARTS
 from megatron_helix.experiment.results import (
     Result,
     baseline_of,
@@ -17,20 +18,19 @@ from megatron_helix.experiment.results import (
     largest_difference,
     trained,
 )
+from megatron_helix.experiment.runs import Run
 
 Page = dict[str, Any]
 
 
-def of_report(
-    experiment: ExperimentConfig, results: Sequence[Result], cuts: dict[str, Any]
-) -> list[Page]:
-    """All of them, as the templates want them; ``cuts`` have the predicted bytes of every run."""
+def of_report(experiment: ExperimentConfig, results: Sequence[Result]) -> list[Page]:
+    """All but the bytes, as the templates want them."""
     loops, requests = trained(results), decoded(results)
     return [
         _source_table(experiment, results),
-        *([_exactness_table(loops), _time_table(loops)] if loops else []),
+        _layout_table(experiment),
+        *([_exactness_table(loops), _time_table(loops), _rate_table(loops)] if loops else []),
         *([_decode_table(experiment, requests)] if requests else []),
-        _bytes_table(results, cuts),
     ]
 
 
@@ -47,14 +47,20 @@ def _source_table(experiment: ExperimentConfig, results: Sequence[Result]) -> Pa
     rows = []
     for result in results:
         base = baseline_of(result, results)
-        claimed = claims.get((result["model"], result["layout"], result["phase"]))
+        claimed, first = (
+            claims.get((one["model"], one["layout"], one["phase"])) for one in (result, base)
+        )
         row = [result["model"], result["layout"], result["phase"]]
         for key, digits in (("tokens_per_s", 0), ("tpot_ms", 2)):
             if claims:
-                row.append(f"{getattr(claimed, key):,.{digits}f}" if claimed else "-")
+                row.append(
+                    _beside(getattr(claimed, key), getattr(first or claimed, key), digits)
+                    if claimed
+                    else "-"
+                )
             if machine:
-                row.append(f"{result['predicted'][key]:,.{digits}f}")
-            row.append(f"{result[key]:,.{digits}f}{change(result[key], base[key])}")
+                row.append(_beside(result["predicted"][key], base["predicted"][key], digits))
+            row.append(_beside(result[key], base[key], digits))
             if machine:
                 row.append(f"{prediction.error(result, key):+.0%}")
         rows.append(row)
@@ -65,6 +71,51 @@ def _source_table(experiment: ExperimentConfig, results: Sequence[Result]) -> Pa
         of = "; ".join(sorted({claim.of for claim in experiment.claims}))
         note = f"Claimed figures are those of {of}. {note}"
     return {"title": "Throughput and overhead", "note": note, "heads": heads, "rows": rows}
+
+
+def _beside(value: float, baseline: float, digits: int) -> str:
+    return f"{value:,.{digits}f}{change(value, baseline)}"
+
+
+def _layout_table(experiment: ExperimentConfig) -> Page:
+    """What the names of the layouts stand for, with what ``auto`` takes in training."""
+    rows = []
+    for model in experiment.models:
+        for layout in experiment.layouts:
+            run = Run(model=model, layout=layout, phase="train", precision=experiment.precision)
+            here = partition.deployment(experiment, run)
+            rows.append(
+                [
+                    model.name,
+                    layout.name,
+                    f"m={layout.m}, n={layout.n}" if layout.is_helix else f"TP={layout.tp}",
+                    f"{here.plan.exchange}, {here.plan.split} split" if here.cut.m > 1 else "-",
+                    *(str(size) for size in (layout.pp, here.batch_ranks, layout.cp)),
+                    str(layout.ep) if model.num_experts else "-",
+                    f"{layout.micro_batch} x {here.microbatches}",
+                ]
+            )
+    shapes = [
+        f"{model.name}: {model.num_layers} layers, hidden {model.hidden_size},"
+        f" {model.num_attention_heads} heads of {model.kv_channels} and {model.query_groups} query"
+        f" groups, MLP {model.ffn_hidden_size}"
+        + (
+            f", {model.num_experts} experts of which {model.moe_router_topk} a token"
+            if model.num_experts
+            else ""
+        )
+        for model in experiment.models
+    ]
+    return {
+        "title": "What is compared",
+        "note": "; ".join(shapes) + ". The layouts train from the same weights on the same data."
+        " Exchange: what is asked for or `auto` takes in training.",
+        "heads": [
+            *("model", "layout", "a layer's ranks", "exchange", "PP", "DP", "CP", "EP"),
+            "micro-batch x number",
+        ],
+        "rows": rows,
+    }
 
 
 def _exactness_table(results: Sequence[Result]) -> Page:
@@ -99,26 +150,60 @@ def _time_table(results: Sequence[Result]) -> Page:
     rows = []
     for result in results:
         low, high = result["step_ms_spread"]
-        parts = result["breakdown_ms"]
         rows.append(
             [
                 result["name"],
                 f"{result['step_ms']:,.1f} ({low:,.1f} to {high:,.1f})",
-                *(f"{parts[part]:,.1f}" for part in parts),
-                f"{result['tpot_mean_ms']:.2f} / {result['tpot_ms']:.2f} /"
-                f" {result['tpot_p99_ms']:.2f} / {result['tpot_slowest_rank_ms']:.2f}",
-                f"{result['tokens_per_s'] / result['world_size']:,.0f}",
-                f"{result['tflops_per_device']:.3g}",
-                "-" if result["mfu"] is None else f"{result['mfu']:.1%}",
+                *(f"{milliseconds:,.1f}" for milliseconds in result["breakdown_ms"].values()),
+                "-" if result["hidden_ms"] is None else f"{result['hidden_ms']:,.1f}",
             ]
         )
     return {
         "title": "Where a step's time goes",
-        "note": "Measured, ms. Step: slowest rank, median (shortest to longest). Parts: means over"
-        " ranks and steps.",
+        "note": "Measured, ms. Step: slowest rank, median (shortest to longest) of the steps after"
+        " the first. Parts: means over ranks and steps. Hidden: communication beside which the"
+        " rank computes, in no other column; of one step, by the profiler.",
+        "heads": ["run", "step", *(part.replace("_", " ") for part in PARTS), "hidden"],
+        "rows": rows,
+    }
+
+
+def _rate_table(results: Sequence[Result]) -> Page:
+    rows = []
+    for result in results:
+        slow, fast = (
+            result["tokens_per_s"] * result["step_ms"] / edge
+            for edge in reversed(result["step_ms_spread"])
+        )
+        rows.append(
+            [
+                result["name"],
+                f"{result['tokens_per_s']:,.0f} ({slow:,.0f} to {fast:,.0f})",
+                *(
+                    f"{result[key]:,.2f}"
+                    for key in ("tpot_mean_ms", "tpot_ms", "tpot_p99_ms", "tpot_slowest_rank_ms")
+                ),
+                f"{result['tokens_per_s'] / result['world_size']:,.0f}",
+                f"{result['tflops_per_device']:.3g}",
+                "-" if result["mfu"] is None else f"{result['mfu']:.1%}",
+                f"{result['peak_memory_bytes'] / 1e6:,.0f}",
+            ]
+        )
+    on_cpu = results[0]["device"] == "cpu"
+    memory = (
+        "resident in a process, what it shares with others included"
+        if on_cpu
+        else "of the GPU's allocator"
+    )
+    return {
+        "title": "Rates and memory",
+        "note": "Measured. TPS: median over steps (slowest to fastest). TPOT: over steps; of the"
+        " slowest rank, the median. TFLOP/s and MFU: by the formula below. Peak memory: of the"
+        f" rank with most, {memory}.",
         "heads": [
-            *("run", "step", "compute", "communication", "waiting", "pipeline idle"),
-            *("TPOT mean / p50 / p99 / slowest rank", "tokens/s/device", "TFLOP/s/device", "MFU"),
+            *("run", "TPS", "TPOT ms, mean", "TPOT ms, p50", "TPOT ms, p99"),
+            *("TPOT ms, slowest rank", "tokens/s/device", "TFLOP/s/device", "MFU"),
+            "peak memory, MB",
         ],
         "rows": rows,
     }
@@ -155,7 +240,8 @@ def _decode_table(experiment: ExperimentConfig, results: Sequence[Result]) -> Pa
     }
 
 
-def _bytes_table(results: Sequence[Result], cuts: dict[str, Any]) -> Page:
+def of_bytes(results: Sequence[Result], cuts: dict[str, Any]) -> Page:
+    """Predicted and measured, by axis and kind; ``cuts`` have the predicted bytes of every run."""
     rows = []
     for result in results:
         ranks = cuts[result["name"]]["ranks"] if cuts[result["name"]] else []
@@ -167,7 +253,12 @@ def _bytes_table(results: Sequence[Result], cuts: dict[str, Any]) -> Page:
             want, got = predicted.get(key, 0), result["sent_bytes"].get(key, 0)
             if want or got:
                 axis, kind = key.split("/")
-                axis = axis.removesuffix("_GROUP").replace("_", " ").lower()
+                axis = (
+                    axis.replace("default_pg", "world")
+                    .removesuffix("_GROUP")
+                    .replace("_", " ")
+                    .lower()
+                )
                 cells = [result["name"], axis, kind.replace("_", " ")]
                 rows.append([*cells, f"{want:,.0f}", f"{got:,.0f}"])
     return {

@@ -1,8 +1,6 @@
 """Results as tables of the terminal."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 from rich import box
 from rich.table import Table
@@ -14,7 +12,6 @@ from megatron_helix.experiment.results import (
     change,
     decoded,
     largest_difference,
-    read,
     trained,
 )
 
@@ -43,14 +40,14 @@ def _trained(results: list[Result]) -> Table:
         title=f"Measured on {first['world_size']} {first['device']} ranks",
         caption="TPS: tokens a second. TPOT: communication and waiting time of a rank, mean over"
         " ranks, for as many tokens as the batch has sequences. MB: sent by a rank in a step."
-        " Diff.: of the loss to the baseline's, relative, largest of all steps."
-        + (f" {CPU_NOTE}" if first["device"] == "cpu" else ""),
+        " Diff.: of the loss to the baseline's, relative, largest of all steps. In brackets:"
+        " against the first layout." + (f" {CPU_NOTE}" if first["device"] == "cpu" else ""),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
     )
     for heading in ("model", "layout"):
         made.add_column(heading, overflow="fold")  # names give way to figures
-    for heading in ("TPS", "TPOT\nms", "MB", "first\nloss", "last\nloss", "diff."):
+    for heading in ("TPS", "TPOT\nms", "MB", "last\nloss", "diff."):
         made.add_column(heading, justify="right", no_wrap=True)
     for result in results:
         baseline = baseline_of(result, results)
@@ -58,12 +55,13 @@ def _trained(results: list[Result]) -> Table:
         made.add_row(
             result["model"] + (" prefill" if result["phase"] == "prefill" else ""),
             result["layout"],
-            f"{result['tokens_per_s']:,.0f}",
-            f"{result['tpot_ms']:,.1f}",
+            *(
+                f"{result[key]:,.{digits}f}{change(result[key], baseline[key], digits=0)}"
+                for key, digits in (("tokens_per_s", 0), ("tpot_ms", 1))
+            ),
             f"{sum(result['sent_bytes'].values()) / 1e6:.2f}",
-            f"{result['losses'][0]:.4f}",
             f"{result['losses'][-1]:.4f}",
-            "baseline" if result is baseline else f"{difference:.1e}",
+            "-" if result is baseline else f"{difference:.1e}",
             end_section=result is results[-1] or _next(result, results)["model"] != result["model"],
         )
     return made
@@ -122,46 +120,3 @@ def _predicted(results: list[Result]) -> Table:
             cells.append(f"{prediction.error(result, key):+.0%}")
         made.add_row(result["name"], *cells)
     return made
-
-
-def compare(first: Path, second: Path) -> Table:
-    """Two experiments side by side.
-
-    Raises:
-        ValueError: when models, data, batch, request, steps or learning rate are not the same.
-    """
-    a, b = read(first), read(second)
-    for what in ("models", "batch", "decode", "steps", "learning_rate"):
-        one, other = getattr(a["experiment"], what), getattr(b["experiment"], what)
-        if one != other:
-            raise ValueError(
-                f"compare: {what} must be equal, got {_shown(one)} in {first} and {_shown(other)}"
-                f" in {second}; run both with the same {what}"
-            )
-    if [*a["data"].values()] != [*b["data"].values()]:
-        raise ValueError(f"compare: the data of {first} and {second} must be equal, and differ")
-    made = Table(title=f"{second} against {first}, measured", box=box.SIMPLE_HEAD)
-    for heading in ("run", "TPS", "TPOT ms", "MB sent", "last loss"):
-        made.add_column(heading, justify="left" if heading == "run" else "right")
-    others = {result["name"]: result for result in b["results"]}
-    shared = [result for result in a["results"] if result["name"] in others]
-    if not shared:
-        raise ValueError(f"compare: {first} and {second} have no run of the same name")
-    for one in shared:
-        other = others[one["name"]]
-        cells = []
-        for key, digits in (("tokens_per_s", 0), ("tpot_ms", 2)):
-            cells.append(f"{other[key]:,.{digits}f}{change(other[key], one[key])}")
-        sent = [sum(result["sent_bytes"].values()) / 1e6 for result in (one, other)]
-        cells.append(f"{sent[1]:.2f}{change(sent[1], sent[0])}")
-        losses = [result.get("losses", ())[-1:] for result in (one, other)]
-        cells.append(
-            f"{losses[1][0]:.6f} ({losses[1][0] - losses[0][0]:+.1e})" if all(losses) else "-"
-        )
-        made.add_row(one["name"], *cells)
-    return made
-
-
-def _shown(value: Any) -> str:
-    items = value if isinstance(value, list) else [value]
-    return ", ".join(str(item) for item in items)

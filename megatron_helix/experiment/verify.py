@@ -9,17 +9,17 @@ What is checked comes from live ranks (:mod:`megatron_helix.recording.placement`
 from :mod:`megatron_helix.experiment.partition` and from the checkpoint all layouts start from.
 """
 
+import itertools
 import json
 import math
-import warnings
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from megatron_helix.experiment import decode, runs
+from megatron_helix.experiment import decode, execution, runs
 from megatron_helix.experiment.config import ExperimentConfig, Fp16Config, VerificationConfig
 from megatron_helix.experiment.runs import Run
+from megatron_helix.experiment.tiles import fingerprints
 
 Check = dict[str, Any]
 _LISTED = 4  # problems that are spelled out
@@ -59,7 +59,7 @@ def verify(
             mapping(run.name, cut, values[f"device_mapping/{run.name}"], live, wanted),
             sent_bytes(run.name, cut, result["per_rank"]),
             times(run.name, result["per_rank"], asked.time_factor),
-            load(run, live, result["per_rank"], asked),
+            load(run, live, result["per_rank"], asked, execution.step_flops(experiment, run)),
         ]
     if asked.fp16:
         trained = {
@@ -139,52 +139,6 @@ def mapping(
     return _check("mapping", run, problems, detail)
 
 
-def fingerprints(
-    experiment: ExperimentConfig, run: Run, checkpoint: Path, live: Sequence[dict[str, Any]]
-) -> dict[tuple[int, int, str, str], str]:
-    """SHA-256 of every tile of the checkpoint's attention weights.
-
-    Returns:
-        By (tensor rank, layer, weight, dtype), for the dtypes that ranks hold.
-    """
-    import torch
-
-    from megatron_helix.experiment.partition import deployment
-    from megatron_helix.recording.placement import ATTENTION_WEIGHTS, sha256
-
-    T = run.layout.tensor_parallel_size
-    cut = deployment(experiment, run).cut if run.layout.is_helix else None
-    dtypes = {weight["dtype"] for rank in live for weight in rank["attention"]}
-    found = {}
-    for name, axis in zip(ATTENTION_WEIGHTS, (0, 1), strict=True):
-        whole = _read(checkpoint, f"decoder.layers.self_attention.{name}.weight")
-        order = torch.arange(whole.size(1 + axis))
-        if cut:
-            order = cut.qkv_rows() if axis == 0 else cut.proj_columns()
-        for layer, weight in enumerate(whole):
-            for rank, part in enumerate(order.view(T, -1)):
-                tile = weight.index_select(axis, part)
-                for dtype in dtypes:
-                    found[rank, layer, name, dtype] = sha256(tile.to(getattr(torch, dtype)))
-    return found
-
-
-@cache
-def _read(checkpoint: Path, name: str) -> Any:
-    """One tensor of Megatron's distributed checkpoint, ``[layers, ...]``."""
-    import torch
-    from torch.distributed.checkpoint import filesystem, state_dict_loader
-
-    step = int((checkpoint / "latest_checkpointed_iteration.txt").read_text())
-    folder = checkpoint / f"iter_{step:07d}"
-    stored: Any = filesystem.FileSystemReader(folder).read_metadata().state_dict_metadata[name]
-    tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        state_dict_loader.load({name: tensor}, checkpoint_id=folder, no_dist=True)
-    return tensor
-
-
 def fp16(run: str, single: dict[str, Any], half: dict[str, Any], asked: Fp16Config) -> Check:
     """Training in fp16 stays near training in fp32: finite, within the band, no lost steps."""
     problems = []
@@ -201,9 +155,15 @@ def fp16(run: str, single: dict[str, Any], half: dict[str, Any], asked: Fp16Conf
     scales = half["loss_scales"]
     detail = (
         f"loss within {apart:.1e} of fp32's at every step (band {asked.band:.1e}), no NaN or Inf,"
-        f" loss scale {scales[0]:,.0f} to {scales[-1]:,.0f}, {half['skipped_steps']} skipped"
+        f" loss scale {_history(scales)}, {half['skipped_steps']} skipped"
     )
     return _check("fp16", run, problems, detail, loss_scales=scales, difference=apart)
+
+
+def _history(scales: Sequence[float]) -> str:
+    """Equal loss scales of successive steps together."""
+    pieces = [(scale, len([*steps])) for scale, steps in itertools.groupby(scales)]
+    return ", then ".join(f"{scale:,.0f} for {steps} steps" for scale, steps in pieces)
 
 
 def sent_bytes(run: str, cut: dict[str, Any], per_rank: Sequence[dict[str, Any]]) -> Check:
@@ -236,15 +196,19 @@ def sent_bytes(run: str, cut: dict[str, Any], per_rank: Sequence[dict[str, Any]]
 def times(run: str, per_rank: Sequence[dict[str, Any]], factor: float) -> Check:
     """The ledger's time of the collectives is the profiler's, within a factor, over all ranks.
 
+    On a GPU that is the time in which nothing else ran: what computation hides is in neither.
     Nothing is demanded of a rank alone: it sends nothing, so both measure overheads.
     """
     profiles = [rank["profile"] for rank in per_rank if rank["profile"]]
-    ledger = sum(profile["ledger_s"] for profile in profiles)
-    profiler = sum(profile["profiler_s"] for profile in profiles)
+    ledger, profiler, hidden = (
+        sum(profile[key] for profile in profiles) / len(per_rank)
+        for key in ("ledger_s", "exposed_s", "hidden_s")
+    )
     ratio = ledger / profiler if profiler else math.inf
     said = (
-        f"{ledger / len(per_rank):.3f} s a rank by the ledger, {profiler / len(per_rank):.3f} s by"
-        f" the profiler in the same step, ratio {ratio:.2f} (band 1/{factor:g} to {factor:g})"
+        f"{ledger:.3f} s a rank by the ledger, {profiler:.3f} s by the profiler in the same step"
+        + (f" and {hidden:.3f} s hidden behind computation" if hidden else "")
+        + f", ratio {ratio:.2f} (band 1/{factor:g} to {factor:g})"
     )
     problems = [] if 1 / factor <= ratio <= factor else [said]
     found = _check("communication: time", run, problems, said, ratio=ratio)
@@ -258,8 +222,13 @@ def load(
     live: Sequence[dict[str, Any]],
     per_rank: Sequence[dict[str, Any]],
     asked: VerificationConfig,
+    flops: float,
 ) -> Check:
-    """Largest over mean of what a rank holds and does. Limits hold for helix layouts."""
+    """Largest over mean of what a rank holds and does. Limits hold for helix layouts.
+
+    ``flops`` are those of the first step by the formula, of which operators that torch does not
+    know (TransformerEngine's) count nothing: the detail says which part was counted.
+    """
     loads = {
         "parameters": [parameters(rank) for rank in live],
         "KV bytes": [rank["key_value_bytes"] for rank in live],
@@ -272,19 +241,19 @@ def load(
         "FLOPs": asked.routing_balance if run.model.num_experts else asked.balance,
         "busy time": asked.busy_balance,
     }
-    ratios = {
-        what: max(values) * len(values) / sum(values)
-        for what, values in loads.items()
-        if all(values)
-    }
-    problems = [
-        f"{what}: max/mean {ratio:.3f}, allowed {limits[what]:g}"
-        for what, ratio in ratios.items()
-        if ratio > limits[what]
-    ]
-    detail = "max/mean over ranks: " + ", ".join(
-        f"{what} {ratio:.3f} (limit {limits[what]:g})" for what, ratio in ratios.items()
-    )
+    ratios, said, problems = {}, [], []
+    for what, values in loads.items():
+        if not any(values):
+            said.append(f"{what} not counted")
+            continue
+        known = [value or 0 for value in values]
+        ratio = ratios[what] = max(known) * len(known) / sum(known)
+        said.append(f"{what} {ratio:.3f} (limit {limits[what]:g})")
+        if what == "FLOPs":
+            said[-1] += f", {sum(known) / flops:.0%} of the formula's counted"
+        if ratio > limits[what]:
+            problems.append(f"{what}: max/mean {ratio:.3f}, allowed {limits[what]:g}")
+    detail = "max/mean over ranks: " + ", ".join(said)
     found = _check("load", run.name, problems, detail, loads=loads, ratios=ratios)
     if not run.layout.is_helix:
         found |= {"passed": None, "detail": detail + "; no demand on a baseline"}

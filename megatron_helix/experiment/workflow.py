@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-import megatron_helix
 from megatron_helix.experiment import (
     dag,
     decode,
     execution,
+    launchers,
     partition,
     prediction,
+    progress,
     runs,
+    source,
 )
 from megatron_helix.experiment.config import ExperimentConfig
 from megatron_helix.experiment.dag import Made, Node
@@ -52,42 +53,23 @@ def run(experiment: ExperimentConfig, out: Path, console: Console) -> dict[str, 
         RunFailed: when a rank of a run fails. What is finished stays.
     """
     check(experiment)
-    with dag.locked(out):
-        progress = Progress(
-            TextColumn("{task.description:44}"),
-            BarColumn(bar_width=16),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=console,
-        )
-        tasks: dict[str, Any] = {}
-        totals = {
-            f"execution_monitoring/{one.name}": runs.steps(experiment, one)
-            for one in [*runs.compared(experiment), *runs.checks(experiment)]
-        }
-
-        def notify(name: str, state: str) -> None:
-            total = totals.get(name, 1)
-            if name not in tasks:
-                tasks[name] = progress.add_task(name.removeprefix("execution_"), total=total)
-            if state != "started":
-                progress.update(tasks[name], completed=total)
-
-        def advance(name: str, steps: int) -> None:
-            progress.update(tasks[name], completed=steps)
-
-        with progress:
-            return dag.run(nodes(experiment, out, console, advance), out, notify)
+    totals = {
+        f"execution_monitoring/{one.name}": runs.steps(experiment, one)
+        for one in [*runs.compared(experiment), *runs.checks(experiment)]
+    }
+    with dag.locked(out), progress.shown(console, totals) as (notify, advance):
+        return dag.run(nodes(experiment, out, console, advance), out, notify)
 
 
 def check(experiment: ExperimentConfig) -> None:
-    """Refuse what cannot run.
+    """Refuse what cannot run here.
 
     Raises:
-        ValueError: naming the run and what is wrong with it.
+        ValueError: naming what is missing, or the run and what is wrong with it.
     """
     from megatron_helix import arguments
 
+    launchers.require(experiment.launcher, experiment.device, experiment.world_size)
     for one in [*runs.compared(experiment), *runs.checks(experiment)]:
         try:
             partition.deployment(experiment, one).check()
@@ -105,6 +87,7 @@ def nodes(
     """The graph of ``experiment``, in the order of its components."""
     console = console or Console(quiet=True)
     software = {name: version(name) for name in ("torch", "megatron-core", "megatron-helix")}
+    ran = {**software, "source": source.of_runs()}
     compared, checks = runs.compared(experiment), runs.checks(experiment)
     made = [
         Node(
@@ -117,13 +100,13 @@ def nodes(
         made.append(
             Node(
                 name=f"model_loading/{model.name}",
-                inputs=[runs.model_flags(experiment, model), software],
+                inputs=[runs.model_flags(experiment, model), ran],
                 action=partial(_model, experiment, model, out),
                 needs=("input_preparation",),
             )
         )
     for one in [*compared, *checks]:
-        made += _run_nodes(experiment, one, out, software, advance)
+        made += _run_nodes(experiment, one, out, ran, advance)
     results = tuple(f"execution_monitoring/{one.name}" for one in compared)
     mapped = tuple(f"device_mapping/{one.name}" for one in compared)
     partitions = tuple(f"partitioning_setup/{one.name}" for one in compared)
@@ -133,19 +116,19 @@ def nodes(
         *made,
         Node(
             name="result_collection",
-            inputs=document,
+            inputs=[document, source.whole()],
             action=partial(_collect, experiment, compared, out),
             needs=results,
         ),
         Node(
             name="deployment_verification",
-            inputs=[document["verification"], document["tolerance"]],
+            inputs=[document["verification"], source.whole()],
             action=partial(_verify, experiment, compared, checks, out),
             needs=(*partitions, *mapped, *results, *checked),
         ),
         Node(
             name="report",
-            inputs=megatron_helix.__version__,
+            inputs=source.whole(),
             action=partial(_report, out),
             needs=("result_collection", "deployment_verification"),
         ),
@@ -156,23 +139,23 @@ def _run_nodes(
     experiment: ExperimentConfig,
     one: Run,
     out: Path,
-    software: dict[str, str],
+    ran: dict[str, str],
     advance: Callable[[str, int], None],
 ) -> list[Node]:
     """Partition, devices and execution of one run."""
     cut, devices, executed = (f"{component}/{one.name}" for component in COMPONENTS[2:5])
-    source = runs.source_of(one)
+    asked = runs.source_of(one)
     # What a run of another phase does not depend on.
     request = [decode.asked(experiment).model_dump()] if one.phase == "decode" else []
     return [
         Node(
             name=cut,
             inputs=[
-                source,
+                asked,
                 experiment.world_size,
                 experiment.batch.model_dump(),
                 *request,
-                software,
+                source.whole(),
             ],
             action=lambda _: Made(value=partition.describe(experiment, one)),
             needs=(f"model_loading/{one.model.name}",),
@@ -185,9 +168,9 @@ def _run_nodes(
         ),
         Node(
             name=executed,
-            inputs=[runs.layout_flags(experiment, one), *request, software],
+            inputs=[runs.layout_flags(experiment, one), *request, ran],
             action=partial(_execute, experiment, one, out, partial(advance, executed)),
-            needs=("input_preparation", devices),
+            needs=("input_preparation", f"model_loading/{one.model.name}", devices),
         ),
     ]
 
@@ -237,6 +220,8 @@ def _collect(
     for one in compared:
         result = dict(values[f"execution_monitoring/{one.name}"])
         result.pop("per_rank", None)
+        if one.phase != "decode":
+            result |= execution.utilisation(experiment, one, result["step_ms"])
         results.append({**result, "predicted": prediction.of_run(experiment, one)})
     path = out / "results.json"
     path.write_text(json.dumps({"runs": results}, indent=2) + "\n")

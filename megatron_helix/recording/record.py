@@ -6,8 +6,8 @@ that dies keeps what it measured. Beside them ``rank00.json`` says what the rank
 (:mod:`megatron_helix.recording.placement`). :func:`metrics.read` puts the ranks together.
 
 The first step, which no time is taken from, counts FLOPs, those of torch's operators: GEMMs of
-TransformerEngine are not among them. With ``profile`` the last one runs under torch's profiler,
-whose time of the collectives is independent of the ledger's.
+TransformerEngine are not among them. With ``profile`` the last one runs under torch's profiler
+(:mod:`megatron_helix.recording.profile`).
 """
 
 import json
@@ -23,7 +23,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_helix import compat, cpu_device
-from megatron_helix.recording import placement
+from megatron_helix.recording import placement, profile
 from megatron_helix.recording.comm_ledger import (
     POINT_TO_POINT,
     Call,
@@ -81,7 +81,9 @@ def record(recording: Recording) -> None:
         described = placement.describe(model) if first else {}
         key_values = placement.KeyValueBytes(model) if first else None
         flops = _FlopCounter() if first and recording.count_flops else None
-        profiler = _profiler(on_gpu) if recording.profile and done == recording.steps - 1 else None
+        profiler = (
+            profile.profiler(on_gpu) if recording.profile and done == recording.steps - 1 else None
+        )
         ledger.take()  # what happened between steps is not part of one
         start, busy = time.perf_counter(), time.thread_time()
         for context in filter(None, (flops, profiler)):
@@ -103,7 +105,8 @@ def record(recording: Recording) -> None:
             described["key_value_bytes"] = key_values.close()
             (recording.folder / f"rank{recording.rank:02d}.json").write_text(json.dumps(described))
         if profiler:
-            line["profile"] = _profile(profiler, calls)
+            events = profiler.profiler.kineto_results.events()
+            line["profile"] = profile.times(events, calls)
         file.write(json.dumps(line) + "\n")
         file.flush()
         done += 1
@@ -204,29 +207,3 @@ def _peak_memory_bytes(on_gpu: bool) -> int:
     if on_gpu:
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _profiler(on_gpu: bool) -> Any:
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if on_gpu:
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    return torch.profiler.profile(activities=activities)
-
-
-def _profile(profiler: Any, calls: list[Call]) -> dict[str, float]:
-    """Seconds of this step's collectives, by the profiler and by the ledger.
-
-    Sends and receives are left out: the profiler counts how long they are under way, the ledger how
-    long the rank is held up by them.
-    """
-    events = profiler.profiler.kineto_results.events()
-    collectives = [
-        event
-        for event in events
-        if event.name().startswith(("gloo:", "ncclDevKernel", "ncclKernel"))
-        and not any(word in event.name().lower() for word in ("send", "recv"))
-    ]
-    return {
-        "profiler_s": sum(event.duration_ns() for event in collectives) / 1e9,
-        "ledger_s": sum(call.time_s for call in calls if call.kind not in POINT_TO_POINT),
-    }
