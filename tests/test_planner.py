@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from megatron_helix.commands.plan import _layout
-from megatron_helix.planner import flops, hardware, memory, parameters, search, traffic
+from megatron_helix.planner import flops, hardware, memory, parameters, search, traffic, update
 from megatron_helix.planner.deployment import Deployment
 from megatron_helix.planner.hardware import Hardware
 from megatron_helix.planner.time import predict
@@ -188,6 +188,13 @@ def test_crossing_nodes_is_never_faster(kind: str, ranks: int, sent_bytes: float
     assert all(near <= far for near, far in itertools.pairwise(times))
 
 
+def test_a_thousand_gpus_have_so_many_layouts_of_the_widest_model() -> None:
+    """Experts multiply them; a prediction takes below a millisecond of one core."""
+    batch = BatchConfig(sequences=4096, sequence_length=2048)
+    found = sum(1 for _ in search.deployments(MOE, SIXTEEN.scaled(1024), batch, "train"))
+    assert 5000 < found < 10_000
+
+
 def test_a_thousand_gpus_are_searched_in_full() -> None:
     machine = SIXTEEN.scaled(1024)
     batch = BatchConfig(sequences=4096, sequence_length=2048)
@@ -268,6 +275,38 @@ def test_context_parallelism_without_fused_attention_is_refused() -> None:
         predict(wide, SIXTEEN)
     assert any(here.layout.cp > 1 for here in CANDIDATES["narrow", "train"])
     assert not any(here.layout.cp > 1 for here in CANDIDATES["dense", "train"])
+
+
+@pytest.mark.parametrize(("element_bytes", "every", "step"), [(2, 10, 58), (4, 12, 44)])
+def test_what_training_moves_of_a_parameter(element_bytes: int, every: int, step: int) -> None:
+    """By Megatron's passes, on one rank: of a micro-batch's gradients, and of the optimizer."""
+    layout = LayoutConfig(name="one", tp=1, micro_batch=1)
+    here = Deployment(DENSE, layout, BatchConfig(sequences=4, sequence_length=64), 1).check()
+    held = sum(parameters.held(here, 0))
+    assert update.accumulation_bytes(here, 0, element_bytes) == every * held
+    assert update.optimizer_bytes(here, 0, element_bytes) == step * held
+    # Replicas average, and share out what the optimizer does.
+    shared = LayoutConfig(name="two", tp=1, micro_batch=1, distributed_optimizer=True)
+    two = Deployment(DENSE, shared, here.batch, 2).check()
+    assert update.optimizer_bytes(two, 0, 2) == held * (4 + 8 + 54 / 2)
+
+
+def test_unfused_attention_adds_up_and_is_slower_by_scores() -> None:
+    """A head dimension that a fused kernel takes saves the passes over the scores."""
+    layout = LayoutConfig(name="one", tp=8, pp=2, micro_batch=4)
+    here = Deployment(DENSE, layout, SMALL, 16).check()
+    parts = {
+        limit: flops.forward(here, 0, fused_channels=limit, element_bytes=2) for limit in (256, 512)
+    }
+    unfused, fused = (
+        [part for part in found if "attention" in part.what] for found in parts.values()
+    )
+    scores = here.layers * here.tokens * SMALL.sequence_length * 16 / 8 * 2
+    assert [part.memory_bytes for part in unfused if "scores" in part.what] == [4 * scores]
+    assert sum(part.flops for part in unfused[1:]) == 2 * fused[1].flops
+    needs = [memory.of_rank(here, 0, fused_channels=limit).activations for limit in (256, 512)]
+    in_flight = 2  # micro-batches of the first of two stages
+    assert needs[0] - needs[1] == in_flight * scores + 2 * scores / here.layers
 
 
 def test_one_gpu_is_near_what_was_measured_on_it() -> None:

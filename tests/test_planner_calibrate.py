@@ -1,13 +1,17 @@
 """Calibration on gloo ranks: the file it writes is one that the planner reads."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from megatron_helix.planner import calibrate, hardware
+from megatron_helix.planner.book import share
 from megatron_helix.planner.deployment import Deployment
 from megatron_helix.planner.time import predict
 from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig, read_config
+from tests.distributed import run_distributed
 
 
 def test_what_is_measured_can_be_planned_with(tmp_path: Path) -> None:
@@ -21,6 +25,51 @@ def test_what_is_measured_can_be_planned_with(tmp_path: Path) -> None:
     batch = BatchConfig(sequences=2, sequence_length=64)
     one = predict(Deployment(model, layout, batch, 2).check(), machine)
     assert one.tokens_per_s > 0
+
+
+def _two_nodes_of_two() -> dict:
+    return calibrate.measure("cpu", 2)
+
+
+def test_each_level_of_links_is_measured(tmp_path: Path) -> None:
+    """Four ranks that are told they are two nodes: the file has both levels, all ranks agree."""
+    ranks = run_distributed(_two_nodes_of_two, 4)
+    assert all(rank["links"] == ranks[0]["links"] for rank in ranks)
+    calibrate.write(ranks[0], tmp_path / "here.yaml")
+    machine = hardware.load(tmp_path / "here.yaml")
+    assert (machine.devices, machine.devices_per_node) == (4, 2)
+    assert machine.inter_node is not None
+    levels = ranks[0]["links"]
+    assert list(levels) == ["intra_node", "inter_node"]
+    # What was timed is predicted again: of three kinds the one whose figures are the medians.
+    for level, link in (("intra_node", machine.intra_node), ("inter_node", machine.inter_node)):
+        middle = sorted(bandwidth for bandwidth, _ in levels[level].values())[1]
+        assert link.bandwidth.peak == pytest.approx(middle, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["all_reduce", "all_gather", "all_to_all"])
+def test_calibration_inverts_the_cost_of_a_collective(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Times that the planner gives a known machine are taken for measured: the machine is found."""
+    machine = hardware.load(Path("configs/hardware/h100_2x8_ib.yaml"))
+    assert machine.inter_node is not None
+    group = SimpleNamespace(size=lambda: 16)
+    asked = []
+    monkeypatch.setattr(calibrate, "_collective", lambda kind, x, _group: (kind, x.nbytes))
+
+    def clock(call: tuple[str, int]) -> float:
+        asked.append(call)
+        sent = call[1] * share(call[0], 16)
+        return machine.seconds(call[0], sent, 1, 16, 1)
+
+    found = calibrate._links(group, 8, clock, torch.ones(2**22, dtype=torch.half))  # type: ignore[arg-type]
+    bandwidth, latency = found[kind]
+    assert len(asked) == 6
+    assert latency == pytest.approx(machine.inter_node.latency.rate, rel=1e-3)
+    # What the links of a node do not allow is not seen of those between nodes.
+    near = hardware.crossing(kind, 16, 8) * machine.intra_node.bandwidth.rate
+    assert bandwidth == pytest.approx(min(machine.inter_node.bandwidth.rate, near), rel=1e-3)
 
 
 def test_no_folder_is_refused_before_anything_is_measured(tmp_path: Path) -> None:

@@ -7,14 +7,16 @@ On CPUs :func:`on_cpu` forks gloo ranks. On GPUs each rank is one of torchrun's:
 which measures with NCCL. **The GPU path has not been run**: it is the same code with events of CUDA
 for a clock.
 
-Each collective is timed at a small and a large size. With the alpha-beta model of
+Each collective is timed at a small and a large size, among the ranks of a node and, where there are
+several nodes, among all. With the alpha-beta model of
 :meth:`megatron_helix.planner.hardware.Hardware.seconds`, ``t = hops alpha + bytes / beta``, the two
-give latency and bandwidth; the file holds the medians over the kinds, and each kind in a comment.
+give latency and bandwidth of each level of links; the file holds the medians over the kinds, and
+each kind in its note. GEMMs multiply random numbers, and many in a row on a GPU: constants, or one
+product alone, draw less power and run at a higher clock than a model does.
 """
 
 import argparse
 import json
-import math
 import os
 import statistics
 import tempfile
@@ -28,8 +30,10 @@ import torch.distributed as dist
 import yaml
 
 from megatron_helix.planner.book import share
+from megatron_helix.planner.hardware import crossing, hops
 
 REPEATS = 5
+GEMMS_ON_GPU = 200  # in a row: a quarter of a second
 SMALL, LARGE = 256, 2**20  # elements a rank puts in; on GPUs the large one is 64 times that
 Measured = dict[str, Any]
 
@@ -58,44 +62,49 @@ def on_cpu(ranks: int, out: Path) -> str:
 def _cpu_rank(found: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    measured = measure("cpu")
+    measured = measure("cpu", dist.get_world_size())
     if dist.get_rank() == 0:
         found.write_text(json.dumps(measured))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def measure(device: str) -> Measured:
-    """Rates of one device and of the links between all ranks; every rank must call this."""
+def measure(device: str, per_node: int) -> Measured:
+    """Rates of one device and of the links; every rank must call this.
+
+    Args:
+        device: ``cpu`` or ``cuda``.
+        per_node: neighbouring ranks that share a node.
+    """
     dtype, factor = (torch.float16, 64) if device == "cuda" else (torch.float32, 1)
     clock = _gpu_seconds if device == "cuda" else _cpu_seconds
     ranks = dist.get_world_size()
-    size = 8192 if device == "cuda" else 512
-    a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
-    gemm = 2 * size**3 / clock(lambda: a @ b)
+    size, products = (8192, GEMMS_ON_GPU) if device == "cuda" else (512, 1)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    c = torch.empty_like(a)
+
+    def multiply() -> None:
+        for _ in range(products):
+            torch.mm(a, b, out=c)
+
+    gemm = products * 2 * size**3 / clock(multiply)
     source = torch.ones(LARGE * factor * 4, dtype=dtype, device=device)
     target = torch.empty_like(source)
     copied = 2 * source.nbytes / clock(lambda: target.copy_(source))
+    node, _ = dist.new_subgroups(per_node)
+    groups = {"intra_node": node}
+    if ranks > per_node:
+        groups["inter_node"] = dist.group.WORLD
     links = {}
-    for kind in ("all_reduce", "all_gather", "all_to_all"):
-        points = []
-        for elements in (SMALL, LARGE * factor):
-            elements -= elements % ranks
-            x = torch.ones(elements, dtype=dtype, device=device)
-            seconds = clock(_collective(kind, x, ranks))
-            points.append((x.nbytes * share(kind, ranks), seconds))
-        (few, quick), (many, slow) = points
-        bandwidth = (many - few) / max(slow - quick, 1e-9)
-        hops = 1 if kind == "all_to_all" else math.ceil(math.log2(ranks))
-        hops *= 2 if kind == "all_reduce" else 1
-        links[kind] = (bandwidth, max(quick - few / bandwidth, 1e-7) / hops)
+    for level, group in groups.items():
+        assert isinstance(group, dist.ProcessGroup)
+        links[level] = _links(group, per_node, clock, source[: LARGE * factor])
     if device == "cuda":
         held = torch.cuda.get_device_properties(0).total_memory
-        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
         name = f"{ranks} x {torch.cuda.get_device_name()}"
     else:
         held = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks
-        per_node, name = ranks, f"{ranks} CPU ranks, gloo"
+        name = f"{ranks} CPU ranks, gloo"
     return {
         "name": name,
         "ranks": ranks,
@@ -108,14 +117,34 @@ def measure(device: str) -> Measured:
     }
 
 
-def _collective(kind: str, x: torch.Tensor, ranks: int) -> Callable[[], Any]:
+def _links(
+    group: dist.ProcessGroup, per_node: int, clock: Callable, large: torch.Tensor
+) -> dict[str, tuple[float, float]]:
+    """(bandwidth, latency of a hop) by kind of collective, of the slowest level the group uses."""
+    ranks = group.size()
+    found = {}
+    for kind in ("all_reduce", "all_gather", "all_to_all"):
+        points = []
+        for elements in (SMALL, large.numel()):
+            x = large[: elements - elements % ranks].clone()
+            points.append((x.nbytes * share(kind, ranks), clock(_collective(kind, x, group))))
+        (few, quick), (many, slow) = points
+        bandwidth = (many - few) / max(slow - quick, 1e-9)
+        latency = max(quick - few / bandwidth, 1e-7) / hops(kind, ranks)
+        if ranks > per_node:
+            bandwidth *= crossing(kind, ranks, per_node)
+        found[kind] = (bandwidth, latency)
+    return found
+
+
+def _collective(kind: str, x: torch.Tensor, group: dist.ProcessGroup) -> Callable[[], Any]:
     if kind == "all_reduce":
-        return lambda: dist.all_reduce(x)
+        return lambda: dist.all_reduce(x, group=group)
     if kind == "all_gather":
-        y = torch.empty(ranks * x.numel(), dtype=x.dtype, device=x.device)
-        return lambda: dist.all_gather_into_tensor(y, x)
+        y = torch.empty(group.size() * x.numel(), dtype=x.dtype, device=x.device)
+        return lambda: dist.all_gather_into_tensor(y, x, group=group)
     y = torch.empty_like(x)
-    return lambda: dist.all_to_all_single(y, x)
+    return lambda: dist.all_to_all_single(y, x, group=group)
 
 
 def _cpu_seconds(work: Callable[[], Any]) -> float:
@@ -157,21 +186,22 @@ def _slowest(taken: list[float], device: str) -> float:
 def write(measured: Measured, out: Path) -> str:
     """Write the hardware file; a line that says what is in it."""
     source = f"measured by helix calibrate with torch {torch.__version__}"
-    links = measured["links"]
-    bandwidth, latency = (statistics.median(link[i] for link in links.values()) for i in (0, 1))
     note = "; ".join(
-        f"{kind} {each / 1e9:.3g} GB/s, {hop * 1e6:.3g} us a hop"
-        for kind, (each, hop) in links.items()
+        f"{level} {kind} {each / 1e9:.3g} GB/s, {hop * 1e6:.3g} us a hop"
+        for level, kinds in measured["links"].items()
+        for kind, (each, hop) in kinds.items()
     )
 
     def quantity(value: float, unit: str, scale: float) -> dict[str, Any]:
         return {"value": float(f"{value / scale:.4g}"), "unit": unit, "source": source}
 
-    link = {
-        "bandwidth": quantity(bandwidth, "GB/s", 1e9),
-        "latency": quantity(latency, "us", 1e-6),
-    }
-    several = measured["ranks"] > measured["devices_per_node"]
+    def link(kinds: dict[str, tuple[float, float]]) -> dict[str, Any]:
+        bandwidth, latency = (statistics.median(each[i] for each in kinds.values()) for i in (0, 1))
+        return {
+            "bandwidth": quantity(bandwidth, "GB/s", 1e9),
+            "latency": quantity(latency, "us", 1e-6),
+        }
+
     document = {
         "name": measured["name"],
         "devices": measured["ranks"],
@@ -179,9 +209,7 @@ def write(measured: Measured, out: Path) -> str:
         "gemm": quantity(measured["gemm"], "GFLOP/s", 1e9),
         "memory": quantity(measured["memory"], "GB", 1e9),
         "memory_bandwidth": quantity(measured["copied"], "GB/s", 1e9),
-        "intra_node": link,
-        # All ranks were measured together: between nodes the slower links set the figures.
-        **({"inter_node": link} if several else {}),
+        **{level: link(kinds) for level, kinds in measured["links"].items()},
         "element_bytes": measured["element_bytes"],
         "note": note,
     }
@@ -196,7 +224,7 @@ def main() -> None:
     out = parser.parse_args().out
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl")
-    measured = measure("cuda")
+    measured = measure("cuda", int(os.environ["LOCAL_WORLD_SIZE"]))
     if dist.get_rank() == 0:
         print(f"{out}: {write(measured, out)}")
     dist.barrier()

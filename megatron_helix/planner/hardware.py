@@ -140,12 +140,10 @@ class Hardware(Config):
     ) -> float:
         """Time of collectives by the alpha-beta model.
 
-        A call takes ``ceil(log2 p)`` latencies (an all-reduce twice that) and what it sends over
-        the bandwidth: Chan et al., "Collective communication: theory, practice, and experience"
+        A call takes a latency for every hop (:func:`hops`) and what it sends over the bandwidth:
+        Chan et al., "Collective communication: theory, practice, and experience"
         (2007).
-        Of ranks on several nodes, the k of a group in one node use k links between nodes. A ring
-        then crosses a node's border with 1/k of what a rank sends on each of them; in an all-to-all
-        each rank sends what is for other nodes over its own.
+        Ranks on several nodes use a link between nodes each (:func:`crossing`).
 
         Args:
             kind: of collective.
@@ -162,15 +160,29 @@ class Hardware(Config):
         latency = self.intra_node.latency.rate
         if ranks * stride > self.devices_per_node and self.inter_node is not None:
             local = min(ranks, max(1, self.devices_per_node // stride))
-            outside = ranks - local
-            leaves = outside / (ranks - 1) if kind == "all_to_all" else 1 / local
             far = self.inter_node.bandwidth
-            inside = max(inside, leaves * sent_bytes / (far.peak if ideal else far.rate))
+            leaves = crossing(kind, ranks, local) * sent_bytes
+            inside = max(inside, leaves / (far.peak if ideal else far.rate))
             latency = max(latency, self.inter_node.latency.rate)
         if ideal:
             return inside
-        hops = 1 if kind in ("send", "all_to_all") else math.ceil(math.log2(ranks))
-        return inside + calls * latency * hops * (2 if kind == "all_reduce" else 1)
+        return inside + calls * latency * hops(kind, ranks)
+
+
+def hops(kind: str, ranks: int) -> int:
+    """Latencies of a collective among p ranks: ``ceil(log2 p)``, an all-reduce twice that."""
+    one = 1 if kind in ("send", "all_to_all") else math.ceil(math.log2(ranks))
+    return 2 * one if kind == "all_reduce" else one
+
+
+def crossing(kind: str, ranks: int, local: int) -> float:
+    """The part of what a rank sends that its link between nodes carries.
+
+    Of ``ranks``, ``local`` are in one node. A ring crosses a node's border with what one rank
+    sends, over the links of all ``local``; in an all-to-all each sends what is for other nodes
+    over its own.
+    """
+    return (ranks - local) / (ranks - 1) if kind == "all_to_all" else 1 / local
 
 
 def load(path: Path) -> Hardware:
