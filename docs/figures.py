@@ -140,7 +140,7 @@ def activations() -> Axes:
 
 def weights() -> Axes:
     """Segments of the weights go over the dim axis, tokens stay."""
-    flow = Flow(4)
+    flow = Flow(5)
     flow.step("$W_{qkv}$", "columns", "hidden x channels")
     flow.move("all-gather", exchanged=True)
     flow.step("$W_{qkv}$", "whole", "hidden x channels")
@@ -148,6 +148,8 @@ def weights() -> Axes:
     flow.step("QKV", "rows", "tokens x channels")
     flow.move("attention", exchanged=False)
     flow.step("context", "rows", "tokens x channels")
+    flow.move("$W_o$, gathered", exchanged=False)
+    flow.step("output", "rows", "tokens x hidden")
     return flow.axes
 
 

@@ -13,7 +13,10 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "megatron_helix"
-FIRST = ("index", "getting_started", "method", "flags", "exactness", "planner", "measuring")
+FIRST = (
+    *("index", "getting_started", "method", "flags", "exactness", "planner", "performance"),
+    "measuring",
+)
 LAST = ("design", "log", "changelog")
 sys.path.insert(0, str(ROOT))
 
