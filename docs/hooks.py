@@ -31,8 +31,6 @@ REMEDIES = {
     "claims: {what}": "correct the name, or take the claim out",
     "dag:": "rename the node, or correct what it needs",
     "the deployment of": "report it: a deployment has no cycle by construction",
-    "compare: the data of": "run both experiments on the same dataset",
-    "compare: {first} and {second} have no run": "give models and layouts the same names in both",
     "{folder}: need the same number of steps": "a run was interrupted: remove its folder",
     "{folder}: need the files of a finished": "measure first, then read",
     "ranks {sorted(left)}": "read the ranks' logs: one waits for a collective that another skipped",
