@@ -55,7 +55,7 @@ DOCUMENT: dict[str, Any] = {
             "tokens_per_s": 123456,
             "tpot_ms": 0.5,
             "of": "another machine",
-        }
+        },
     ],
     "device": "cpu",
     # Ranks that are short of cores are held up long after the profiler has seen the end of a call.

@@ -307,7 +307,8 @@ def test_a_deployment_that_is_not_as_planned_is_said_to_be_so(
 
 def test_a_log_gets_lines_and_no_bars() -> None:
     log = io.StringIO()
-    with progress.shown(Console(file=log, width=40), {"execution_monitoring/a": 3}) as (notify, advance):
+    totals = {"execution_monitoring/a": 3}
+    with progress.shown(Console(file=log, width=40), totals) as (notify, advance):
         notify("input_preparation", "kept")
         notify("execution_monitoring/a", "started")
         advance("execution_monitoring/a", 2)
