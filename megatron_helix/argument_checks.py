@@ -105,6 +105,55 @@ def require_data(args: argparse.Namespace) -> None:
                 )
 
 
+def require_loadable(args: argparse.Namespace) -> None:
+    """Check that what a run loads is described by canonical rows, which any layout can read.
+
+    Checkpoints of Megatron's that are not hold memory as it lay on a rank: under another layout
+    they would load without a word, in a wrong order.
+    """
+    loaded = [
+        ("--load", args.load, args.ckpt_step),
+        ("--pretrained-checkpoint", args.pretrained_checkpoint, args.ckpt_step),
+    ]
+    if args.non_persistent_ckpt_type:
+        folder = args.non_persistent_global_ckpt_dir or (args.load and args.load / "non_persistent")
+        loaded.append(("--non-persistent-ckpt-type", folder, None))
+    for flag, folder, step in loaded:
+        checkpoint = folder and _checkpoint(folder, step)
+        if not checkpoint or not checkpoint.is_dir():
+            continue  # nothing to load: Megatron's to judge
+        if not (checkpoint / "metadata.json").exists():
+            raise ValueError(
+                f"{flag}: a checkpoint under --helix-m > 1 must be in torch_dist format, and"
+                f" {checkpoint} is not; load it with the stock layout that saved it, and save it"
+                " with --ckpt-format torch_dist"
+            )
+        if args.use_distributed_optimizer and not (args.no_load_optim or args.finetune):
+            _require_canonical_optimizer(flag, checkpoint)
+
+
+def _checkpoint(folder: Path, step: int | None) -> Path | None:
+    """The checkpoint in ``folder`` that Megatron would load, if it says so."""
+    if step:
+        return folder / f"iter_{step:07d}"
+    tracker = folder / "latest_checkpointed_iteration.txt"
+    last = tracker.read_text().strip() if tracker.exists() else ""
+    return folder / (f"iter_{int(last):07d}" if last.isdigit() else last) if last else None
+
+
+def _require_canonical_optimizer(flag: str, checkpoint: Path) -> None:
+    from megatron.core.dist_checkpointing import load_content_metadata
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    found = (load_content_metadata(str(checkpoint)) or {}).get("distrib_optim_sharding_type")
+    if found and found not in DistributedOptimizer.checkpoint_fully_reshardable_formats:
+        raise ValueError(
+            f"{flag}: the optimizer state must be fully_reshardable under --helix-m > 1, and in"
+            f" {checkpoint} it is {found}, in the order of a rank's memory; save with"
+            " --dist-ckpt-optim-fully-reshardable, or load with --no-load-optim"
+        )
+
+
 def _is_number(word: str) -> bool:
     try:
         float(word)

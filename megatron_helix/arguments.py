@@ -14,6 +14,7 @@ from megatron_helix.argument_checks import (
     CORE_ATTENTIONS,
     require_core_attention,
     require_data,
+    require_loadable,
     require_one_of,
     require_plan,
 )
@@ -32,7 +33,9 @@ _SIZES = (
 _SWITCHES = (
     *("group-query-attention", "rotary-interleaved", "attention-output-gate", "swiglu"),
     *("sequence-parallel", "overlap-grad-reduce", "multi-latent-attention"),
+    *("use-distributed-optimizer", "no-load-optim", "finetune"),
 )
+_FOLDERS = ("load", "non-persistent-global-ckpt-dir", "pretrained-checkpoint")
 
 # What a CPU needs of Megatron. Each line is appended unless the user said something about its flag.
 _CPU_FLAGS = (
@@ -192,6 +195,10 @@ def _read(argv: Sequence[str]) -> argparse.Namespace:
         parser.add_argument(f"--{name}", action="store_true")
     for name in ("data-path", "train-data-path", "valid-data-path", "test-data-path"):
         parser.add_argument(f"--{name}", nargs="*")
+    for name in _FOLDERS:
+        parser.add_argument(f"--{name}", type=Path)
+    parser.add_argument("--ckpt-step", type=int)
+    parser.add_argument("--non-persistent-ckpt-type")
     parser.add_argument("--position-embedding-type", default="learned_absolute")
     parser.add_argument("--rotary-percent", type=float, default=1.0)
     parser.add_argument("--attention-dropout", type=float, default=0.1)
@@ -319,7 +326,13 @@ def _helix_flags(args: argparse.Namespace, argv: Sequence[str], world_size: int)
             kv_channels=channels,
         )
         require_plan(args, choice(args), cut)
-    return ["--tensor-model-parallel-size", str(size)]
+    if args.helix_m > 1:
+        require_loadable(args)
+    implied = ["--tensor-model-parallel-size", str(size)]
+    if args.helix_m > 1 and args.use_distributed_optimizer:
+        # Megatron's default keeps optimizer state in the order of a rank's memory.
+        implied.append("--dist-ckpt-optim-fully-reshardable")
+    return implied
 
 
 def _count_or_auto(word: str) -> int | str:

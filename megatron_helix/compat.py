@@ -81,6 +81,44 @@ def skip_warm_up() -> None:
     training.set_jit_fusion_options = lambda tp_size=None: None
 
 
+def load_into_torch_adam() -> None:
+    """Let a distributed optimizer load its state where Adam is torch's, as it is on a CPU.
+
+    Megatron's counts on the fused Adam of TransformerEngine or Apex, which keeps the step with the
+    parameter groups. Torch's keeps it with each parameter, and has none before the first step. 0.19
+    asks a fresh optimizer for it, asks a parameter's loaded state, which is without, and then gives
+    all parameters one tensor for it, which each of them counts up.
+    """
+    from megatron.core.optimizer import distrib_optimizer
+
+    optimizer = distrib_optimizer.DistributedOptimizer
+    describe, load = optimizer.sharded_state_dict, optimizer.load_state_dict
+    fill = optimizer._set_main_param_and_optimizer_states
+    if distrib_optimizer.HAVE_APEX_OR_TE or hasattr(describe, "__wrapped__"):
+        return
+
+    @wraps(describe)
+    def sharded_state_dict(
+        self: Any, model: dict[str, Any], is_loading: bool = False, **kwargs: Any
+    ) -> Any:
+        if is_loading and not self.optimizer.state:
+            self._init_optimizer_states_with_dummy_values()  # the load overwrites them
+        return describe(self, model, is_loading, **kwargs)
+
+    @wraps(load)
+    def load_state_dict(self: Any, state: dict[str, Any]) -> None:
+        load(self, state)
+        for of_parameter in self.optimizer.state.values():
+            of_parameter["step"] = of_parameter["step"].clone()
+
+    @wraps(fill)
+    def fill_without_step(self: Any, param: Any, tensors: dict[str, Any]) -> None:
+        fill(self, param, {"step": None, **tensors})  # what is no tensor is passed over
+
+    optimizer.sharded_state_dict, optimizer.load_state_dict = sharded_state_dict, load_state_dict
+    optimizer._set_main_param_and_optimizer_states = fill_without_step
+
+
 class _AnyDegree(int):
     """A number of heads that every tensor-parallel size divides."""
 

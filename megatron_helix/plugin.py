@@ -34,6 +34,7 @@ def enable(args: argparse.Namespace, model_config: GPTModelConfig) -> GPTModelCo
         The same ``model_config``.
     """
     compat.require_supported_megatron()
+    compat.load_into_torch_adam()
     base = model_config.transformer_layer_spec or default_layer_spec
     layout = _layout(args, model_config) if arguments.wants_helix(args) else None
 
