@@ -2,8 +2,8 @@
 
 import os
 import shlex
-import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from megatron_helix.experiment import config, torchrun
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "scripts"
+TOOLS = Path(sys.prefix) / "bin"  # of this environment, which need not be active
 LAUNCHERS = ("dense_baseline", "dense_helix", "moe_baseline", "moe_helix")
 RENDEZVOUS = ("--rdzv-endpoint", "node0:29500")
 EXPERIMENT = config.load(ROOT / "configs" / "experiments" / "seed_16gpu.yaml")
@@ -21,7 +22,7 @@ EXPERIMENT = config.load(ROOT / "configs" / "experiments" / "seed_16gpu.yaml")
 def call(*words: object, path: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
     """Run a script with the helix of this environment, and with ``path`` before anything else."""
     places = [str(path)] if path else []
-    places += [str(ROOT / ".venv" / "bin"), os.environ["PATH"]]
+    places += [str(TOOLS), os.environ["PATH"]]
     return subprocess.run(
         ["bash", *map(str, words)],
         env={**os.environ, **env, "PATH": os.pathsep.join(places)},
@@ -34,7 +35,7 @@ def call(*words: object, path: Path | None = None, **env: str) -> subprocess.Com
 def test_every_script_passes_shellcheck() -> None:
     scripts = sorted([*SCRIPTS.glob("*.sh"), *SCRIPTS.glob("*.sbatch"), ROOT / ".ci" / "run"])
     found = subprocess.run(
-        ["shellcheck", *scripts], capture_output=True, text=True, check=False, cwd=ROOT
+        [TOOLS / "shellcheck", *scripts], capture_output=True, text=True, check=False, cwd=ROOT
     )
     assert found.returncode == 0, found.stdout
 
@@ -131,4 +132,3 @@ def test_the_container_has_the_tested_torch_and_what_it_copies() -> None:
     copied = [line.split()[1:-1] for line in recipe.splitlines() if line.startswith("COPY")]
     assert copied
     assert all((ROOT / source).exists() for sources in copied for source in sources)
-    assert shutil.which("shellcheck")  # comes with the extra dev, as this test's neighbour needs it
