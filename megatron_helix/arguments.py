@@ -25,6 +25,9 @@ from megatron_helix.layout import HelixLayout, require_divides
 DEVICES = ("auto", "cpu", "cuda")
 PHASES = ("train", "prefill")
 
+# Flags that are about a partition: to give one of them is to ask for it.
+_ASKING = ("--helix-m", "--helix-n", "--helix-exchange", "--helix-split", "--helix-gather")
+
 # Flags of Megatron's that a layout is checked against.
 _SIZES = (
     *("num-layers", "hidden-size", "ffn-hidden-size", "num-attention-heads", "num-query-groups"),
@@ -66,7 +69,8 @@ def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         type=_count_or_auto,
         metavar="N",
         help="Head groups the attention heads are cut into. With --tensor-model-parallel-size, one"
-        " of M and N follows from the other; auto takes the largest N the heads allow.",
+        " of M and N follows from the other; auto takes the largest N the heads allow, and is what"
+        " --helix-exchange, --helix-split or --helix-gather mean without M and N.",
     )
     group.add_argument(
         "--helix-exchange",
@@ -119,7 +123,7 @@ def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
 
 
 def wants_helix(args: argparse.Namespace) -> bool:
-    """Whether the flags ask for an m x n partition; without one the run is stock Megatron."""
+    """Whether completed flags have an m x n partition; without one the run is stock Megatron."""
     return args.helix_m is not None or args.helix_n is not None
 
 
@@ -171,7 +175,7 @@ def complete(argv: Sequence[str], world_size: int) -> list[str]:
             " go, got none; give a folder, or leave --helix-phase away to train"
         )
     implied = []
-    if wants_helix(args):
+    if any(_given(flag, argv) for flag in _ASKING):
         degree = _complete_degree(args, argv)
         implied = [*degree, *_helix_flags(args, argv, world_size)]
     require_data(args)

@@ -204,6 +204,24 @@ def test_without_helix_flags_the_run_is_stock(corpus_prefix: Path) -> None:
     assert TP not in completed
 
 
+ASKING = {
+    "--helix-exchange": "activations",
+    "--helix-split": "sequence",
+    "--helix-gather": "microbatch",
+}
+
+
+@pytest.mark.parametrize("flag", ASKING)
+def test_a_flag_of_the_partition_asks_for_one(corpus_prefix: Path, flag: str) -> None:
+    """Never ignored: with the tensor-parallel size alone, as few segments as the heads allow."""
+    for words in ([flag, ASKING[flag]], [f"{flag}={ASKING[flag]}"]):
+        asked = tiny_gpt(corpus_prefix, *GQA, *words)
+        completed = arguments.complete([*asked, TP, "4"], world_size=4)
+        assert completed[completed.index("--helix-m") :][:4] == [*cut(2, 2)]
+        with pytest.raises(ValueError, match=rf"^--helix-m: must be given, or {TP}"):
+            arguments.complete(asked, world_size=4)
+
+
 def test_what_a_cpu_needs_is_filled_in(corpus_prefix: Path) -> None:
     flags = tiny_gpt(corpus_prefix)
     added = arguments.complete(flags, world_size=1)[len(flags) :]
