@@ -245,6 +245,67 @@ REFUSED = (
         reason="they work on whole weight matrices, of which a rank holds a tile",
     ),
     Refused(
+        feature="Overlapped expert-parallel communication",
+        flag="--overlap-moe-expert-parallel-comm",
+        reason="it calls the parts of a layer one by one, past the layer that plans the exchange",
+    ),
+    Refused(
+        feature="Deferred weight gradients of the LM head",
+        flag="--defer-embedding-wgrad-compute",
+        reason="gathered weights have their gradients computed with the input's",
+    ),
+    Refused(
+        feature="TransformerEngine's operation fuser",
+        flag="--use-transformer-engine-op-fuser",
+        reason="it replaces the MLP's linears, which gather their weights",
+    ),
+    Refused(
+        feature="Precision by layer",
+        flag="--te-precision-config-file",
+        reason="gathered weights and exchanged heads have no FP8 scaling factors",
+    ),
+    Refused(
+        feature="Kitchen's attention",
+        flag="--use-kitchen-attention",
+        reason="it has not been run beside helix",
+    ),
+    Refused(
+        feature="Batch-invariant kernels",
+        flag="--batch-invariant-mode",
+        reason="gathered weights are multiplied by other kernels",
+    ),
+    Refused(
+        feature="Linears made for inference",
+        flag="--transformer-impl",
+        values=("inference_optimized",),
+        reason="their fused collectives span the whole tensor-parallel group",
+    ),
+    Refused(
+        feature="Activations offloaded to the CPU",
+        flag="--cpu-offloading-num-layers",
+        reason="it has not been run beside helix",
+    ),
+    Refused(
+        feature="Fine-grained activation offloading",
+        flag="--fine-grained-activation-offloading",
+        reason="it has not been run beside helix",
+    ),
+    Refused(
+        feature="CUDA graphs in reinforcement learning",
+        flag="--rl-training-cuda-graphs",
+        reason="exchanges have not been captured yet",
+    ),
+    Refused(
+        feature="Heterogeneous layers, encoded",
+        flag="--heterogeneous-layers-config-encoded-json",
+        reason="every layer is cut alike",
+    ),
+    Refused(
+        feature="Hybrid (Mamba) models, old flag",
+        flag="--hybrid-override-pattern",
+        reason="only GPT's decoder block is cut",
+    ),
+    Refused(
         feature="QK clipping",
         flag="--qk-clip",
         reason="it scales the rows of whole heads, of which a rank holds a segment",
