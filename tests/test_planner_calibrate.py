@@ -15,9 +15,9 @@ from tests.distributed import run_distributed
 
 
 def test_what_is_measured_can_be_planned_with(tmp_path: Path) -> None:
-    said = calibrate.on_cpu(2, tmp_path / "here.yaml")
+    said = calibrate.on_cpu(2, tmp_path / "made" / "here.yaml")
     assert "all_to_all" in said
-    machine = hardware.load(tmp_path / "here.yaml")
+    machine = hardware.load(tmp_path / "made" / "here.yaml")
     assert (machine.devices, machine.devices_per_node, machine.element_bytes) == (2, 2, 4)
     assert "helix calibrate" in machine.gemm.source
     model = read_config(ModelConfig, Path("configs/models/tiny_dense.yaml"))
@@ -72,6 +72,9 @@ def test_calibration_inverts_the_cost_of_a_collective(
     assert bandwidth == pytest.approx(min(machine.inter_node.bandwidth.rate, near), rel=1e-3)
 
 
-def test_no_folder_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"--out: .* must be a folder"):
-        calibrate.on_cpu(2, tmp_path / "missing" / "here.yaml")
+def test_what_cannot_be_written_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"--out: .*file must be a folder that can be made"):
+        calibrate.on_cpu(2, tmp_path / "file" / "here.yaml")
+    with pytest.raises(ValueError, match="--out: must be a file to write, got the folder"):
+        calibrate.on_cpu(2, tmp_path)

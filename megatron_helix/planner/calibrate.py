@@ -42,12 +42,18 @@ def on_cpu(ranks: int, out: Path) -> str:
     """Measure with ``ranks`` forked gloo ranks and write ``out``; one line that says what.
 
     Raises:
-        ValueError: when ``out`` has no folder to be in.
+        ValueError: when ``out`` is a folder, or none can be made for it.
     """
     from megatron_helix import launch
 
-    if not out.parent.is_dir():
-        raise ValueError(f"--out: {out.parent} must be a folder, and is none; make it first")
+    if out.is_dir():
+        raise ValueError(f"--out: must be a file to write, got the folder {out}; name a file in it")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"--out: {out.parent} must be a folder that can be made: {error.strerror}; name another"
+        ) from None
     with tempfile.TemporaryDirectory(prefix="helix-calibrate-") as name:
         found = Path(name) / "measured.json"
         launch.run(
