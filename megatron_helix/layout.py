@@ -50,7 +50,7 @@ class HelixLayout:
         output_gate: whether every query head has a gate packed behind it in the QKV projection.
 
     Raises:
-        ValueError: when n does not divide K or H, or m does not cut d into whole segments.
+        ValueError: when n does not divide K or H, K not H, or m does not cut d into whole segments.
     """
 
     m: int
@@ -70,6 +70,13 @@ class HelixLayout:
             "--num-query-groups",
             self.num_query_groups,
             remedy="use a smaller --helix-n and a larger --helix-m",
+        )
+        require_divides(
+            "--num-query-groups",
+            self.num_query_groups,
+            "--num-attention-heads",
+            self.num_attention_heads,
+            remedy="every group serves as many heads",
         )
         require_divides(
             "--helix-m",

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_helix import arguments, compat
+from megatron_helix import arguments, compat, pretrain_gpt
 from megatron_helix.experiment.metrics import RunMetrics
 from tests.distributed import pretrain, tiny_gpt
 
@@ -120,3 +120,26 @@ def test_the_head_check_is_relaxed_and_nothing_else_of_a_config() -> None:
             TransformerConfig(num_attention_heads=6, fp16=True, bf16=True, **sizes)
     finally:
         TransformerConfig.__post_init__ = stock
+
+
+def test_a_megatron_that_checks_something_else_is_not_touched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def another(config: TransformerConfig) -> None:
+        """A check that lets 3 heads on 2 ranks pass."""
+
+    monkeypatch.setattr(TransformerConfig, "__post_init__", another)
+    with pytest.raises(ImportError, match=r"expected to refuse 3 heads on 2 tensor-parallel ranks"):
+        compat.relax_head_check()
+    assert TransformerConfig.__post_init__ is another
+
+
+@pytest.mark.parametrize("flags", [(), ("--helix-n", "auto")])
+def test_the_head_check_is_relaxed_only_where_helix_is_on(
+    corpus_prefix: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]
+) -> None:
+    stock = TransformerConfig.__post_init__
+    monkeypatch.setattr(TransformerConfig, "__post_init__", stock)  # put back in the end
+    argv = tiny_gpt(corpus_prefix, *model(6, 3), TP, "4", *flags)
+    pretrain_gpt.adapt_megatron(arguments.complete(argv, 4))
+    assert (TransformerConfig.__post_init__ is stock) == (not flags)

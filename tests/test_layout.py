@@ -170,6 +170,10 @@ def test_slots_are_queries_gates_key_and_value_of_a_group(gate: bool, slots: int
             r"^--helix-m: interleaved rotary embeddings need segments of an even number of"
             r" channels, got --kv-channels 16 / --helix-m 16 = 1; use a smaller --helix-m$",
         ),
+        (
+            {"n": 2, "num_attention_heads": 6, "num_query_groups": 4},
+            r"^--num-query-groups: must be a positive divisor of --num-attention-heads \(6\), got 4",
+        ),
         ({"m": 0}, r"^--helix-m: must be a positive divisor of --kv-channels \(16\), got 0;"),
         ({"n": -2}, r"^--helix-n: must be a positive divisor of .*, got -2;"),
     ],
