@@ -172,7 +172,7 @@ def test_slots_are_queries_gates_key_and_value_of_a_group(gate: bool, slots: int
         ),
         (
             {"n": 2, "num_attention_heads": 6, "num_query_groups": 4},
-            r"^--num-query-groups: must be a positive divisor of --num-attention-heads \(6\), got 4",
+            r"^--num-query-groups: must be a positive divisor of --num-attention-heads \(6\), got",
         ),
         ({"m": 0}, r"^--helix-m: must be a positive divisor of --kv-channels \(16\), got 0;"),
         ({"n": -2}, r"^--helix-n: must be a positive divisor of .*, got -2;"),
