@@ -46,14 +46,7 @@ def on_cpu(ranks: int, out: Path) -> str:
     """
     from megatron_helix import launch
 
-    if out.is_dir():
-        raise ValueError(f"--out: must be a file to write, got the folder {out}; name a file in it")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"--out: {out.parent} must be a folder that can be made: {error.strerror}; name another"
-        ) from None
+    _prepare(out)
     with tempfile.TemporaryDirectory(prefix="helix-calibrate-") as name:
         found = Path(name) / "measured.json"
         launch.run(
@@ -63,6 +56,18 @@ def on_cpu(ranks: int, out: Path) -> str:
         )
         measured = json.loads(found.read_text())
     return write(measured, out)
+
+
+def _prepare(out: Path) -> None:
+    """Make the folder of a file to write."""
+    if out.is_dir():
+        raise ValueError(f"--out: must be a file to write, got the folder {out}; name a file in it")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"--out: {out.parent} must be a folder that can be made: {error.strerror}; name another"
+        ) from None
 
 
 def _cpu_rank(found: Path) -> None:
@@ -228,6 +233,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure GPUs and links.")
     parser.add_argument("--out", type=Path, required=True)
     out = parser.parse_args().out
+    _prepare(out)
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl")
     measured = measure("cuda", int(os.environ["LOCAL_WORLD_SIZE"]))
