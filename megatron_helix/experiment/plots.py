@@ -82,10 +82,13 @@ def _bars(results: list[dict[str, Any]]) -> Figure:
             bars = axes.barh(
                 range(len(own)), values, color=_colours(own), edgecolor="black", lw=0.5
             )
-            axes.bar_label(bars, [f"{value:,.4g}" for value in values], padding=3, fontsize=8)
+            labels = [f"{value:,.0f}" if value >= 1000 else f"{value:.4g}" for value in values]
+            axes.bar_label(bars, labels, padding=3, fontsize=8)
             axes.set_yticks(range(len(own)), [_label(result) for result in own], fontsize=8)
             axes.invert_yaxis()
-            axes.margins(x=0.2)
+            axes.margins(x=0.25)
+            axes.locator_params(axis="x", nbins=4)
+            axes.xaxis.set_major_formatter("{x:,.12g}")
             axes.set_xlabel(unit)
             axes.spines[["top", "right"]].set_visible(False)
         tpot.set_yticklabels([])
@@ -184,7 +187,7 @@ def _load(helix: list[tuple[dict[str, Any], dict[str, Any]]]) -> Figure:
             axes.set_title(kind, fontsize=9)
         panels[0].set_ylabel(f"{check['run']}\nhead group", fontsize=8)
         panels[0].set_xlabel("segment", fontsize=8)
-    figure.colorbar(image, ax=grid, label="load / mean", shrink=0.8)
+    figure.colorbar(image, ax=grid, label="load / mean", shrink=0.8, aspect=10 * len(helix))
     return figure
 
 
