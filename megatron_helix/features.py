@@ -130,7 +130,21 @@ WORKS = (
     Works(feature="QK layernorm", flags="--qk-layernorm", test=_PARITY),
     Works(feature="Attention output gate", flags="--attention-output-gate", test=_PARITY),
     Works(feature="Partial rotary embeddings", flags="--rotary-percent", test=_PARITY),
+    Works(
+        feature="Interleaved and scaled rotary embeddings, layers without",
+        flags="--rotary-interleaved --use-rope-scaling --no-rope-freq",
+        test=_FEATURES,
+    ),
+    Works(feature="QKV bias, QK L2 norm", flags="--add-qkv-bias --qk-l2-norm", test=_FEATURES),
     Works(feature="Sliding window", flags="--window-size", test=_FEATURES),
+    Works(
+        feature="Documents apart, loss by token",
+        flags="--reset-attention-mask --reset-position-ids --eod-mask-loss"
+        " --calculate-per-token-loss",
+        test=_FEATURES,
+    ),
+    Works(feature="Maximal update parametrisation", flags="--use-mup", test=_FEATURES),
+    Works(feature="Dense and MoE layers in one model", flags="--moe-layer-freq", test=_FEATURES),
     Works(
         feature="Learnable softmax offset",
         flags="--softmax-type",

@@ -39,6 +39,23 @@ FEATURES = {
     "auxiliary loss": (*MOE, *EP4, BALANCING, "aux_loss"),
     "auxiliary loss by sequence": (*MOE, *EP4, BALANCING, "seq_aux_loss"),
     "sliding window": ("--window-size", "(8,0)"),
+    "biases and norms of queries and keys": (
+        *("--disable-bias-linear", "--add-qkv-bias", "--qk-l2-norm"),
+    ),
+    "losses by token, documents apart": (
+        *("--calculate-per-token-loss", "--reset-attention-mask", "--reset-position-ids"),
+        "--eod-mask-loss",
+    ),
+    "rotary variants": (
+        *("--rotary-interleaved", "--use-rope-scaling", "--no-rope-freq", "[0,1]"),
+    ),
+    "maximal update": (
+        *("--use-mup", "--mup-base-hidden-size", "32", "--untie-embeddings-and-output-weights"),
+    ),
+    "dense and sparse layers in turn": (
+        *(*MOE, *EP4, BALANCING, "none", "--moe-layer-freq", "[0,1]"),
+        *("--moe-ffn-hidden-size", "64", "--moe-router-dtype", "fp32"),
+    ),
 }
 RANKS = {"virtual pipeline": 8, "overlapped data parallelism": 8}  # else 4
 
