@@ -224,6 +224,11 @@ def test_changed_code_trains_again_and_a_changed_report_does_not(
         assert after[1] != before[1], name
         assert (after[0] != before[0]) is trains, name
         before = after
+    hashed = {node.name: json.dumps(node.inputs) for node in workflow.nodes(experiment(), tmp_path)}
+    assert source.of_runs() in hashed["execution_monitoring/tiny-helix_2x2"]
+    assert source.of_runs() in hashed["model_loading/tiny"]
+    for name in ("partitioning_setup/tiny-helix_2x2", "deployment_verification", "report"):
+        assert source.whole() in hashed[name]
 
 
 def test_a_second_run_at_the_same_time_is_refused(

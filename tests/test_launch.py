@@ -240,10 +240,11 @@ launchers.start(kind, program, 2, logs)
         try:
             wait_for(lambda: sum(bool(f.read_text()) for f in tmp_path.glob("pid*")) == 2)
             launcher.send_signal(how)
-            launcher.communicate(timeout=ENDS_WITHIN_S)
+            _, said = launcher.communicate(timeout=ENDS_WITHIN_S)
         finally:
             launcher.kill()
     assert launcher.returncode != 0
+    assert (b"KeyboardInterrupt" in said) is (how == signal.SIGTERM)
     wait_for(lambda: not any(is_alive(pid) for pid in pids(tmp_path)))
 
 
