@@ -43,9 +43,10 @@ LAYOUTS = {
     "stock_tp4": (SP, "--tensor-model-parallel-size", "4"),
     "stock_tp4_without_sp": ("--tensor-model-parallel-size", "4"),
     "stock_tp2_pp2": (SP, "--tensor-model-parallel-size", "2", *PP2),
-    "helix_2x2": (SP, "--helix-m", "2", "--helix-n", "2"),
-    "helix_4x1": (SP, "--helix-m", "4", "--helix-n", "1"),
-    "helix_2x1_dp2": (SP, "--helix-m", "2", "--helix-n", "1"),
+    # Also of other exchanges: a checkpoint knows nothing of them.
+    "helix_2x2": (SP, "--helix-m", "2", "--helix-n", "2", "--helix-exchange", "weights"),
+    "helix_4x1": (SP, "--helix-m", "4", "--helix-n", "1", "--helix-exchange", "activations"),
+    "helix_2x1_dp2": (SP, "--helix-m", "2", "--helix-n", "1", "--helix-exchange", "scores"),
     "helix_2x1_pp2": (SP, "--helix-m", "2", "--helix-n", "1", *PP2),
 }
 
@@ -143,6 +144,18 @@ def test_layouts_pass_a_checkpoint_on_bit_for_bit(
         assert not changed, f"{layout}: {changed}"
 
 
+def test_experts_go_on_beside_a_distributed_optimizer(saved: Saved, resume: Resume) -> None:
+    """Experts have an optimizer of their own beside the one of all other weights."""
+    moe = (
+        *("--disable-bias-linear", "--num-experts", "4", "--moe-router-topk", "4"),
+        *("--moe-token-dispatcher-type", "alltoall", "--moe-router-load-balancing-type", "none"),
+        *("--expert-model-parallel-size", "4", "--expert-tensor-parallel-size", "1"),
+        *DISTRIBUTED_OPTIMIZER,
+    )
+    uninterrupted, checkpoint = saved("stock_tp4", *moe)
+    assert_goes_on(resume(checkpoint, "helix_2x2", *moe), uninterrupted)
+
+
 def test_a_learnable_softmax_offset_is_saved_once_and_loaded(saved: Saved, resume: Resume) -> None:
     """It is cut by head group only: the ranks of a dim group hold copies of it."""
     uninterrupted, checkpoint = saved("helix_2x2", *LEARNABLE_OFFSET)
@@ -236,7 +249,7 @@ def test_what_another_layout_would_read_wrongly_is_refused(
 
     On as many ranks Megatron itself would load either without a word.
     """
-    plain, by_rank = saved("stock_tp4")[1], ("--use-distributed-optimizer",)
+    plain, by_rank = saved("helix_2x2")[1], ("--use-distributed-optimizer",)
     _, checkpoint = saved("stock_tp4", *by_rank)
 
     def complete(*flags: str) -> list[str]:
@@ -257,10 +270,9 @@ def test_what_another_layout_would_read_wrongly_is_refused(
         message = rf"^{flag}: a checkpoint under --helix-m > 1 must be in torch_dist format"
         with pytest.raises(ValueError, match=message):
             complete(flag, str(tmp_path / "old"))
-    passing = ("--non-persistent-ckpt-type", "global")
-    (plain / "non_persistent").symlink_to(tmp_path / "old")
+    passing = ("--non-persistent-ckpt-type", "global", "--non-persistent-global-ckpt-dir")
     with pytest.raises(ValueError, match=r"^--non-persistent-ckpt-type: a checkpoint under"):
-        complete("--load", str(plain), *passing)
+        complete("--load", str(plain), *passing, str(tmp_path / "old"))
 
 
 def test_helix_saves_a_distributed_optimizer_for_every_layout(corpus_prefix: Path) -> None:
