@@ -89,6 +89,7 @@ def load_into_torch_adam() -> None:
     asks a fresh optimizer for it, asks a parameter's loaded state, which is without, and then gives
     all parameters one tensor for it, which each of them counts up.
     """
+    import torch
     from megatron.core.optimizer import distrib_optimizer
 
     optimizer = distrib_optimizer.DistributedOptimizer
@@ -113,7 +114,8 @@ def load_into_torch_adam() -> None:
 
     @wraps(fill)
     def fill_without_step(self: Any, param: Any, tensors: dict[str, Any]) -> None:
-        fill(self, param, {"step": None, **tensors})  # what is no tensor is passed over
+        with torch.no_grad():  # in single precision it writes into the model's own parameters
+            fill(self, param, {**tensors, "step": None})  # what is no tensor is passed over
 
     optimizer.sharded_state_dict, optimizer.load_state_dict = sharded_state_dict, load_state_dict
     optimizer._set_main_param_and_optimizer_states = fill_without_step

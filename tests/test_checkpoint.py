@@ -247,7 +247,7 @@ def test_what_another_layout_would_read_wrongly_is_refused(
 ) -> None:
     """A distributed optimizer's state in the order of a rank's memory, and Megatron's old format.
 
-    On as many ranks Megatron itself would load either without a word.
+    On as many ranks Megatron itself loads either without a word.
     """
     plain, by_rank = saved("helix_2x2")[1], ("--use-distributed-optimizer",)
     _, checkpoint = saved("stock_tp4", *by_rank)
@@ -273,6 +273,12 @@ def test_what_another_layout_would_read_wrongly_is_refused(
     passing = ("--non-persistent-ckpt-type", "global", "--non-persistent-global-ckpt-dir")
     with pytest.raises(ValueError, match=r"^--non-persistent-ckpt-type: a checkpoint under"):
         complete("--load", str(plain), *passing, str(tmp_path / "old"))
+
+
+def test_stock_goes_on_from_its_own_default_format(saved: Saved, resume: Resume) -> None:
+    """That of a distributed optimizer, where Adam is torch's."""
+    uninterrupted, checkpoint = saved("stock_tp4", "--use-distributed-optimizer")
+    assert_goes_on(resume(checkpoint, "stock_tp4", "--use-distributed-optimizer"), uninterrupted)
 
 
 def test_helix_saves_a_distributed_optimizer_for_every_layout(corpus_prefix: Path) -> None:
