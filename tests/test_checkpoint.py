@@ -247,7 +247,7 @@ def test_what_another_layout_would_read_wrongly_is_refused(
 ) -> None:
     """A distributed optimizer's state in the order of a rank's memory, and Megatron's old format.
 
-    On as many ranks Megatron itself loads either without a word.
+    On as many ranks Megatron itself loads the first without a word, and trains on from it wrongly.
     """
     plain, by_rank = saved("helix_2x2")[1], ("--use-distributed-optimizer",)
     _, checkpoint = saved("stock_tp4", *by_rank)
