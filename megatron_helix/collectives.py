@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_helix.copies import contiguous
+
 
 class _AllToAll(torch.autograd.Function):
     """Forward: ``y[k]`` on rank j is ``x[j]`` of rank k. Backward: itself. Saves nothing."""
@@ -128,9 +130,11 @@ def start_gather(x: torch.Tensor, group: dist.ProcessGroup, *, early: bool) -> U
             beside the compute that follows.
 
     Returns:
-        ``[p * a, ...]`` once waited for.
+        ``[p * a, ...]`` once waited for; of a rank alone, ``x`` itself.
     """
-    x = x.contiguous()
+    x = contiguous(x)
+    if group.size() == 1:
+        return UnderWay(x, None)
     y = torch.empty((group.size() * x.size(0), *x.shape[1:]), dtype=x.dtype, device=x.device)
     return UnderWay(y, dist.all_gather_into_tensor(y, x, group=group, async_op=early))
 
@@ -138,7 +142,9 @@ def start_gather(x: torch.Tensor, group: dist.ProcessGroup, *, early: bool) -> U
 def start_scatter_sum(x: torch.Tensor, group: dist.ProcessGroup, *, early: bool) -> UnderWay:
     """:func:`scatter_sum`, begun; ``[p * a, ...] -> [a, ...]``. ``early`` as in `start_gather`."""
     assert x.size(0) % group.size() == 0, (x.shape, group.size())
-    x = x.contiguous()
+    x = contiguous(x)
+    if group.size() == 1:
+        return UnderWay(x, None)
     y = torch.empty((x.size(0) // group.size(), *x.shape[1:]), dtype=x.dtype, device=x.device)
     return UnderWay(y, dist.reduce_scatter_tensor(y, x, group=group, async_op=early))
 
@@ -151,7 +157,7 @@ def _sum(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 
 def _exchange(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     assert x.size(0) == group.size(), (x.shape, group.size())
-    x = x.contiguous()
+    x = contiguous(x)
     y = torch.empty_like(x)
     dist.all_to_all_single(y, x, group=group)
     return y

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_helix.collectives import all_to_all
+from megatron_helix.copies import packed
 from megatron_helix.exchange.tokens import by_segment, in_sequence_order
 from megatron_helix.layout import HelixLayout
 
@@ -48,7 +49,7 @@ def qkv_to_whole_heads(
     received = all_to_all(sent, dim_group)  # segment k of every head, for my tokens
     tokens = received.shape[1:3]
     tiles = received.view(m, *tokens, heads, blocks, layout.segment_size // blocks)
-    return tiles.permute(1, 2, 3, 4, 0, 5).reshape(*tokens, heads * layout.kv_channels)
+    return packed(tiles.permute(1, 2, 3, 4, 0, 5)).view(*tokens, heads * layout.kv_channels)
 
 
 def context_to_segments(
@@ -62,8 +63,8 @@ def context_to_segments(
     m, blocks = layout.m, layout.segment_blocks
     tokens = context.shape[:2]
     whole = context.view(*tokens, heads, blocks, m, layout.segment_size // blocks)
-    sent = whole.permute(4, 0, 1, 2, 3, 5)  # [m, tokens, tile]: segment j for rank j
-    received = all_to_all(sent.reshape(m, *tokens, -1), dim_group)  # chunk k: tokens of rank k
+    sent = packed(whole.permute(4, 0, 1, 2, 3, 5))  # [m, tokens, tile]: segment j for rank j
+    received = all_to_all(sent.view(m, *tokens, -1), dim_group)  # chunk k: tokens of rank k
     if split == "batch":
-        return received.transpose(0, 1).reshape(tokens[0], m * tokens[1], -1)
+        return packed(received.transpose(0, 1)).view(tokens[0], m * tokens[1], -1)
     return in_sequence_order(received.flatten(0, 1), layout)

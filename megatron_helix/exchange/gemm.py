@@ -14,17 +14,19 @@ import torch
 
 
 def output(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``x W^T``: ``[..., D]`` by ``[F, D]`` gives ``[..., F]``."""
+    """``x W^T``: ``[..., D]`` by ``[F, D]``, contiguous or a transposed view: ``[..., F]``."""
     if gemm := _engine(x):
-        y = gemm(weight, _rows(x), out_dtype=x.dtype, layout="TN")[0]
+        stored, layout = _stored(weight, "TN", "NN")
+        y = gemm(stored, _rows(x), out_dtype=x.dtype, layout=layout)[0]
         return y.view(*x.shape[:-1], -1)
     return x @ weight.t()
 
 
 def input_gradient(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``dY W``: ``[..., F]`` by ``[F, D]`` gives ``[..., D]``."""
+    """``dY W``: ``[..., F]`` by ``[F, D]``, as in :func:`output`: ``[..., D]``."""
     if gemm := _engine(grad):
-        dx = gemm(weight, _rows(grad), out_dtype=grad.dtype, layout="NN", grad=True)[0]
+        stored, layout = _stored(weight, "NN", "TN")
+        dx = gemm(stored, _rows(grad), out_dtype=grad.dtype, layout=layout, grad=True)[0]
         return dx.view(*grad.shape[:-1], -1)
     return grad @ weight
 
@@ -34,6 +36,11 @@ def weight_gradient(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     if gemm := _engine(grad):
         return gemm(_rows(x), _rows(grad), out_dtype=grad.dtype, layout="NT", grad=True)[0]
     return grad.flatten(0, -2).t() @ x.flatten(0, -2)
+
+
+def _stored(weight: torch.Tensor, as_it_is: str, transposed: str) -> tuple[torch.Tensor, str]:
+    """The matrix that lies in memory, and cuBLAS's word for the product with it."""
+    return (weight, as_it_is) if weight.is_contiguous() else (weight.t(), transposed)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_helix.collectives import all_to_all
+from megatron_helix.copies import packed
 from megatron_helix.layout import HelixLayout
 
 
@@ -38,7 +39,7 @@ def from_batch_share(
     rows, share, width = hidden.shape
     sent = hidden.view(layout.m, rows // layout.m, share, width)
     received = all_to_all(sent, dim_group)  # [m, s/T, b/m, hidden]: my chunk of rank k's sequences
-    return received.transpose(0, 1).reshape(rows // layout.m, layout.m * share, width)
+    return packed(received.transpose(0, 1)).view(rows // layout.m, layout.m * share, width)
 
 
 def chunk_positions(layout: HelixLayout, segment: int, sequence: int) -> torch.Tensor:
@@ -53,10 +54,10 @@ def in_sequence_order(gathered: torch.Tensor, layout: HelixLayout) -> torch.Tens
     ``[m * s/m, ...]`` (rank after rank, each its n chunks) -> ``[s, ...]``.
     """
     chunks = gathered.view(layout.m, layout.n, -1, *gathered.shape[1:])
-    return chunks.transpose(0, 1).reshape(gathered.shape)
+    return packed(chunks.transpose(0, 1)).view(gathered.shape)
 
 
 def by_segment(x: torch.Tensor, layout: HelixLayout) -> torch.Tensor:
     """``[s, ...] -> [m, s/m, ...]``, dim rank by dim rank; undoes `in_sequence_order`."""
     chunks = x.view(layout.n, layout.m, -1, *x.shape[1:])
-    return chunks.transpose(0, 1).reshape(layout.m, -1, *x.shape[1:])
+    return packed(chunks.transpose(0, 1)).view(layout.m, -1, *x.shape[1:])

@@ -9,8 +9,8 @@ Sharded einsums of the two linears (N tokens, D hidden, F features; x is sharded
 tokens, a weight over head group and dim group)::
 
     column:  y[N_m, F_n] = x[N_m, D] W[F_n, D]^T   x: all-gather over head, W: all-gather over dim
-    row:     y[N_mn, D]  = x[N_m, F_n] W[D, F_n]^T  W: all-gather over dim, y: reduce-scatter over
-    head
+    row:     y[N_mn, D]  = x[N_m, F_n] W[D, F_n]^T  W: all-gather over dim,
+                                                    y: reduce-scatter over head
 
 Elements a rank sends: column forward ``(n-1) N D / T + (m-1) F D / T``, row the same. Backward
 twice that for the weight (gathered again, its gradient reduce-scattered) and, for the tokens, twice
@@ -20,6 +20,7 @@ What is saved for the backward pass is the sharded input: memory stays at 1/T of
 gathered working copy. :class:`StepWeight` trades memory for traffic.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,7 @@ from megatron_helix.collectives import (
     start_gather,
     start_scatter_sum,
 )
+from megatron_helix.copies import contiguous, packed
 from megatron_helix.exchange import gemm
 
 
@@ -41,7 +43,9 @@ class Shards:
     """How the shards of a dim group make the weight of a head group.
 
     The cut axis of the head group's weight is ``[outer, m, inner]``; a shard is one index of the
-    middle.
+    middle. Shards travel with that axis first: a shard that is cut by columns is transposed before
+    it is sent, 1/m of the copying that the gathered weight would need, and what arrives is whole
+    rows of the transposed weight, which a GEMM reads as they are.
 
     Attributes:
         axis: the dimension of the weight that is cut: 0 for a column-parallel linear, 1 for row.
@@ -52,22 +56,23 @@ class Shards:
     axis: int
     outer: int = 1
 
+    def turned(self, weight: torch.Tensor) -> torch.Tensor:
+        """``weight`` with the cut axis first, or back; a view."""
+        return weight.t() if self.axis else weight
+
     def join(self, gathered: torch.Tensor, m: int) -> torch.Tensor:
-        """``[m * rows, ...]``, shard after shard -> the head group's weight."""
-        shards = gathered.view(m, -1, *gathered.shape[1:])
-        if self.axis == 0:
-            runs = shards.view(m, self.outer, -1, *shards.shape[2:])
-            return runs.transpose(0, 1).reshape(gathered.shape)  # a view where outer is 1
-        runs = shards.view(m, shards.size(1), self.outer, -1)
-        return runs.permute(1, 2, 0, 3).reshape(shards.size(1), -1)
+        """``[m * rows, ...]``, turned shard after shard -> the head group's weight.
+
+        A view where ``outer`` is 1.
+        """
+        runs = gathered.view(m, self.outer, -1, *gathered.shape[1:])
+        return self.turned(packed(runs.transpose(0, 1)).view(gathered.shape))
 
     def part(self, whole: torch.Tensor, m: int) -> torch.Tensor:
         """The head group's weight -> ``[m * rows, ...]``, shard after shard; inverse of `join`."""
-        if self.axis == 0:
-            runs = whole.view(self.outer, m, -1, *whole.shape[1:])
-            return runs.transpose(0, 1).reshape(whole.shape)
-        runs = whole.view(whole.size(0), self.outer, m, -1)
-        return runs.permute(2, 0, 1, 3).reshape(m * whole.size(0), -1)
+        whole = self.turned(whole)
+        runs = whole.view(self.outer, m, -1, *whole.shape[1:])
+        return contiguous(runs.transpose(0, 1)).view(whole.shape)
 
 
 class GatheredWeight:
@@ -98,14 +103,19 @@ class GatheredWeight:
         coming, self._coming = self._coming or self._start(), None
         return self.shards.join(coming.wait(), self.dim.size())
 
-    def gradient(self, whole: torch.Tensor) -> UnderWay | None:
-        """The shard's gradient from the whole weight's, begun; one reduce-scatter over dim."""
+    def gradient(self, whole: torch.Tensor) -> Callable[[], torch.Tensor | None]:
+        """Begin the reduce-scatter over dim of the whole weight's gradient.
+
+        Returns:
+            What waits for it and gives the shard's gradient, for autograd.
+        """
         parts = self.shards.part(whole, self.dim.size())
         del whole  # the caller keeps none either: one copy less while they are exchanged
-        return start_scatter_sum(parts, self.dim, early=self.early)
+        summing = start_scatter_sum(parts, self.dim, early=self.early)
+        return lambda: self.shards.turned(summing.wait())
 
     def _start(self) -> UnderWay:
-        return start_gather(self.shard.detach(), self.dim, early=self.early)
+        return start_gather(self.shards.turned(self.shard.detach()), self.dim, early=self.early)
 
 
 def runs_beside_compute(shard: torch.Tensor) -> bool:
@@ -147,18 +157,18 @@ class StepWeight(GatheredWeight):
             self._kept = super().whole()
         return self._kept
 
-    def gradient(self, whole: torch.Tensor) -> None:
+    def gradient(self, whole: torch.Tensor) -> Callable[[], None]:
         """Add to the step's sum; no communication, and nothing yet for the shard."""
         if self._sum is None:
             self._sum = torch.zeros_like(whole, dtype=self._accumulator.dtype)
         self._sum.add_(whole)
+        return lambda: None
 
     def finish(self) -> None:
         """Add this step's gradient to the shard's and forget the whole; one reduce-scatter."""
         if self._sum is not None:
-            self._accumulator.add_(
-                scatter_sum(self.shards.part(self._sum, self.dim.size()), self.dim)
-            )
+            parts = self.shards.part(self._sum, self.dim.size())
+            self._accumulator.add_(self.shards.turned(scatter_sum(parts, self.dim)))
         self._kept = self._sum = None
 
     @property
@@ -177,7 +187,9 @@ class _ColumnLinear(torch.autograd.Function):
 
     Backward: gathers both again; input gradient reduce-scattered over head, weight gradient over
     dim. Dual of :class:`_RowLinear` in its token collectives. Begun early, the gather of x runs
-    beside the GEMM of the input gradient and the reduce-scatter of that beside the weight's.
+    beside the GEMM of the input gradient and the reduce-scatter of that beside the weight's. With
+    one head group no tokens move, and the weight's gradient comes first: its reduce-scatter runs
+    beside the GEMM of the input gradient.
     """
 
     @staticmethod
@@ -201,13 +213,16 @@ class _ColumnLinear(torch.autograd.Function):
         early = ctx.weight.early
         whole = ctx.weight.whole()
         _start(ctx.ahead.backward)
+        if ctx.head.size() == 1:
+            shard_gradient = ctx.weight.gradient(gemm.weight_gradient(grad, x))
+            return gemm.input_gradient(grad, whole), shard_gradient(), None, None, None
         gathering = start_gather(x, ctx.head, early=early)
         grad_x = gemm.input_gradient(grad, whole)
         del whole
         summing = start_scatter_sum(grad_x, ctx.head, early=early)
         del grad_x
-        grad_shard = ctx.weight.gradient(gemm.weight_gradient(grad, gathering.wait()))
-        return summing.wait(), grad_shard and grad_shard.wait(), None, None, None
+        shard_gradient = ctx.weight.gradient(gemm.weight_gradient(grad, gathering.wait()))
+        return summing.wait(), shard_gradient(), None, None, None
 
 
 class _RowLinear(torch.autograd.Function):
@@ -237,11 +252,12 @@ class _RowLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         (x,) = ctx.saved_tensors
         grad = gather(grad, ctx.head)
-        grad_shard = ctx.weight.gradient(gemm.weight_gradient(grad, x))
+        # Of the transposed weight, dW^T = X^T dY, for that is how its shards travel.
+        shard_gradient = ctx.weight.gradient(gemm.weight_gradient(x, grad).t())
         whole = ctx.weight.whole()
         _start(ctx.ahead.backward)
         grad_x = gemm.input_gradient(grad, whole)
-        return grad_x, grad_shard and grad_shard.wait(), None, None, None
+        return grad_x, shard_gradient(), None, None, None
 
 
 def _start(weight: GatheredWeight | None) -> None:
