@@ -23,7 +23,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_helix.recording.comm_ledger import CommLedger, install
+from megatron_helix.recording.comm_ledger import CommLedger, HostClock, StreamClock, install
 
 if TYPE_CHECKING:  # it imports Megatron, which a process that only reads does without
     from megatron_helix.inference.engine import Engine, MicroBatch
@@ -81,7 +81,8 @@ def record(
         pass
     del warm
     parts = make_parts()
-    ledger = CommLedger()
+    on_gpu = parts[0].tokens.device.type == "cuda"
+    ledger = CommLedger(StreamClock() if on_gpu else HostClock())
     uninstall = install(ledger)
     start = time.perf_counter()
     times: _Times = [[] for _ in parts]
