@@ -1,0 +1,32 @@
+"""A rank that has its imports behind it before its turn on the GPUs comes.
+
+    torchrun ... -m gated GATE FLAGS ...
+
+is ``megatron_helix.pretrain_gpt FLAGS ...`` that waits, with nothing on a GPU yet, until the file
+GATE exists. :mod:`matrix_turns` opens it.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+from megatron_helix import pretrain_gpt
+
+POLL_S = 0.05
+PATIENCE_S = 1200.0
+
+
+def main() -> None:
+    """Run one rank."""
+    gate = Path(sys.argv[1])
+    flags = pretrain_gpt.prepare_rank(sys.argv[2:])
+    ends = time.monotonic() + PATIENCE_S
+    while not gate.exists():
+        if time.monotonic() > ends:
+            sys.exit(f"{gate} was not made in {PATIENCE_S:.0f} s: the benchmark has gone")
+        time.sleep(POLL_S)
+    pretrain_gpt.train(flags)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""The turns of ``gpu_matrix.py``: which layouts, and runs of Megatron's loop one after the other.
+
+A turn's files stay in its folder, so that a second call goes on where the first one ended.
+"""
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_helix.experiment import launchers, metrics, runs
+from megatron_helix.experiment.config import ExperimentConfig, LauncherConfig
+from megatron_helix.launch import RunFailed
+from megatron_helix.run_config import LayoutConfig, ModelConfig
+
+Device = Literal["cpu", "cuda"]
+
+WAITING = 3  # turns whose ranks import while one runs; a core a rank
+LAUNCHER = LauncherConfig(kind="torchrun")
+LOCAL = ("--transformer-impl", "local", "--no-persist-layer-norm", "--no-masked-softmax-fusion")
+LOCAL += ("--no-rope-fusion",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What the options ask for, and where turns go.
+
+    Attributes:
+        out: folder of everything.
+        gpus: ranks of every run.
+        device: that they run on; on ``cpu`` they rehearse.
+        data: prefix of the dataset.
+        flags: more of Megatron's, for every run.
+        ends: the moment (``time.monotonic``) after which no turn begins.
+    """
+
+    out: Path
+    gpus: int
+    device: Device
+    data: Path
+    flags: tuple[str, ...]
+    ends: float
+
+    def is_over(self) -> bool:
+        """Whether the time is up."""
+        return time.monotonic() > self.ends
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """One run of Megatron's loop."""
+
+    experiment: ExperimentConfig
+    run: runs.Run
+    folder: Path
+    more: tuple[str, ...] = ()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether an earlier call measured it."""
+        return (self.folder / "done").exists()
+
+    @property
+    def gate(self) -> Path:
+        """The file that its ranks wait for."""
+        return self.folder / "go"
+
+    def start(self, bench: Bench) -> metrics.RunMetrics:
+        """Run it, once the gate is open; or only read what an earlier call measured."""
+        if not self.is_done:
+            flags = [
+                *runs.layout_flags(self.experiment, self.run),
+                *("--data-path", str(bench.data), "--split", "100,0,0"),
+                *("--helix-metrics", str(self.folder), "--helix-phase", self.run.phase),
+                *bench.flags,
+                *self.more,
+            ]
+            ranks = program(["gated", str(self.gate), *flags])
+            launchers.start(LAUNCHER, ranks, bench.gpus, self.folder / "logs")
+            (self.folder / "done").touch()
+        return metrics.read(self.folder)
+
+    def open_gate(self) -> None:
+        """Let the ranks go on."""
+        self.gate.parent.mkdir(parents=True, exist_ok=True)
+        self.gate.touch()
+
+    def outcome(self, bench: Bench) -> metrics.RunMetrics | str:
+        """What it measured, or why it could not."""
+        self.open_gate()
+        try:
+            return self.start(bench)
+        except (RunFailed, ValueError) as failure:
+            return str(failure)
+
+
+def program(words: Sequence[str]) -> launchers.Program:
+    """Ranks that are processes of their own, and find the modules beside this one."""
+    here = str(Path(__file__).parent)
+    known = os.environ.get("PYTHONPATH", "")
+    if here not in known.split(os.pathsep):
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (here, known)))
+
+    def forked() -> Any:
+        raise AssertionError("the matrix starts its ranks with torchrun")
+
+    return launchers.Program(words=words, forked=forked)
+
+
+def one_by_one(
+    bench: Bench, turns: Iterable[Turn], wanted: Callable[[Turn], bool]
+) -> Iterator[tuple[Turn, metrics.RunMetrics | str]]:
+    """Each turn and its outcome; the ranks of the next ones import while one has the GPUs.
+
+    Args:
+        bench: says when to end.
+        turns: in order.
+        wanted: asked before a turn's ranks are started.
+    """
+    coming: deque[tuple[Turn, Future[metrics.RunMetrics]]] = deque()
+    rest = iter(turns)
+    with ThreadPoolExecutor(WAITING + 1) as pool:
+
+        def begin() -> None:
+            turn = next((turn for turn in rest if wanted(turn)), None)
+            if turn is not None and not bench.is_over():
+                turn.gate.unlink(missing_ok=True)
+                coming.append((turn, pool.submit(turn.start, bench)))
+
+        for _ in range(WAITING):
+            begin()
+        while coming:
+            turn, future = coming.popleft()
+            begin()
+            turn.open_gate()
+            try:
+                yield turn, future.result()
+            except (RunFailed, ValueError) as failure:
+                yield turn, str(failure)
+
+
+def layouts(gpus: int, model: ModelConfig, micro_batches: Sequence[int]) -> list[LayoutConfig]:
+    """Stock first: the analogue of TP=8, PP=2; then TP, TP x DP, and helix by each exchange."""
+    made: list[LayoutConfig] = []
+
+    def add(name: str, **values: Any) -> None:
+        ranks = values.get("tp") or values["m"] * values["n"]
+        data_parallel = gpus // ranks // values.get("pp", 1)
+        if model.num_experts:
+            values["ep"] = gpus // values.get("pp", 1)
+        for each in micro_batches:
+            if data_parallel == 1 or each <= max(micro_batches) // data_parallel:
+                made.append(LayoutConfig(name=f"{name}_mb{each}", micro_batch=each, **values))
+
+    if gpus == 1:
+        add("tp1", tp=1)
+        return made
+    add(f"tp{gpus // 2}_pp2", tp=gpus // 2, pp=2)
+    add(f"tp{gpus}", tp=gpus)
+    for tp in (gpus // 2, gpus // 4):
+        if tp:
+            add(f"tp{tp}_dp{gpus // tp}", tp=tp, distributed_optimizer=True)
+    for n in (gpus // 2, gpus // 4):
+        if n:
+            m = gpus // n
+            add(f"helix_{m}x{n}_activations", m=m, n=n, exchange="activations")
+            add(f"helix_{m}x{n}_weights", m=m, n=n, exchange="weights")
+            add(f"helix_{m}x{n}_step", m=m, n=n, exchange="weights", gather="step")
+    return made
+
+
+def initial_weights(
+    bench: Bench,
+    experiment: ExperimentConfig,
+    target: Path,
+    layout: LayoutConfig | None = None,
+    more: Sequence[str] = (),
+) -> Path:
+    """One step of training, saved in ``target``: what every layout of the experiment starts from.
+
+    By one stock rank, or all ranks of ``layout`` for a model that is too large for one.
+    """
+    if (target / "latest_checkpointed_iteration.txt").exists():
+        return target
+    (model,) = experiment.models
+    layout = layout or LayoutConfig(name="alone", tp=1, micro_batch=1)
+    run = runs.Run(model=model, layout=layout, phase="train", precision=experiment.precision)
+    flags = [
+        *runs.layout_flags(experiment, run),
+        *("--data-path", str(bench.data), "--split", "100,0,0", "--train-iters", "1"),
+        *("--micro-batch-size", "1", "--global-batch-size", "1"),
+        *("--save", str(target), "--save-interval", "1", "--no-save-optim", "--no-save-rng"),
+        *bench.flags,
+        *more,
+    ]
+    ranks = layout.tensor_parallel_size * layout.pp
+    launchers.launch(LAUNCHER, flags, ranks, target.parent / "logs" / model.name)
+    return target
