@@ -9,7 +9,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
-from megatron_helix import arguments, compat, vocabulary
+from megatron_helix import arguments, checkpoint_reader, compat, vocabulary
 from megatron_helix.layer_spec import (
     helixify,
     swap_norms,
@@ -37,6 +37,8 @@ def enable(args: argparse.Namespace, model_config: GPTModelConfig) -> GPTModelCo
     compat.load_into_torch_adam()
     base = model_config.transformer_layer_spec or default_layer_spec
     layout = _layout(args, model_config) if arguments.wants_helix(args) else None
+    if layout:
+        checkpoint_reader.read_tensors_once()
 
     def helix(spec: Any) -> Any:
         if args.helix_core_attention == "flex":

@@ -6,12 +6,15 @@ went on without an interruption.
 
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from megatron.core.dist_checkpointing import load_plain_tensors
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from megatron_helix import arguments, launch, pretrain_gpt
 from megatron_helix.experiment.metrics import RunMetrics
@@ -332,3 +335,23 @@ def test_what_was_saved_before_a_rank_was_killed_still_loads(
     tracker = checkpoint / "latest_checkpointed_iteration.txt"
     assert tracker.read_text().strip() == str(SAVED_STEP)
     assert_goes_on(resume(checkpoint, "helix_4x1"), uninterrupted)
+
+
+def test_a_rank_reads_every_stored_tensor_once(
+    saved: Saved, resume: Resume, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, checkpoint = saved("stock_tp4")
+    slice_file, log = FileSystemReader._slice_file, tmp_path / "reads"
+
+    def counted(reader: FileSystemReader, file: Any, stored: Any) -> Any:
+        name = next(index.fqn for index, place in reader.storage_data.items() if place is stored)
+        if not name.startswith("common_state"):  # the flags: Megatron reads them beforehand, too
+            with log.open("a") as lines:
+                lines.write(f"{os.getpid()} {stored.relative_path} {stored.offset}\n")
+        return slice_file(reader, file, stored)
+
+    monkeypatch.setattr(FileSystemReader, "_slice_file", counted)
+    resume(checkpoint, "helix_2x2")
+    reads = Counter(log.read_text().splitlines())
+    assert len({read.split()[0] for read in reads}) == 4
+    assert set(reads.values()) == {1}
