@@ -211,11 +211,14 @@ class _ColumnLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         (x,) = ctx.saved_tensors
         early = ctx.weight.early
+        if ctx.head.size() == 1:
+            ctx.weight.start()
+            _start(ctx.ahead.backward)
+            shard_gradient = ctx.weight.gradient(gemm.weight_gradient(grad, x))
+            grad_x = gemm.input_gradient(grad, ctx.weight.whole())
+            return grad_x, shard_gradient(), None, None, None
         whole = ctx.weight.whole()
         _start(ctx.ahead.backward)
-        if ctx.head.size() == 1:
-            shard_gradient = ctx.weight.gradient(gemm.weight_gradient(grad, x))
-            return gemm.input_gradient(grad, whole), shard_gradient(), None, None, None
         gathering = start_gather(x, ctx.head, early=early)
         grad_x = gemm.input_gradient(grad, whole)
         del whole
