@@ -23,7 +23,7 @@ import torch
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 GRACE_S = 5.0  # between asking the ranks that are left to end and killing them
-SETTLE_S = 0.5  # between the first failure that is seen and naming its cause
+SETTLE_S = 5.0  # at most, between the first failure that is seen and naming its cause
 PR_SET_PDEATHSIG = 1
 
 
@@ -120,17 +120,28 @@ def _watch(ranks: Ranks, processes: list[Any], deadline: float | None, poll: Any
         if poll:
             poll()
         failed = _failed(left)
-        if failed and min(failed.values()) > 0:
-            # A rank that loses a peer fails at once, and the kernel closes the connections of a
-            # killed process before its exit code can be read: wait for the cause.
-            time.sleep(SETTLE_S)
-            failed = _failed(left)
         if failed:
+            failed = _settled(left)
             rank = min(failed, key=lambda rank: (failed[rank] > 0, rank))  # a signal is a cause
             raise RankFailed(rank, ranks.world_size, failed[rank], ranks.log(rank))
         left = {rank: process for rank, process in left.items() if process.exitcode is None}
         if deadline and time.monotonic() > deadline:
             raise TimeoutError(f"ranks {sorted(left)} of {ranks.world_size} did not end in time")
+
+
+def _settled(processes: dict[int, Any]) -> dict[int, int]:
+    """Exit codes of the ranks that have failed, with the cause of the failures among them.
+
+    A rank that loses a peer fails at once, and the kernel closes the connections of a killed
+    process before its exit code can be read: on a busy machine seconds before.
+    """
+    deadline = time.monotonic() + SETTLE_S
+    while time.monotonic() < deadline:
+        running = any(process.exitcode is None for process in processes.values())
+        if not running or min(_failed(processes).values()) < 0:
+            break
+        time.sleep(0.05)
+    return _failed(processes)
 
 
 def _failed(processes: dict[int, Any]) -> dict[int, int]:

@@ -131,6 +131,19 @@ def test_the_killed_rank_is_named_though_a_lower_one_has_failed_too(tmp_path: Pa
         launch.run(ranks(end, tmp_path, 2), poll=lambda: wait_for(have_ended))
 
 
+def test_a_rank_that_is_seen_to_be_killed_late_is_still_the_cause(tmp_path: Path) -> None:
+    """As on a busy machine, where a killed process keeps its exit code back for a second."""
+
+    def end() -> None:
+        if os.environ["RANK"] == "0":
+            sys.exit(1)
+        time.sleep(2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(launch.RankFailed, match=r"rank 1 of 2 was killed by SIGKILL"):
+        launch.run(ranks(end, tmp_path, 2), timeout_s=ENDS_WITHIN_S)
+
+
 def test_ranks_that_ignore_sigterm_are_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
