@@ -168,7 +168,7 @@ def _remedy(text: str) -> str | None:
 
 def flags() -> str:
     """The helix flags, from their parser."""
-    from megatron_helix.arguments import add_helix_arguments
+    from megatron_helix.flags import add_helix_arguments
 
     parser = add_helix_arguments(argparse.ArgumentParser(add_help=False))
     rows = ["| flag | default | meaning |", "|---|---|---|"]

@@ -1,4 +1,4 @@
-"""The helix flags, what they imply for Megatron's flags, and every refusal of a bad combination.
+"""What the helix flags imply for Megatron's flags, and every refusal of a bad combination.
 
 All of it happens on the command line, before torch or Megatron are imported as far as that can be,
 and before any process group exists: :func:`complete` takes the user's flags and returns them with
@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_helix.argument_checks import (
-    CORE_ATTENTIONS,
     require_core_attention,
     require_data,
     require_loadable,
@@ -20,10 +19,8 @@ from megatron_helix.argument_checks import (
 )
 from megatron_helix.compatibility import require_compatible
 from megatron_helix.exchange import strategy
+from megatron_helix.flags import DEVICES, PHASES, add_helix_arguments
 from megatron_helix.layout import HelixLayout, require_divides
-
-DEVICES = ("auto", "cpu", "cuda")
-PHASES = ("train", "prefill")
 
 # Flags that are about a partition: to give one of them is to ask for it.
 _ASKING = ("--helix-m", "--helix-n", "--helix-exchange", "--helix-split", "--helix-gather")
@@ -53,73 +50,6 @@ _CPU_FLAGS = (
     ("--no-bias-dropout-fusion",),
     ("--no-rope-fusion",),
 )
-
-
-def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the helix flags; an ``extra_args_provider`` of Megatron's parser."""
-    group = parser.add_argument_group(title="helix")
-    group.add_argument(
-        "--helix-m",
-        type=int,
-        metavar="M",
-        help="Segments every head's dimension is cut into. The tensor-parallel size is M * N.",
-    )
-    group.add_argument(
-        "--helix-n",
-        type=_count_or_auto,
-        metavar="N",
-        help="Head groups the attention heads are cut into. With --tensor-model-parallel-size, one"
-        " of M and N follows from the other; auto takes the largest N the heads allow, and is what"
-        " --helix-exchange, --helix-split or --helix-gather mean without M and N.",
-    )
-    group.add_argument(
-        "--helix-exchange",
-        default="auto",
-        help=f"What moves over the M segments of a head: {', '.join(strategy.EXCHANGES)}. auto"
-        " takes what sends the fewest bytes.",
-    )
-    group.add_argument(
-        "--helix-split",
-        default="auto",
-        help=f"Which tokens a rank attends for: {', '.join(strategy.SPLITS)}.",
-    )
-    group.add_argument(
-        "--helix-gather",
-        default=strategy.GATHERS[0],
-        help=f"How often the exchange weights gathers a weight: {', '.join(strategy.GATHERS)}."
-        " step keeps the gathered weights of a step over its micro-batches, 1/N of all weights.",
-    )
-    group.add_argument(
-        "--helix-core-attention",
-        default=CORE_ATTENTIONS[0],
-        help=f"What computes softmax(QK)V: {', '.join(CORE_ATTENTIONS)}. spec is that of the layer"
-        " spec, TransformerEngine's or the local one; flex is torch's FlexAttention, which keeps"
-        " scores out of memory at any head dimension. Works without M and N as well.",
-    )
-    group.add_argument(
-        "--helix-device",
-        default="auto",
-        help=f"{', '.join(DEVICES)}. auto is cuda; cpu runs Megatron on gloo ranks and fills in the"
-        " flags a CPU needs.",
-    )
-    group.add_argument(
-        "--helix-metrics",
-        type=Path,
-        metavar="DIR",
-        help="Write one JSON line a step and rank to DIR: loss, gradient norm, times, traffic.",
-    )
-    group.add_argument(
-        "--helix-phase",
-        default=PHASES[0],
-        help=f"What a step is: {', '.join(PHASES)}. prefill is the forward pass alone; needs"
-        " --helix-metrics.",
-    )
-    group.add_argument(
-        "--helix-profile",
-        action="store_true",
-        help="Run the last step under torch's profiler, for --helix-metrics.",
-    )
-    return parser
 
 
 def wants_helix(args: argparse.Namespace) -> bool:
@@ -337,7 +267,3 @@ def _helix_flags(args: argparse.Namespace, argv: Sequence[str], world_size: int)
         # Megatron's default keeps optimizer state in the order of a rank's memory.
         implied.append("--dist-ckpt-optim-fully-reshardable")
     return implied
-
-
-def _count_or_auto(word: str) -> int | str:
-    return word if word == "auto" else int(word)

@@ -1,13 +1,14 @@
 """Refusals at start of what cannot run beside helix, and the table of all features as a page.
 
 The one source of ``docs/compatibility.md`` (``python -m megatron_helix.compatibility``) and of the
-refusals is :mod:`megatron_helix.features`. A test runs every refusal and looks every named test up,
-so that the table cannot say more than the code does.
+refusals are :mod:`megatron_helix.features` and :mod:`megatron_helix.refusals`. A test runs every
+refusal and looks every named test up, so that the table cannot say more than the code does.
 """
 
 from collections.abc import Mapping
 
-from megatron_helix.features import REFUSED, REFUSED_BY_LAYER, WORKS, Refused
+from megatron_helix.features import WORKS
+from megatron_helix.refusals import REFUSED, REFUSED_BY_LAYER, Refused
 
 
 def require_compatible(given: Mapping[str, str | None]) -> None:

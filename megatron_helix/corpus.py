@@ -75,6 +75,40 @@ def build(sources: Sequence[Path], prefix: Path, *, pattern: str = "*") -> Summa
     return Summary(documents=documents, tokens=tokens)
 
 
+def require_dataset(prefix: Path, field: str) -> None:
+    """Check that a dataset is there, and of bytes: vocabulary and tokens would not fit else.
+
+    Args:
+        prefix: path of the dataset without suffix.
+        field: what named it, for the error.
+
+    Raises:
+        ValueError: when a file of it is missing, or its tokens are not bytes.
+    """
+    for file in dataset_files(prefix):
+        if not file.exists():
+            raise ValueError(
+                f"{field}: must be the prefix of a dataset of text, got {prefix}, and {file} does"
+                f" not exist; make it with `helix data FILES --out {prefix}`"
+            )
+    if not _is_of_bytes(dataset_files(prefix)[1]):
+        raise ValueError(
+            f"{field}: must be a dataset of bytes, of which experiments train, got {prefix}, whose"
+            f" tokens are larger; make it with `helix data FILES --out {prefix}`"
+        )
+
+
+def dataset_files(prefix: Path) -> list[Path]:
+    """What a dataset consists of."""
+    return [prefix.with_name(prefix.name + suffix) for suffix in (".bin", ".idx")]
+
+
+def _is_of_bytes(index: Path) -> bool:
+    """What the header says: 9 bytes of magic, 8 of version, and Megatron's ``DType.uint8``, 1."""
+    with index.open("rb") as file:
+        return file.read(18)[17:] == b"\1"
+
+
 def _files(sources: Sequence[Path], pattern: str) -> Iterator[Path]:
     for source in sources:
         if source.is_dir():

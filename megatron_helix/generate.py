@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_helix import arguments, compat, pretrain_gpt
 from megatron_helix.exchange.strategy import Choice, cache_split
+from megatron_helix.flags import add_helix_arguments
 from megatron_helix.inference import saved_model
 from megatron_helix.inference.requests import Request, tokenizer_of
 
@@ -85,7 +86,7 @@ def prepare(
 
 def _require_split(saved: argparse.Namespace, flags: Sequence[str], batch: int) -> None:
     """Refuse a cache split or an exchange that a micro-batch of ``batch`` prompts cannot have."""
-    parser = arguments.add_helix_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    parser = add_helix_arguments(argparse.ArgumentParser(allow_abbrev=False))
     parser.add_argument("--sequence-parallel", action="store_true")
     asked = parser.parse_known_args(list(flags))[0]
     if not asked.helix_m or not asked.helix_n or asked.helix_m == 1:

@@ -18,12 +18,18 @@ def sequence_parallel_norm(
     tensor-parallel ranks. This one sets the mark; it is Megatron's own rule, not a new one.
 
     Raises:
-        ValueError: for a normalization torch has no module of.
+        ValueError: for a normalization torch has no module of, and weights around zero.
     """
     if config.normalization not in _NORMS:
         raise ValueError(
             f"--normalization: the local transformer implementation has {sorted(_NORMS)}, got"
             f" {config.normalization}; use --transformer-impl transformer_engine"
+        )
+    if config.layernorm_zero_centered_gamma:
+        raise ValueError(
+            "--apply-layernorm-1p: torch's norms, of the local transformer implementation, have no"
+            " weights around zero, got it; leave it away, or use --transformer-impl"
+            " transformer_engine"
         )
     norm = _NORMS[config.normalization](hidden_size, eps=eps)
     for parameter in norm.parameters():

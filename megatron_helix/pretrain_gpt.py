@@ -1,6 +1,6 @@
 """``torchrun -m megatron_helix.pretrain_gpt``: Megatron's training loop with the helix flags.
 
-Takes every flag of Megatron-LM's ``pretrain_gpt.py`` and those of :mod:`megatron_helix.arguments`.
+Takes every flag of Megatron-LM's ``pretrain_gpt.py`` and those of :mod:`megatron_helix.flags`.
 Without ``--helix-m`` and ``--helix-n`` it is stock Megatron: that is how baselines run.
 """
 
@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_helix import arguments, compat
+from megatron_helix.flags import add_helix_arguments
 
 Provider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 
@@ -97,7 +98,7 @@ def flags_beside(other: Provider | None = None) -> Provider:
     """An ``extra_args_provider`` of Megatron's parser: the helix flags, after another's flags."""
 
     def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        return arguments.add_helix_arguments(other(parser) if other else parser)
+        return add_helix_arguments(other(parser) if other else parser)
 
     return provider
 

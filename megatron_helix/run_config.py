@@ -93,6 +93,13 @@ class LayoutConfig(Config):
     def _stock_or_helix(self) -> "LayoutConfig":
         if (self.tp is None) == (self.m is None) or (self.m is None) != (self.n is None):
             raise ValueError("needs either tp (a stock layout) or both m and n (a helix layout)")
+        if self.tp is not None:
+            for key in ("exchange", "split", "gather"):
+                if (value := getattr(self, key)) is not None:
+                    raise ValueError(
+                        f"{key}: must be left out of a stock layout (tp), got {value}; say m and n"
+                        " instead of tp for a helix layout"
+                    )
         return self
 
     @property
@@ -161,13 +168,16 @@ def validated[T: Config](kind: type[T], document: dict[str, Any], path: Path) ->
     try:
         return kind.model_validate(document)
     except ValidationError as error:
-        lines = [
-            f"{path}: {'.'.join(map(str, item['loc']))}: {item['msg']}, got {item['input']!r}"
-            if item["loc"]
-            else f"{path}: {item['msg'].removeprefix('Value error, ')}"
-            for item in error.errors()
-        ]
-        raise ValueError("\n".join(lines)) from None
+        raise ValueError("\n".join(f"{path}: {_said(item)}" for item in error.errors())) from None
+
+
+def _said(error: Any) -> str:
+    """One error of pydantic's. One of our own says what was given, one of its does not."""
+    place = ".".join(map(str, error["loc"]))
+    if error["type"] == "value_error":
+        said = error["msg"].removeprefix("Value error, ")
+        return f"{place}: {said}" if place else said
+    return f"{place}: {error['msg']}, got {error['input']!r}"
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_helix import arguments, compatibility
-from megatron_helix.features import REFUSED, REFUSED_BY_LAYER, WORKS, Refused, RefusedByLayer, Works
+from megatron_helix.features import WORKS, Works
 from megatron_helix.layer_spec import helixify
+from megatron_helix.refusals import REFUSED, REFUSED_BY_LAYER, Refused, RefusedByLayer
 from tests import block_case
 from tests.distributed import model_parallel, run_distributed, tiny_gpt
 

@@ -8,12 +8,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import typer
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from rich.console import Console
 from typer.testing import CliRunner
 
-from megatron_helix import cli, pretrain_gpt
+from megatron_helix import cli, corpus, pretrain_gpt
 from megatron_helix.commands import experiment as commands
 from megatron_helix.experiment import (
     comparison,
@@ -505,6 +508,11 @@ def test_what_this_machine_has_not_is_named_before_anything_is_made(
         ({"device": "cuda"}, "launcher.kind: must be torchrun or slurm on cuda, got fork"),
         ({"launcher": {"kind": "slurm", "nodes": 3}}, "launcher.nodes: must divide world_size"),
         ({"launcher": {"kind": "fork", "nodes": 2}}, "launcher.nodes: must be 1 with fork"),
+        (
+            {"layouts": [{**DOCUMENT["layouts"][0], "exchange": "weights"}]},
+            r"layouts.0: exchange: must be left out of a stock layout \(tp\), got weights; say m",
+        ),
+        ({"data": "own"}, "data: must be the prefix of a dataset .*own.bin does not exist; make"),
         ({"color": "red"}, "color: Extra inputs are not permitted, got 'red'"),
         ({"batch": {"sequences": 0, "sequence_length": 8}}, "batch.sequences: Input should be"),
     ],
@@ -516,6 +524,33 @@ def test_a_bad_file_is_named_with_the_path_of_the_key(
     path.write_text(json.dumps({**DOCUMENT, **changed}))  # JSON is YAML
     with pytest.raises(ValueError, match=f"bad.yaml: {said}"):
         config.load(path)
+
+
+def test_own_text_lies_beside_the_results_and_a_change_of_it_is_seen(tmp_path: Path) -> None:
+    text, prefix, out = tmp_path / "text.txt", tmp_path / "own" / "text", tmp_path / "out"
+    file = tmp_path / "own.yaml"
+    file.write_text(json.dumps({**DOCUMENT, "data": "own/text"}))
+
+    def prepared(words: str) -> tuple[list[str], bytes]:
+        text.write_text(words)
+        corpus.build([text], prefix)
+        states: list[str] = []
+        nodes = workflow.nodes(config.load(file), out)
+        values = dag.run(nodes[:1], out, lambda name, state: states.append(state))
+        path = out / values["input_preparation"]["prefix"]
+        return states, path.with_suffix(".bin").read_bytes()
+
+    assert prepared("one") == (["started", "done"], b"one\0")
+    assert prepared("one") == (["kept"], b"one\0")
+    assert prepared("two") == (["started", "done"], b"two\0")
+
+
+def test_text_in_larger_tokens_than_bytes_is_refused(tmp_path: Path) -> None:
+    builder = IndexedDatasetBuilder(str(tmp_path / "words.bin"), dtype=np.uint16)
+    builder.add_document(torch.tensor([1, 300]), [2])
+    builder.finalize(str(tmp_path / "words.idx"))
+    with pytest.raises(ValueError, match=r"data: must be a dataset of bytes, .*words, whose"):
+        corpus.require_dataset(tmp_path / "words", "data")
 
 
 def test_torchrun_runs_the_same_training(finished: tuple[Path, Values], tmp_path: Path) -> None:

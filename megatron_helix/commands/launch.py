@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -41,4 +42,5 @@ def launch(
         return
     # Megatron insists on it before Blackwell: communication then starts in the order it is issued.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    os.execvp(words[0], words)
+    # torchrun's module: its script may lie in no folder of PATH.
+    os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", *words[1:]])

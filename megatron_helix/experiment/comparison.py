@@ -41,7 +41,7 @@ def pairs(first: Path, second: Path) -> list[Pair]:
     if [*a["data"].values()] != [*b["data"].values()]:
         raise ValueError(
             f"compare: the data of {first} and {second} must be equal, and differ; run both with"
-            " the same Python, whose library it is"
+            " the same `data`, or, where none is named, the same Python, whose library it is"
         )
     others = {result["name"]: result for result in b["results"]}
     found = [(one, others[one["name"]]) for one in a["results"] if one["name"] in others]

@@ -9,6 +9,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from megatron_helix import corpus
 from megatron_helix.planner.hardware import Hardware
 from megatron_helix.run_config import (
     BatchConfig,
@@ -110,6 +111,7 @@ class ExperimentConfig(Config):
     """Layouts of one or more models side by side; the first layout is the baseline.
 
     Attributes:
+        data: prefix of a dataset that ``helix data`` made; null is Python's standard library.
         decode: what the phase ``decode`` serves.
         precision: of the runs that are compared.
         hardware: what to predict the runs for, beside measuring them; null predicts nothing.
@@ -121,6 +123,7 @@ class ExperimentConfig(Config):
     layouts: list[LayoutConfig] = Field(min_length=1)
     world_size: PositiveInt
     batch: BatchConfig
+    data: Path | None = None
     phases: list[Phase] = Field(default=["train"], min_length=1)
     decode: DecodeConfig | None = None
     steps: PositiveInt
@@ -221,7 +224,7 @@ class ExperimentConfig(Config):
 def load(path: Path, hardware: Path | None = None) -> ExperimentConfig:
     """Read an experiment file.
 
-    Models and hardware may be given by the path of their file, relative to it.
+    Models and hardware may be given by the path of their file, relative to it, as the data is.
 
     Args:
         path: of the file.
@@ -240,4 +243,7 @@ def load(path: Path, hardware: Path | None = None) -> ExperimentConfig:
         document["hardware"] = read_mapping(hardware)
     elif isinstance(document.get("hardware"), str):
         document["hardware"] = read_mapping(path.parent / document["hardware"])
+    if isinstance(document.get("data"), str):
+        document["data"] = path.parent / document["data"]
+        corpus.require_dataset(document["data"], f"{path}: data")
     return validated(ExperimentConfig, document, path)

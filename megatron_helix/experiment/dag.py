@@ -100,7 +100,7 @@ def run(
         else:
             notify(name, "started")
             made = node.action({need: record["value"] for need, record in needed.items()})
-            files = {str(path.relative_to(folder)): _seen(path) for path in made.files}
+            files = {str(path.relative_to(folder)): seen(path) for path in made.files}
             # Through JSON once, so that a value is the same now and when it is read again.
             record = json.loads(
                 json.dumps({"node": name, "key": key, "value": made.value, "files": files})
@@ -158,8 +158,8 @@ def _write(path: Path, record: dict[str, Any]) -> None:
     unfinished.replace(path)
 
 
-def _seen(path: Path) -> list[Any]:
-    """Size and hash of a file."""
+def seen(path: Path) -> list[Any]:
+    """Size and hash of a file; of a large one without the hash."""
     size = path.stat().st_size
     if size > _HASHED_BYTES:
         return [size, None]
@@ -168,5 +168,5 @@ def _seen(path: Path) -> list[Any]:
 
 def _files_stand(folder: Path, files: dict[str, list[Any]]) -> bool:
     return all(
-        (folder / name).exists() and _seen(folder / name) == seen for name, seen in files.items()
+        (folder / name).exists() and seen(folder / name) == then for name, then in files.items()
     )

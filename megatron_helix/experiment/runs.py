@@ -3,6 +3,7 @@
 Also what all runs of a model start from: the text, and one checkpoint of initial weights.
 """
 
+import shutil
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,18 @@ def checks(experiment: ExperimentConfig) -> list[Run]:
         for precision in ("fp32", "fp16")
         if (model.name, layout.name, precision) not in present
     ]
+
+
+def dataset(experiment: ExperimentConfig, out: Path, console: Console) -> Path:
+    """The experiment's data, beside its results: a copy of its own, or :func:`corpus_dataset`."""
+    if experiment.data is None:
+        return corpus_dataset(out, console)
+    prefix = out / "data" / experiment.data.name
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    files = zip(corpus.dataset_files(experiment.data), corpus.dataset_files(prefix), strict=True)
+    for source, file in files:
+        shutil.copyfile(source, file)
+    return prefix
 
 
 def corpus_dataset(out: Path, console: Console) -> Path:

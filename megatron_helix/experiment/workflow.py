@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
+from megatron_helix import corpus
 from megatron_helix.experiment import (
     dag,
     decode,
@@ -26,7 +27,7 @@ from megatron_helix.experiment import (
     source,
 )
 from megatron_helix.experiment.config import ExperimentConfig
-from megatron_helix.experiment.dag import Made, Node
+from megatron_helix.experiment.dag import Made, Node, seen
 from megatron_helix.experiment.runs import Run
 
 COMPONENTS = (
@@ -92,7 +93,7 @@ def nodes(
     made = [
         Node(
             name="input_preparation",
-            inputs=experiment.batch.model_dump(),
+            inputs=[experiment.batch.model_dump(), _data(experiment)],
             action=partial(_input, experiment, out, console),
         )
     ]
@@ -133,6 +134,13 @@ def nodes(
             needs=("result_collection", "deployment_verification"),
         ),
     ]
+
+
+def _data(experiment: ExperimentConfig) -> list[list[Any]]:
+    """What the dataset's files hold, wherever they lie."""
+    if experiment.data is None:
+        return []
+    return [seen(file) for file in corpus.dataset_files(experiment.data)]
 
 
 def _run_nodes(
@@ -178,15 +186,14 @@ def _run_nodes(
 def _input(
     experiment: ExperimentConfig, out: Path, console: Console, values: dict[str, Any]
 ) -> Made:
-    prefix = runs.corpus_dataset(out, console)
-    files = [prefix.with_suffix(suffix) for suffix in (".bin", ".idx")]
+    prefix = runs.dataset(experiment, out, console)
     return Made(
         value={
             "prefix": str(prefix.relative_to(out)),
             "sequences": experiment.batch.sequences,
             "sequence_length": experiment.batch.sequence_length,
         },
-        files=files,
+        files=corpus.dataset_files(prefix),
     )
 
 

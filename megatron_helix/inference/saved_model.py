@@ -119,12 +119,13 @@ def load(flags: list[str]) -> tuple[Any, argparse.Namespace]:
     from megatron.training.initialize import initialize_megatron
 
     from megatron_helix import arguments, compat, plugin
+    from megatron_helix.flags import add_helix_arguments
 
     compat.use_compiled_dataset_helpers()
     if arguments.want_helix(flags):
         compat.relax_head_check()
     sys.argv = [sys.argv[0], *flags]  # Megatron's parser reads it there
-    args = parse_and_validate_args(extra_args_provider=arguments.add_helix_arguments)
+    args = parse_and_validate_args(extra_args_provider=add_helix_arguments)
     initialize_megatron()
     model_config = plugin.enable(args, gpt_config_from_args(args))
     container = pretrain_cfg_container_from_args(args, model_config)
