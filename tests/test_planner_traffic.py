@@ -44,6 +44,7 @@ CASES = [
     ("dense", 4, {"tp": 2, "micro_batch": 4}),
     ("dense", 8, {"tp": 2, "pp": 2, "micro_batch": 4, "distributed_optimizer": True}),
     ("dense", 4, {**CUT, "exchange": "activations", "split": "batch"}),
+    ("dense", 4, {**CUT, "m": 1, "n": 4, "exchange": "activations", "split": "batch"}),
     ("gqa", 4, {**CUT, "exchange": "activations", "split": "sequence"}),
     ("dense", 4, {**CUT, "exchange": "scores"}),
     ("dense", 4, {**WEIGHTS}),
@@ -52,6 +53,7 @@ CASES = [
     ("dense", 4, {**WIDE, "m": 4, "n": 1, "gather": "step"}),
     ("dense", 4, {**WEIGHTS, "m": 1, "n": 4}),
     ("dense", 8, {**WIDE, "pp": 2}),
+    ("gqa", 8, {**WIDE, "pp": 2, "split": "sequence", "gather": "step"}),
     ("dense", 8, {**WIDE, "distributed_optimizer": True}),
     ("dense", 4, {**WEIGHTS, "m": 4, "n": 1, "split": "sequence", "micro_batch": 2}),
     ("swiglu", 4, {**CUT, "m": 4, "n": 1, "exchange": "activations", "split": "batch"}),
@@ -62,6 +64,7 @@ CASES = [
     ("moe", 8, {"tp": 4, "ep": 2, "etp": 2, "micro_batch": 4, "distributed_optimizer": True}),
     ("moe", 4, {"tp": 2, "etp": 2, "micro_batch": 4}),
     ("moe", 4, {**WIDE, "ep": 4}),
+    ("moe", 8, {**WIDE, "ep": 4, "gather": "step", "distributed_optimizer": True}),
 ]
 Sent = dict[tuple[str, str], float]
 
