@@ -168,7 +168,8 @@ def validated[T: Config](kind: type[T], document: dict[str, Any], path: Path) ->
     try:
         return kind.model_validate(document)
     except ValidationError as error:
-        raise ValueError("\n".join(f"{path}: {_said(item)}" for item in error.errors())) from None
+        lines = [f"{path}: {_said(item)}" for item in error.errors()]
+        raise ValueError("\n".join(lines)) from None
 
 
 def _said(error: Any) -> str:
