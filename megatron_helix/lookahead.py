@@ -5,7 +5,7 @@ through the layers, and back. A gather is begun early only where the next use is
 that nobody waits for is traffic for nothing. Under recompute a layer is run forward in the middle
 of the backward pass, so nothing is begun across the border of a layer there.
 
-Tested on gloo ranks that are told to begin early; not run over NCCL yet.
+Tested on gloo ranks that are told to begin early; over NCCL it ran on two H100 (docs/log.md).
 """
 
 from dataclasses import dataclass

@@ -3,7 +3,7 @@
 TransformerEngine's functional GEMM on a GPU where it is installed, torch's elsewhere: the products
 are then those of the TransformerEngine linears that the gathered ones stand in for.
 
-The TransformerEngine branch ran on one H100, four ranks over gloo, in fp16; not over NCCL yet.
+The TransformerEngine branch ran in fp16 on one H100, four ranks over gloo, and on two over NCCL.
 """
 
 from functools import cache
