@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron_helix import launch, pretrain_gpt
 from megatron_helix.experiment import metrics
 
-TIMEOUT_S = 60.0  # of one distributed test; a hang becomes a failure instead of a stuck suite
+TIMEOUT_S = 180.0  # of one distributed test; a hang becomes a failure instead of a stuck suite
 LOG_TAIL_LINES = 40
 
 
