@@ -8,6 +8,7 @@ own: in ``parallel_state`` (module attribute ``_HELIX_GROUPS``) and, per model, 
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -59,16 +60,23 @@ def carve(layout: HelixLayout, tp_group: dist.ProcessGroup) -> HelixGroups:
         )
     global_ranks = dist.get_process_group_ranks(tp_group)
 
-    def group(ranks: list[int], name: str) -> dist.ProcessGroup:
+    def group(ranks: list[int], name: str, options: Any = None) -> dist.ProcessGroup:
         return parallel_state.create_group(
             [global_ranks[rank] for rank in ranks],
+            pg_options=options,
             use_local_synchronization=True,
             group_desc=name,
         )
 
+    # Weights are gathered beside a GEMM that can start at the same moment; the gather should get
+    # its few SMs first, or it waits for the GEMM to end.
+    urgent = {"HELIX_DIM_GROUP": {"is_high_priority_stream": True}}
+    on_nccl = dist.get_backend(tp_group) == "nccl"
+    options = parallel_state.get_nccl_options("HELIX_DIM_GROUP", urgent) if on_nccl else None
+
     return HelixGroups(
         tp=tp_group,
-        dim=group(layout.dim_group(tp_group.rank()), "HELIX_DIM_GROUP"),
+        dim=group(layout.dim_group(tp_group.rank()), "HELIX_DIM_GROUP", options),
         head=group(layout.head_group(tp_group.rank()), "HELIX_HEAD_GROUP"),
     )
 

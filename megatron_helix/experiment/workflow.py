@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from megatron_helix import corpus
+from megatron_helix import __version__, corpus
 from megatron_helix.experiment import (
     dag,
     decode,
@@ -87,8 +87,8 @@ def nodes(
 ) -> list[Node]:
     """The graph of ``experiment``, in the order of its components."""
     console = console or Console(quiet=True)
-    software = {name: version(name) for name in ("torch", "megatron-core", "megatron-helix")}
-    ran = {**software, "source": source.of_runs()}
+    software = {name: version(name) for name in ("torch", "megatron-core")}
+    ran = {**software, "megatron-helix": __version__, "source": source.of_runs()}
     compared, checks = runs.compared(experiment), runs.checks(experiment)
     made = [
         Node(
