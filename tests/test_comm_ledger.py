@@ -1,15 +1,16 @@
 """The ledger counts what the closed forms of its docstring say, and changes nothing else."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _coalescing_manager
 
 from megatron_helix.recording import profile
-from megatron_helix.recording.comm_ledger import Call, CommLedger, Traffic, install
+from megatron_helix.recording.comm_ledger import Call, CommLedger, HostClock, Traffic, install
 from tests.distributed import run_distributed
 
 P = 4  # ranks
@@ -180,6 +181,38 @@ def test_waiting_for_an_asynchronous_result_counts_as_time() -> None:
     # The others entered together, after the group was made, and could not be done before rank 0.
     assert all(total > in_call for _, in_call, total in results)
     assert max(total for _, _, total in results[1:]) > late_s / 2
+
+
+def test_calls_that_start_as_one_share_their_wait() -> None:
+    """As NCCL starts a pipeline's sends and receives; torch's fake backend can, gloo cannot."""
+
+    class Told(HostClock):
+        """What is said to have passed."""
+
+        seconds = 0.0
+
+        def stop(self, start: float, calls: Sequence[Call]) -> None:
+            super().stop(time.perf_counter() - self.seconds, calls)
+
+    def coalesced() -> list[Call]:
+        group = dist.new_group(backend="fake", group_desc=AXIS)
+        to, of = (group.rank() + 1) % P, (group.rank() - 1) % P
+        clock = Told()
+        ledger = CommLedger(clock)
+        uninstall = install(ledger)
+        with _coalescing_manager(group, torch.device("cpu"), async_ops=True) as together:
+            dist.isend(torch.ones(N), to, group)
+            dist.irecv(torch.ones(N), of, group)
+        clock.seconds = 1.0
+        together.wait()
+        clock.seconds = 0.0
+        dist.send(torch.ones(N), to, group)
+        uninstall()
+        return ledger.take_calls()
+
+    for calls in run_distributed(coalesced, P):
+        assert [call.kind for call in calls] == ["send", "recv", "send"]
+        assert [call.time_s for call in calls] == pytest.approx([0.5, 0.5, 0.0], abs=0.01)
 
 
 def test_take_starts_again_and_uninstall_restores() -> None:

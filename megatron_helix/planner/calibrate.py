@@ -4,8 +4,8 @@ On CPUs :func:`on_cpu` forks gloo ranks. On GPUs each rank is one of torchrun's:
 
     torchrun --nproc-per-node 8 -m megatron_helix.planner.calibrate --out hardware.yaml
 
-which measures with NCCL, by the same code with events of CUDA for a clock. It has been run on two H200
-of one host (``configs/hardware/h200_2.yaml``), not on several hosts.
+which measures with NCCL, by the same code with events of CUDA for a clock. It has been run on two
+H200 of one host (``configs/hardware/h200_2.yaml``), not on several hosts.
 
 Each collective is timed at a small and a large size, among the ranks of a node and, where there are
 several nodes, among all. With the alpha-beta model of

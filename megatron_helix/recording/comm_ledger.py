@@ -20,7 +20,8 @@ theory, practice, and experience" (2007), the lower bounds of table I.
 Time is how long a rank is held up: inside the call and in waiting for its result, for the transfer
 and for slower ranks alike. On the CPU the wall clock says so. On a GPU calls return at once, so
 events on the stream that computes stand around the call and around the wait: what passes between
-them is the *exposed* time, and communication that computation hides counts nothing.
+them is the *exposed* time, and communication that computation hides counts nothing. Calls that NCCL
+starts as one (a pipeline's sends and receives) have one wait, which they share equally.
 
 Every call keeps a number that is the same on all ranks of its group. The rank that comes last does
 not wait, so the shortest time of a call over its ranks is the transfer, and what a rank has above
@@ -29,7 +30,7 @@ it is waiting (see :mod:`megatron_helix.experiment.metrics`). No clocks are comp
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,9 +79,9 @@ class HostClock:
         """A moment."""
         return time.perf_counter()
 
-    def stop(self, start: float, call: Call) -> None:
-        """Add the time since ``start`` to the call."""
-        call.time_s += time.perf_counter() - start
+    def stop(self, start: float, calls: Sequence[Call]) -> None:
+        """Add the time since ``start`` to the calls, in equal shares."""
+        _share_out(time.perf_counter() - start, calls)
 
     def settle(self) -> None:
         """Every time is known already."""
@@ -90,7 +91,7 @@ class HostClock:
 class StreamClock:
     """Time that the current stream of the GPU is held up: exposed communication."""
 
-    pending: list[tuple[Any, Any, Call]] = field(default_factory=list)
+    pending: list[tuple[Any, Any, Sequence[Call]]] = field(default_factory=list)
 
     def start(self) -> Any:
         """A moment in the stream's order of work."""
@@ -98,16 +99,21 @@ class StreamClock:
         event.record()
         return event
 
-    def stop(self, start: Any, call: Call) -> None:
+    def stop(self, start: Any, calls: Sequence[Call]) -> None:
         """Remember what lies between ``start`` and now; known once the GPU has come here."""
-        self.pending.append((start, self.start(), call))
+        self.pending.append((start, self.start(), calls))
 
     def settle(self) -> None:
         """Wait for the GPU and add up."""
         torch.cuda.synchronize()
-        for start, end, call in self.pending:
-            call.time_s += start.elapsed_time(end) / 1e3
+        for start, end, calls in self.pending:
+            _share_out(start.elapsed_time(end) / 1e3, calls)
         self.pending.clear()
+
+
+def _share_out(seconds: float, calls: Sequence[Call]) -> None:
+    for call in calls:
+        call.time_s += seconds / len(calls)
 
 
 class CommLedger:
@@ -198,17 +204,17 @@ _METHODS: dict[str, tuple[str, int, _Share]] = {
 class _TimedWork:
     """A ``Work`` whose waiting counts. Everything else is the work's own."""
 
-    __slots__ = ("_call", "_clock", "_work")
+    __slots__ = ("_calls", "_clock", "_work")
 
-    def __init__(self, work: Any, call: Call, clock: HostClock | StreamClock):
-        self._work, self._call, self._clock = work, call, clock
+    def __init__(self, work: Any, calls: Sequence[Call], clock: HostClock | StreamClock):
+        self._work, self._calls, self._clock = work, calls, clock
 
     def wait(self, *args: Any) -> Any:
         start = self._clock.start()
         try:
             return self._work.wait(*args)
         finally:
-            self._clock.stop(start, self._call)
+            self._clock.stop(start, self._calls)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._work, name)
@@ -222,10 +228,15 @@ def install(ledger: CommLedger) -> Callable[[], None]:
     """
     present = vars(dist.ProcessGroup)
     # From the class's own dict: what getattr gives would not bind to an object when put back.
-    originals = {name: present[name] for name in _METHODS if name in present}
+    originals = {name: present[name] for name in (*_METHODS, *_COALESCING) if name in present}
+    begun: dict[str, int] = {}
     for name in originals:
-        counted = _counted(getattr(dist.ProcessGroup, name), *_METHODS[name], ledger)
-        setattr(dist.ProcessGroup, name, counted)
+        method = getattr(dist.ProcessGroup, name)
+        if name in _COALESCING:
+            wrapped = _COALESCING[name](method, ledger, begun)
+        else:
+            wrapped = _counted(method, *_METHODS[name], ledger)
+        setattr(dist.ProcessGroup, name, wrapped)
 
     def uninstall() -> None:
         for name, original in originals.items():
@@ -245,10 +256,37 @@ def _counted(original: Any, kind: str, which: int, share: _Share, ledger: CommLe
             call.sent_bytes = round(share(size, nbytes)) if sends else 0
         start = ledger.clock.start()
         work = original(group, *args, **kwargs)
-        ledger.clock.stop(start, call)
-        return None if work is None else _TimedWork(work, call, ledger.clock)
+        ledger.clock.stop(start, [call])
+        return None if work is None else _TimedWork(work, [call], ledger.clock)
 
     return collective
+
+
+def _timed_together(original: Any, ledger: CommLedger, begun: dict[str, int]) -> Any:
+    """``_end_coalescing``: its work is that of all calls since ``_start_coalescing``.
+
+    NCCL starts the sends and receives of a pipeline stage as one kernel that way; the works that
+    the calls themselves gave are nobody's.
+    """
+
+    def end(group: dist.ProcessGroup, *args: Any) -> Any:
+        calls = ledger.calls[begun.pop(group.group_name, len(ledger.calls)) :]
+        start = ledger.clock.start()
+        work = original(group, *args)
+        ledger.clock.stop(start, calls)
+        return None if work is None else _TimedWork(work, calls, ledger.clock)
+
+    return end
+
+
+def _marked(original: Any, ledger: CommLedger, begun: dict[str, int]) -> Any:
+    """``_start_coalescing``, which remembers how many calls there were before."""
+
+    def start(group: dist.ProcessGroup, *args: Any) -> Any:
+        begun[group.group_name] = len(ledger.calls)
+        return original(group, *args)
+
+    return start
 
 
 def _channel(group: dist.ProcessGroup, kind: str, args: tuple[Any, ...]) -> str:
@@ -259,6 +297,8 @@ def _channel(group: dist.ProcessGroup, kind: str, args: tuple[Any, ...]) -> str:
         return f"{group.group_name}:{args[1]}>{group.rank()}"
     return group.group_name
 
+
+_COALESCING = {"_start_coalescing": _marked, "_end_coalescing": _timed_together}
 
 # Rooted collectives: whether it is the root that sends, or all the others.
 _ROOT_SENDS = {"broadcast": True, "scatter": True, "reduce": False, "gather": False}
