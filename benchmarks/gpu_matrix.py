@@ -26,8 +26,9 @@ from matrix_turns import LAUNCHER, Bench, Device, layouts
 from rich.console import Console
 
 from megatron_helix.experiment import runs
-from megatron_helix.experiment.config import DecodeConfig, ExperimentConfig, Precision
+from megatron_helix.experiment.config import DecodeConfig, ExperimentConfig
 from megatron_helix.experiment.execution import commit
+from megatron_helix.planner.deployment import Precision
 from megatron_helix.planner.hardware import Hardware
 from megatron_helix.run_config import BatchConfig, ModelConfig, read_config
 

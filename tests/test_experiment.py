@@ -443,7 +443,7 @@ def test_the_deployment_graph_sends_what_is_predicted(layout: str) -> None:
                 axis = data.get("axis", "pp")
                 sent[axis] = sent.get(axis, 0.0) + data["bytes"] * here.microbatches
         predicted: dict[str, float] = {}
-        for moved in transfers(here, rank // 2 if here.stages == 2 else 0, element_bytes=4):
+        for moved in transfers(here, rank // 2 if here.stages == 2 else 0):
             inside = moved.what not in ("batch", "embedding", "LM head", "losses", "cross entropy")
             if moved.when == "forward" and inside and moved.sent_bytes:
                 predicted[moved.axis] = predicted.get(moved.axis, 0.0) + moved.sent_bytes

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_helix.commands.plan import _layout
 from megatron_helix.planner import flops, hardware, memory, parameters, search, traffic, update
-from megatron_helix.planner.deployment import Deployment
+from megatron_helix.planner.deployment import Deployment, Precision
 from megatron_helix.planner.hardware import Hardware
 from megatron_helix.planner.time import predict
 from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig, read_config
@@ -277,27 +277,29 @@ def test_context_parallelism_without_fused_attention_is_refused() -> None:
     assert not any(here.layout.cp > 1 for here in CANDIDATES["dense", "train"])
 
 
-@pytest.mark.parametrize(("element_bytes", "every", "step"), [(2, 10, 58), (4, 12, 44)])
-def test_what_training_moves_of_a_parameter(element_bytes: int, every: int, step: int) -> None:
+@pytest.mark.parametrize(
+    ("precision", "every", "step"), [("fp16", 6, 62), ("bf16", 10, 50), ("fp32", 12, 44)]
+)
+def test_what_training_moves_of_a_parameter(precision: Precision, every: int, step: int) -> None:
     """By Megatron's passes, on one rank: of a micro-batch's gradients, and of the optimizer."""
     layout = LayoutConfig(name="one", tp=1, micro_batch=1)
-    here = Deployment(DENSE, layout, BatchConfig(sequences=4, sequence_length=64), 1).check()
+    batch = BatchConfig(sequences=4, sequence_length=64)
+    here = Deployment(DENSE, layout, batch, 1, precision=precision).check()
     held = sum(parameters.held(here, 0))
-    assert update.accumulation_bytes(here, 0, element_bytes) == every * held
-    assert update.optimizer_bytes(here, 0, element_bytes) == step * held
+    assert update.accumulation_bytes(here, 0) == every * held
+    assert update.optimizer_bytes(here, 0) == step * held
     # Replicas average, and share out what the optimizer does.
     shared = LayoutConfig(name="two", tp=1, micro_batch=1, distributed_optimizer=True)
-    two = Deployment(DENSE, shared, here.batch, 2).check()
-    assert update.optimizer_bytes(two, 0, 2) == held * (4 + 8 + 54 / 2)
+    two = Deployment(DENSE, shared, batch, 2, precision=precision).check()
+    width = here.gradient_bytes
+    assert update.optimizer_bytes(two, 0) == held * (3 * width + (step - width) / 2)
 
 
 def test_unfused_attention_adds_up_and_is_slower_by_scores() -> None:
     """A head dimension that a fused kernel takes saves the passes over the scores."""
     layout = LayoutConfig(name="one", tp=8, pp=2, micro_batch=4)
-    here = Deployment(DENSE, layout, SMALL, 16).check()
-    parts = {
-        limit: flops.forward(here, 0, fused_channels=limit, element_bytes=2) for limit in (256, 512)
-    }
+    here = Deployment(DENSE, layout, SMALL, 16, precision="bf16").check()
+    parts = {limit: flops.forward(here, 0, fused_channels=limit) for limit in (256, 512)}
     unfused, fused = (
         [part for part in found if "attention" in part.what] for found in parts.values()
     )

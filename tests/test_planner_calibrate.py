@@ -23,7 +23,7 @@ def test_what_is_measured_can_be_planned_with(tmp_path: Path) -> None:
     model = read_config(ModelConfig, Path("configs/models/tiny_dense.yaml"))
     layout = LayoutConfig(name="tp2", tp=2, micro_batch=1)
     batch = BatchConfig(sequences=2, sequence_length=64)
-    one = predict(Deployment(model, layout, batch, 2).check(), machine)
+    one = predict(Deployment(model, layout, batch, 2, precision="fp32").check(), machine)
     assert one.tokens_per_s > 0
 
 

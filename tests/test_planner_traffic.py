@@ -9,7 +9,7 @@ import pytest
 from megatron_helix import corpus
 from megatron_helix.exchange import traffic
 from megatron_helix.experiment import config
-from megatron_helix.planner.deployment import VOCAB_MULTIPLE, Deployment
+from megatron_helix.planner.deployment import VOCAB_MULTIPLE, Deployment, Precision
 from megatron_helix.planner.traffic import AXES, step_bytes
 from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig
 from tests import test_decode
@@ -66,6 +66,18 @@ CASES = [
     ("moe", 4, {**WIDE, "ep": 4}),
     ("moe", 8, {**WIDE, "ep": 4, "gather": "step", "distributed_optimizer": True}),
 ]
+# Gradients are as wide as weights in fp16, and in fp32 in bf16; fp16 asks for overflows.
+HALF = [
+    ("dense", 4, {**WIDE, "m": 4, "n": 1, "gather": "step"}),
+    ("dense", 8, {"tp": 2, "pp": 2, "micro_batch": 4, "distributed_optimizer": True}),
+    ("dense", 8, {**WEIGHTS, "pp": 2}),
+    ("moe", 8, {"tp": 2, "pp": 2, "ep": 4, "micro_batch": 4}),
+    ("moe", 8, {"tp": 4, "ep": 2, "etp": 2, "micro_batch": 4, "distributed_optimizer": True}),
+]
+PRECISE = [
+    *((*case, "fp32") for case in CASES),
+    *((*case, precision) for case in HALF for precision in ("fp16", "bf16")),
+]
 Sent = dict[tuple[str, str], float]
 
 
@@ -76,6 +88,7 @@ def _run(
     world_size: int,
     prefix: Path,
     folder: Path,
+    precision: Precision = "fp32",
 ) -> list[Sent]:
     """What each rank sent in the second step, from its ledger; the first one also sets up."""
     length = str(batch.sequence_length)
@@ -87,6 +100,9 @@ def _run(
         *("--data-path", str(prefix), "--split", "100,0,0", "--num-workers", "0"),
         *("--eval-iters", "0", "--eval-interval", "1000"),
         "--no-create-attention-mask-in-dataloader",
+        *{"fp32": [], "bf16": ["--bf16"], "fp16": ["--fp16", "--initial-loss-scale", "1024"]}[
+            precision
+        ],
     ]
     pretrain(flags, world_size, folder)
     lines = [
@@ -100,25 +116,34 @@ def _run(
 
 
 def _predicted(
-    model: ModelConfig, layout: LayoutConfig, batch: BatchConfig, world_size: int
+    model: ModelConfig,
+    layout: LayoutConfig,
+    batch: BatchConfig,
+    world_size: int,
+    precision: Precision = "fp32",
 ) -> list[Sent]:
     return [
-        step_bytes(model, layout, batch, world_size=world_size, rank=rank)
+        step_bytes(model, layout, batch, world_size=world_size, rank=rank, precision=precision)
         for rank in range(world_size)
     ]
 
 
 @pytest.mark.parametrize(
-    ("model", "world_size", "layout"),
-    CASES,
+    ("model", "world_size", "layout", "precision"),
+    PRECISE,
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else str(value),
 )
 def test_a_step_sends_what_is_predicted(
-    corpus_prefix: Path, tmp_path: Path, model: str, world_size: int, layout: dict
+    corpus_prefix: Path,
+    tmp_path: Path,
+    model: str,
+    world_size: int,
+    layout: dict,
+    precision: Precision,
 ) -> None:
     cut = LayoutConfig(name="case", **layout)
-    sent = _run(MODELS[model], cut, BATCH, world_size, corpus_prefix, tmp_path)
-    assert sent == _predicted(MODELS[model], cut, BATCH, world_size)
+    sent = _run(MODELS[model], cut, BATCH, world_size, corpus_prefix, tmp_path, precision)
+    assert sent == _predicted(MODELS[model], cut, BATCH, world_size, precision)
 
 
 @pytest.mark.parametrize("layout", QUICKSTART.layouts, ids=lambda layout: layout.name)

@@ -61,7 +61,7 @@ def plan(
 
     def one(words: str) -> "Prediction":
         made = _layout(words, training_on=machine.devices if phase == "train" else 0)
-        here = Deployment(chosen, made, size, machine.devices, phase).check()
+        here = Deployment(chosen, made, size, machine.devices, phase, machine.precision).check()
         return predict(here, machine, overlap=overlap)
 
     console = Console()

@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from megatron_helix import corpus
+from megatron_helix.planner.deployment import ELEMENT_BYTES, Precision
 from megatron_helix.planner.hardware import Hardware
 from megatron_helix.run_config import (
     BatchConfig,
@@ -21,9 +22,7 @@ from megatron_helix.run_config import (
 )
 
 Phase = Literal["train", "prefill", "decode"]
-Precision = Literal["fp32", "fp16", "bf16"]
 
-ELEMENT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 FP16_ROUNDOFF = 2.0**-11  # half the distance of 1 to the next number of fp16
 
 _NAME = re.compile(r"\w[\w.-]*")

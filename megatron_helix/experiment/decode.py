@@ -16,7 +16,6 @@ import numpy as np
 
 from megatron_helix.experiment import runs
 from megatron_helix.experiment.config import (
-    ELEMENT_BYTES,
     DecodeConfig,
     ExperimentConfig,
     VerificationConfig,
@@ -42,7 +41,7 @@ def deployment(experiment: ExperimentConfig, run: Run) -> Deployment:
     request = asked(experiment)
     length = request.prompt_length + request.output_length
     batch = BatchConfig(sequences=request.sequences, sequence_length=length)
-    whole = Deployment(run.model, run.layout, batch, experiment.world_size, "decode")
+    whole = Deployment(run.model, run.layout, batch, experiment.world_size, "decode", run.precision)
     share = max(1, request.sequences // max(1, whole.batch_ranks))
     parts = run.layout.pp if share % run.layout.pp == 0 else 1
     layout = run.layout.model_copy(update={"micro_batch": share // parts})
@@ -65,7 +64,7 @@ def predicted_bytes(experiment: ExperimentConfig, run: Run, rank: int) -> dict[A
             world_size=experiment.world_size,
             rank=rank,
             phase="decode",
-            element_bytes=ELEMENT_BYTES[run.precision],
+            precision=run.precision,
         )
         for key, value in sent.items():
             sums[key] += value / len(contexts)

@@ -13,7 +13,7 @@ from typing import Any
 import networkx as nx
 
 from megatron_helix.experiment import partition
-from megatron_helix.experiment.config import ELEMENT_BYTES, ExperimentConfig
+from megatron_helix.experiment.config import ExperimentConfig
 from megatron_helix.experiment.runs import Run
 from megatron_helix.planner.deployment import Deployment
 
@@ -65,11 +65,10 @@ def build(
         precision=experiment.precision,
     )
     here = partition.deployment(experiment, run).check()
-    element = ELEMENT_BYTES[run.precision]
     places = {place["rank"]: place for place in partition.describe(experiment, run)["ranks"]}
     made = nx.DiGraph()
     chains = {
-        rank: _chain(made, here, place, element, layers or run.model.num_layers)
+        rank: _chain(made, here, place, here.element_bytes, layers or run.model.num_layers)
         for rank, place in places.items()
     }
     for rank, chain in chains.items():
@@ -77,7 +76,7 @@ def build(
             _connect(made, places[rank], chains, number, node)
         if places[rank]["stage"] and chain:
             sender = _stage_before(places[rank])
-            chunk = _chunk(here) * element
+            chunk = _chunk(here) * here.element_bytes
             made.add_edge(chains[sender][-1], chain[0], bytes=chunk)
     if not nx.is_directed_acyclic_graph(made):
         raise RuntimeError(f"the deployment of {run.name} has a cycle")
@@ -114,7 +113,7 @@ def layer_steps(here: Deployment, element: int) -> list[Step]:
     exchange, split = (here.plan.exchange, here.plan.split) if m > 1 else ("none", "none")
     gathers = exchange == "weights"
     axis, ranks = ("head", here.layout.n or 1) if gathers else ("tp", T)
-    stream = (ranks - 1) * _chunk(here) * element
+    stream = (ranks - 1) * _chunk(here) * here.element_bytes
     D, d, H, K = model.hidden_size, model.kv_channels, model.num_attention_heads, model.query_groups
     tokens = _tokens(here)
 

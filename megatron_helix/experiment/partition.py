@@ -6,7 +6,7 @@ The deployment verification holds it against what the ranks found themselves to 
 from typing import Any
 
 from megatron_helix.experiment import decode
-from megatron_helix.experiment.config import ELEMENT_BYTES, ExperimentConfig
+from megatron_helix.experiment.config import ExperimentConfig
 from megatron_helix.experiment.runs import Run
 from megatron_helix.planner.deployment import Deployment
 from megatron_helix.planner.traffic import AXES, step_bytes, transfers
@@ -17,7 +17,8 @@ def deployment(experiment: ExperimentConfig, run: Run) -> Deployment:
     if run.phase == "decode":
         return decode.deployment(experiment, run)
     # A prefill is here the forward pass of the training step, loss included: layouts compare by it.
-    return Deployment(run.model, run.layout, experiment.batch, experiment.world_size, "train")
+    size = experiment.world_size
+    return Deployment(run.model, run.layout, experiment.batch, size, "train", run.precision)
 
 
 def describe(experiment: ExperimentConfig, run: Run) -> dict[str, Any]:
@@ -50,7 +51,6 @@ def predicted_bytes(experiment: ExperimentConfig, run: Run, rank: int) -> dict[A
     """What the planner says a rank sends in one step, by (axis, kind) as the ledger names them."""
     if run.phase == "decode":
         return decode.predicted_bytes(experiment, run, rank)
-    element = ELEMENT_BYTES[run.precision]
     if run.phase == "train":
         return step_bytes(
             run.model,
@@ -58,13 +58,13 @@ def predicted_bytes(experiment: ExperimentConfig, run: Run, rank: int) -> dict[A
             experiment.batch,
             world_size=experiment.world_size,
             rank=rank,
-            element_bytes=element,
+            precision=run.precision,
         )
     here = deployment(experiment, run).check()
     stage = rank // (experiment.world_size // run.layout.pp)
     source = rank % run.layout.tensor_parallel_size == 0
     sums: dict[Any, float] = {}
-    for moved in transfers(here, stage, element_bytes=element, source=source):
+    for moved in transfers(here, stage, source=source):
         is_loss = moved.axis == "dp" and moved.what.startswith("loss")
         if moved.sent_bytes and (moved.when == "forward" or is_loss):
             key = AXES[moved.axis], moved.kind

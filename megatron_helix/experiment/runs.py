@@ -13,7 +13,8 @@ from rich.console import Console
 
 from megatron_helix import corpus
 from megatron_helix.experiment import launchers
-from megatron_helix.experiment.config import ExperimentConfig, Phase, Precision
+from megatron_helix.experiment.config import ExperimentConfig, Phase
+from megatron_helix.planner.deployment import Precision
 from megatron_helix.run_config import LayoutConfig, ModelConfig
 
 # One vocabulary for every layout: Megatron pads it to a multiple of this times the tensor-parallel

@@ -68,7 +68,6 @@ class Book:
     """The collectives that one rank of a deployment takes part in, in one step."""
 
     here: Deployment
-    element_bytes: int
     entries: list[Transfer] = field(default_factory=list)
 
     @cached_property
@@ -123,7 +122,7 @@ class Book:
         size: int | None = None,
     ) -> None:
         """Calls on a tensor of ``elements``; for every micro-batch unless ``when`` is ``step``."""
-        size = self.element_bytes if size is None else size
+        size = self.here.element_bytes if size is None else size
         calls *= 1 if when == "step" else self.here.microbatches
         one = round(elements * size * share(kind, self.groups[axis][0]))
         self.sent(what, axis, kind, when, one * calls, calls)

@@ -6,12 +6,17 @@ default order ``tp-cp-ep-dp-pp`` has it; for experts it is etp, ep, expert data,
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 from megatron_helix.exchange.strategy import Choice, cache_split, decode_plan, resolve
 from megatron_helix.exchange.traffic import BlockShape, Plan
 from megatron_helix.layout import HelixLayout, require_divides
 from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig
 
+Precision = Literal["fp32", "fp16", "bf16"]
+ELEMENT_BYTES: dict[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 2}  # weights, activations
+# Megatron adds gradients up, and sends them, in the weights' precision but for bf16.
+GRADIENT_BYTES: dict[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 4}
 PHASES = ("train", "prefill", "decode")
 VOCAB_MULTIPLE = 16  # as experiments set --make-vocab-size-divisible-by
 
@@ -37,6 +42,7 @@ class Deployment:
             sequence, and the length is that of the context in the KV cache.
         world_size: ranks.
         phase: one of :data:`PHASES`.
+        precision: of weights and activations; fp16 scales its loss.
 
     Raises:
         ValueError: from :meth:`check`.
@@ -47,6 +53,7 @@ class Deployment:
     batch: BatchConfig
     world_size: int
     phase: str = "train"
+    precision: Precision = "fp16"
 
     def check(self) -> "Deployment":
         """This deployment, if it can run.
@@ -150,6 +157,16 @@ class Deployment:
         Without sequence parallelism every rank routes all tokens: each reaches its experts T times.
         """
         return self.tp if self.sequence_parallel else 1
+
+    @property
+    def element_bytes(self) -> int:
+        """Of weights and activations."""
+        return ELEMENT_BYTES[self.precision]
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of a gradient as it is added up over micro-batches and sent."""
+        return GRADIENT_BYTES[self.precision]
 
     @property
     def layers(self) -> int:

@@ -36,16 +36,15 @@ class Work:
     memory_bytes: float
 
 
-def forward(here: Deployment, stage: int, *, fused_channels: int, element_bytes: int) -> list[Work]:
+def forward(here: Deployment, stage: int, *, fused_channels: int) -> list[Work]:
     """The parts of one micro-batch on a rank of ``stage``, forward pass.
 
     Args:
         here: the deployment.
         stage: pipeline stage.
         fused_channels: largest head dimension with fused attention.
-        element_bytes: of weights and activations.
     """
-    model, T = here.model, here.tp
+    model, T, element_bytes = here.model, here.tp, here.element_bytes
     N, D = here.tokens, model.hidden_size
     layers = here.layers
     features = (3 if model.swiglu else 2) * model.ffn_hidden_size
@@ -63,7 +62,7 @@ def forward(here: Deployment, stage: int, *, fused_channels: int, element_bytes:
             / T,
         )
     ]
-    parts += _attention(here, fused_channels, element_bytes)
+    parts += _attention(here, fused_channels)
     if copied := layers * element_bytes * _reordered(here) / T:
         parts.append(Work(what="exchange, put in order", flops=0, memory_bytes=copied))
     own = N / (here.stream_ranks if experts else T)
@@ -96,7 +95,7 @@ def forward(here: Deployment, stage: int, *, fused_channels: int, element_bytes:
     return parts
 
 
-def _attention(here: Deployment, fused_channels: int, element_bytes: int) -> list[Work]:
+def _attention(here: Deployment, fused_channels: int) -> list[Work]:
     """Core attention: one kernel where fused, causal; else two products and a softmax between.
 
     Unfused, scores are written, read for the softmax, its result written, and read. Those kernels
@@ -106,7 +105,7 @@ def _attention(here: Deployment, fused_channels: int, element_bytes: int) -> lis
     whole square. ``scores`` holds those of all tokens, in fp32; its fp32 products are counted at
     the rate of half precision, which makes it look faster than it is.
     """
-    model, T = here.model, here.tp
+    model, T, element_bytes = here.model, here.tp, here.element_bytes
     channels = model.num_attention_heads * model.kv_channels
     keys = here.batch.sequence_length
     pairs = here.tokens * keys
@@ -117,7 +116,7 @@ def _attention(here: Deployment, fused_channels: int, element_bytes: int) -> lis
         causal = 1.0 if here.phase == "decode" else 0.5
         return [Work(what="attention", flops=flops * causal, memory_bytes=moved)]
     prefix = (T + 1) / (2 * T) if here.plan.split == "sequence" and here.phase != "decode" else 1.0
-    passes = 4 * here.layers * prefix * score_bytes(here, element_bytes)
+    passes = 4 * here.layers * prefix * score_bytes(here)
     return [
         Work(what="attention, unfused: products", flops=flops * prefix, memory_bytes=moved),
         Work(what="attention, unfused: scores", flops=0, memory_bytes=passes),
@@ -129,12 +128,12 @@ def is_fused(here: Deployment, fused_channels: int) -> bool:
     return here.model.kv_channels <= fused_channels and here.plan.exchange != "scores"
 
 
-def score_bytes(here: Deployment, element_bytes: int) -> float:
+def score_bytes(here: Deployment) -> float:
     """All scores of one layer and micro-batch on a rank, ``N s H / T``; H/n under ``scores``."""
     whole = here.plan.exchange == "scores"
     pairs = here.tokens * here.batch.sequence_length
     heads = here.model.num_attention_heads / (here.cut.n if whole else here.tp)
-    return pairs * heads * (4 if whole else element_bytes)
+    return pairs * heads * (4 if whole else here.element_bytes)
 
 
 def _reordered(here: Deployment) -> float:

@@ -15,22 +15,24 @@ def gradients(book: Book, first: bool, last: bool) -> None:
         tensors, experts = tensors + experts, []
     what = "gradients"
     if not layout.distributed_optimizer:
-        book.call(what, "dp", "all_reduce", "step", sum(tensors), size=FP32)
+        book.call(what, "dp", "all_reduce", "step", sum(tensors), size=here.gradient_bytes)
     else:
         tied = here.stages > 1 and (first or last)
         table = tensors[:1] if tied else []  # a bucket of its own
         for bucket in (table, tensors[len(table) :]):
             _distributed(book, "dp", bucket)
     if experts and not layout.distributed_optimizer:
-        book.call(what, "expert_dp", "all_reduce", "step", sum(experts), size=FP32)
+        book.call(what, "expert_dp", "all_reduce", "step", sum(experts), size=here.gradient_bytes)
     elif experts:
         _distributed(book, "expert_dp", experts)
     if here.sequence_parallel:
         unsplit = parameters.sequence_parallel(here, last)
-        book.call("gradients of norms", "tp", "all_reduce", "step", unsplit, size=FP32)
+        width = here.gradient_bytes
+        book.call("gradients of norms", "tp", "all_reduce", "step", unsplit, size=width)
     if here.stages > 1 and (first or last):
         table = here.vocabulary * here.model.hidden_size / here.tp
-        book.call("gradient of the tied embedding", "embedding", "all_reduce", "step", table, 1, 4)
+        what, width = "gradient of the tied embedding", here.gradient_bytes
+        book.call(what, "embedding", "all_reduce", "step", table, size=width)
 
 
 def _distributed(book: Book, axis: str, tensors: list[int]) -> None:
@@ -40,8 +42,8 @@ def _distributed(book: Book, axis: str, tensors: list[int]) -> None:
         return
     unit = math.lcm(ranks, 128)
     padded = sum(-(-size // 64) * 64 for size in tensors)
-    shard = -(-padded // unit) * unit // ranks
-    book.call("gradients", axis, "reduce_scatter", "step", shard, size=FP32)
+    shard, width = -(-padded // unit) * unit // ranks, book.here.gradient_bytes
+    book.call("gradients", axis, "reduce_scatter", "step", shard, size=width)
     # Dense weights and experts have an optimizer each, and each of the two gathers all weights.
     gathers = 2 if book.here.model.num_experts and book.here.layout.ep > 1 else 1
     book.call("weights", axis, "all_gather", "step", shard, gathers)
@@ -53,11 +55,13 @@ def numbers(book: Book, last: bool) -> None:
     what = "loss, gradient norm"
     if last:
         book.call(what, "dp", "all_reduce", "step", 2, size=FP32)
+    scaled = here.precision == "fp16"  # each optimizer asks its ranks for overflows
+    apart = bool(here.model.num_experts) and here.layout.ep > 1  # experts have one of their own
     if here.layout.distributed_optimizer:
-        book.call(what, "optimizer", "all_reduce", "step", 1, size=FP32)
+        book.call(what, "optimizer", "all_reduce", "step", 1, 1 + scaled * (1 + apart), FP32)
         book.call(what, "model", "all_reduce", "step", 1, 2, FP32)
     else:
-        book.call(what, "model", "all_reduce", "step", 1, 3, FP32)
-        if here.model.num_experts and here.layout.ep > 1:
-            book.call(what, "expert_model", "all_reduce", "step", 1, size=FP32)
+        book.call(what, "model", "all_reduce", "step", 1, 3 + scaled, FP32)
+        if apart:
+            book.call(what, "expert_model", "all_reduce", "step", 1, 1 + scaled, FP32)
     book.call(what, "world", "all_reduce", "step", 1, size=INT32)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pydantic import Field, PositiveInt, ValidationInfo, field_validator
 
+from megatron_helix.planner.deployment import ELEMENT_BYTES, Precision
 from megatron_helix.run_config import Config, read_config
 
 _SI = {
@@ -123,6 +124,11 @@ class Hardware(Config):
         if link is None and known.get("devices", 1) > known.get("devices_per_node", 1):
             raise ValueError("must be given where devices exceed devices_per_node")
         return link
+
+    @property
+    def precision(self) -> Precision:
+        """What is planned for the machine: the precision that its figures are for."""
+        return "fp32" if self.element_bytes == ELEMENT_BYTES["fp32"] else "fp16"
 
     def scaled(self, devices: int) -> "Hardware":
         """The same nodes and links, another number of devices."""

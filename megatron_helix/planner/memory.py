@@ -5,7 +5,7 @@ Korthikanti et al., "Reducing activation recomputation in large transformer mode
 4, for the tensors a layer keeps, here without dropout and with each counted in its own width.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from megatron_helix.exchange.traffic import packed
 from megatron_helix.planner import flops, parameters
@@ -13,7 +13,7 @@ from megatron_helix.planner.deployment import Deployment
 
 MOMENT_BYTES = 8  # two, in fp32
 MASTER_BYTES = 4  # the weight in fp32, where the model's is in half precision
-GRADIENT_BYTES = 4
+WIDENED_BYTES = 4  # the gradient in fp32, where it is added up in fp16: while the optimizer works
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,7 @@ class Memory:
     activations: float
     kv_cache: float = 0.0
     gathered_weights: float = 0.0
+    widened_gradients: float = 0.0
 
     @property
     def total(self) -> float:
@@ -33,34 +34,35 @@ class Memory:
         return sum(getattr(self, field.name) for field in fields(self))
 
 
-def of_rank(here: Deployment, stage: int, *, fused_channels: int, element_bytes: int = 2) -> Memory:
-    """What a rank of ``stage`` needs.
+def of_rank(here: Deployment, stage: int, *, fused_channels: int) -> Memory:
+    """What a rank of ``stage`` needs: in the passes, or at the step's end if that is more.
 
     Args:
         here: the deployment.
         stage: pipeline stage; the first one keeps the most micro-batches.
         fused_channels: largest head dimension with fused attention.
-        element_bytes: of weights and activations.
     """
     dense, experts = parameters.held(here, stage)
     train = here.phase == "train"
     sharded = here.layout.distributed_optimizer
     split = (here.replicas, here.expert_replicas) if sharded else (1, 1)
     states = dense / split[0] + experts / split[1]
-    adam = MOMENT_BYTES + (MASTER_BYTES if element_bytes < MASTER_BYTES else 0)
+    adam = MOMENT_BYTES + (MASTER_BYTES if here.element_bytes < MASTER_BYTES else 0)
     inflight = min(here.stages - stage, here.microbatches) if train else 1
-    return Memory(
-        weights=(dense + experts) * element_bytes,
-        gradients=(dense + experts) * GRADIENT_BYTES if train else 0.0,
+    passes = Memory(
+        weights=(dense + experts) * here.element_bytes,
+        gradients=(dense + experts) * here.gradient_bytes if train else 0.0,
         optimizer=states * adam if train else 0.0,
-        activations=inflight * _kept(here, stage, fused_channels, element_bytes)
-        + _passing(here, fused_channels, element_bytes),
-        kv_cache=0.0 if train else _cache(here, element_bytes),
-        gathered_weights=_gathered(here, element_bytes, train),
+        activations=inflight * _kept(here, stage, fused_channels) + _passing(here, fused_channels),
+        kv_cache=0.0 if train else _cache(here),
+        gathered_weights=_gathered(here, train),
     )
+    widened = states * WIDENED_BYTES if train and here.precision == "fp16" else 0.0
+    end = replace(passes, activations=0.0, gathered_weights=0.0, widened_gradients=widened)
+    return max(passes, end, key=lambda memory: memory.total)
 
 
-def _kept(here: Deployment, stage: int, fused_channels: int, element_bytes: int) -> float:
+def _kept(here: Deployment, stage: int, fused_channels: int) -> float:
     """Activations of a micro-batch: of all layers in training, of one at a time in inference."""
     model, N = here.model, here.tokens / here.tp
     D = model.hidden_size
@@ -73,40 +75,40 @@ def _kept(here: Deployment, stage: int, fused_channels: int, element_bytes: int)
     )
     if model.num_experts:
         layer += 2 * rows * D  # routed in, routed out
-    layer_bytes = layer * element_bytes
+    layer_bytes = layer * here.element_bytes
     if not flops.is_fused(here, fused_channels):
-        layer_bytes += flops.score_bytes(here, element_bytes)  # the softmax of the scores
+        layer_bytes += flops.score_bytes(here)  # the softmax of the scores
     kept = layer_bytes * (here.layers if here.phase == "train" else 1)
     if stage == here.stages - 1 and here.phase == "train":
-        kept += N * here.vocabulary * (element_bytes + 4)
+        kept += N * here.vocabulary * (here.element_bytes + 4)
     return kept
 
 
-def _passing(here: Deployment, fused_channels: int, element_bytes: int) -> float:
+def _passing(here: Deployment, fused_channels: int) -> float:
     """Of one unfused attention, beside what is kept: scores; in training gradients of both."""
     if flops.is_fused(here, fused_channels):
         return 0.0
-    return (2 if here.phase == "train" else 1) * flops.score_bytes(here, element_bytes)
+    return (2 if here.phase == "train" else 1) * flops.score_bytes(here)
 
 
-def _cache(here: Deployment, element_bytes: int) -> float:
+def _cache(here: Deployment) -> float:
     """Keys and values of all sequences of this rank; in prefill and decode alike."""
     model = here.model
     sequences = here.batch.sequences / here.batch_ranks
     per_token = 2 * model.query_groups * model.kv_channels * here.layers
     tokens = sequences * here.batch.sequence_length / here.layout.cp
-    return element_bytes * per_token * tokens / here.tp
+    return here.element_bytes * per_token * tokens / here.tp
 
 
-def _gathered(here: Deployment, element_bytes: int, train: bool) -> float:
+def _gathered(here: Deployment, train: bool) -> float:
     """Weights that are not a rank's own: the largest one at a time, or all of a step."""
     shards = here.cut.m if here.plan.exchange == "weights" else here.layout.gtp
     if shards == 1:
         return 0.0
     layer = parameters.layer_matrices(here) / here.layout.gtp * shards
     if here.plan.gather == "step" and train:
-        return layer * here.layers * (element_bytes + GRADIENT_BYTES)
+        return layer * here.layers * (here.element_bytes + here.gradient_bytes)
     model = here.model
     widest = max(packed(here.cut), (2 if model.swiglu else 1) * here.block.ffn)
     shared = widest * model.hidden_size / here.tp * here.cut.m
-    return shared * element_bytes * (2 if train else 1)  # the weight and its gradient
+    return shared * here.element_bytes * (2 if train else 1)  # the weight and its gradient

@@ -100,7 +100,8 @@ def deployments(
                     keys["distributed_optimizer"] = phase == "train" and rest > 1
                     try:
                         layout = LayoutConfig(name=name(keys), **keys)
-                        here = Deployment(model, layout, batch, devices, phase).check()
+                        here = Deployment(model, layout, batch, devices, phase, machine.precision)
+                        here.check()
                         require_kernels(here, machine)
                     except ValueError:
                         continue

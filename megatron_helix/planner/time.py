@@ -125,13 +125,19 @@ def predict(here: Deployment, machine: Hardware, *, overlap: float = 0.0) -> Pre
         overlap: fraction of a micro-batch's communication that computation may hide, 0 to 1.
 
     Raises:
-        ValueError: when the machine has another number of devices, overlap is no fraction, or the
-            machine has no kernel for attention over context-parallel ranks.
+        ValueError: when the machine has another number of devices or figures for another precision,
+            overlap is no fraction, or the machine has no kernel for attention over context-parallel
+            ranks.
     """
     if here.world_size != machine.devices:
         raise ValueError(
             f"devices: the layout is for {here.world_size} ranks, {machine.name} has"
             f" {machine.devices}; use as many"
+        )
+    if here.element_bytes != machine.element_bytes:
+        raise ValueError(
+            f"precision: {here.precision} has elements of {here.element_bytes} bytes, and"
+            f" {machine.name} has figures for {machine.element_bytes}; use another hardware file"
         )
     if not 0 <= overlap <= 1:
         raise ValueError(f"overlap: must be between 0 and 1, got {overlap}; it is a fraction")
@@ -154,10 +160,7 @@ def predict(here: Deployment, machine: Hardware, *, overlap: float = 0.0) -> Pre
     communication_s = mean([s.exposed_s + s.once_s for s in stages])
     bubble = Term(what="bubble", bound="waiting", seconds=(rounds - 1) * slowest.busy_s)
     fused = machine.fused_attention_max_channels
-    needs = [
-        memory.of_rank(here, stage, fused_channels=fused, element_bytes=machine.element_bytes)
-        for stage in kinds
-    ]
+    needs = [memory.of_rank(here, stage, fused_channels=fused) for stage in kinds]
     return Prediction(
         deployment=here,
         step_s=step_s,
@@ -189,7 +192,7 @@ def _stage(here: Deployment, stage: int, machine: Hardware, overlap: float) -> _
     times = here.microbatches * passes
     fused = machine.fused_attention_max_channels
     gemm, stream = machine.gemm, machine.memory_bandwidth
-    work = flops.forward(here, stage, fused_channels=fused, element_bytes=machine.element_bytes)
+    work = flops.forward(here, stage, fused_channels=fused)
     terms = []
     for part in work:
         arithmetic, moving = part.flops / gemm.rate, part.memory_bytes / stream.rate
@@ -197,13 +200,13 @@ def _stage(here: Deployment, stage: int, machine: Hardware, overlap: float) -> _
         terms.append(Term(what=part.what, bound=bound, seconds=times * max(arithmetic, moving)))
     added = 0.0
     if here.phase == "train":
-        each = update.accumulation_bytes(here, stage, machine.element_bytes)
+        each = update.accumulation_bytes(here, stage)
         added = here.microbatches * each
         seconds = added / stream.rate
         terms.append(Term(what="gradients added up", bound="memory", seconds=seconds))
     compute_s = sum(term.seconds for term in terms)
     exchanged = once_s = link_s = 0.0
-    for moved in traffic.transfers(here, stage, element_bytes=machine.element_bytes):
+    for moved in traffic.transfers(here, stage):
         known = (moved.kind, moved.sent_bytes, moved.calls, moved.ranks, moved.stride)
         seconds = machine.seconds(*known)
         terms.append(
@@ -224,7 +227,7 @@ def _stage(here: Deployment, stage: int, machine: Hardware, overlap: float) -> _
         terms.append(Term(what="hidden behind computation", bound="hidden", seconds=-hidden))
     update_s = updated = 0.0
     if here.phase == "train":
-        updated = update.optimizer_bytes(here, stage, machine.element_bytes)
+        updated = update.optimizer_bytes(here, stage)
         update_s = updated / stream.rate
         terms.append(Term(what="optimizer", bound="memory", seconds=update_s))
     moved_bytes = times * sum(part.memory_bytes for part in work) + added + updated

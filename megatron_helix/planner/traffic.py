@@ -15,16 +15,17 @@ Per micro-batch, with N tokens, T tensor-parallel ranks, ``c = N D / T``, V voca
   fp32 all_reduces of N (largest logit, logit of the label, sum of exponentials). Both move to the
   head and dim axes as :mod:`megatron_helix.vocabulary` says.
 * experts (``r = k N / T`` rows a rank after routing to k experts, ``k N`` in decode): all_to_all
-  over ep of rows there and back and of their fp32 probabilities there; over etp all_gather there
+  over ep of rows there and back and of their probabilities there; over etp all_gather there
   and reduce_scatter back. What a rank receives depends on routing. Counted is the mean, exact for a
   sum over the ranks.
 * pipeline: c to the next stage, and its gradient back; in decode the whole stream, and the new
   tokens from the last stage to the first.
 * batch: the first tensor-parallel rank broadcasts what a stage needs of it.
 
-Per step: gradients over the replicas (fp32; with a distributed optimizer reduce-scattered, and the
+Per step: gradients over the replicas (with a distributed optimizer reduce-scattered, and the
 weights all-gathered), of norms and routers over T (they see 1/T of the tokens), of the tied
-embedding between first and last stage, and single numbers: the gradient norm, the loss.
+embedding between first and last stage, and single numbers: the gradient norm, the loss, and in
+fp16 whether a gradient overflowed.
 """
 
 from collections import Counter
@@ -33,7 +34,7 @@ from megatron_helix.exchange import traffic
 from megatron_helix.exchange.traffic import Plan
 from megatron_helix.planner import parameters
 from megatron_helix.planner.book import AXES, FP32, INT64, Book, Transfer
-from megatron_helix.planner.deployment import Deployment
+from megatron_helix.planner.deployment import Deployment, Precision
 from megatron_helix.planner.gradients import gradients, numbers
 from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig
 
@@ -46,7 +47,7 @@ def step_bytes(
     world_size: int,
     rank: int,
     phase: str = "train",
-    element_bytes: int = 4,
+    precision: Precision = "fp32",
 ) -> dict[tuple[str, str], float]:
     """Bytes that one rank sends in one step, by (axis, kind) as the ledger names them.
 
@@ -57,26 +58,24 @@ def step_bytes(
         world_size: ranks.
         rank: global rank.
         phase: ``train``, ``prefill`` or ``decode``.
-        element_bytes: of activations and weights; 4 in single precision, 2 in half.
+        precision: of weights and activations.
 
     Raises:
         ValueError: when the layout cannot run.
     """
-    here = Deployment(model, layout, batch, world_size, phase).check()
+    here = Deployment(model, layout, batch, world_size, phase, precision).check()
     if not 0 <= rank < world_size:
         raise ValueError(f"rank: need 0 <= rank < {world_size}, got {rank}")
     stage = rank // (world_size // layout.pp)
     sums: Counter[tuple[str, str]] = Counter()
-    for moved in transfers(here, stage, element_bytes=element_bytes, source=rank % here.tp == 0):
+    for moved in transfers(here, stage, source=rank % here.tp == 0):
         sums[AXES[moved.axis], moved.kind] += moved.sent_bytes  # type: ignore[assignment]
     return {key: float(sent) for key, sent in sums.items() if sent}
 
 
-def transfers(
-    here: Deployment, stage: int, *, element_bytes: int = 2, source: bool = True
-) -> list[Transfer]:
+def transfers(here: Deployment, stage: int, *, source: bool = True) -> list[Transfer]:
     """Every collective that a rank of ``stage`` takes part in; ``source`` if it is rank 0 of T."""
-    book = Book(here, element_bytes)
+    book = Book(here)
     first, last = stage == 0, stage == here.stages - 1
     _layers(book, first, last)
     if here.layout.gtp > 1:
@@ -119,17 +118,17 @@ def _layers(book: Book, first: bool, last: bool) -> None:
                 count -= weights if when == "forward" or kind == "reduce_scatter" else 0
             if count:
                 what = "attention and MLP linears" if axis != "dim" else f"exchange {plan.exchange}"
-                width = FP32 if plan.exchange == "scores" and axis == "dim" else book.element_bytes
+                width = FP32 if plan.exchange == "scores" and axis == "dim" else here.element_bytes
                 number = calls.get((when, axis, kind), 1) * every
                 book.sent(what, axis, kind, when, count * every * width, number)
     if once:
         number = 2 * here.block.sublayers * here.layers
         wide = weights * here.layers
-        book.sent("weights", "dim", "all_gather", "step", wide * book.element_bytes, number)
-        book.sent("weights", "dim", "reduce_scatter", "step", wide * FP32, number)
+        book.sent("weights", "dim", "all_gather", "step", wide * here.element_bytes, number)
+        book.sent("weights", "dim", "reduce_scatter", "step", wide * here.gradient_bytes, number)
     ends = traffic.block_ends(plan, here.cut, here.block, **size)["dim", "all_to_all"]
     if ends and not here.embeds_in_block_order:
-        converted = ends // 2 * (first + last) * here.microbatches * book.element_bytes
+        converted = ends // 2 * (first + last) * here.microbatches * here.element_bytes
         for when in ("forward", "backward") if first or last else ():
             number = (first + last) * here.microbatches
             book.sent("token order", "dim", "all_to_all", when, converted, number)
@@ -157,7 +156,7 @@ def _decode_layers(book: Book) -> None:
         positions=here.batch.sequence_length,
     )
     every = here.layers * here.microbatches
-    for elements, width in ((narrow, book.element_bytes), (wide, FP32)):
+    for elements, width in ((narrow, here.element_bytes), (wide, FP32)):
         for (axis, kind), count in elements.items():
             stream = axis == "tp"
             what = "attention and MLP linears" if stream else f"exchange {here.plan.exchange}"
@@ -196,13 +195,13 @@ def _experts(book: Book) -> None:
     book.call("expert counts", "etp_ep", "all_gather", "forward", experts, layers, INT64)
     for when in ("forward", "backward"):
         book.call(what, "ep", "all_to_all", when, rows_D, 2 * layers)
-        book.call(what, "ep", "all_to_all", when, rows, layers, FP32)
+        book.call(what, "ep", "all_to_all", when, rows, layers)
     gathers, scatters = ("forward", "backward"), ("backward", "forward")
     for there, back in zip(gathers, scatters, strict=True):
         book.call(what, "etp", "all_gather", there, rows_D, layers)
         book.call(what, "etp", "reduce_scatter", back, rows_D, layers)
-    book.call(what, "etp", "all_gather", "forward", rows, layers, FP32)
-    book.call(what, "etp", "reduce_scatter", "backward", rows, layers, FP32)
+    book.call(what, "etp", "all_gather", "forward", rows, layers)
+    book.call(what, "etp", "reduce_scatter", "backward", rows, layers)
 
 
 def _context(book: Book) -> None:

@@ -1,16 +1,17 @@
 """What training moves through memory beside the layers: gradients added up, and the optimizer.
 
 Bytes a parameter, counted from the passes of megatron-core 0.19 over its buffers, each of which
-reads or writes every element from or to memory. ``e`` is the width of weights:
+reads or writes every element from or to memory. ``e`` is the width of weights, ``g`` of gradients:
 
 ========================================================  ==========  =============================
 pass                                                      bytes       over
 ========================================================  ==========  =============================
-every micro-batch: ``main_grad.add_(grad)``               e + 8       what a rank computes
+every micro-batch: ``main_grad.add_(grad)``               e + 2 g      what a rank computes
                                                                       gradients for
-``zero_grad_buffer``                                      4           what it holds
-``grad_data *= 1 / data-parallel size``                   8           the same, beside replicas
-unscale and look for overflow (half precision)            8           its share of the optimizer
+``zero_grad_buffer``                                      g           what it holds
+``grad_data *= 1 / data-parallel size``                   2 g         the same, beside replicas
+gradients widened to fp32 (fp16)                          g + 4       its share of the optimizer
+unscale and look for overflow (fp16)                      8           the same
 norm                                                      4           the same
 clip                                                      8           the same
 Adam reads gradient, weight and moments, writes three     28          the same
@@ -27,22 +28,25 @@ from megatron_helix.planner.deployment import Deployment
 FP32 = 4
 
 
-def accumulation_bytes(here: Deployment, stage: int, element_bytes: int) -> float:
+def accumulation_bytes(here: Deployment, stage: int) -> float:
     """Of the gradients of one micro-batch; weights gathered for a step have them whole."""
     elements = sum(parameters.held(here, stage))
     if here.plan.gather == "step":
         elements += (here.cut.m - 1) * parameters.layer_matrices(here) * here.layers
-    return elements * (element_bytes + 2 * FP32)
+    return elements * (here.element_bytes + 2 * here.gradient_bytes)
 
 
-def optimizer_bytes(here: Deployment, stage: int, element_bytes: int) -> float:
+def optimizer_bytes(here: Deployment, stage: int) -> float:
     """Of one step's end: gradients zeroed, averaged, unscaled and clipped, weights updated."""
     dense, experts = parameters.held(here, stage)
-    averaged = 8 if here.batch_ranks * here.layout.cp > 1 else 0
-    every = (FP32 + averaged) * (dense + experts)
+    width = here.gradient_bytes
+    averaged = 2 * width if here.batch_ranks * here.layout.cp > 1 else 0
+    every = (width + averaged) * (dense + experts)
     share = 4 + 8 + 28
-    if element_bytes < FP32:
-        share += 8 + FP32 + element_bytes
+    if here.element_bytes < FP32:
+        share += FP32 + here.element_bytes
+    if here.precision == "fp16":
+        share += width + FP32 + 8
     if here.layout.distributed_optimizer:
         dense, experts = dense / here.replicas, experts / here.expert_replicas
     return every + share * (dense + experts)
