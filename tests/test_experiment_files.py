@@ -33,6 +33,19 @@ def test_a_layout_that_cannot_run_is_refused_before_anything_is_made(tmp_path: P
     assert not (tmp_path / "out").exists()
 
 
+def test_more_flags_go_to_training_and_prefill() -> None:
+    chosen = experiment(flags=["--clip-grad", "0.5"])
+    for run in runs.compared(chosen):
+        assert runs.layout_flags(chosen, run)[-2:] == ["--clip-grad", "0.5"]
+
+
+@pytest.mark.parametrize("flag", ["--train-iters", "--train-iters=3"])
+def test_flags_that_other_keys_set_are_refused(tmp_path: Path, flag: str) -> None:
+    with pytest.raises(ValueError, match=rf"flags: {flag} is set by the experiment's other keys"):
+        workflow.run(experiment(flags=[flag]), tmp_path / "out", QUIET)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [

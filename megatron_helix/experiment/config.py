@@ -113,6 +113,7 @@ class ExperimentConfig(Config):
         data: prefix of a dataset that ``helix data`` made; null is Python's standard library.
         decode: what the phase ``decode`` serves.
         precision: of the runs that are compared.
+        flags: more of Megatron's, for the runs that train or prefill.
         hardware: what to predict the runs for, beside measuring them; null predicts nothing.
         peak_tflops: of one device at that precision, for MFU; the device's datasheet says it.
     """
@@ -130,6 +131,7 @@ class ExperimentConfig(Config):
     device: Literal["cpu", "cuda"]
     launcher: LauncherConfig = LauncherConfig()
     precision: Precision = "fp32"
+    flags: list[str] = []
     hardware: Hardware | None = None
     peak_tflops: PositiveFloat | None = None
     tolerance: Tolerance = Tolerance()

@@ -121,7 +121,11 @@ def _data_flags(prefix: Path) -> list[str]:
 
 
 def layout_flags(experiment: ExperimentConfig, run: Run) -> list[str]:
-    """Everything of a run but what lies in files."""
+    """Everything of a run but what lies in files.
+
+    Raises:
+        ValueError: when the experiment's ``flags`` have one that its other keys set.
+    """
     fp16 = experiment.verification.fp16
     scale = fp16.loss_scale if fp16 else 65536.0
     precision = {
@@ -129,13 +133,17 @@ def layout_flags(experiment: ExperimentConfig, run: Run) -> list[str]:
         "bf16": ["--bf16"],
         "fp16": ["--fp16", "--initial-loss-scale", str(scale)],
     }
-    return [
+    own = [
         *model_flags(experiment, run.model),
         *run.layout.flags(run.model),
         *precision[run.precision],
         *("--global-batch-size", str(experiment.batch.sequences)),
         *("--train-iters", str(steps(experiment, run))),
     ]
+    for flag in experiment.flags:
+        if flag.startswith("--") and flag.partition("=")[0] in own:
+            raise ValueError(f"flags: {flag} is set by the experiment's other keys; leave it out")
+    return [*own, *experiment.flags]
 
 
 def run_flags(experiment: ExperimentConfig, run: Run, prefix: Path, out: Path) -> list[str]:
