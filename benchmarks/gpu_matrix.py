@@ -26,7 +26,12 @@ from matrix_turns import LAUNCHER, Bench, Device, layouts
 from rich.console import Console
 
 from megatron_helix.experiment import runs
-from megatron_helix.experiment.config import DecodeConfig, ExperimentConfig
+from megatron_helix.experiment.config import (
+    DecodeConfig,
+    ExperimentConfig,
+    Fp16Config,
+    VerificationConfig,
+)
 from megatron_helix.experiment.execution import commit
 from megatron_helix.planner.deployment import Precision
 from megatron_helix.planner.hardware import Hardware
@@ -108,6 +113,7 @@ def main(
         "device": device,
         "launcher": LAUNCHER,
         "precision": precision,
+        "verification": VerificationConfig(fp16=Fp16Config(loss_scale=4096)),  # nothing overflows
         "hardware": read_config(Hardware, hardware) if hardware else None,
     }
     sizes = [int(size) for size in micro_batches.split(",") if int(size) <= sequences]

@@ -14,7 +14,7 @@ from typing import Any
 from megatron_helix.experiment import config
 from megatron_helix.planner import flops, hardware
 from megatron_helix.planner.deployment import Deployment
-from megatron_helix.planner.search import name
+from megatron_helix.planner.search import name, named
 from megatron_helix.planner.time import Prediction, predict
 from megatron_helix.run_config import BatchConfig, LayoutConfig
 
@@ -24,10 +24,13 @@ PAGE = ROOT / "docs" / "performance.md"
 EXPERIMENT = config.load(ROOT / "configs" / "experiments" / "seed_16gpu.yaml")
 MACHINES = {
     name: hardware.load(ROOT / "configs" / "hardware" / f"{name}.yaml")
-    for name in ("h100_nvl16", "h100_2x8_ib", "h100_2")
+    for name in ("h100_nvl16", "h100_2x8_ib", "h200_2")
 }
 SIXTEEN = ("h100_nvl16", "h100_2x8_ib")
+SOURCE = [model.name for model in EXPERIMENT.models]
 MODELS = {model.name: model for model in EXPERIMENT.models}
+# Adam's states of the source's MoE model need eight GPUs: for two, experts of a quarter.
+MODELS["moe_8192"] = MODELS["moe"].model_copy(update={"name": "moe_8192", "ffn_hidden_size": 8192})
 Keys = Mapping[str, Any]
 BASELINE, CUT, REPLICAS, ALONE = {"tp": 8, "pp": 2}, {"m": 4, "n": 4}, {"tp": 4}, {"tp": 1}
 CUTS = [{"m": m, "n": 16 // m} for m in (2, 4, 8, 16)]
@@ -37,14 +40,34 @@ OVERLAPS = (0.0, 0.5, 1.0)
 # At least four micro-batches a step: fewer would leave the baseline's two stages to wait.
 SIZES = tuple(2**power for power in range(9))
 
-# Milliseconds of a step, median, dense model in fp16, by phase, GPUs and layout: docs/log.md.
-MEASURED_MS: dict[tuple[str, int, str], float] = {
-    ("prefill", 1, "tp1_mb1"): 101.0,
-    ("train", 1, "tp1_mb1"): 376.4,
-    ("prefill", 2, "tp2_mb4"): 223.8,
-    ("prefill", 2, "helix_2x1_weights_mb16"): 215.3,
-    ("train", 2, "tp2_mb4"): 656.7,
-    ("train", 2, "helix_2x1_weights_mb16"): 646.4,
+# Milliseconds of a step, median, fp16, by model and phase, GPUs and layout: docs/log.md.
+MEASURED_MS: dict[tuple[str, str], dict[tuple[int, str], float]] = {
+    ("dense", "prefill"): {
+        (2, "tp1_pp2_mb2"): 216.2,
+        (2, "tp2_mb4"): 213.7,
+        (2, "tp1_mb8"): 179.6,
+        (2, "helix_2x1_activations_mb4"): 226.3,
+        (2, "helix_2x1_weights_mb16"): 198.0,
+    },
+    ("dense", "train"): {
+        (1, "tp1_mb1"): 376.4,
+        (2, "tp1_pp2_mb2"): 659.2,
+        (2, "tp2_mb4"): 639.8,
+        (2, "tp1_mb8"): 603.9,
+        (2, "helix_2x1_activations_mb4"): 666.9,
+        (2, "helix_2x1_weights_mb16"): 622.0,
+        (2, "helix_2x1_weights_step_mb16"): 615.0,
+    },
+    ("moe_8192", "prefill"): {
+        (2, "tp1_pp2_mb4"): 193.7,
+        (2, "tp2_ep2_mb4"): 184.6,
+        (2, "helix_2x1_weights_ep2_mb8"): 174.5,
+    },
+    ("moe_8192", "train"): {
+        (2, "tp1_pp2_mb4"): 604.5,
+        (2, "tp2_ep2_mb4"): 630.9,
+        (2, "helix_2x1_weights_ep2_mb8"): 590.7,
+    },
 }
 
 
@@ -86,7 +109,8 @@ def _one(case: Case, micro_batch: int, items: tuple[tuple[str, Any], ...]) -> Pr
     model, machine = MODELS[case.model], MACHINES[case.machine].scaled(case.devices)
     keys = dict(items)
     shared = (keys.get("tp") or keys["m"] * keys["n"]) * keys.get("pp", 1) < case.devices
-    keys |= {"micro_batch": micro_batch, "ep": 8 if model.num_experts else 1}
+    experts = min(8, case.devices // keys.get("pp", 1)) if model.num_experts else 1
+    keys |= {"micro_batch": micro_batch, "ep": experts}
     keys["distributed_optimizer"] = shared and case.phase == "train"
     layout = LayoutConfig(name=name(keys), **keys)
     batch = BatchConfig(sequences=case.sequences, sequence_length=case.length)
@@ -121,7 +145,7 @@ def table(heads: str, rows: list[list[str]]) -> list[str]:
 def source_table(phase: str) -> list[str]:
     """The source's table: each layout at its best micro-batch."""
     rows = []
-    for model in MODELS:
+    for model in SOURCE:
         for claim in EXPERIMENT.claims:
             if (claim.model, claim.phase) == (model, phase):
                 figures = [f"{claim.tokens_per_s:,.0f}", "", f"{claim.tpot_ms:.2f}", "", "", ""]
@@ -161,7 +185,7 @@ def replicas_ahead() -> str:
     """Where TP=4, DP=4 beats the baseline and helix, each at its best micro-batch."""
     cases = [
         Case(model, machine, phase)
-        for model in MODELS
+        for model in SOURCE
         for phase in ("prefill", "train")
         for machine in SIXTEEN
     ]
@@ -218,7 +242,7 @@ def _smallest(case: Case, layout: Keys, *, same: bool) -> str:
 def where() -> Iterator[str]:
     """Which layouts reach the claimed changes, and from how many tokens a micro-batch on."""
     rows, every = [], 0
-    for model in MODELS:
+    for model in SOURCE:
         for machine in SIXTEEN:
             case = Case(model, machine, "prefill")
             for layout in [*case.helix(*CUTS), REPLICAS]:
@@ -241,29 +265,24 @@ def where() -> Iterator[str]:
 
 
 def few_gpus() -> list[str]:
-    """One and two GPUs: two micro-batches of every layout, and whatever was measured."""
+    """Whatever was measured on one and two GPUs, with a factor to TP=2, beside its prediction."""
     rows = []
-    for phase in ("prefill", "train"):
-        one = Case("dense", "h100_2", phase, sequences=4, devices=1)
-        two = Case("dense", "h100_2", phase, sequences=16, devices=2)
-        cut = {"m": 2, "n": 1}
-        wide: list[Keys] = [{"tp": 1, "pp": 2}, {"tp": 2}, {"tp": 1}, *two.helix(cut)]
-        cases = [(one, 1, ALONE), *((two, size, keys) for keys in wide for size in (2, 4, 8, 16))]
-        for case, size, layout in cases:
-            found = case.one(size, layout)
-            if not found:
-                continue
-            said = found.deployment.layout.name
-            measured = MEASURED_MS.get((phase, case.devices, said))
-            if not measured and size not in (1, 2, 8):
-                continue
-            beside = ["", ""]
-            if measured:
-                beside = [f"{measured:.1f}", f"{found.step_s * 1e3 / measured - 1:+.1%}"]
-            figures = [f"{found.tokens_per_s:,.0f}", f"{found.tpot_ms:.3f}"]
-            figures += [f"{found.memory.total / 1e9:.1f}", f"{found.step_s * 1e3:,.1f}", *beside]
-            rows.append([phase, str(case.devices), said, *figures])
-    return table("phase, GPUs, layout | TPS, TPOT, GB, step, measured, error", rows)
+    for (model, phase), measured in MEASURED_MS.items():
+        stock = next(ms for (gpus, said), ms in measured.items() if said.startswith("tp2"))
+        for (gpus, said), ms in measured.items():
+            keys = {key: value for key, value in named(said).items() if key != "micro_batch"}
+            numbers = {key: int(value) if value.isdigit() else value for key, value in keys.items()}
+            case = Case(model, "h200_2", phase, sequences=4 if gpus == 1 else 16, devices=gpus)
+            found = case.one(int(named(said)["micro_batch"]), numbers)
+            if not found or found.deployment.layout.name != said:
+                raise ValueError(f"MEASURED_MS: {model} cannot {phase} by {said} on {gpus} GPUs")
+            factor = f"{stock / ms:.2f}" if gpus == 2 else ""
+            error = f"{found.step_s * 1e3 / ms - 1:+.1%}"
+            figures = [f"{ms:.1f}", factor, f"{found.step_s * 1e3:.1f}", error]
+            figures += [f"{found.tpot_ms:.3f}", f"{found.memory.total / 1e9:.1f}"]
+            rows.append([model, phase, str(gpus), said, *figures])
+    heads = "model, phase, GPUs, layout | measured, of TP=2, predicted, error, TPOT, GB"
+    return table(heads, rows)
 
 
 def ceiling() -> str:
@@ -279,7 +298,7 @@ def ceiling() -> str:
 
 def claims() -> str:
     """The claimed changes."""
-    changes = [f"{change:+.1%}" for model in MODELS for change in wanted(model)]
+    changes = [f"{change:+.1%}" for model in SOURCE for change in wanted(model)]
     return "Dense: TPS {}, TPOT {}. MoE: TPS {}, TPOT {}.".format(*changes)
 
 

@@ -196,7 +196,7 @@ def test_calls_that_start_as_one_share_their_wait() -> None:
 
     def coalesced() -> list[Call]:
         group = dist.new_group(backend="fake", group_desc=AXIS)
-        to, of = (group.rank() + 1) % P, (group.rank() - 1) % P
+        to, of = (dist.get_rank() + 1) % P, (dist.get_rank() - 1) % P
         clock = Told()
         ledger = CommLedger(clock)
         uninstall = install(ledger)

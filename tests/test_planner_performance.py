@@ -39,5 +39,16 @@ def test_a_figure_changed_by_hand_is_found(performance: ModuleType) -> None:
 
 def test_every_measured_run_stands_beside_its_prediction(performance: ModuleType) -> None:
     table = PAGE[PAGE.index("## Measured") :]
-    for (phase, gpus, layout), milliseconds in performance.MEASURED_MS.items():
-        assert re.search(rf"\| {phase} \| {gpus} \| {layout} \|.* {milliseconds:.1f} \|", table)
+    for (model, phase), measured in performance.MEASURED_MS.items():
+        for (gpus, layout), milliseconds in measured.items():
+            row = rf"^\| {model} \| {phase} \| {gpus} \| {layout} \| {milliseconds:.1f} \|"
+            assert re.search(row, table, re.M)
+
+
+def test_a_measured_layout_that_cannot_be_is_named(
+    performance: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = {("dense", "train"): {(2, "tp2_mb4"): 600.0, (2, "tp2_mb3"): 600.0}}
+    monkeypatch.setattr(performance, "MEASURED_MS", bad)
+    with pytest.raises(ValueError, match="MEASURED_MS: dense cannot train by tp2_mb3 on 2 GPUs"):
+        performance.few_gpus()

@@ -131,7 +131,7 @@ class ExperimentConfig(Config):
     device: Literal["cpu", "cuda"]
     launcher: LauncherConfig = LauncherConfig()
     precision: Precision = "fp32"
-    flags: list[str] = []
+    flags: tuple[str, ...] = ()
     hardware: Hardware | None = None
     peak_tflops: PositiveFloat | None = None
     tolerance: Tolerance = Tolerance()
