@@ -116,9 +116,26 @@ def test_predictions_stand_beside_measurements(finished: tuple[Path, Values]) ->
         assert result["tokens_per_s"] * (1 + error) == pytest.approx(predicted["tokens_per_s"])
     *_, table = terminal.tables(found)
     assert table.title == "Predicted for four slow ranks, and measured"
-    assert table.row_count == len(found)
+    cases = {(result["model"], result["phase"]) for result in found}
+    assert table.row_count == len(found) + len(cases)  # a heading each
     plain = [{**result, "predicted": None} for result in found]
-    assert len(terminal.tables(plain)) == 2  # training and prefill, and decode
+    assert len(terminal.tables(plain)) == len(experiment().phases)
+
+
+def test_names_stay_whole_in_a_terminal_of_80_columns(finished: tuple[Path, Values]) -> None:
+    found = finished[1]["result_collection"]
+    for table in terminal.tables(found):
+        shown = io.StringIO()
+        Console(width=80, file=shown).print(table)
+        lines = [line.split() for line in shown.getvalue().splitlines()]
+        phases = [word for word in ("train", "prefill", "decode") if word in str(table.title)]
+        own = [one for one in found if one["phase"] in (phases or [one["phase"]])]
+        assert {one["layout"] for one in own} <= {line[0] for line in lines if line}
+
+
+def test_three_digits_say_what_a_figure_is() -> None:
+    printed = [results.significant(value) for value in (0.0, 0.00517, 0.188, 9.876, 52.34, 39426.4)]
+    assert printed == ["0", "0.00517", "0.188", "9.88", "52.3", "39,426"]
 
 
 def test_flops_of_live_ranks_are_the_formulas(finished: tuple[Path, Values]) -> None:
@@ -336,7 +353,7 @@ def test_the_report_stands_alone_and_separates_claims(
     assert "TPS, claimed | TPS, predicted | TPS, measured | prediction's error" in text
     assert "| tiny | tp2_pp2 | train | 100,000 |" in text
     assert "| tiny | helix_2x2 | train | 123,456 (+23.5%) |" in text
-    assert " | 0.50 (-37.5%) | " in text
+    assert " | 0.5 (-37.5%) | " in text
     assert "| tiny | helix_2x2 | prefill | - |" in text  # claimed is training
     assert "| tiny | tp2_pp2 | TP=2 | - | 2 | 1 | 1 | - | 4 x 2 |" in text
     assert "| tiny | helix_2x2 | m=2, n=2 | weights, batch split | 1 | 1 | 1 | - | 4 x 2 |" in text

@@ -6,7 +6,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from megatron_helix.experiment.results import Result, change, read
+from megatron_helix.experiment.results import Result, change, read, significant
 
 # What must be equal for the figures of two experiments to be of the same work.
 EQUAL = ("models", "batch", "decode", "steps", "learning_rate")
@@ -82,10 +82,10 @@ def table(first: Path, second: Path) -> Table:
         made.add_column(heading, justify="left" if heading == "run" else "right")
     for one, other in compared:
         cells = [
-            f"{other[key]:,.{digits}f}{change(other[key], one[key])}"
-            for key, digits in (("tokens_per_s", 0), ("tpot_ms", 2))
+            f"{significant(other[key])}{change(other[key], one[key])}"
+            for key in ("tokens_per_s", "tpot_ms")
         ]
-        cells.append(f"{_sent(other) / 1e6:.2f}{change(_sent(other), _sent(one))}")
+        cells.append(f"{significant(_sent(other) / 1e6)}{change(_sent(other), _sent(one))}")
         before, after = _last_loss(one), _last_loss(other)
         cells.append("-" if before is None else f"{after:.6f} ({after - before:+.1e})")
         made.add_row(one["name"], *cells)

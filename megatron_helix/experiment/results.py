@@ -1,6 +1,7 @@
 """Results as a finished experiment left them, and the verdict on them."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,12 @@ def verdict(experiment: ExperimentConfig, results: list[Result], checks: Sequenc
     )
 
 
+def significant(value: float) -> str:
+    """Three significant digits, and all that stand before the point."""
+    decimals = 2 - math.floor(math.log10(abs(value))) if value else 0
+    return f"{value:,.{max(0, decimals)}f}"
+
+
 def change(value: float, baseline: float, digits: int = 1) -> str:
     """What is printed behind a value: by how much it differs, relative."""
-    return "" if value == baseline else f" ({value / baseline - 1:+.{digits}%})"
+    return "" if value == baseline or not baseline else f" ({value / baseline - 1:+.{digits}%})"

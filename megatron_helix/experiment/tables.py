@@ -16,6 +16,7 @@ from megatron_helix.experiment.results import (
     change,
     decoded,
     largest_difference,
+    significant,
     trained,
 )
 from megatron_helix.experiment.runs import Run
@@ -51,16 +52,16 @@ def _source_table(experiment: ExperimentConfig, results: Sequence[Result]) -> Pa
             claims.get((one["model"], one["layout"], one["phase"])) for one in (result, base)
         )
         row = [result["model"], result["layout"], result["phase"]]
-        for key, digits in (("tokens_per_s", 0), ("tpot_ms", 2)):
+        for key in ("tokens_per_s", "tpot_ms"):
             if claims:
                 row.append(
-                    _beside(getattr(claimed, key), getattr(first or claimed, key), digits)
+                    _claimed(getattr(claimed, key), getattr(first or claimed, key))
                     if claimed
                     else "-"
                 )
             if machine:
-                row.append(_beside(result["predicted"][key], base["predicted"][key], digits))
-            row.append(_beside(result[key], base[key], digits))
+                row.append(_beside(result["predicted"][key], base["predicted"][key]))
+            row.append(_beside(result[key], base[key]))
             if machine:
                 row.append(f"{prediction.error(result, key):+.0%}")
         rows.append(row)
@@ -73,8 +74,13 @@ def _source_table(experiment: ExperimentConfig, results: Sequence[Result]) -> Pa
     return {"title": "Throughput and overhead", "note": note, "heads": heads, "rows": rows}
 
 
-def _beside(value: float, baseline: float, digits: int) -> str:
-    return f"{value:,.{digits}f}{change(value, baseline)}"
+def _beside(value: float, baseline: float) -> str:
+    return f"{significant(value)}{change(value, baseline)}"
+
+
+def _claimed(value: float, baseline: float) -> str:
+    """With the digits that were claimed."""
+    return f"{value:,.12g}{change(value, baseline)}"
 
 
 def _layout_table(experiment: ExperimentConfig) -> Page:
@@ -180,7 +186,7 @@ def _rate_table(results: Sequence[Result]) -> Page:
                 result["name"],
                 f"{result['tokens_per_s']:,.0f} ({slow:,.0f} to {fast:,.0f})",
                 *(
-                    f"{result[key]:,.2f}"
+                    significant(result[key])
                     for key in ("tpot_mean_ms", "tpot_ms", "tpot_p99_ms", "tpot_slowest_rank_ms")
                 ),
                 f"{result['tokens_per_s'] / result['world_size']:,.0f}",
@@ -217,7 +223,7 @@ def _decode_table(experiment: ExperimentConfig, results: Sequence[Result]) -> Pa
             f"{result['tokens_per_s']:,.0f}",
             f"{result['ttft_ms']:,.1f}",
             f"{result['itl_ms']:,.1f} / {result['itl_p50_ms']:,.1f} / {result['itl_p99_ms']:,.1f}",
-            f"{result['tpot_ms']:,.2f}",
+            significant(result["tpot_ms"]),
             f"{max(result['kv_bytes']) / 1024:,.1f}",
             f"{sum(result['sent_bytes'].values()) / 1024:,.1f}",
             f"{sum(result['prefill_sent_bytes'].values()) / 1024:,.1f}",

@@ -12,6 +12,7 @@ from megatron_helix.experiment.results import (
     change,
     decoded,
     largest_difference,
+    significant,
     trained,
 )
 
@@ -22,10 +23,11 @@ CPU_NOTE = (
 
 
 def tables(results: Sequence[Result]) -> list[Table]:
-    """What the terminal shows of an experiment: training and prefill, decode, predictions."""
-    made = []
-    if trained(results):
-        made.append(_trained(trained(results)))
+    """What the terminal shows of an experiment: a table a phase, predictions."""
+    phases = dict.fromkeys(result["phase"] for result in trained(results))
+    made = [_trained([one for one in results if one["phase"] == phase]) for phase in phases]
+    if made:
+        made[-1].caption = _caption(results[0]["device"])
     if decoded(results):
         made.append(_decoded(decoded(results)))
     if any(result["predicted"] for result in results):
@@ -37,34 +39,41 @@ def _trained(results: list[Result]) -> Table:
     """One line a run. All figures are measured, on the device the title names."""
     first = results[0]
     made = Table(
-        title=f"Measured on {first['world_size']} {first['device']} ranks",
-        caption="TPS: tokens a second. TPOT: communication and waiting time of a rank, mean over"
-        " ranks, for as many tokens as the batch has sequences. MB: sent by a rank in a step."
-        " Diff.: of the loss to the baseline's, relative, largest of all steps. In brackets:"
-        " against the first layout." + (f" {CPU_NOTE}" if first["device"] == "cpu" else ""),
+        title=f"{first['phase']}, measured on {first['world_size']} {first['device']} ranks",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
     )
-    for heading in ("model", "layout"):
-        made.add_column(heading, overflow="fold")  # names give way to figures
+    made.add_column("model, layout", overflow="fold")  # names give way to figures
     for heading in ("TPS", "TPOT\nms", "MB", "last\nloss", "diff."):
         made.add_column(heading, justify="right", no_wrap=True)
     for result in results:
         baseline = baseline_of(result, results)
         difference = largest_difference(result["losses"], baseline["losses"])
+        if result is baseline:
+            made.add_row(result["model"])
         made.add_row(
-            result["model"] + (" prefill" if result["phase"] == "prefill" else ""),
-            result["layout"],
+            f"  {result['layout']}",
             *(
-                f"{result[key]:,.{digits}f}{change(result[key], baseline[key], digits=0)}"
-                for key, digits in (("tokens_per_s", 0), ("tpot_ms", 1))
+                f"{significant(result[key])}{change(result[key], baseline[key], digits=0)}"
+                for key in ("tokens_per_s", "tpot_ms")
             ),
-            f"{sum(result['sent_bytes'].values()) / 1e6:.2f}",
+            significant(sum(result["sent_bytes"].values()) / 1e6),
             f"{result['losses'][-1]:.4f}",
             "-" if result is baseline else f"{difference:.1e}",
             end_section=result is results[-1] or _next(result, results)["model"] != result["model"],
         )
     return made
+
+
+def _caption(device: str) -> str:
+    """What the headings of :func:`_trained` mean."""
+    said = (
+        "TPS: tokens a second. TPOT: communication and waiting time of a rank, mean over ranks, for"
+        " as many tokens as the batch has sequences. MB: sent by a rank in a step. Diff.: of the"
+        " loss to the baseline's, relative, largest of all steps. In brackets: against the first"
+        " layout."
+    )
+    return f"{said} {CPU_NOTE}" if device == "cpu" else said
 
 
 def _next(result: Result, results: list[Result]) -> Result:
@@ -75,26 +84,32 @@ def _decoded(results: list[Result]) -> Table:
     """One line a layout: latencies, and what a rank holds and sends."""
     first = results[0]
     made = Table(
-        title=f"Measured on {first['world_size']} {first['device']} ranks: decode of"
-        f" {first['batch']} sequences, {first['decode_steps']} steps",
+        title=f"decode of {first['batch']} sequences, {first['decode_steps']} steps, measured on"
+        f" {first['world_size']} {first['device']} ranks",
         caption="TTFT: to the first token. ITL: between two tokens of a sequence. TPOT:"
         " communication and waiting of a rank in a decode step. Times in ms; KV cache in KiB a"
         " rank.",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
     )
-    for heading in ("model", "layout"):
-        made.add_column(heading, overflow="fold")  # names give way to figures
+    made.add_column("model, layout", overflow="fold")  # names give way to figures
     for heading in ("TPS", "TTFT", "ITL\nmean", "p50", "p99", "TPOT", "KV"):
         made.add_column(heading, justify="right", no_wrap=True)
     for result in results:
+        if result is baseline_of(result, results):
+            made.add_row(result["model"])
         made.add_row(
-            result["model"],
-            result["layout"],
-            f"{result['tokens_per_s']:,.0f}",
+            f"  {result['layout']}",
             *(
-                f"{result[key]:,.{0 if result[key] >= 100 else 1}f}"  # four digits at most
-                for key in ("ttft_ms", "itl_ms", "itl_p50_ms", "itl_p99_ms", "tpot_ms")
+                significant(result[key])
+                for key in (
+                    "tokens_per_s",
+                    "ttft_ms",
+                    "itl_ms",
+                    "itl_p50_ms",
+                    "itl_p99_ms",
+                    "tpot_ms",
+                )
             ),
             f"{max(result['kv_bytes']) / 1024:,.0f}",
         )
@@ -109,14 +124,16 @@ def _predicted(results: list[Result]) -> Table:
         caption_justify="left",
         box=box.SIMPLE_HEAD,
     )
-    made.add_column("run", overflow="fold")
+    made.add_column("model, layout", overflow="fold")
     for figure in ("TPS", "TPOT ms"):
         for heading in (f"{figure}\npred.", "\nmeas.", "\nerror"):
             made.add_column(heading, justify="right", no_wrap=True)
     for result in results:
         cells = []
-        for key, digits in (("tokens_per_s", 0), ("tpot_ms", 2)):
-            cells += [f"{figures[key]:,.{digits}f}" for figures in (result["predicted"], result)]
+        for key in ("tokens_per_s", "tpot_ms"):
+            cells += [significant(figures[key]) for figures in (result["predicted"], result)]
             cells.append(f"{prediction.error(result, key):+.0%}")
-        made.add_row(result["name"], *cells)
+        if result is baseline_of(result, results):
+            made.add_row(f"{result['model']} {result['phase']}")
+        made.add_row(f"  {result['layout']}", *cells)
     return made
