@@ -208,7 +208,8 @@ def test_a_decode_step_is_the_closed_form_that_generation_is_held_to(
         element_bytes=4,
         positions=batch.sequence_length,
     )
-    predicted = step_bytes(MODELS[model], cut, batch, world_size=ranks, rank=0, phase="decode")
+    known = {"phase": "decode", "precision": "fp32"}
+    predicted = step_bytes(MODELS[model], cut, batch, world_size=ranks, rank=0, **known)
     assert predicted == {(AXES[axis], kind): sent for (axis, kind), sent in form.items()}
 
 
@@ -234,7 +235,8 @@ def test_in_decode_every_rank_sends_every_token_to_its_experts(layout: test_deco
     batch = BatchConfig(sequences=8, sequence_length=16)
     ranks = run_distributed(test_decode._generate, 4, routed, layout, (8,))
     predicted = [
-        step_bytes(model, cut, batch, world_size=4, rank=rank, phase="decode") for rank in range(4)
+        step_bytes(model, cut, batch, world_size=4, rank=rank, phase="decode", precision="fp32")
+        for rank in range(4)
     ]
     axes = {AXES[axis]: axis for axis in ("tp", "dim")}
     wanted = [{(axes.get(a, a), k): sent for (a, k), sent in one.items()} for one in predicted]

@@ -47,7 +47,7 @@ def step_bytes(
     world_size: int,
     rank: int,
     phase: str = "train",
-    precision: Precision = "fp32",
+    precision: Precision = "fp16",
 ) -> dict[tuple[str, str], float]:
     """Bytes that one rank sends in one step, by (axis, kind) as the ledger names them.
 
