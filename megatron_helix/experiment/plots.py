@@ -8,12 +8,13 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from megatron_helix.experiment.metrics import PARTS
-from megatron_helix.experiment.results import decoded, trained
+from megatron_helix.experiment.results import decoded, significant, trained
 
 _COLOURS = ("#0072b2", "#e69f00", "#56b4e9", "#999999", "#009e73", "#cc79a7", "#d55e00", "#f0e442")
 _WIDTH = 8.0
 _DPI = 130
 _HATCHES = ("", "///", "...", "xx")  # where there is no colour in print
+_READABLE = 8  # figures in a row of a heat map that stand apart
 _DARK = 0.45  # luminance of a tile on which white is read better than black
 
 Pictures = list[tuple[str, Path]]
@@ -82,7 +83,7 @@ def _bars(results: list[dict[str, Any]]) -> Figure:
             bars = axes.barh(
                 range(len(own)), values, color=_colours(own), edgecolor="black", lw=0.5
             )
-            labels = [f"{value:,.0f}" if value >= 1000 else f"{value:.4g}" for value in values]
+            labels = [significant(value) for value in values]
             axes.bar_label(bars, labels, padding=3, fontsize=8)
             axes.set_yticks(range(len(own)), [_label(result) for result in own], fontsize=8)
             axes.invert_yaxis()
@@ -114,6 +115,8 @@ def _breakdown(results: list[dict[str, Any]]) -> Figure:
         left = [a + b for a, b in zip(left, values, strict=True)]
     axes.set_yticks(range(len(results)), [_label(result) for result in results], fontsize=8)
     axes.invert_yaxis()
+    axes.set_xlim(0, 1.02 * max(left, default=1.0))
+    axes.xaxis.set_major_formatter("{x:,.12g}")
     axes.set_xlabel("ms of a step, mean over ranks and steps")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=len(PARTS), frameon=False, fontsize=9)
@@ -174,8 +177,8 @@ def _load(helix: list[tuple[dict[str, Any], dict[str, Any]]]) -> Figure:
     for panels, (check, cut) in zip(grid, helix, strict=True):
         for axes, kind in zip(panels, kinds, strict=True):
             tiles = _tiles(check["loads"][kind], cut)
-            image = axes.imshow(tiles, cmap="PuOr", norm=shown)
-            for i, row in enumerate(tiles):
+            image = axes.imshow(tiles, cmap="PuOr", norm=shown, aspect="auto")
+            for i, row in enumerate(tiles if cut["m"] <= _READABLE else []):
                 for j, value in enumerate(row):
                     red, green, blue, _ = image.cmap(shown(value))
                     dark = 0.2126 * red + 0.7152 * green + 0.0722 * blue < _DARK
