@@ -124,7 +124,8 @@ def _watch(ranks: Ranks, processes: list[Any], deadline: float | None, poll: Any
             failed = _settled(left)
             rank = min(failed, key=lambda rank: (failed[rank] > 0, rank))  # a signal is a cause
             raise RankFailed(rank, ranks.world_size, failed[rank], ranks.log(rank))
-        left = {rank: process for rank, process in left.items() if process.exitcode is None}
+        # Only what ended well: a rank may have failed since, and is to be seen next time.
+        left = {rank: process for rank, process in left.items() if process.exitcode != 0}
         if deadline and time.monotonic() > deadline:
             raise TimeoutError(f"ranks {sorted(left)} of {ranks.world_size} did not end in time")
 

@@ -163,6 +163,26 @@ def test_ranks_that_ignore_sigterm_are_killed(
     assert not any(is_alive(pid) for pid in pids(tmp_path))
 
 
+def test_a_rank_that_fails_while_it_is_looked_at_is_not_lost(tmp_path: Path) -> None:
+    """Its exit code is there at the second look of a round."""
+
+    class Process:
+        looks = 0
+
+        def __init__(self) -> None:
+            self.sentinel, there = os.pipe()
+            os.close(there)  # ready to be waited for
+
+        @property
+        def exitcode(self) -> int | None:
+            self.looks += 1
+            return None if self.looks == 1 else 3
+
+    watched = ranks(lambda: None, tmp_path, 1)
+    with pytest.raises(launch.RankFailed, match=r"rank 0 of 1 failed \(exit code 3\)"):
+        launch._watch(watched, [Process()], None, None)
+
+
 def test_an_exception_in_a_rank_is_in_its_log(tmp_path: Path) -> None:
     def mistake() -> None:
         raise ZeroDivisionError("the mistake of rank 1")
