@@ -45,7 +45,7 @@ WORKS = (
         feature="Overlapped gradient reduction and parameter gathering",
         flags="--overlap-grad-reduce --overlap-param-gather",
         test=_FEATURES,
-        note="not with --helix-gather step",
+        note="not with --helix-gather step; the forward pass begins no gather of weights early",
     ),
     Works(
         feature="Context parallelism",

@@ -252,9 +252,9 @@ class _FC2(_HelixLinear):
 _ENDS = {"linear_qkv": _QKV, "linear_proj": _Proj, "linear_fc1": _FC1, "linear_fc2": _FC2}
 
 
-def link(model: list[torch.nn.Module]) -> list[torch.nn.Module]:
+def link(model: list[torch.nn.Module], *, forward_early: bool = True) -> list[torch.nn.Module]:
     """Tell the linears of a model which weight each pass needs next (:mod:`lookahead`)."""
-    return lookahead.link(model, tuple(_ENDS.values()))
+    return lookahead.link(model, tuple(_ENDS.values()), forward_early=forward_early)
 
 
 @cache

@@ -3,7 +3,9 @@
 Within a decoder block the linears of the ``weights`` exchange are used in a fixed order: forward
 through the layers, and back. A gather is begun early only where the next use is certain, since one
 that nobody waits for is traffic for nothing. Under recompute a layer is run forward in the middle
-of the backward pass, so nothing is begun across the border of a layer there.
+of the backward pass, so nothing is begun across the border of a layer there. Where Megatron itself
+gathers parameters during the forward pass (``--overlap-param-gather``), a shard is up to date only
+once its own linear is called, and nothing is begun in that pass at all.
 
 Tested on gloo ranks that are told to begin early; over NCCL it ran on two H100 (docs/log.md).
 """
@@ -26,6 +28,7 @@ class Neighbours:
         first: whether it is its layer's first.
         last: whether it is its layer's last.
         recompute: whether linears are run again in the backward pass.
+        forward_early: whether shards are up to date before the forward pass reaches them.
     """
 
     preceding: Any = None
@@ -33,21 +36,26 @@ class Neighbours:
     first: bool = True
     last: bool = True
     recompute: bool = False
+    forward_early: bool = True
 
     def of_this_pass(self) -> tuple[Any, Any]:
         """(used next if this is the forward pass, used next in the backward pass), or None."""
         # What torch's own checkpointing asks: a forward inside a backward pass is a recompute.
         recomputing = torch._C._current_graph_task_id() != -1
-        following = None if recomputing and self.last else self.following
+        known = not self.last if recomputing else self.forward_early
+        following = self.following if known else None
         return following, None if self.recompute and self.first else self.preceding
 
 
-def link(model: list[torch.nn.Module], ends: tuple[type, ...]) -> list[torch.nn.Module]:
+def link(
+    model: list[torch.nn.Module], ends: tuple[type, ...], *, forward_early: bool
+) -> list[torch.nn.Module]:
     """Tell every linear of the model's decoder blocks its neighbours.
 
     Args:
         model: Megatron's model chunks.
         ends: the linear classes, in the order in which a layer uses them.
+        forward_early: whether all shards are up to date when a forward pass begins.
 
     Returns:
         ``model``; the form of Megatron's ``pre_wrap_hooks``.
@@ -55,11 +63,11 @@ def link(model: list[torch.nn.Module], ends: tuple[type, ...]) -> list[torch.nn.
     for chunk in model:
         for block in chunk.modules():
             if isinstance(block, TransformerBlock):
-                _link_block(block, ends)
+                _link_block(block, ends, forward_early)
     return model
 
 
-def _link_block(block: TransformerBlock, ends: tuple[type, ...]) -> None:
+def _link_block(block: TransformerBlock, ends: tuple[type, ...], forward_early: bool) -> None:
     layers = [_in_order_of_use(layer, ends) for layer in block.layers]
     chain = [linear for layer in layers for linear in layer]
     recompute = _runs_linears_again(block.config)
@@ -70,6 +78,7 @@ def _link_block(block: TransformerBlock, ends: tuple[type, ...]) -> None:
             first=any(linear is layer[0] for layer in layers if layer),
             last=any(linear is layer[-1] for layer in layers if layer),
             recompute=recompute,
+            forward_early=forward_early,
         )
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,7 +60,8 @@ def enable(args: argparse.Namespace, model_config: GPTModelConfig) -> GPTModelCo
         # Megatron's model builder leaves weights that were drawn on the CPU there.
         model_config.pre_wrap_hooks.append(lambda model: [chunk.cuda() for chunk in model])
     if arguments.wants_helix(args):
-        model_config.pre_wrap_hooks += [vocabulary.extend, link]
+        linked = partial(link, forward_early=not args.overlap_param_gather)
+        model_config.pre_wrap_hooks += [vocabulary.extend, linked]
     if arguments.wants_helix(args) and args.helix_gather == "step":
         model_config.transformer.finalize_model_grads_func = _finalize_model_grads
     return model_config

@@ -19,6 +19,7 @@ MLP = (
     "--disable-bias-linear",  # a bias that comes out of a checkpoint is no leaf any more, in stock
 )
 STEP = ("--helix-gather", "step")
+OVERLAP = (*("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),)
 MICRO_BATCHES = 2
 
 
@@ -36,6 +37,8 @@ def _run(corpus: Path, folder: Path, *flags: str) -> RunMetrics:
         pytest.param(FULL, 1 + 2 * (1 + 1), 7 + 2 * (3 + 3), id="full-recompute"),
         pytest.param(MLP, 1 + 2 * (1 + 1), 7 + 2 * (1 + 3), id="mlp-recompute"),
         pytest.param(STEP, 1, 7, id="step"),
+        # Megatron brings the shards up to date as the forward pass reaches them.
+        pytest.param(OVERLAP, 8 + 1, 7, id="overlapped-parameter-gather"),
     ],
 )
 def test_an_early_gather_is_the_next_one_and_moves_nothing_more(
