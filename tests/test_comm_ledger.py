@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _coalescing_manager
 
 from megatron_helix.recording import profile
-from megatron_helix.recording.comm_ledger import Call, CommLedger, HostClock, Traffic, install
+from megatron_helix.recording.clocks import Call, HostClock
+from megatron_helix.recording.comm_ledger import CommLedger, Traffic, install
 from tests.distributed import run_distributed
 
 P = 4  # ranks

@@ -23,7 +23,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_helix.recording.comm_ledger import CommLedger, HostClock, StreamClock, install
+from megatron_helix.recording.clocks import HostClock, StreamClock
+from megatron_helix.recording.comm_ledger import CommLedger, install
 
 if TYPE_CHECKING:  # it imports Megatron, which a process that only reads does without
     from megatron_helix.inference.engine import Engine, MicroBatch

@@ -17,25 +17,22 @@ send               ``V``
 Source of the formulas: Chan, Heimlich, Purkayastha, van de Geijn, "Collective communication:
 theory, practice, and experience" (2007), the lower bounds of table I.
 
-Time is how long a rank is held up: inside the call and in waiting for its result, for the transfer
-and for slower ranks alike. On the CPU the wall clock says so. On a GPU calls return at once, so
-events on the stream that computes stand around the call and around the wait: what passes between
-them is the *exposed* time, and communication that computation hides counts nothing. Calls that NCCL
-starts as one (a pipeline's sends and receives) have one wait, which they share equally.
+Time is how long a rank is held up: :mod:`megatron_helix.recording.clocks`.
 
 Every call keeps a number that is the same on all ranks of its group. The rank that comes last does
 not wait, so the shortest time of a call over its ranks is the transfer, and what a rank has above
 it is waiting (see :mod:`megatron_helix.experiment.metrics`). No clocks are compared.
 """
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from megatron_helix.recording.clocks import Call, HostClock, StreamClock
 
 Entries = dict[tuple[str, str], "Traffic"]
 
@@ -50,70 +47,6 @@ class Traffic:
     elements: int = 0
     sent_bytes: int = 0
     time_s: float = 0.0
-
-
-@dataclass(slots=True)
-class Call:
-    """One collective, as this rank saw it.
-
-    Attributes:
-        axis: the process group's description.
-        kind: of the collective.
-        channel: who talks: the group's name, and for a send or receive both ends of it.
-        number: how many calls the channel had before; the same on every rank.
-    """
-
-    axis: str
-    kind: str
-    channel: str
-    number: int
-    elements: int = 0
-    sent_bytes: int = 0
-    time_s: float = 0.0
-
-
-class HostClock:
-    """Time as the process feels it; right where a call returns when its result is there."""
-
-    def start(self) -> float:
-        """A moment."""
-        return time.perf_counter()
-
-    def stop(self, start: float, calls: Sequence[Call]) -> None:
-        """Add the time since ``start`` to the calls, in equal shares."""
-        _share_out(time.perf_counter() - start, calls)
-
-    def settle(self) -> None:
-        """Every time is known already."""
-
-
-@dataclass
-class StreamClock:
-    """Time that the current stream of the GPU is held up: exposed communication."""
-
-    pending: list[tuple[Any, Any, Sequence[Call]]] = field(default_factory=list)
-
-    def start(self) -> Any:
-        """A moment in the stream's order of work."""
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def stop(self, start: Any, calls: Sequence[Call]) -> None:
-        """Remember what lies between ``start`` and now; known once the GPU has come here."""
-        self.pending.append((start, self.start(), calls))
-
-    def settle(self) -> None:
-        """Wait for the GPU and add up."""
-        torch.cuda.synchronize()
-        for start, end, calls in self.pending:
-            _share_out(start.elapsed_time(end) / 1e3, calls)
-        self.pending.clear()
-
-
-def _share_out(seconds: float, calls: Sequence[Call]) -> None:
-    for call in calls:
-        call.time_s += seconds / len(calls)
 
 
 class CommLedger:

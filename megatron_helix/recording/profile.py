@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from megatron_helix.recording.comm_ledger import POINT_TO_POINT, Call
+from megatron_helix.recording.clocks import Call
+from megatron_helix.recording.comm_ledger import POINT_TO_POINT
 
 Interval = tuple[int, int]
 

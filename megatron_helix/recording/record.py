@@ -24,15 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_helix import compat, cpu_device
 from megatron_helix.recording import placement, profile
-from megatron_helix.recording.comm_ledger import (
-    POINT_TO_POINT,
-    Call,
-    CommLedger,
-    HostClock,
-    StreamClock,
-    install,
-    totals,
-)
+from megatron_helix.recording.clocks import Call, HostClock, StreamClock
+from megatron_helix.recording.comm_ledger import POINT_TO_POINT, CommLedger, install, totals
 
 Phase = Literal["train", "prefill"]
 
