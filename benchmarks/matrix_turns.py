@@ -104,11 +104,7 @@ def program(words: Sequence[str]) -> launchers.Program:
     known = os.environ.get("PYTHONPATH", "")
     if here not in known.split(os.pathsep):
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (here, known)))
-
-    def forked() -> Any:
-        raise AssertionError("the matrix starts its ranks with torchrun")
-
-    return launchers.Program(words=words, forked=forked)
+    return launchers.Program(words=words)
 
 
 def one_by_one(

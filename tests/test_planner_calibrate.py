@@ -6,6 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_helix.commands import plan
+from megatron_helix.experiment import launchers
+from megatron_helix.experiment.config import LauncherConfig
 from megatron_helix.planner import calibrate, hardware
 from megatron_helix.planner.book import share
 from megatron_helix.planner.deployment import Deployment
@@ -78,3 +81,34 @@ def test_what_cannot_be_written_is_refused_before_anything_is_measured(tmp_path:
         calibrate.on_cpu(2, tmp_path / "file" / "here.yaml")
     with pytest.raises(ValueError, match="--out: must be a file to write, got the folder"):
         calibrate.on_cpu(2, tmp_path)
+
+
+def test_all_gpus_of_a_machine_are_ranks_of_torchrun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = run_distributed(_two_nodes_of_two, 4)[0]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    out = tmp_path / "made" / "here.yaml"
+
+    def start(kind: LauncherConfig, program: launchers.Program, ranks: int, logs: Path) -> None:
+        assert (kind.kind, ranks) == ("torchrun", 4)
+        assert program.words == ["megatron_helix.planner.calibrate", "--out", str(out)]
+        logs.mkdir()
+        calibrate.write(measured, out)
+
+    said: list[str] = []
+    monkeypatch.setattr(launchers, "start", start)
+    monkeypatch.setattr("typer.echo", said.append)
+    plan.calibrate(out)
+    assert said[0].startswith(f"{out}: 4 CPU ranks, gloo: GEMM ")
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_calibrate_under_torchrun_says_what_to_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every rank of it would measure the machine anew, at the same time."""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(ValueError, match=r"^helix calibrate: must be called once, .* got torchrun"):
+        plan.calibrate(tmp_path / "here.yaml")

@@ -1,6 +1,8 @@
 """``helix plan`` and ``helix calibrate``."""
 
 import json
+import os
+import shutil
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -90,15 +92,51 @@ def plan(
 
 def calibrate(
     out: Annotated[Path, typer.Option(help="Hardware file to write.")],
-    ranks: Annotated[int, typer.Option(min=2, help="CPU ranks to fork.")] = 2,
+    device: Annotated[
+        str, typer.Option(help="auto, cpu or cuda; auto is cuda on two GPUs or more.")
+    ] = ("auto"),
+    ranks: Annotated[
+        int | None, typer.Option(min=2, help="Ranks to start: by default all GPUs, or two on CPUs.")
+    ] = None,
 ) -> None:
     """Measure GEMM rate, memory rate and links of this machine and write a hardware file.
 
-    On the CPU with gloo. For GPUs: torchrun -m megatron_helix.planner.calibrate --out FILE.
+    On GPUs with NCCL, on CPUs with gloo. For several nodes, call on each of them
+    torchrun ... -m megatron_helix.planner.calibrate --out FILE.
     """
+    from torch import cuda
+
+    from megatron_helix.argument_checks import require_one_of
     from megatron_helix.planner import calibrate as measuring
 
-    typer.echo(f"{out}: {measuring.on_cpu(ranks, out)}")
+    require_one_of("--device", device, ("auto", "cpu", "cuda"))
+    if "LOCAL_RANK" in os.environ:
+        raise ValueError(
+            "helix calibrate: must be called once, for it starts its ranks itself, got torchrun's"
+            " LOCAL_RANK; call it without torchrun, or torchrun with"
+            " -m megatron_helix.planner.calibrate --out FILE"
+        )
+    if device == "cuda" or (device == "auto" and cuda.device_count() > 1):
+        said = _on_gpus(ranks or max(2, cuda.device_count()), out)
+    else:
+        said = measuring.on_cpu(ranks or 2, out)
+    typer.echo(f"{out}: {said}")
+
+
+def _on_gpus(ranks: int, out: Path) -> str:
+    """Measure with torchrun's ranks, a GPU each; one line that says what."""
+    from megatron_helix.experiment import launchers
+    from megatron_helix.experiment.config import LauncherConfig
+    from megatron_helix.planner import calibrate as measuring
+
+    torchrun = LauncherConfig(kind="torchrun")
+    launchers.require(torchrun, "cuda", ranks)
+    measuring.prepare(out)
+    program = launchers.Program(words=["megatron_helix.planner.calibrate", "--out", str(out)])
+    logs = out.with_suffix(".logs")
+    launchers.start(torchrun, program, ranks, logs)
+    shutil.rmtree(logs)  # of a failure they stay
+    return measuring.summary(out)
 
 
 _EXAMPLES = "tp=8,pp=2,micro_batch=4 or m=4,n=4,exchange=weights,micro_batch=16"

@@ -34,11 +34,12 @@ class Program:
 
     Attributes:
         words: module and arguments of a rank that is a process of its own.
-        forked: function and arguments of a rank that is forked; called in the parent, before.
+        forked: gives function and arguments of a rank that is forked; called in the parent, before.
+            None for a program that is not to be forked.
     """
 
     words: Sequence[str]
-    forked: Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]
+    forked: Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]] | None = None
 
 
 def require(launcher: LauncherConfig, device: str, world_size: int) -> None:
@@ -137,6 +138,7 @@ def start(
         RunFailed: when a rank fails; the others are ended first.
     """
     if launcher.kind == "fork":
+        assert program.forked, f"{program.words[0]} cannot be forked"
         target, args = program.forked()
         ranks = Ranks(target=target, args=args, world_size=world_size, logs=logs)
         fork_ranks(ranks, poll=poll)

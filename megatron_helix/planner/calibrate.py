@@ -5,7 +5,7 @@ On CPUs :func:`on_cpu` forks gloo ranks. On GPUs each rank is one of torchrun's:
     torchrun --nproc-per-node 8 -m megatron_helix.planner.calibrate --out hardware.yaml
 
 which measures with NCCL, by the same code with events of CUDA for a clock. It has been run on two
-H200 of one host (``configs/hardware/h200_2.yaml``), not on several hosts.
+and four H200 of one host (``configs/hardware/h200_2.yaml``, ``h200_4.yaml``), not on several hosts.
 
 Each collective is timed at a small and a large size, among the ranks of a node and, where there are
 several nodes, among all. With the alpha-beta model of
@@ -46,7 +46,7 @@ def on_cpu(ranks: int, out: Path) -> str:
     """
     from megatron_helix import launch
 
-    _prepare(out)
+    prepare(out)
     with tempfile.TemporaryDirectory(prefix="helix-calibrate-") as name:
         found = Path(name) / "measured.json"
         launch.run(
@@ -55,11 +55,16 @@ def on_cpu(ranks: int, out: Path) -> str:
             )
         )
         measured = json.loads(found.read_text())
-    return write(measured, out)
+    write(measured, out)
+    return summary(out)
 
 
-def _prepare(out: Path) -> None:
-    """Make the folder of a file to write."""
+def prepare(out: Path) -> None:
+    """Make the folder of a file to write.
+
+    Raises:
+        ValueError: when ``out`` is a folder, or none can be made for it.
+    """
     if out.is_dir():
         raise ValueError(f"--out: must be a file to write, got the folder {out}; name a file in it")
     try:
@@ -194,8 +199,8 @@ def _slowest(taken: list[float], device: str) -> float:
     return float(runs.min())
 
 
-def write(measured: Measured, out: Path) -> str:
-    """Write the hardware file; a line that says what is in it."""
+def write(measured: Measured, out: Path) -> None:
+    """Write the hardware file."""
     source = f"measured by helix calibrate with torch {torch.__version__}"
     note = "; ".join(
         f"{level} {kind} {each / 1e9:.3g} GB/s, {hop * 1e6:.3g} us a hop"
@@ -225,7 +230,12 @@ def write(measured: Measured, out: Path) -> str:
         "note": note,
     }
     out.write_text(yaml.safe_dump(document, sort_keys=False, width=100))
-    return f"GEMM {measured['gemm'] / 1e9:.4g} GFLOP/s; {note}"
+
+
+def summary(out: Path) -> str:
+    """One line that says what a hardware file that was measured holds."""
+    document = yaml.safe_load(out.read_text())
+    return f"{document['name']}: GEMM {document['gemm']['value']:,.0f} GFLOP/s; {document['note']}"
 
 
 def main() -> None:
@@ -233,12 +243,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure GPUs and links.")
     parser.add_argument("--out", type=Path, required=True)
     out = parser.parse_args().out
-    _prepare(out)
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl")
+    prepare(out)
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=device)
     measured = measure("cuda", int(os.environ["LOCAL_WORLD_SIZE"]))
     if dist.get_rank() == 0:
-        print(f"{out}: {write(measured, out)}")
+        write(measured, out)
+        print(f"{out}: {summary(out)}")
     dist.barrier()
     dist.destroy_process_group()
 
