@@ -4,7 +4,7 @@ A small dense and a small MoE model, with torch's layers in fp32 and with Transf
 fp16 where it is installed. Runs share the GPUs, for nothing is timed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,8 +22,10 @@ RUNS_AT_ONCE = {"cuda": 16, "cpu": 1}
 BANDS = {"fp32": (1e-5, 1e-4), "fp16": (2e-3, 2e-2)}
 
 
-def parity(bench: Bench, models: Sequence[ModelConfig], console: Console) -> list[dict[str, Any]]:
-    """A row for each layout, model and precision: how far it leaves the first layout."""
+def parity(
+    bench: Bench, models: Sequence[ModelConfig], console: Console
+) -> Iterator[dict[str, Any]]:
+    """A row for each layout, model and precision, once known: how far it leaves the first one."""
     engine = find_spec("transformer_engine") is not None
     arms: list[tuple[Precision, tuple[str, ...]]] = [("fp32", LOCAL)]
     if bench.device == "cuda":
@@ -56,19 +58,17 @@ def parity(bench: Bench, models: Sequence[ModelConfig], console: Console) -> lis
             ]
             for experiment, start in zip(tables, starts, strict=True)
         ]
-        turns = [[run.result() for run in row] for row in runs_of]
-    rows = []
-    for experiment, found in zip(tables, turns, strict=True):
-        for layout, turn in zip(experiment.layouts, found, strict=True):
-            row = {
-                "model": experiment.models[0].name,
-                "precision": experiment.precision,
-                "layout": layout.name,
-                **_compared(turn, found[0], BANDS[experiment.precision]),
-            }
-            console.print(*row.values())
-            rows.append(row)
-    return rows
+        for experiment, found in zip(tables, runs_of, strict=True):
+            for layout, run in zip(experiment.layouts, found, strict=True):
+                band = BANDS[experiment.precision]
+                row = {
+                    "model": experiment.models[0].name,
+                    "precision": experiment.precision,
+                    "layout": layout.name,
+                    **_compared(run.result(), found[0].result(), band),
+                }
+                console.print(*row.values())
+                yield row
 
 
 def _folder(bench: Bench, experiment: ExperimentConfig) -> Path:

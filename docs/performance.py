@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,12 @@ PAGE = ROOT / "docs" / "performance.md"
 EXPERIMENT = config.load(ROOT / "configs" / "experiments" / "seed_16gpu.yaml")
 MACHINES = {
     name: hardware.load(ROOT / "configs" / "hardware" / f"{name}.yaml")
-    for name in ("h100_nvl16", "h100_2x8_ib", "h200_2")
+    for name in ("h100_nvl16", "h100_2x8_ib", "h200_2", "h200_4", "h200_8")
 }
 SIXTEEN = ("h100_nvl16", "h100_2x8_ib")
 SOURCE = [model.name for model in EXPERIMENT.models]
 MODELS = {model.name: model for model in EXPERIMENT.models}
-# Adam's states of the source's MoE model need eight GPUs: for two, experts of a quarter.
+# Adam's states of the source's MoE model need four GPUs: for two, experts of a quarter.
 MODELS["moe_8192"] = MODELS["moe"].model_copy(update={"name": "moe_8192", "ffn_hidden_size": 8192})
 Keys = Mapping[str, Any]
 BASELINE, CUT, REPLICAS, ALONE = {"tp": 8, "pp": 2}, {"m": 4, "n": 4}, {"tp": 4}, {"tp": 1}
@@ -40,6 +41,8 @@ OVERLAPS = (0.0, 0.5, 1.0)
 # At least four micro-batches a step: fewer would leave the baseline's two stages to wait.
 SIZES = tuple(2**power for power in range(9))
 
+FEW_SEQUENCES = {1: 4, 2: 16, 4: 32}  # of a step, by GPUs
+
 # Milliseconds of a step, median, fp16, by model and phase, GPUs and layout: docs/log.md.
 MEASURED_MS: dict[tuple[str, str], dict[tuple[int, str], float]] = {
     ("dense", "prefill"): {
@@ -48,6 +51,12 @@ MEASURED_MS: dict[tuple[str, str], dict[tuple[int, str], float]] = {
         (2, "tp1_mb8"): 179.6,
         (2, "helix_2x1_activations_mb4"): 226.3,
         (2, "helix_2x1_weights_mb16"): 198.0,
+        (4, "tp2_pp2_mb4"): 248.2,
+        (4, "tp2_pp2_mb8"): 258.4,
+        (4, "tp4_mb32"): 230.9,
+        (4, "tp2_mb8"): 207.5,
+        (4, "helix_2x2_weights_mb32"): 213.7,
+        (4, "helix_4x1_weights_mb32"): 200.4,
     },
     ("dense", "train"): {
         (1, "tp1_mb1"): 376.4,
@@ -57,6 +66,25 @@ MEASURED_MS: dict[tuple[str, str], dict[tuple[int, str], float]] = {
         (2, "helix_2x1_activations_mb4"): 666.9,
         (2, "helix_2x1_weights_mb16"): 622.0,
         (2, "helix_2x1_weights_step_mb16"): 615.0,
+        (4, "tp2_pp2_mb4"): 687.5,
+        (4, "tp2_pp2_mb8"): 743.7,
+        (4, "tp4_mb32"): 656.5,
+        (4, "tp2_mb8"): 631.3,
+        (4, "tp1_mb8"): 593.2,
+        (4, "helix_2x2_weights_mb32"): 632.5,
+        (4, "helix_2x2_weights_step_mb32"): 630.8,
+        (4, "helix_4x1_weights_mb32"): 604.6,
+        (4, "helix_4x1_weights_step_mb32"): 598.0,
+    },
+    ("moe", "prefill"): {
+        (4, "tp2_pp2_ep2_mb4"): 395.6,
+        (4, "tp4_ep4_mb32"): 351.4,
+        (4, "helix_4x1_weights_ep4_mb32"): 335.7,
+    },
+    ("moe", "train"): {
+        (4, "tp2_pp2_ep2_mb4"): 1272.8,
+        (4, "tp4_ep4_mb16"): 1108.0,
+        (4, "helix_4x1_weights_step_ep4_mb16"): 1073.0,
     },
     ("moe_8192", "prefill"): {
         (2, "tp1_pp2_mb4"): 193.7,
@@ -265,24 +293,57 @@ def where() -> Iterator[str]:
 
 
 def few_gpus() -> list[str]:
-    """Whatever was measured on one and two GPUs, with a factor to TP=2, beside its prediction."""
+    """Whatever was measured on a few GPUs, with factors to stock, beside its prediction."""
     rows = []
     for (model, phase), measured in MEASURED_MS.items():
-        stock = next(ms for (gpus, said), ms in measured.items() if said.startswith("tp2"))
         for (gpus, said), ms in measured.items():
             keys = {key: value for key, value in named(said).items() if key != "micro_batch"}
             numbers = {key: int(value) if value.isdigit() else value for key, value in keys.items()}
-            case = Case(model, "h200_2", phase, sequences=4 if gpus == 1 else 16, devices=gpus)
+            machine = "h200_4" if gpus == 4 else "h200_2"
+            case = Case(model, machine, phase, sequences=FEW_SEQUENCES[gpus], devices=gpus)
             found = case.one(int(named(said)["micro_batch"]), numbers)
             if not found or found.deployment.layout.name != said:
                 raise ValueError(f"MEASURED_MS: {model} cannot {phase} by {said} on {gpus} GPUs")
-            factor = f"{stock / ms:.2f}" if gpus == 2 else ""
+            beside = {name: each for (count, name), each in measured.items() if count == gpus > 1}
+            factors = [
+                next((f"{each / ms:.2f}" for name, each in beside.items() if stock in name), "")
+                for stock in ("_pp", f"tp{gpus}_")
+            ]
             error = f"{found.step_s * 1e3 / ms - 1:+.1%}"
-            figures = [f"{ms:.1f}", factor, f"{found.step_s * 1e3:.1f}", error]
+            figures = [f"{ms:.1f}", *factors, f"{found.step_s * 1e3:.1f}", error]
             figures += [f"{found.tpot_ms:.3f}", f"{found.memory.total / 1e9:.1f}"]
             rows.append([model, phase, str(gpus), said, *figures])
-    heads = "model, phase, GPUs, layout | measured, of TP=2, predicted, error, TPOT, GB"
+    heads = "model, phase, GPUs, layout | measured, of PP, of TP, predicted, error, TPOT, GB"
     return table(heads, rows)
+
+
+def eight_gpus() -> list[str]:
+    """Helix at its best cut and exchange on 8 GPUs against the analogue of the source's baseline.
+
+    Each at its best micro-batch: of all, and of those that cut the batch into at most four.
+    """
+    cuts = [{"m": m, "n": 8 // m} for m in (2, 4, 8)]
+    rows = []
+    for sequences, model, phase in product((64, 512), SOURCE, ("prefill", "train")):
+        case = Case(model, "h200_8", phase, sequences=sequences, devices=8)
+        ways = case.helix(*cuts)
+        base, helix, tp = (case.best(*each) for each in ([{"tp": 4, "pp": 2}], ways, [{"tp": 8}]))
+        row = [model, phase, str(sequences), helix.deployment.layout.name]
+        row += [f"{one.step_s / helix.step_s:.2f}" for one in (base, tp)]
+        row.append(f"{helix.tpot_ms / base.tpot_ms:.2f}")
+        few = [
+            [one for way in group for one in case.sizes(way) if one.deployment.microbatches <= 4]
+            for group in ([{"tp": 4, "pp": 2}], ways)
+        ]
+        if all(few):
+            base, helix = (min(group, key=lambda one: one.step_s) for group in few)
+            row.append(f"{base.step_s / helix.step_s:.2f}")
+            row.append(f"{helix.tpot_ms / base.tpot_ms:.2f}")
+        else:
+            row += ["does not fit", ""]
+        rows.append(row)
+    heads = "model, phase, batch, helix | TPS, TPS of TP=8, TPOT"
+    return table(f"{heads}, TPS in 4, TPOT in 4", rows)
 
 
 def ceiling() -> str:
@@ -308,6 +369,7 @@ PARTS: dict[str, Callable[[], list[str]]] = {
     "arithmetic": arithmetic,
     "where": lambda: [claims(), "", *where()],
     "few": few_gpus,
+    "eight": eight_gpus,
 }
 
 
