@@ -8,7 +8,9 @@ Its parts are *parity* (``matrix_parity.py``), *train* and *prefill* (``matrix_t
 experiment, each layout at several micro-batches. A turn is a run of its own of Megatron's loop.
 
 A turn's files stay in OUT: a second call goes on where the first one ended. ``--limit`` ends a call
-in time for its results to be written. Each timed layout draws weights of its own.
+in time for its results to be written. Each timed layout draws weights of its own. An untrained
+router loads experts unevenly, and every layout's differently: time MoE models with ``--flags
+--moe-router-force-load-balancing``.
 """
 
 import json

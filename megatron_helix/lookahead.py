@@ -7,7 +7,7 @@ of the backward pass, so nothing is begun across the border of a layer there. Wh
 gathers parameters during the forward pass (``--overlap-param-gather``), a shard is up to date only
 once its own linear is called, and nothing is begun in that pass at all.
 
-Tested on gloo ranks that are told to begin early; over NCCL it ran on up to four GPUs (docs/log.md).
+Tested on gloo ranks that are told to begin early; over NCCL it ran on two and on four GPUs.
 """
 
 from dataclasses import dataclass

@@ -77,7 +77,7 @@ def test_what_this_machine_has_not_is_named_before_anything_is_made(
         ({"precision": "bf16"}, "hardware: four slow ranks has figures for elements of 4 bytes"),
         (
             {"world_size": 8},
-            "hardware: four slow ranks has 4 devices .* helix calibrate --ranks 8",
+            "hardware: four slow ranks has 4 devices .* helix calibrate --device cpu --ranks 8",
         ),
         ({"hardware": {**DOCUMENT["hardware"], "devices": 0}}, "hardware.devices: Input should"),
         ({"phases": ["prefill", "decode"]}, "claims: phase train is not in this experiment"),

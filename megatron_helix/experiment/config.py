@@ -217,8 +217,8 @@ class ExperimentConfig(Config):
         if machine.inter_node is None and self.world_size > machine.devices_per_node:
             raise ValueError(
                 f"hardware: {machine.name} has {machine.devices_per_node} devices in its one node,"
-                f" and the experiment {self.world_size} ranks; name a file with inter_node, or"
-                f" measure one with helix calibrate --ranks {self.world_size}"
+                f" and the experiment {self.world_size} ranks; name a file with inter_node, or measure"
+                f" one with helix calibrate --device {self.device} --ranks {self.world_size}"
             )
 
 
