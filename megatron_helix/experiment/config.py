@@ -217,7 +217,7 @@ class ExperimentConfig(Config):
         if machine.inter_node is None and self.world_size > machine.devices_per_node:
             raise ValueError(
                 f"hardware: {machine.name} has {machine.devices_per_node} devices in its one node,"
-                f" and the experiment {self.world_size} ranks; name a file with inter_node, or measure"
+                f" and the experiment {self.world_size} ranks; name a file with inter_node, or make"
                 f" one with helix calibrate --device {self.device} --ranks {self.world_size}"
             )
 
