@@ -1,6 +1,7 @@
 """Experiment files: those that are shipped, one's own text, and the error of every bad one."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.console import Console
 
 from megatron_helix import corpus
 from megatron_helix.experiment import config, dag, runs, workflow
+from megatron_helix.planner import memory
 from tests.experiment_case import DOCUMENT, experiment
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "experiments"
@@ -24,6 +26,22 @@ def test_the_shipped_experiments_are_sound() -> None:
         for run in runs.compared(chosen):
             workflow.partition.deployment(chosen, run).check()
         assert dag.graph(workflow.nodes(chosen, Path())).number_of_nodes() > 8
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*gpu*.yaml")), ids=lambda path: path.stem)
+def test_the_shipped_experiments_fit_their_gpus(path: Path) -> None:
+    """With the runs in fp32 that the fp16 check needs."""
+    chosen = config.load(path)
+    assert chosen.hardware is not None
+    for run in [*runs.compared(chosen), *runs.checks(chosen)]:
+        here = replace(workflow.partition.deployment(chosen, run), phase=run.phase).check()
+        needed = max(
+            memory.of_rank(
+                here, stage, fused_channels=chosen.hardware.fused_attention_max_channels
+            ).total
+            for stage in range(here.stages)
+        )
+        assert needed < chosen.hardware.memory.rate, run.name
 
 
 def test_a_layout_that_cannot_run_is_refused_before_anything_is_made(tmp_path: Path) -> None:
