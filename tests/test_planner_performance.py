@@ -1,6 +1,7 @@
 """docs/performance.md: every figure is what the planner says now."""
 
 import importlib.util
+import json
 import re
 import sys
 from pathlib import Path
@@ -52,3 +53,15 @@ def test_a_measured_layout_that_cannot_be_is_named(
     monkeypatch.setattr(performance, "MEASURED_MS", bad)
     with pytest.raises(ValueError, match="MEASURED_MS: dense cannot train by tp2_mb3 on 2 GPUs"):
         performance.few_gpus()
+
+
+def test_the_table_has_what_the_benchmark_wrote(performance: ModuleType) -> None:
+    """Its names leave out what the planner's say: expert parallelism, and that weights move."""
+    written = json.loads((ROOT / "benchmarks/results/four_h200.json").read_text())
+    for (model, phase), measured in performance.MEASURED_MS.items():
+        rows = written.get(f"{phase}-{model}", [])
+        found = {re.sub("_dp[24]", "", row["layout"]): f"{row['step_ms']:.1f}" for row in rows}
+        for (gpus, name), milliseconds in measured.items():
+            if gpus == 4:
+                said = re.sub("_ep[24]", "", name).replace("_weights_step", "_step")
+                assert found[said] == f"{milliseconds:.1f}"
