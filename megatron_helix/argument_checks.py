@@ -116,10 +116,11 @@ def require_loadable(args: argparse.Namespace) -> None:
         ("--pretrained-checkpoint", args.pretrained_checkpoint, args.ckpt_step),
     ]
     if args.non_persistent_ckpt_type:
-        folder = args.non_persistent_global_ckpt_dir or (args.load and args.load / "non_persistent")
+        folder = args.non_persistent_global_ckpt_dir
+        folder = folder or (args.load and Path(args.load, "non_persistent"))
         loaded.append(("--non-persistent-ckpt-type", folder, None))
     for flag, folder, step in loaded:
-        checkpoint = folder and _checkpoint(folder, step)
+        checkpoint = folder and _checkpoint(Path(folder), step)
         if not checkpoint or not checkpoint.is_dir():
             continue  # nothing to load: Megatron's to judge
         if not (checkpoint / "metadata.json").exists():

@@ -60,6 +60,7 @@ def prepare(argv: Sequence[str], world_size: int) -> list[str]:
     from megatron_helix import gpt_training, plugin  # noqa: F401  # slow: forked ranks inherit them
 
     compat.read_flag_help_once()
+    arguments.require_flags(argv)
     return argv
 
 
