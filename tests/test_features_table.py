@@ -3,6 +3,10 @@
 import argparse
 import ast
 import dataclasses
+import os
+import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +30,7 @@ from megatron_helix.features.works import DRAWN, IN_ORDER, WORKS
 from megatron_helix.layer_spec import helixify
 from tests import block_case
 from tests.cpu_config import cpu_config
-from tests.distributed import model_parallel, run_distributed, tiny_gpt
+from tests.distributed import model_parallel, pretrain, run_distributed, tiny_gpt
 
 ROOT = Path(__file__).parents[1]
 
@@ -182,6 +186,54 @@ def test_what_the_table_says_has_the_test_it_names(row: Works | RefusedByLayer) 
         if isinstance(node, ast.FunctionDef)
     ]
     assert name in functions
+
+
+def test_what_a_checkpoint_asks_for_is_refused_too(corpus_prefix: Path, tmp_path: Path) -> None:
+    """One line before any process group, though the flags alone are fine."""
+    saved = tmp_path / "one_group"
+    model = ("--group-query-attention", "--num-query-groups", "1")
+    save = ("--save", str(saved), "--save-interval", "1")
+    pretrain(tiny_gpt(corpus_prefix, *model, *save, train_iters=1), 1, tmp_path / "run")
+    flags = (
+        *("--helix-device", "cpu", "--helix-m", "2", "--helix-n", "2", "--sequence-parallel"),
+        *("--use-checkpoint-args", "--load", str(saved), "--micro-batch-size", "4", "--mock-data"),
+        *("--train-iters", "1", "--lr", "1e-3", "--vocab-size", "256"),
+        *("--tokenizer-type", "NullTokenizer", "--null-tokenizer-eod-id", "0"),
+    )
+    found = subprocess.run(
+        [sys.executable, "-m", "megatron_helix.pretrain_gpt", *flags],
+        env={**os.environ, "RANK": "0", "WORLD_SIZE": "4"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 2
+    said = r"^error: --helix-n: must be a positive divisor of --num-query-groups \(1\), got 2; use"
+    assert re.match(said, found.stderr.splitlines()[-1])
+
+
+def test_another_entry_point_is_checked_as_well() -> None:
+    """`enable()` checks parsed arguments, whoever parsed them."""
+    args = SimpleNamespace(
+        helix_exchange="auto",
+        helix_split="auto",
+        helix_gather="microbatch",
+        **{"helix_m": 2, "helix_n": 2, "micro_batch_size": 2, "global_batch_size": 4},
+        **{"context_parallel_size": 1, "tensor_model_parallel_size": 4},
+        **{"position_embedding_type": "rope", "rotary_percent": 1.0, "rotary_interleaved": False},
+        **{"attention_output_gate": False},
+    )
+    block = block_case.Block()
+    transformer = cpu_config(
+        num_layers=1, hidden_size=32, num_attention_heads=block.heads, kv_channels=8
+    )
+    transformer.fp8_dot_product_attention = True
+    config = SimpleNamespace(transformer=transformer)
+    with pytest.raises(ValueError, match=r"^fp8_dot_product_attention: is refused"):
+        arguments.require_run(argparse.Namespace(**vars(args)), config)
+    args.tensor_model_parallel_size = 2
+    with pytest.raises(ValueError, match=r"must be --helix-m x --helix-n, got 2 and 2 x 2; give"):
+        arguments.require_run(argparse.Namespace(**vars(args)), config)
 
 
 def test_cross_attention_is_refused() -> None:

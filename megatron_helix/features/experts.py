@@ -13,6 +13,7 @@ EXPERTS = (
         test=_DRAWN,
         examples=(
             "--moe-token-dispatcher-type allgather",
+            "--moe-router-topk 1",
             "--moe-token-dispatcher-type alltoall",
             "--moe-latent-size 32",
             "--moe-ffn-hidden-size 48",
@@ -49,7 +50,8 @@ EXPERTS = (
             "--moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 0.1",
             "--moe-router-load-balancing-type global_aux_loss --moe-aux-loss-coeff 0.1",
             "--moe-router-load-balancing-type sinkhorn --moe-router-topk 1",
-            "--moe-router-load-balancing-type quantile_balancing",
+            "--moe-router-load-balancing-type quantile_balancing"
+            " --moe-router-quantile-balancing-ema 0.5",
             "--moe-z-loss-coeff 0.01",
         ),
         needs=("moe",),

@@ -183,7 +183,10 @@ MODELS = (
         feature="Multi-token prediction on a stage of its own",
         names="--mtp-standalone",
         test=_DRAWN,
-        examples=("--num-layers 2 --mtp-num-layers 1 --pipeline-model-parallel-layout Et|t|m|L",),
+        examples=(
+            "--num-layers 2 --mtp-num-layers 1 --mtp-standalone"
+            " --pipeline-model-parallel-layout Et|t|m|L",
+        ),
         needs=("rope", "pp"),
         note="follows from the pipeline's layout",
     ),

@@ -1,4 +1,4 @@
-"""What works: the layout, the batch and the run around the model. The model's own: `.models`, `.experts`."""
+"""What works: layout, batch and run. Of models: :mod:`.models`, :mod:`.experts`."""
 
 from megatron_helix.features.experts import EXPERTS
 from megatron_helix.features.models import MODELS
@@ -202,7 +202,7 @@ PRECISION = (
     Works(
         feature="Parts of a half-precision model in fp32, and the reverse",
         names="--fp32-residual-connection --fp16-lm-cross-entropy --attention-softmax-in-fp32",
-        test="tests/test_features.py::test_mixed_precisions_are_as_near_as_stock_to_itself",
+        test=HALF,
     ),
     Works(
         feature="Precision in which gradients are added up",
