@@ -2,9 +2,10 @@
 
 Megatron-LM asks ``torch.cuda`` for devices, streams, events, memory and random state on every
 path. :func:`enable` makes those questions answerable on a machine without a GPU: device 0 *is* the
-CPU, streams are the program order, events are the wall clock and the CUDA generator is the CPU
-generator. Nothing in Megatron is touched. It is used by ``--helix-device cpu`` and by the tests,
-and refuses to work where a GPU is present: there the real thing must be measured.
+CPU, streams are the program order, events are the wall clock, and the CUDA generator is one of two
+(:mod:`megatron_helix.cpu_generators`). Nothing in Megatron is touched. It is used by
+``--helix-device cpu`` and by the tests, and refuses to work where a GPU is present: there the real
+thing must be measured.
 """
 
 import contextlib
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
+
+from megatron_helix import cpu_generators
 
 _CPU = torch.device("cpu")
 _RUN_BACKWARD = "_engine_run_backward"
@@ -46,8 +49,9 @@ def enable() -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron insists, the CPU has none
     for name, value in _cuda_answers().items():
         setattr(torch.cuda, name, value)
-    for name in ("get_rng_state", "set_rng_state", "manual_seed"):
-        setattr(torch.cuda.random, name, getattr(torch.cuda, name))
+        if hasattr(torch.cuda.random, name):  # bound by name when it was imported
+            setattr(torch.cuda.random, name, value)
+    cpu_generators.tell_apart()
     torch.accelerator.is_available = lambda: False
     # Megatron's optimizers sort parameters by ``type()``; its MoE layer brings token counts to the
     # host where ``is_cuda``. Native code, c10d among it, looks at the memory itself.
@@ -161,11 +165,6 @@ def _cuda_answers() -> dict[str, Any]:
         "device_memory_used": returns(0),
         "mem_get_info": returns((0, 0)),
         "memory_stats": returns(_ZeroStats()),
-        "default_generators": (torch.default_generator,),
-        "manual_seed": lambda seed: torch.default_generator.manual_seed(seed),
-        "manual_seed_all": lambda seed: torch.default_generator.manual_seed(seed),
-        "get_rng_state": lambda device=None: torch.default_generator.get_state(),
-        "set_rng_state": lambda state, device=None: torch.default_generator.set_state(state),
     }
 
 
@@ -237,7 +236,8 @@ def _with_mode(function: Any) -> Any:
 class _CudaMeansCpu(TorchFunctionMode):
     """Rewrites ``device='cuda'`` in factory functions, ``Tensor.to`` and ``Module.to``.
 
-    Memory is not pinned: that would need the driver.
+    Memory is not pinned: that would need the driver. What the CPU would draw from its own generator
+    is drawn from it.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -248,4 +248,7 @@ class _CudaMeansCpu(TorchFunctionMode):
             kwargs = {**kwargs, "pin_memory": False}
         if func is torch.Tensor.to and len(args) > 1:
             args = (args[0], _as_cpu(args[1]), *args[2:])
+        if cpu_generators.draws_on_cpu(func, args, kwargs):
+            with cpu_generators.drawing_on_cpu():
+                return func(*args, **kwargs)
         return func(*args, **kwargs)
