@@ -15,10 +15,9 @@ import types
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
-from megatron_helix import cpu_generators
+from megatron_helix import cpu_generators, gloo
 
 _CPU = torch.device("cpu")
 _RUN_BACKWARD = "_engine_run_backward"
@@ -64,7 +63,7 @@ def enable() -> None:
     for name, value in tensor_answers.items():
         setattr(torch.Tensor, name, value)
     torch.nn.Module.cuda = lambda self, device=None: self
-    _let_gloo_reduce_scatter()
+    gloo.fill_in()
     setattr(torch.cuda, _MARK, True)
     _CudaMeansCpu().__enter__()  # for the life of the process
     # The mode is off inside a function it was asked about, as it is about ``Tensor.backward``; and
@@ -184,32 +183,6 @@ def _type_as_on_cuda(self: torch.Tensor, dtype: Any = None, **kwargs: Any) -> An
         if dtype is not None:
             return _TENSOR_TYPE(self, dtype, **kwargs)
         return _TENSOR_TYPE(self).replace("torch.", "torch.cuda.", 1)
-
-
-def _let_gloo_reduce_scatter() -> None:
-    """Give gloo a reduce-scatter that sends what one must.
-
-    Its own is an all-reduce of which each rank keeps a part: twice the bytes, counted at the
-    network interface. An all-to-all and a local sum send each chunk once, to the rank that needs
-    it.
-    """
-    group = dist.ProcessGroup
-    swap_name = "all_to_all_single" if hasattr(group, "all_to_all_single") else "alltoall_base"
-    name = swap_name.replace("all_to_all", "reduce_scatter").replace("alltoall", "_reduce_scatter")
-    swap, original = getattr(group, swap_name), getattr(group, name)
-
-    def reduce_scatter(
-        self: dist.ProcessGroup, output: torch.Tensor, input: torch.Tensor, opts: Any = None
-    ) -> Any:
-        if opts is not None and opts.reduceOp != dist.ReduceOp.SUM:
-            return original(self, output, input, opts)
-        parts = torch.empty_like(input)
-        work = swap(self, parts, input, [], [], dist.AllToAllOptions())
-        work.wait()
-        torch.sum(parts.view(self.size(), *output.shape), dim=0, out=output)
-        return work
-
-    setattr(group, name, reduce_scatter)
 
 
 def _as_cpu(device: Any) -> Any:
