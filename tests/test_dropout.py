@@ -11,8 +11,8 @@ from itertools import combinations
 import pytest
 import torch
 
-from tests.dropout_case import HEADS, RATE, B, Cut, S, Seen, run, whole_attention, whole_hidden
 from tests.distributed import run_distributed
+from tests.dropout_case import HEADS, RATE, B, Cut, S, Seen, run, whole_attention, whole_hidden
 
 SIGMAS = 6.0
 SP = {"sequence_parallel": True}
