@@ -108,8 +108,8 @@ def test_the_stream_is_dropped_apart_from_attention_and_from_other_tokens(name: 
         drawn = [*part.hidden, part.attention[0]]
         length = min(mask.numel() for mask in drawn)
         assert_independent(torch.stack([mask.flatten()[:length] for mask in drawn]))
-    of_chunks = hidden(name).view(len(hidden(name)) * 4, -1)
-    assert_independent(of_chunks)
+    tokens = hidden(name).unflatten(1, (4, -1)).transpose(2, 3)  # [masks, T, b, s/T, D]
+    assert_independent(tokens.flatten(0, 2).flatten(1))
 
 
 @pytest.mark.parametrize("name", [name for name in PLANS if not name.endswith("-sp")])
