@@ -33,6 +33,9 @@ def enable(args: argparse.Namespace, model_config: GPTModelConfig) -> GPTModelCo
 
     Returns:
         The same ``model_config``.
+
+    Raises:
+        ValueError: for a ``--spec`` whose self-attention has no m x n partition.
     """
     compat.require_supported_megatron()
     compat.load_into_torch_adam()
@@ -46,13 +49,18 @@ def enable(args: argparse.Namespace, model_config: GPTModelConfig) -> GPTModelCo
             spec = with_flex_attention(spec)
         return helixify(spec, layout, arguments.choice(args)) if layout else spec
 
+    def stock_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Any:
+        if isinstance(base, ModuleSpec) or not callable(base):
+            return base
+        takes_stage = "vp_stage" in inspect.signature(base).parameters  # as Megatron asks
+        return base(config, vp_stage=vp_stage) if takes_stage else base(config)
+
     def layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Any:
-        spec = base
-        if callable(base) and not isinstance(base, ModuleSpec):
-            takes_stage = "vp_stage" in inspect.signature(base).parameters  # as Megatron asks
-            spec = base(config, vp_stage=vp_stage) if takes_stage else base(config)
+        spec = stock_spec(config, vp_stage)
         return with_sequence_parallel_norms(helix(spec), config.transformer, vp_stage)
 
+    if args.spec is not None:
+        _refuse_early(stock_spec, helix, model_config)
     model_config.transformer_layer_spec = layer_spec
     transformer = model_config.transformer
     compat.map_mtp_spec(lambda spec: swap_norms(helix(spec), transformer) if spec else spec)
@@ -65,6 +73,18 @@ def enable(args: argparse.Namespace, model_config: GPTModelConfig) -> GPTModelCo
     if arguments.wants_helix(args) and args.helix_gather == "step":
         model_config.transformer.finalize_model_grads_func = _finalize_model_grads
     return model_config
+
+
+def _refuse_early(make: Any, helix: Any, model_config: GPTModelConfig) -> None:
+    """Refuse a user's spec before there are process groups, if it can be made without them.
+
+    One that asks for its pipeline stage cannot, and is refused where the model is built.
+    """
+    try:
+        spec = make(model_config)
+    except Exception:  # whatever it is, it comes again there
+        return
+    helix(spec)
 
 
 def _layout(args: argparse.Namespace, model_config: GPTModelConfig) -> HelixLayout:

@@ -63,6 +63,11 @@ REFUSED = (
         reason="sequences packed into one cannot be dealt out by batch, nor by equal chunks",
     ),
     Refused(
+        feature="Packed sequences (THD) of documents",
+        flag="--dataloader-inter-document-masking",
+        reason="sequences packed into one cannot be dealt out by batch, nor by equal chunks",
+    ),
+    Refused(
         feature="Hybrid context parallelism",
         flag="--hybrid-context-parallel",
         reason="it packs sequences, which cannot be dealt out by batch, nor by equal chunks",
@@ -242,5 +247,17 @@ REFUSED_BY_LAYER = (
         where="the first forward that is given packed_seq_params",
         reason="sequences packed into one cannot be dealt out by batch, nor by equal chunks",
         test="tests/test_compatibility.py::test_packed_sequences_are_refused_in_a_layer",
+    ),
+    RefusedByLayer(
+        feature="A mask of padding, for MoE layers under weights with a batch split",
+        where="the first forward that is given padding_mask",
+        reason="it speaks of stock's tokens of a rank, and the block has others there",
+        test="tests/test_compatibility.py::test_a_mask_of_padding_is_refused_in_the_order_of_the_block",
+    ),
+    RefusedByLayer(
+        feature="Self-attention of a class of one's own",
+        where="helixify() on a spec that has it (--spec)",
+        reason="only megatron-core's SelfAttention is cut, whatever a class derived from it does",
+        test="tests/test_compatibility.py::test_a_self_attention_of_ones_own_is_refused",
     ),
 )
