@@ -32,11 +32,12 @@ _ASKING = ("--helix-m", "--helix-n", "--helix-exchange", "--helix-split", "--hel
 _SIZES = (
     *("num-layers", "hidden-size", "ffn-hidden-size", "num-attention-heads", "num-query-groups"),
     *("kv-channels", "num-experts", "seq-length", "micro-batch-size", "global-batch-size"),
+    "eval-micro-batch-size",
 )
 _SWITCHES = (
     *("group-query-attention", "rotary-interleaved", "attention-output-gate", "swiglu"),
     *("sequence-parallel", "overlap-grad-reduce", "multi-latent-attention"),
-    *("use-distributed-optimizer", "no-load-optim", "finetune"),
+    *("use-distributed-optimizer", "no-load-optim", "finetune", "full-validation"),
 )
 _FOLDERS = ("load", "non-persistent-global-ckpt-dir", "pretrained-checkpoint")
 

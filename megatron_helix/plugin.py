@@ -58,13 +58,18 @@ def enable(
             spec = with_flex_attention(spec)
         return helixify(spec, layout, arguments.choice(args)) if layout else spec
 
+    def stock_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Any:
+        if isinstance(base, ModuleSpec) or not callable(base):
+            return base
+        takes_stage = "vp_stage" in inspect.signature(base).parameters  # as Megatron asks
+        return base(config, vp_stage=vp_stage) if takes_stage else base(config)
+
     def layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Any:
-        spec = base
-        if callable(base) and not isinstance(base, ModuleSpec):
-            takes_stage = "vp_stage" in inspect.signature(base).parameters  # as Megatron asks
-            spec = base(config, vp_stage=vp_stage) if takes_stage else base(config)
+        spec = stock_spec(config, vp_stage)
         return with_sequence_parallel_norms(helix(spec), config.transformer, vp_stage)
 
+    if args.spec is not None:
+        _refuse_early(stock_spec, helix, model_config)
     model_config.transformer_layer_spec = layer_spec
     transformer = model_config.transformer
     compat.map_mtp_spec(lambda spec: swap_norms(helix(spec), transformer) if spec else spec)
@@ -84,6 +89,18 @@ def _prepare_checkpoints(args: argparse.Namespace, layout: HelixLayout) -> None:
     if layout.m > 1 and args.use_distributed_optimizer:
         # Megatron's default keeps optimizer state in the order of a rank's memory.
         args.dist_ckpt_optim_fully_reshardable = True
+
+
+def _refuse_early(make: Any, helix: Any, model_config: GPTModelConfig) -> None:
+    """Refuse a user's spec before there are process groups, if it can be made without them.
+
+    One that asks for its pipeline stage cannot, and is refused where the model is built.
+    """
+    try:
+        spec = make(model_config)
+    except Exception:  # whatever it is, it comes again there
+        return
+    helix(spec)
 
 
 def _finalize_model_grads(model: list[torch.nn.Module], *args: Any, **kwargs: Any) -> None:

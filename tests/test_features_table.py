@@ -12,10 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
-from megatron.core.models.T5.t5_spec import get_t5_decoder_with_local_block_spec
-from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.arguments import add_megatron_arguments
 from megatron.training.models.gpt import GPTModelConfig
@@ -27,10 +23,9 @@ from megatron_helix.features.models import MODELS
 from megatron_helix.features.refused import REFUSED, REFUSED_BY_LAYER
 from megatron_helix.features.rows import InOrder, Refused, RefusedByLayer, Works
 from megatron_helix.features.works import DRAWN, IN_ORDER, WORKS
-from megatron_helix.layer_spec import helixify
 from tests import block_case
 from tests.cpu_config import cpu_config
-from tests.distributed import model_parallel, pretrain, run_distributed, tiny_gpt
+from tests.distributed import pretrain, tiny_gpt
 
 ROOT = Path(__file__).parents[1]
 
@@ -234,29 +229,6 @@ def test_another_entry_point_is_checked_as_well() -> None:
     args.tensor_model_parallel_size = 2
     with pytest.raises(ValueError, match=r"must be --helix-m x --helix-n, got 2 and 2 x 2; give"):
         arguments.require_run(argparse.Namespace(**vars(args)), config)
-
-
-def test_cross_attention_is_refused() -> None:
-    spec, layout = get_t5_decoder_with_local_block_spec(1), block_case.Block().layout(2, 2)
-    message = r"^--helix-m: CrossAttention has no head-dimension partition, got 2; use --helix-m 1"
-    with pytest.raises(ValueError, match=message):
-        helixify(spec, layout)
-    assert helixify(spec, block_case.Block().layout(1, 4)) is spec
-
-
-def test_packed_sequences_are_refused_in_a_layer() -> None:
-    def call() -> None:
-        with model_parallel(tp=2):
-            block = block_case.Block(layers=1)
-            groups = ProcessGroupCollection.use_mpu_process_groups(["tp", "cp", "pp"])
-            (layer,) = block_case.build(block, groups, block.layout(2, 1), sequence_parallel=False)
-            ends = torch.tensor([0, 4, 8], dtype=torch.int32)
-            packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends)
-            message = r"^packed_seq_params: .* --helix-m 2 ranks, got packed .*; give padded ones"
-            with pytest.raises(ValueError, match=message):
-                layer(torch.ones(8, 1, block.hidden), None, packed_seq_params=packed)
-
-    run_distributed(call, 2)
 
 
 def test_the_page_is_the_table() -> None:

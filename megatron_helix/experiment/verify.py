@@ -20,6 +20,7 @@ from megatron_helix.experiment import decode, execution, runs
 from megatron_helix.experiment.config import ExperimentConfig, Fp16Config, VerificationConfig
 from megatron_helix.experiment.runs import Run
 from megatron_helix.experiment.tiles import fingerprints
+from megatron_helix.recording import files
 
 Check = dict[str, Any]
 _LISTED = 4  # problems that are spelled out
@@ -78,7 +79,7 @@ def verify(
 
 def placements(folder: Path) -> list[dict[str, Any]]:
     """What the ranks of a run said they are."""
-    return [json.loads(file.read_text()) for file in sorted(folder.glob("rank*.json"))]
+    return [json.loads(file.read_text()) for file in files.of_ranks(folder, ".json")]
 
 
 def mapping(

@@ -229,12 +229,25 @@ REFUSED_BY_LAYER = (
         feature="Cross attention",
         where="helixify() on a spec that has it (T5's decoder)",
         reason="its keys and values come from another stream, whose tokens are not dealt out",
-        test="tests/test_features_table.py::test_cross_attention_is_refused",
+        test="tests/test_layer_refusals.py::test_cross_attention_is_refused",
     ),
     RefusedByLayer(
         feature="Packed sequences (THD) from an entry point of your own",
         where="the first forward that is given packed_seq_params",
         reason=_PACKED,
-        test="tests/test_features_table.py::test_packed_sequences_are_refused_in_a_layer",
+        test="tests/test_layer_refusals.py::test_packed_sequences_are_refused_in_a_layer",
+    ),
+    RefusedByLayer(
+        feature="A mask of padding, for MoE layers under weights with a batch split",
+        where="the first forward that is given padding_mask",
+        reason="it speaks of stock's tokens of a rank, and the block has others there",
+        test="tests/test_layer_refusals.py"
+        "::test_a_mask_of_padding_is_refused_in_the_order_of_the_block",
+    ),
+    RefusedByLayer(
+        feature="Self-attention of a class of one's own",
+        where="helixify() on a spec that has it (--spec)",
+        reason="only megatron-core's SelfAttention is cut, whatever a class derived from it does",
+        test="tests/test_layer_refusals.py::test_a_self_attention_of_ones_own_is_refused",
     ),
 )
