@@ -30,8 +30,9 @@ import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 
-from megatron_helix.collectives import all_gather, gather, reduce_scatter
-from megatron_helix.exchange.weights import GatheredWeight, Shards, column_linear
+from megatron_helix.collectives import gather, reduce_scatter
+from megatron_helix.exchange.shards import GatheredWeight, Shards, whole
+from megatron_helix.exchange.weights import column_linear
 from megatron_helix.process_groups import HelixGroups, on_head_axis
 from megatron_helix.transformer_layer import BlockEnds, HelixLayer
 
@@ -135,7 +136,7 @@ class _Embedding(torch.nn.Module):
             return super().forward(tokens)
         groups = self.helix_vocabulary.groups
         m = groups.dim.size()
-        table = all_gather(self.weight, groups.dim)  # [V/n, D]
+        table = whole(GatheredWeight(self.weight, Shards(axis=0), groups.dim))  # [V/n, D]
         mine = tokens.chunk(m)[groups.segment] - groups.head_group * table.size(0)
         outside = (mine < 0) | (mine >= table.size(0))
         rows = torch.nn.functional.embedding(mine.masked_fill(outside, 0), table)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_helix.exchange import weights
-from megatron_helix.exchange.weights import GatheredWeight
+from megatron_helix.exchange import shards
+from megatron_helix.exchange.shards import GatheredWeight
 from megatron_helix.experiment.metrics import RunMetrics
 from tests.distributed import pretrain, tiny_gpt
 
@@ -63,7 +63,7 @@ def test_an_early_gather_is_the_next_one_and_moves_nothing_more(
         return start(weight)
 
     original = GatheredWeight.whole
-    monkeypatch.setattr(weights, "runs_beside_compute", lambda _shard: True)
+    monkeypatch.setattr(shards, "runs_beside_compute", lambda _shard: True)
     monkeypatch.setattr(GatheredWeight, "whole", whole)
     monkeypatch.setattr(GatheredWeight, "_start", begun)
     ahead = _run(corpus_prefix, tmp_path / "ahead", *flags)
