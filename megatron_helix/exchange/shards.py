@@ -19,8 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_helix import sums
-from megatron_helix.collectives import UnderWay, start_exchange, start_gather
+from megatron_helix.collectives import UnderWay, scatter_sum, start_exchange, start_gather
 from megatron_helix.copies import contiguous, packed
 from megatron_helix.exchange import main_grad
 
@@ -153,13 +152,16 @@ class StepWeight(GatheredWeight):
         return lambda: None
 
     def finish(self) -> None:
-        """Add this step's gradient to the shard's and forget the whole; one all-to-all."""
+        """Add this step's gradient to the shard's and forget the whole; one reduce-scatter.
+
+        In the precision of ``main_grad``, as data parallelism would.
+        """
         whole, self._kept, self._sum = self._sum, None, None
         if whole is not None:
             parts = self.shards.part(whole, self.dim.size())
             del whole
-            coming = start_exchange(parts, self.dim, early=False)
-            sums.add(self.shards.turned(self._accumulator), coming.wait())
+            summed = scatter_sum(parts.flatten(0, 1), self.dim)
+            self._accumulator.add_(self.shards.turned(summed))
 
     @property
     def _accumulator(self) -> torch.Tensor:

@@ -24,7 +24,7 @@ of them, two where the MLP is not dense (half of each figure). A sequence split 
 of keys and values over dim, fwd all_gather and bwd all_to_all of ``(m-1) N 2 K d / T`` each.
 ``weights`` with a batch split converts the stream at the block's two ends: ``2 (m-1)/m c`` of dim
 all_to_all in all, forward and as much backward. With ``gather="step"`` the weight terms come once a
-step: forward all_gather and backward all_to_all.
+step: forward all_gather and backward reduce_scatter.
 """
 
 from collections import Counter
@@ -108,7 +108,9 @@ def layer(
         forward["dim", "all_gather"] += moved
         if plan.gather == "microbatch":
             backward["dim", "all_gather"] += moved
-        backward["dim", "all_to_all"] += moved
+            backward["dim", "all_to_all"] += moved
+        else:
+            backward["dim", "reduce_scatter"] += moved
     else:
         heads = layout.num_attention_heads // n
         summed = 2 * (m - 1) * batch * heads * sequence**2 // m

@@ -114,8 +114,8 @@ def _layers(book: Book, first: bool, last: bool) -> None:
     calls = _calls(plan, here.block.sublayers)
     for when, elements in zip(("forward", "backward"), directions, strict=True):
         for (axis, kind), count in elements.items():
-            if axis == "dim" and once:  # what is left is of keys and values, in a sequence split
-                count -= weights
+            if axis == "dim" and once:  # weights, and keys and values under a sequence split
+                count -= weights if kind in ("all_gather", "reduce_scatter") else 0
             if count:
                 what = "attention and MLP linears" if axis != "dim" else f"exchange {plan.exchange}"
                 width = FP32 if plan.exchange == "scores" and axis == "dim" else here.element_bytes
@@ -125,7 +125,7 @@ def _layers(book: Book, first: bool, last: bool) -> None:
         number = 2 * here.block.sublayers * here.layers
         wide = weights * here.layers
         book.sent("weights", "dim", "all_gather", "step", wide * here.element_bytes, number)
-        book.sent("weights", "dim", "all_to_all", "step", wide * here.gradient_bytes, number)
+        book.sent("weights", "dim", "reduce_scatter", "step", wide * here.gradient_bytes, number)
     ends = traffic.block_ends(plan, here.cut, here.block, **size)["dim", "all_to_all"]
     if ends and not here.embeds_in_block_order:
         converted = ends // 2 * (first + last) * here.microbatches * here.element_bytes
