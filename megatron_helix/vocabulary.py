@@ -33,8 +33,9 @@ import torch.nn.functional as F
 from megatron.core.config_logger import has_config_logger_enabled
 from megatron.core.models.gpt import GPTModel
 
-from megatron_helix.collectives import all_gather, gather, reduce_scatter
-from megatron_helix.exchange.weights import GatheredWeight, Shards, column_linear
+from megatron_helix.collectives import gather, reduce_scatter
+from megatron_helix.exchange.shards import GatheredWeight, Shards, whole
+from megatron_helix.exchange.weights import column_linear
 from megatron_helix.process_groups import HelixGroups, on_head_axis
 from megatron_helix.transformer_layer import BlockEnds, HelixLayer
 
@@ -169,7 +170,7 @@ class _Embedding(torch.nn.Module):
             return super().forward(tokens)
         groups = self.helix_vocabulary.groups
         m = groups.dim.size()
-        table = all_gather(self.weight, groups.dim)  # [V/n, D]
+        table = whole(GatheredWeight(self.weight, Shards(axis=0), groups.dim))  # [V/n, D]
         mine = tokens.chunk(m)[groups.segment] - groups.head_group * table.size(0)
         outside = (mine < 0) | (mine >= table.size(0))
         inside = mine.masked_fill(outside, 0)
