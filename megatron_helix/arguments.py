@@ -18,8 +18,9 @@ from megatron_helix.argument_checks import (
     require_plan,
 )
 from megatron_helix.compatibility import require_compatible
+from megatron_helix.errors import UserError
 from megatron_helix.exchange import strategy
-from megatron_helix.flags import DEVICES, PHASES, add_helix_arguments
+from megatron_helix.flags import DEVICES, PHASES, FlagParser, add_helix_arguments
 from megatron_helix.layout import HelixLayout, require_divides
 
 # Flags that are about a partition: to give one of them is to ask for it.
@@ -66,7 +67,7 @@ def device(argv: Sequence[str]) -> str:
     """The device the flags name, ``"cpu"`` or ``"cuda"``.
 
     Raises:
-        ValueError: for an unknown device, and where there is no GPU and the CPU was not asked for.
+        UserError: for an unknown device, and where there is no GPU and the CPU was not asked for.
     """
     name = _read(argv).helix_device
     require_one_of("--helix-device", name, DEVICES)
@@ -77,7 +78,7 @@ def device(argv: Sequence[str]) -> str:
     from megatron_helix import cpu_device
 
     if cpu_device.is_enabled() or not torch.cuda.is_available():
-        raise ValueError(
+        raise UserError(
             "--helix-device: needs a GPU that torch can see, and found none; add --helix-device cpu"
             " to run Megatron's loop on the CPU"
         )
@@ -92,15 +93,14 @@ def complete(argv: Sequence[str], world_size: int) -> list[str]:
         world_size: ranks of the run.
 
     Raises:
-        ValueError: for a combination that cannot run; names field, requirement, value and remedy.
-        SystemExit: from argparse, for a value of the wrong type. Flags it does not know are
-            Megatron's to judge.
+        UserError: for a value of the wrong type, or a combination that cannot run; names field,
+            requirement, value and remedy. Flags it does not know are Megatron's to judge.
     """
     args = _read(argv)
     strategy.require_known(choice(args))
     require_one_of("--helix-phase", args.helix_phase, PHASES)
     if args.helix_phase != PHASES[0] and not args.helix_metrics:
-        raise ValueError(
+        raise UserError(
             f"--helix-phase: {args.helix_phase} needs --helix-metrics DIR, where its measurements"
             " go, got none; give a folder, or leave --helix-phase away to train"
         )
@@ -120,7 +120,7 @@ def _read(argv: Sequence[str]) -> argparse.Namespace:
     Not with Megatron's parser: importing that takes seconds of CPU for every rank, and a bad layout
     is to be refused before any of it.
     """
-    parser = add_helix_arguments(argparse.ArgumentParser(allow_abbrev=False, add_help=False))
+    parser = add_helix_arguments(FlagParser())
     for name in ("tensor-model", "pipeline-model", "context"):
         parser.add_argument(f"--{name}-parallel-size", type=int, default=1)
     for name in _SIZES:
@@ -201,7 +201,7 @@ def _complete_degree(args: argparse.Namespace, argv: Sequence[str]) -> list[str]
         return []
     if not _given("--tensor-model-parallel-size", argv):
         missing = "--helix-n" if given == ["helix_m"] else "--helix-m"
-        raise ValueError(
+        raise UserError(
             f"{missing}: must be given, or --tensor-model-parallel-size that it follows from, got"
             " neither; the tensor-parallel size is --helix-m x --helix-n"
         )
@@ -221,7 +221,7 @@ def _head_counts(args: argparse.Namespace) -> tuple[int, int, int]:
     """(query heads, query groups, head dimension) of the model that the flags describe."""
     heads = args.num_attention_heads
     if not heads or not (args.kv_channels or args.hidden_size):
-        raise ValueError(
+        raise UserError(
             "--helix-n: auto needs the model's --num-attention-heads and --hidden-size, got none;"
             " give them, or --helix-m and --helix-n"
         )
@@ -234,10 +234,10 @@ def _helix_flags(args: argparse.Namespace, argv: Sequence[str], world_size: int)
     for name in ("helix_m", "helix_n"):
         flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
         if value < 1:
-            raise ValueError(f"{flag}: must be a positive integer, got {value}")
+            raise UserError(f"{flag}: must be a positive integer, got {value}")
     size = args.helix_m * args.helix_n
     if _given("--tensor-model-parallel-size", argv) and args.tensor_model_parallel_size != size:
-        raise ValueError(
+        raise UserError(
             f"--tensor-model-parallel-size: must be --helix-m x --helix-n = {args.helix_m} x"
             f" {args.helix_n} = {size}, got {args.tensor_model_parallel_size}; leave it away"
         )

@@ -7,6 +7,7 @@ refusal and looks every named test up, so that the table cannot say more than th
 
 from collections.abc import Mapping
 
+from megatron_helix.errors import UserError
 from megatron_helix.features import WORKS
 from megatron_helix.refusals import REFUSED, REFUSED_BY_LAYER, Refused
 
@@ -18,7 +19,7 @@ def require_compatible(given: Mapping[str, str | None]) -> None:
         given: the user's flags, each with its first value (``None`` for a switch).
 
     Raises:
-        ValueError: naming the flag, the reason and the remedy.
+        UserError: naming the flag, the reason and the remedy.
     """
     for refused in REFUSED:
         if refused.flag not in given:
@@ -27,7 +28,7 @@ def require_compatible(given: Mapping[str, str | None]) -> None:
         if refused.values and value not in refused.values:
             continue
         said = refused.flag if value is None else f"{refused.flag} {value}"
-        raise ValueError(
+        raise UserError(
             f"{said}: is refused under --helix-m > 1: {refused.reason}; leave it away, or run"
             " stock tensor parallelism (--helix-m 1)"
         )

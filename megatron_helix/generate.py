@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_helix import arguments, compat, pretrain_gpt
+from megatron_helix.errors import UserError
 from megatron_helix.exchange.strategy import Choice, cache_split
-from megatron_helix.flags import add_helix_arguments
+from megatron_helix.flags import FlagParser, add_helix_arguments
 from megatron_helix.inference import saved_model
 from megatron_helix.inference.requests import Request, tokenizer_of
 
@@ -54,7 +55,7 @@ def prepare(
         device: ``cpu`` or ``cuda``.
 
     Raises:
-        ValueError: for what this model or layout cannot serve.
+        UserError: for what this model or layout cannot serve.
     """
     saved_model.require_checkpoint(checkpoint)
     compat.quieten_imports()
@@ -86,7 +87,7 @@ def prepare(
 
 def _require_split(saved: argparse.Namespace, flags: Sequence[str], batch: int) -> None:
     """Refuse a cache split or an exchange that a micro-batch of ``batch`` prompts cannot have."""
-    parser = add_helix_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    parser = add_helix_arguments(FlagParser())
     parser.add_argument("--sequence-parallel", action="store_true")
     asked = parser.parse_known_args(list(flags))[0]
     if not asked.helix_m or not asked.helix_n or asked.helix_m == 1:
@@ -101,12 +102,12 @@ def _require_split(saved: argparse.Namespace, flags: Sequence[str], batch: int) 
     )
     split = cache_split(choice, layout, batch)
     if choice.exchange == "weights" and not asked.sequence_parallel:
-        raise ValueError(
+        raise UserError(
             "--helix-exchange: weights needs --sequence-parallel for the prefill, which is not set;"
             " add it, or use --helix-exchange activations"
         )
     if split == "sequence" and saved.window_size:
-        raise ValueError(
+        raise UserError(
             f"--helix-split: a model with --window-size {saved.window_size} decodes on a cache that"
             f" is split by sequences only, got {batch} of them; use a multiple of --helix-m"
             f" ({layout.m})"

@@ -30,6 +30,8 @@ from __future__ import annotations  # torch is imported when an index is asked f
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from megatron_helix.errors import UserError
+
 if TYPE_CHECKING:
     import torch
 
@@ -93,7 +95,7 @@ class HelixLayout:
             remedy="rotary pairs must stay within a segment: use a smaller --helix-m",
         )
         if self.rotary_interleaved and self.rotary_dim and self.segment_size % 2:
-            raise ValueError(
+            raise UserError(
                 "--helix-m: interleaved rotary embeddings need segments of an even number of"
                 f" channels, got --kv-channels {self.kv_channels} / --helix-m {self.m} ="
                 f" {self.segment_size}; use a smaller --helix-m"
@@ -200,6 +202,6 @@ def require_divides(
         ValueError: when ``value`` is not a positive divisor of ``of_value``.
     """
     if value < 1 or of_value % value:
-        raise ValueError(
+        raise UserError(
             f"{name}: must be a positive divisor of {of_name} ({of_value}), got {value}; {remedy}"
         )

@@ -13,6 +13,7 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_helix.errors import UserError
 from megatron_helix.exchange.decode import attend_to_share, merge_shares
 from megatron_helix.exchange.traffic import Plan
 from megatron_helix.flex_attention import FlexAttention
@@ -68,11 +69,11 @@ class PrefixChunks(torch.nn.Module):
         """A decode step on the positions I hold, merged: ``[1, b, H/n, d] -> [1, b, H/n * d/m]``.
 
         Raises:
-            ValueError: for a sliding window.
+            UserError: for a sliding window.
         """
         config, layout = self.config, self.helix_layout
         if config.window_size is not None:
-            raise ValueError(
+            raise UserError(
                 "--window-size: a cache that is split by position serves full attention only, got"
                 f" {config.window_size}; use --helix-split batch"
             )

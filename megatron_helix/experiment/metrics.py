@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy
 
+from megatron_helix.errors import UserError
 from megatron_helix.recording.comm_ledger import POINT_TO_POINT
 
 WARMUP_STEPS = 1  # not counted in a median: allocations and gloo's first connections
@@ -81,7 +82,7 @@ def read(folder: Path) -> RunMetrics:
     """Put together what the ranks of a finished run wrote.
 
     Raises:
-        ValueError: when there is nothing, or the ranks disagree on the number of steps.
+        UserError: when there is nothing, or the ranks disagree on the number of steps.
     """
     ranks = [
         [json.loads(line) for line in file.read_text().splitlines()]
@@ -89,7 +90,7 @@ def read(folder: Path) -> RunMetrics:
     ]
     counts = {len(lines) for lines in ranks}
     if len(counts) != 1 or counts == {0}:
-        raise ValueError(f"{folder}: need the same number of steps of every rank, got {counts}")
+        raise UserError(f"{folder}: need the same number of steps of every rank, got {counts}")
     steps = list(zip(*ranks, strict=True))
     counted = _counted(steps)
     step_ms = [max(line["step_s"] for line in step) * 1e3 for step in counted]

@@ -23,6 +23,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_helix.errors import UserError
 from megatron_helix.recording.clocks import HostClock, StreamClock
 from megatron_helix.recording.comm_ledger import CommLedger, install
 
@@ -116,11 +117,11 @@ def read(folder: Path) -> DecodeMetrics:
     """Put together what the ranks of a finished run wrote.
 
     Raises:
-        ValueError: when there is nothing.
+        UserError: when there is nothing.
     """
     ranks = [json.loads(file.read_text()) for file in sorted(folder.glob("rank*.json"))]
     if not ranks:
-        raise ValueError(f"{folder}: need the files of a finished measurement, found none")
+        raise UserError(f"{folder}: need the files of a finished measurement, found none")
     times: _Times = ranks[0]["times_s"]
     steps = len(times[0]) - 1
     latencies = [b - a for part in times for a, b in pairwise(part)]

@@ -13,6 +13,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from megatron_helix.errors import UserError
+
 # What makes the model and its tokenizer, by Megatron's names. Parallelism is not among it.
 _MODEL = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels"),
@@ -37,11 +39,11 @@ def require_checkpoint(folder: Path) -> None:
     """Refuse a folder that Megatron has saved no checkpoint in.
 
     Raises:
-        ValueError: naming the folder and what is missing.
+        UserError: naming the folder and what is missing.
     """
     tracker = folder / "latest_checkpointed_iteration.txt"
     if not tracker.is_file():
-        raise ValueError(
+        raise UserError(
             f"--load: must be a folder that Megatron saved checkpoints in, and {tracker} does not"
             " exist; give the folder that training had as --save"
         )
@@ -51,7 +53,7 @@ def model_arguments(folder: Path) -> argparse.Namespace:
     """The arguments that the newest checkpoint in ``folder`` was trained with.
 
     Raises:
-        ValueError: when there is no checkpoint, or none in Megatron's distributed format.
+        UserError: when there is no checkpoint, or none in Megatron's distributed format.
     """
     from megatron.core.dist_checkpointing import load_common_state_dict
 
@@ -59,7 +61,7 @@ def model_arguments(folder: Path) -> argparse.Namespace:
     iteration = (folder / "latest_checkpointed_iteration.txt").read_text().strip()
     name = iteration if iteration == "release" else f"iter_{int(iteration):07d}"
     if not (folder / name / "metadata.json").is_file():
-        raise ValueError(
+        raise UserError(
             f"--load: needs a checkpoint in the torch_dist format, and {folder / name} is not one;"
             " save with --ckpt-format torch_dist"
         )
