@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatron_helix import arguments, compat
+from megatron_helix import arguments, compat, errors, signals
 from megatron_helix.flags import add_helix_arguments
 
 Provider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
@@ -20,23 +20,22 @@ Provider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one rank. Rank and world size come from the environment, as torchrun sets them."""
-    train(prepare_rank(sys.argv[1:] if argv is None else argv))
+    argv = prepare_rank(sys.argv[1:] if argv is None else argv)
+    with errors.told():
+        train(argv)
 
 
 def prepare_rank(argv: Sequence[str]) -> Sequence[str]:
     """:func:`prepare` and :func:`adapt_megatron` for the rank that torchrun started.
 
     Raises:
-        SystemExit: with code 2, for flags that cannot run; rank 0 says what is wrong.
+        SystemExit: with code 2, for flags that cannot run; one rank says what is wrong.
     """
-    rank = int(os.environ.get("RANK", "0"))
-    quiet = contextlib.nullcontext() if rank == 0 else contextlib.redirect_stderr(io.StringIO())
-    with quiet:  # one rank tells the user what is wrong
-        try:
-            argv = prepare(argv, int(os.environ.get("WORLD_SIZE", "1")))
-        except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+    signals.end_with_torchrun()
+    first = os.environ.get("RANK", "0") == "0"
+    quiet = contextlib.nullcontext() if first else contextlib.redirect_stderr(io.StringIO())
+    with errors.told(), quiet:  # what imports have to say, one rank says
+        argv = prepare(argv, int(os.environ.get("WORLD_SIZE", "1")))
     adapt_megatron(argv)
     return argv
 
