@@ -23,6 +23,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_helix import files
 from megatron_helix.errors import UserError
 from megatron_helix.recording.clocks import HostClock, StreamClock
 from megatron_helix.recording.comm_ledger import CommLedger, install
@@ -106,7 +107,7 @@ def record(
         "prefill_sent_bytes": _sent(prefill),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"rank{rank:02d}.json").write_text(json.dumps(line))
+    files.write(folder / f"rank{rank:02d}.json", json.dumps(line))
 
 
 def _sent(entries: Any) -> dict[str, int]:
@@ -119,7 +120,8 @@ def read(folder: Path) -> DecodeMetrics:
     Raises:
         UserError: when there is nothing.
     """
-    ranks = [json.loads(file.read_text()) for file in sorted(folder.glob("rank*.json"))]
+    remedy = "remove the folder, and measure once more"
+    ranks = [files.read_json(file, remedy) for file in files.of_ranks(folder, ".json")]
     if not ranks:
         raise UserError(f"{folder}: need the files of a finished measurement, found none")
     times: _Times = ranks[0]["times_s"]
