@@ -23,9 +23,8 @@ import torch.distributed as dist
 from rich.console import Console
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
-from megatron_helix import compat, launch, pretrain_gpt
+from megatron_helix import compat, files, launch, pretrain_gpt
 from megatron_helix.experiment import config, runs
-from megatron_helix.recording import files
 from megatron_helix.recording.comm_ledger import CommLedger, install
 from megatron_helix.run_config import LayoutConfig
 

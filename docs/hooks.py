@@ -48,6 +48,10 @@ REMEDIES = {
     "{path}: must be a mapping": "start from a file of configs/ and change its values",
     "{path}: cannot be read": "check the path",
     "{path}: is not YAML": "correct the line that the message names",
+    "{path}: was torn or edited": "remove it, or write it again, as the message says",
+    "{path}: must be the record of a node": "remove it, as the message says",
+    "{first}; {remedy}": "write it again, as the message says",
+    "{path}: must list": "write it again, as the message says",
     "needs either tp": "give a layout tp, or m and n",
     "{one.model.name}, layout": "correct that layout in the experiment file",
     "phase: must be one of": "take one of the phases",
@@ -79,6 +83,7 @@ AREAS = {
     "inference": "helix generate",
     "generate": "helix generate",
     "corpus": "helix data",
+    "files": "Files and folders",
     "launch": "Ranks",
     "scripts": "Scripts",
 }

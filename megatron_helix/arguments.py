@@ -10,7 +10,7 @@ import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from megatron_helix.argument_checks import (
     require_core_attention,
@@ -19,10 +19,11 @@ from megatron_helix.argument_checks import (
     require_one_of,
     require_plan,
 )
+from megatron_helix.errors import UserError
 from megatron_helix.exchange import strategy
 from megatron_helix.features.check import needs_order, require_compatible
 from megatron_helix.features.works import IN_ORDER
-from megatron_helix.flags import DEVICES, PHASES, add_helix_arguments
+from megatron_helix.flags import DEVICES, PHASES, FlagParser, add_helix_arguments
 from megatron_helix.layout import HelixLayout, require_divides
 
 # Flags that are about a partition: to give one of them is to ask for it.
@@ -70,7 +71,7 @@ def device(argv: Sequence[str]) -> str:
     """The device the flags name, ``"cpu"`` or ``"cuda"``.
 
     Raises:
-        ValueError: for an unknown device, and where there is no GPU and the CPU was not asked for.
+        UserError: for an unknown device, and where there is no GPU and the CPU was not asked for.
     """
     name = _read(argv).helix_device
     require_one_of("--helix-device", name, DEVICES)
@@ -81,7 +82,7 @@ def device(argv: Sequence[str]) -> str:
     from megatron_helix import cpu_device
 
     if cpu_device.is_enabled() or not torch.cuda.is_available():
-        raise ValueError(
+        raise UserError(
             "--helix-device: needs a GPU that torch can see, and found none; add --helix-device cpu"
             " to run Megatron's loop on the CPU"
         )
@@ -96,14 +97,14 @@ def complete(argv: Sequence[str], world_size: int) -> list[str]:
         world_size: ranks of the run.
 
     Raises:
-        ValueError: for a combination that cannot run; names field, requirement, value and remedy.
+        UserError: for a combination that cannot run; names field, requirement, value and remedy.
             Flags that are not helix's and not about a layout are Megatron's to judge.
     """
     args = _read(argv)
     strategy.require_known(choice(args))
     require_one_of("--helix-phase", args.helix_phase, PHASES)
     if args.helix_phase != PHASES[0] and not args.helix_metrics:
-        raise ValueError(
+        raise UserError(
             f"--helix-phase: {args.helix_phase} needs --helix-metrics DIR, where its measurements"
             " go, got none; give a folder, or leave --helix-phase away to train"
         )
@@ -117,20 +118,13 @@ def complete(argv: Sequence[str], world_size: int) -> list[str]:
     return [*argv, *(_cpu_flags(argv) if on_cpu else ()), *implied]
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, without the usage of hundreds of flags before it."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
 def _read(argv: Sequence[str]) -> argparse.Namespace:
     """The helix flags and those of Megatron's that they are checked against, with its defaults.
 
     Not with Megatron's parser: importing that takes seconds of CPU for every rank, and a bad layout
     is to be refused before any of it.
     """
-    parser = add_helix_arguments(_Parser(allow_abbrev=False, add_help=False))
+    parser = add_helix_arguments(FlagParser())
     for name in ("tensor-model", "pipeline-model", "context"):
         parser.add_argument(f"--{name}-parallel-size", type=int, default=1)
     for name in _SIZES:
@@ -158,11 +152,11 @@ def require_flags(argv: Sequence[str]) -> None:
     has been imported anyway.
 
     Raises:
-        ValueError: naming the flag, the reason and the remedy; for a value of the wrong type.
+        UserError: naming the flag, the reason and the remedy; for a value of the wrong type.
     """
     from megatron.training.arguments import add_megatron_arguments
 
-    parser = add_helix_arguments(add_megatron_arguments(_Parser(allow_abbrev=False)))
+    parser = add_helix_arguments(add_megatron_arguments(FlagParser()))
     args = parser.parse_known_args(argv)[0]
     if wants_helix(args) and args.helix_m > 1:
         require_compatible(args)
@@ -184,13 +178,13 @@ def require_run(
         The partition.
 
     Raises:
-        ValueError: for what cannot run.
+        UserError: for what cannot run.
     """
     strategy.require_known(choice(args))
     transformer = model_config.transformer
     m, n, size = args.helix_m, args.helix_n, args.tensor_model_parallel_size
     if not isinstance(m, int) or not isinstance(n, int) or m * n != size:
-        raise ValueError(
+        raise UserError(
             f"--tensor-model-parallel-size: must be --helix-m x --helix-n, got {size} and {m} x"
             f" {n}; give Megatron's parser what megatron_helix.pretrain_gpt.prepare returns"
         )
@@ -259,7 +253,7 @@ def _complete_degree(args: argparse.Namespace, argv: Sequence[str]) -> list[str]
         return []
     if not _given("--tensor-model-parallel-size", argv):
         missing = "--helix-n" if given == ["helix_m"] else "--helix-m"
-        raise ValueError(
+        raise UserError(
             f"{missing}: must be given, or --tensor-model-parallel-size that it follows from, got"
             " neither; the tensor-parallel size is --helix-m x --helix-n"
         )
@@ -279,7 +273,7 @@ def _head_counts(args: argparse.Namespace) -> tuple[int, int, int]:
     """(query heads, query groups, head dimension) of the model that the flags describe."""
     heads = args.num_attention_heads
     if not heads or not (args.kv_channels or args.hidden_size):
-        raise ValueError(
+        raise UserError(
             "--helix-n: auto needs the model's --num-attention-heads and --hidden-size, got none;"
             " give them, or --helix-m and --helix-n"
         )
@@ -292,10 +286,10 @@ def _helix_flags(args: argparse.Namespace, argv: Sequence[str], world_size: int)
     for name in ("helix_m", "helix_n"):
         flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
         if value < 1:
-            raise ValueError(f"{flag}: must be a positive integer, got {value}")
+            raise UserError(f"{flag}: must be a positive integer, got {value}")
     size = args.helix_m * args.helix_n
     if _given("--tensor-model-parallel-size", argv) and args.tensor_model_parallel_size != size:
-        raise ValueError(
+        raise UserError(
             f"--tensor-model-parallel-size: must be --helix-m x --helix-n = {args.helix_m} x"
             f" {args.helix_n} = {size}, got {args.tensor_model_parallel_size}; leave it away"
         )

@@ -14,6 +14,7 @@ from megatron.core.transformer.utils import is_layer_window_attention
 
 from megatron_helix import sums
 from megatron_helix.collectives import all_gather, gather
+from megatron_helix.errors import UserError
 from megatron_helix.exchange.decode import SequenceCache, cached_positions
 from megatron_helix.exchange.prefix import PrefixChunks
 from megatron_helix.exchange.scores import ScoresAttention, SegmentNorm, segment_frequencies
@@ -100,10 +101,10 @@ class HelixSelfAttention(SelfAttention):
         """As ``SelfAttention.forward``; mask and rotary frequencies are those of all tokens.
 
         Raises:
-            ValueError: for packed sequences.
+            UserError: for packed sequences.
         """
         if kwargs.get("packed_seq_params") is not None:
-            raise ValueError(
+            raise UserError(
                 "packed_seq_params: sequences packed into one cannot be dealt out over --helix-m"
                 f" {self.helix_layout.m} ranks, got packed sequences; give padded ones, or run"
                 " --helix-m 1, which is plain tensor parallelism"

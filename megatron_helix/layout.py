@@ -30,6 +30,8 @@ from __future__ import annotations  # torch is imported when an index is asked f
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from megatron_helix.errors import UserError
+
 if TYPE_CHECKING:
     import torch
 
@@ -68,7 +70,7 @@ class HelixLayout:
         output_gate: whether every query head has a gate packed behind it in the QKV projection.
 
     Raises:
-        ValueError: when n does not divide K or H, K not H, or m does not cut d into whole segments.
+        UserError: when n does not divide K or H, K not H, or m does not cut d into whole segments.
     """
 
     m: int
@@ -83,7 +85,7 @@ class HelixLayout:
     def __post_init__(self) -> None:
         fault = _fault(self.m, self.n, self._model)
         if fault:
-            raise ValueError(f"{fault}; {_remedy(self.size, self._model)}")
+            raise UserError(f"{fault}; {_remedy(self.size, self._model)}")
 
     @property
     def size(self) -> int:
@@ -123,7 +125,7 @@ class HelixLayout:
     def coordinates(self, rank: int) -> tuple[int, int]:
         """(head group i, segment j) of a rank of the tensor-parallel group."""
         if not 0 <= rank < self.size:
-            raise ValueError(f"rank: need 0 <= rank < m * n = {self.size}, got {rank}")
+            raise UserError(f"rank: need 0 <= rank < m * n = {self.size}, got {rank}")
         return divmod(rank, self.m)
 
     def dim_group(self, rank: int) -> list[int]:
@@ -228,10 +230,10 @@ def require_divides(
     """Raise the one error every divisibility rule of a layout gives.
 
     Raises:
-        ValueError: when ``value`` is not a positive divisor of ``of_value``.
+        UserError: when ``value`` is not a positive divisor of ``of_value``.
     """
     if fault := _indivisible(name, value, of_name, of_value):
-        raise ValueError(f"{fault}; {remedy}")
+        raise UserError(f"{fault}; {remedy}")
 
 
 def _indivisible(name: str, value: int, of_name: str, of_value: int) -> str | None:

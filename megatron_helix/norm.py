@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_helix.errors import UserError
+
 _NORMS = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
 
 
@@ -18,15 +20,15 @@ def sequence_parallel_norm(
     tensor-parallel ranks. This one sets the mark; it is Megatron's own rule, not a new one.
 
     Raises:
-        ValueError: for a normalization torch has no module of, and weights around zero.
+        UserError: for a normalization torch has no module of, and weights around zero.
     """
     if config.normalization not in _NORMS:
-        raise ValueError(
+        raise UserError(
             f"--normalization: the local transformer implementation has {sorted(_NORMS)}, got"
             f" {config.normalization}; use --transformer-impl transformer_engine"
         )
     if config.layernorm_zero_centered_gamma:
-        raise ValueError(
+        raise UserError(
             "--apply-layernorm-1p: torch's norms, of the local transformer implementation, have no"
             " weights around zero, got it; leave it away, or use --transformer-impl"
             " transformer_engine"

@@ -12,12 +12,12 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatron_helix import arguments, compat, unavailable
-from megatron_helix.flags import add_helix_arguments
-from megatron_helix.recording import files
+from megatron_helix import arguments, compat, errors, signals, unavailable
+from megatron_helix.flags import FlagParser, add_helix_arguments
+from megatron_helix.recording import rank_files
 
 PROGRAM_START_S = time.time()  # before the imports that take seconds
 Provider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megatron.training import set_startup_timestamps
 
     set_startup_timestamps(program_start=PROGRAM_START_S, main_entry=time.time())
-    train(argv)
+    with errors.told():
+        train(argv)
 
 
 def prepare_rank(argv: Sequence[str], *, script: bool = True) -> Sequence[str]:
@@ -43,24 +44,15 @@ def prepare_rank(argv: Sequence[str], *, script: bool = True) -> Sequence[str]:
         script: whether Megatron-LM's own script goes on from here.
 
     Raises:
-        SystemExit: with code 2, for flags that cannot run; rank 0 says what is wrong.
+        SystemExit: with code 2, for flags that cannot run; one rank says what is wrong.
     """
-    with _mistakes_in_one_line():
+    signals.end_with_torchrun()
+    first = os.environ.get("RANK", "0") == "0"
+    quiet = contextlib.nullcontext() if first else contextlib.redirect_stderr(io.StringIO())
+    with errors.told(), quiet:  # what imports have to say, one rank says
         argv = prepare(argv, int(os.environ.get("WORLD_SIZE", "1")), script=script)
     adapt_megatron(argv)
     return argv
-
-
-@contextlib.contextmanager
-def _mistakes_in_one_line() -> Iterator[None]:
-    """A ``ValueError``, told by the first rank alone, becomes exit code 2."""
-    rank = int(os.environ.get("RANK", "0"))
-    with contextlib.nullcontext() if rank == 0 else contextlib.redirect_stderr(io.StringIO()):
-        try:
-            yield
-        except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
 
 
 def prepare(argv: Sequence[str], world_size: int, *, script: bool = False) -> list[str]:
@@ -75,7 +67,7 @@ def prepare(argv: Sequence[str], world_size: int, *, script: bool = False) -> li
         The flags to :func:`train` with.
 
     Raises:
-        ValueError: for flags that cannot run.
+        UserError: for flags that cannot run.
     """
     argv = arguments.complete(argv, world_size)
     if not script:
@@ -95,10 +87,10 @@ def prepare(argv: Sequence[str], world_size: int, *, script: bool = False) -> li
 
 
 def _require_free_metrics(argv: Sequence[str]) -> None:
-    parser = add_helix_arguments(argparse.ArgumentParser(allow_abbrev=False, add_help=False))
+    parser = add_helix_arguments(FlagParser())
     folder = parser.parse_known_args(argv)[0].helix_metrics
     if folder:
-        files.require_free(folder, int(os.environ.get("RANK", "0")))
+        rank_files.require_free(folder, int(os.environ.get("RANK", "0")))
 
 
 def adapt_megatron(argv: Sequence[str]) -> None:
@@ -133,9 +125,7 @@ def train(argv: Sequence[str]) -> None:
         extra_args_provider=flags_beside(),
         args_defaults={"tokenizer_type": "GPT2BPETokenizer"},
     )
-    model_config = gpt_config_from_args(args)
-    with _mistakes_in_one_line():
-        model_config = turn_on(args, model_config)
+    model_config = turn_on(args, gpt_config_from_args(args))
     run(
         pretrain_cfg_container_from_args(args, model_config),
         gpt_data.train_valid_test_datasets,
@@ -175,7 +165,8 @@ def turn_on(args: argparse.Namespace, model_config: Any) -> Any:
                 count_flops=args.helix_core_attention != "flex",
             )
         )
-    return plugin.enable(args, model_config)
+    with errors.told():
+        return plugin.enable(args, model_config)
 
 
 if __name__ == "__main__":

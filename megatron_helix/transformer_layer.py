@@ -9,6 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_viewless_tensor
 
 from megatron_helix.attention import HelixSelfAttention
+from megatron_helix.errors import UserError
 from megatron_helix.exchange.strategy import (
     Choice,
     cache_split,
@@ -76,7 +77,7 @@ class HelixLayer(torch.nn.Module):
         outside = hidden_states.shape
         inside = (outside[0] * layout.m, outside[1] // layout.m, outside[2])
         if self.is_moe_layer and kwargs.get("padding_mask") is not None:
-            raise ValueError(
+            raise UserError(
                 "padding_mask: must speak of the tokens that an MoE layer has, and under"
                 " --helix-exchange weights with --helix-split batch a rank has others than stock,"
                 " got one; use --helix-split sequence, or --helix-exchange activations"

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
+from megatron_helix.errors import UserError
+
 _MODELOPT = (
     *("--modelopt-enabled", "--export-model-type", "--export-legacy-megatron"),
     *("--export-te-mcore-model", "--export-default-te-spec", "--export-force-local-attention"),
@@ -123,7 +125,7 @@ def require_available(argv: Sequence[str]) -> None:
         argv: flags of Megatron's and helix's, completed.
 
     Raises:
-        ValueError: naming the flag, what it lacks and what to do.
+        UserError: naming the flag, what it lacks and what to do.
     """
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     for name in ("transformer-impl", "tokenizer-type", "tokenizer-metadata", "helix-device"):
@@ -134,4 +136,4 @@ def require_available(argv: Sequence[str]) -> None:
     for row in UNAVAILABLE:
         asked = [flag for flag in row.flags if flag in given]
         if asked and row.where(flags):
-            raise ValueError(f"{asked[0]}: {row.lacks}; {row.instead}")
+            raise UserError(f"{asked[0]}: {row.lacks}; {row.instead}")

@@ -1,21 +1,23 @@
 """The launcher: a run ends when its ranks do, however they end, and leaves no process behind."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 
-from megatron_helix import launch
+from megatron_helix import files, launch, signals
 from megatron_helix.experiment import launchers
 from megatron_helix.experiment.config import LauncherConfig
 
-ENDS_WITHIN_S = 30.0  # far more than GRACE_S, far less than the collectives' own timeout of minutes
+ENDS_WITHIN_S = 60.0  # far more than GRACE_S, far less than the collectives' own timeout of minutes
 
 ROOT = Path(__file__).parents[1]
 # A rank that leaves its process id, and waits, or fails if it is the one that is named.
@@ -29,9 +31,17 @@ time.sleep(1000)
 """
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """SIGINT interrupts, though the shell had it ignored for what it runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def write_pid(folder: Path) -> None:
     """Leave this rank's process id for the parent to look up."""
-    (folder / f"pid{os.environ['RANK']}").write_text(str(os.getpid()))
+    files.write(folder / f"pid{os.environ['RANK']}", str(os.getpid()))
 
 
 def pids(folder: Path) -> list[int]:
@@ -180,7 +190,7 @@ def test_a_rank_that_fails_while_it_is_looked_at_is_not_lost(tmp_path: Path) -> 
 
     watched = ranks(lambda: None, tmp_path, 1)
     with pytest.raises(launch.RankFailed, match=r"rank 0 of 1 failed \(exit code 3\)"):
-        launch._watch(watched, [Process()], None, None)
+        launch._watch(watched, [Process()], SimpleNamespace(exitcode=None), None, None)
 
 
 def test_an_exception_in_a_rank_is_in_its_log(tmp_path: Path) -> None:
@@ -220,13 +230,94 @@ def test_progress_is_polled_while_ranks_run(tmp_path: Path) -> None:
     assert len(polls) >= 3
 
 
-def test_ctrl_c_ends_the_ranks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_the_ranks(tmp_path: Path, ctrl_c: None, how: signal.Signals) -> None:
     def interrupt() -> None:
         if len(pids(tmp_path)) == 3:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), how)
 
     with pytest.raises(KeyboardInterrupt):
         launch.run(ranks(lambda: time.sleep(10 * ENDS_WITHIN_S), tmp_path), poll=interrupt)
+    assert not any(is_alive(pid) for pid in pids(tmp_path))
+
+
+def test_a_launcher_in_the_background_of_a_script_ends_its_ranks(tmp_path: Path) -> None:
+    """There the shell has SIGINT ignored, so that Ctrl-C says nothing: SIGTERM must."""
+
+    def terminate() -> None:
+        if len(pids(tmp_path)) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            launch.run(ranks(lambda: time.sleep(10 * ENDS_WITHIN_S), tmp_path), poll=terminate)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert not any(is_alive(pid) for pid in pids(tmp_path))
+
+
+def saves(folder: Path, seconds: float) -> Callable[[], None]:
+    """A rank that answers SIGTERM with a checkpoint, which takes its time."""
+
+    def run() -> None:
+        asked: list[int] = []
+        signal.signal(signal.SIGTERM, lambda signum, frame: asked.append(signum))
+        (folder / f"ready{os.environ['RANK']}").touch()
+        wait_for(lambda: bool(asked))
+        time.sleep(seconds)
+        (folder / f"saved{os.environ['RANK']}").touch()
+
+    return run
+
+
+def test_ranks_that_save_when_they_are_asked_to_end_are_waited_for(
+    tmp_path: Path, ctrl_c: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launch, "GRACE_S", 0.1)
+    monkeypatch.setattr(signals, "SILENCE_S", 0.1)
+
+    def interrupt() -> None:
+        if len(list(tmp_path.glob("ready*"))) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        launch.run(ranks(saves(tmp_path, 1.0), tmp_path), poll=interrupt)
+    assert len(list(tmp_path.glob("saved*"))) == 3
+    (told,) = capfd.readouterr().err.splitlines()
+    assert told == (
+        "waiting for the ranks to end, which may be saving a checkpoint: 300 s at most; Ctrl-C once"
+        " more kills them"
+    )
+    assert not any(is_alive(pid) for pid in pids(tmp_path))
+
+
+def test_a_second_ctrl_c_waits_no_longer(tmp_path: Path, ctrl_c: None) -> None:
+    folder, launcher = tmp_path, os.getpid()
+
+    def run() -> None:
+        def again(signum: int, frame: object) -> None:
+            if os.environ["RANK"] == "0":
+                time.sleep(0.5)  # by now it waits
+                os.kill(launcher, signal.SIGINT)
+
+        signal.signal(signal.SIGTERM, again)
+        (folder / f"ready{os.environ['RANK']}").touch()
+        deadline = time.monotonic() + 2 * ENDS_WITHIN_S
+        while time.monotonic() < deadline:  # a signal does not end a sleep
+            time.sleep(0.1)
+        (folder / "outlived").touch()
+
+    def interrupt() -> None:
+        if len(list(tmp_path.glob("ready*"))) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        launch.run(ranks(run, tmp_path), poll=interrupt)
+    assert len(pids(tmp_path)) == 3
+    assert not (folder / "outlived").exists()
     assert not any(is_alive(pid) for pid in pids(tmp_path))
 
 
@@ -234,7 +325,7 @@ def test_ctrl_c_ends_the_ranks(tmp_path: Path) -> None:
 def test_ranks_do_not_outlive_a_launcher_that_is_ended(tmp_path: Path, how: signal.Signals) -> None:
     script = f"""
 import os, pathlib, time
-from megatron_helix import launch
+from megatron_helix import files, launch, signals
 from megatron_helix.experiment import launchers
 from megatron_helix.experiment.config import LauncherConfig
 def run():
@@ -281,6 +372,115 @@ launchers.start(kind, program, 2, logs)
     wait_for(lambda: not any(is_alive(pid) for pid in pids(tmp_path)))
 
 
+# A rank that answers SIGTERM with a checkpoint, which takes its time; or that does not answer.
+SAVER = """
+import os, pathlib, signal, sys, time
+folder, seconds = pathlib.Path(sys.argv[1]), float(sys.argv[2])
+asked = []
+signal.signal(signal.SIGTERM, lambda signum, frame: asked.append(signum))
+(folder / ("pid" + os.environ["RANK"])).write_text(str(os.getpid()))
+while not asked:
+    time.sleep(0.1)
+deadline = time.monotonic() + seconds
+while time.monotonic() < deadline:
+    time.sleep(0.1)
+(folder / ("saved" + os.environ["RANK"])).touch()
+"""
+
+
+@pytest.fixture
+def saver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Runs :data:`SAVER` on two ranks of torchrun's; called with its seconds and a poll."""
+    (tmp_path / "saver.py").write_text(SAVER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    def run(seconds: float, poll: Callable[[], None]) -> None:
+        program = launchers.Program(words=["saver", str(tmp_path), str(seconds)])
+        launchers.start(LauncherConfig(kind="torchrun"), program, 2, tmp_path / "logs", poll)
+
+    return run
+
+
+def have_begun(folder: Path) -> bool:
+    """Whether both ranks have left their process ids; a file appears before its text does."""
+    return sum(bool(file.read_text()) for file in folder.glob("pid*")) == 2
+
+
+def torchrun_of(rank: int) -> int:
+    """The process that started a rank."""
+    return int(Path(f"/proc/{rank}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def test_ranks_of_torchrun_that_save_when_they_are_asked_to_end_are_waited_for(
+    tmp_path: Path,
+    ctrl_c: None,
+    saver: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(launch, "GRACE_S", 0.1)
+    monkeypatch.setattr(signals, "SILENCE_S", 0.1)
+
+    def interrupt() -> None:
+        if have_begun(tmp_path):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        saver(2.0, interrupt)
+    assert len(list(tmp_path.glob("saved*"))) == 2
+    assert "waiting for the ranks to end, which may be saving a" in capfd.readouterr().err
+    assert not any(is_alive(pid) for pid in pids(tmp_path))
+
+
+def test_torchrun_leaves_its_ranks_as_long_as_the_launcher_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "asks.py").write_text(
+        "import os, pathlib, sys\n"
+        "pathlib.Path(sys.argv[1]).write_text(os.environ['TORCH_ELASTIC_SHUTDOWN_TIMEOUT'])\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    program = launchers.Program(words=["asks", str(tmp_path / "limit")])
+    launchers.start(LauncherConfig(kind="torchrun"), program, 1, tmp_path / "logs")
+    assert float((tmp_path / "limit").read_text()) == signals.SAVE_GRACE_S
+
+
+def test_a_torchrun_that_is_killed_leaves_no_rank_behind(
+    tmp_path: Path, saver: Callable[..., None]
+) -> None:
+    """Its ranks have sessions of their own, and do not end on SIGTERM."""
+
+    def kill() -> None:
+        if have_begun(tmp_path):
+            os.kill(torchrun_of(pids(tmp_path)[0]), signal.SIGKILL)
+
+    with pytest.raises(launch.RunFailed, match=r"a rank failed \(exit code -9\)"):
+        saver(1000.0, kill)
+    wait_for(lambda: not any(is_alive(pid) for pid in pids(tmp_path)))
+
+
+def test_a_second_ctrl_c_kills_what_torchrun_has_started(
+    tmp_path: Path, ctrl_c: None, saver: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signals, "SILENCE_S", 0.1)
+    told = signals.tell_waiting
+
+    def again() -> None:
+        told()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(signals, "tell_waiting", again)
+
+    def interrupt() -> None:
+        if have_begun(tmp_path):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        saver(2 * ENDS_WITHIN_S, interrupt)
+    wait_for(lambda: not any(is_alive(pid) for pid in pids(tmp_path)))
+    assert not list(tmp_path.glob("saved*"))
+
+
 def test_a_rank_of_torchrun_that_fails_ends_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -294,6 +494,87 @@ def test_a_rank_of_torchrun_that_fails_ends_the_run(
         file.read_text() for file in tmp_path.glob("logs/**/stderr.log")
     )
     assert not any(is_alive(pid) for pid in pids(tmp_path))
+
+
+@pytest.mark.parametrize("timeout_s", [0.0, 1.0])
+def test_a_store_that_does_not_come_up_is_not_waited_for_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, timeout_s: float
+) -> None:
+    before = children()
+    monkeypatch.setattr(launch, "TCPStore", lambda *args, **kwargs: time.sleep(1000))
+    with pytest.raises(TimeoutError, match=r"^the store at which ranks meet did not come up in"):
+        launch.run(ranks(lambda: None, tmp_path), timeout_s=timeout_s)
+    assert not pids(tmp_path)
+    assert children() == before
+
+
+def test_a_store_that_does_not_come_up_is_not_waited_for_without_a_limit_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "STORE_S", 0.5)
+    monkeypatch.setattr(launch, "TCPStore", lambda *args, **kwargs: time.sleep(1000))
+    with pytest.raises(
+        launch.RunFailed, match=r"^the store at which ranks meet did not come up in"
+    ):
+        launch.run(ranks(lambda: None, tmp_path))
+
+
+def test_a_store_that_dies_at_once_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = children()
+    nowhere = launch.Ranks(target=lambda: None, world_size=2, address="192.0.2.1")
+    monkeypatch.setattr(launch, "TCPStore", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(
+        launch.RunFailed,
+        match=r"^the store at which ranks meet, at 192.0.2.1, ended \(exit code 1\); .* address",
+    ):
+        launch.run(nowhere)
+    assert "ZeroDivisionError" in capfd.readouterr().err
+    assert children() == before
+
+
+def test_a_store_that_dies_while_ranks_run_ends_them(tmp_path: Path) -> None:
+    before = children()
+
+    def kill_store() -> None:
+        if len(pids(tmp_path)) == 3:
+            (store,) = children() - before - set(pids(tmp_path))
+            os.kill(store, signal.SIGKILL)
+
+    with pytest.raises(launch.RunFailed, match=r"ranks meet, at 127.0.0.1, ended \(exit code -9\)"):
+        launch.run(ranks(lambda: time.sleep(1000), tmp_path), poll=kill_store)
+    assert children() == before
+
+
+def test_a_log_is_no_program(tmp_path: Path) -> None:
+    launch.run(ranks(lambda: print("said"), tmp_path), timeout_s=ENDS_WITHIN_S)
+    for log in (tmp_path / "logs").glob("rank*.log"):
+        assert log.read_text() == "said\n"
+        assert not log.stat().st_mode & 0o111
+
+
+def test_a_folder_of_logs_takes_one_run_at_a_time(tmp_path: Path) -> None:
+    go, context = tmp_path / "go", multiprocessing.get_context("fork")
+    waits = ranks(lambda: wait_for(go.exists), tmp_path)
+    first = context.Process(target=launch.run, args=(waits,))
+    first.start()
+    wait_for(lambda: len(pids(tmp_path)) == 3)
+    with pytest.raises(
+        ValueError, match=f"^--logs: .*logs must be used by one run .* process {first.pid} is at"
+    ):
+        launch.run(ranks(lambda: None, tmp_path))
+    go.touch()
+    first.join()
+    assert first.exitcode == 0
+    launch.run(ranks(lambda: None, tmp_path), timeout_s=ENDS_WITHIN_S)
+
+
+def test_logs_that_cannot_be_a_folder_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    taken = launch.Ranks(target=lambda: None, world_size=1, logs=tmp_path / "file")
+    with pytest.raises(ValueError, match=r"^--logs: .*file must be a folder: File exists; name"):
+        launch.run(taken)
 
 
 def test_the_process_that_forks_has_no_threads_but_those_it_had(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from megatron_helix import files
 from megatron_helix.experiment import metrics
-from megatron_helix.recording import files
 from tests.distributed import pretrain, tiny_gpt
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from megatron_helix import pretrain_gpt
+from megatron_helix import files, pretrain_gpt
 from megatron_helix.experiment import metrics, verify
 from megatron_helix.inference import measure
-from megatron_helix.recording import files
+from megatron_helix.recording import rank_files
 from tests.distributed import pretrain, tiny_gpt
 
 TAKEN = r"^--helix-metrics: must be a folder that no other run writes into, and one holds .*;"
@@ -46,7 +46,7 @@ def test_a_second_run_in_the_folder_is_refused(corpus_prefix: Path, tmp_path: Pa
     flags = tiny_gpt(corpus_prefix, "--helix-metrics", str(tmp_path))
 
     def write(told: Any) -> None:
-        file = files.append(tmp_path, 0)
+        file = rank_files.append(tmp_path, 0)
         told.send("done")
         signal.pause()
         file.close()
@@ -55,14 +55,14 @@ def test_a_second_run_in_the_folder_is_refused(corpus_prefix: Path, tmp_path: Pa
         with pytest.raises(ValueError, match=TAKEN):
             pretrain_gpt.prepare(flags, 1)
         with pytest.raises(ValueError, match=TAKEN):
-            files.append(tmp_path, 0)
-        files.append(tmp_path, 1).close()
+            rank_files.append(tmp_path, 0)
+        rank_files.append(tmp_path, 1).close()
     pretrain_gpt.prepare(flags, 1)  # it is gone, killed
 
 
 def test_a_worker_that_outlives_its_rank_keeps_no_restart_out(tmp_path: Path) -> None:
     def write(told: Any) -> None:
-        file = files.append(tmp_path, 0)
+        file = rank_files.append(tmp_path, 0)
         if os.fork() == 0:
             signal.alarm(60)
             signal.pause()
@@ -72,14 +72,14 @@ def test_a_worker_that_outlives_its_rank_keeps_no_restart_out(tmp_path: Path) ->
 
     with another(write):
         pass
-    files.require_free(tmp_path, 0)
+    rank_files.require_free(tmp_path, 0)
 
 
 def test_a_restart_writes_on_behind_whole_lines(tmp_path: Path) -> None:
     path = files.of_rank(tmp_path, 0, ".jsonl")
     for there, kept in (("", ""), ('{"a": 1}\n{"b', '{"a": 1}\n'), ('{"b', "")):
         path.write_text(there)
-        with files.append(tmp_path, 0) as file:
+        with rank_files.append(tmp_path, 0) as file:
             file.write("{}\n")
         assert path.read_text() == kept + "{}\n"
 

@@ -23,6 +23,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_helix.collectives import all_reduce
+from megatron_helix.errors import UserError
 from megatron_helix.layout import HelixLayout
 from megatron_helix.process_groups import HelixGroups
 
@@ -54,10 +55,10 @@ class ScoresAttention(DotProductAttention):
         """``[sq, b, H/n, d/m]``, twice ``[sk, b, K/n, d/m]`` -> ``[sq, b, H/n * d/m]``.
 
         Raises:
-            ValueError: for an attention bias.
+            UserError: for an attention bias.
         """
         if attention_bias is not None:
-            raise ValueError(
+            raise UserError(
                 "--helix-exchange: scores takes no attention bias; use activations or weights"
             )
         sq, b, heads, _ = query.shape

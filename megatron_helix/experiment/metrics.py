@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy
 
-from megatron_helix.recording import files
+from megatron_helix import files
+from megatron_helix.errors import UserError
 from megatron_helix.recording.comm_ledger import POINT_TO_POINT
 
 TAIL_BYTES = 1 << 20  # holds the last line of a rank, whatever it sent in the step
@@ -95,13 +96,13 @@ def read(folder: Path) -> RunMetrics:
     """Put together what the ranks of a finished run wrote.
 
     Raises:
-        ValueError: when there is nothing, or the ranks disagree on the number of steps.
+        UserError: when there is nothing, or the ranks disagree on the number of steps.
     """
     ranks = [_steps(file) for file in files.of_ranks(folder, ".jsonl")]
     ranks = ranks[: ranks[0][-1]["ranks"]] if ranks and ranks[0] else ranks
     counts = {len(lines) for lines in ranks}
     if len(counts) != 1 or counts == {0}:
-        raise ValueError(f"{folder}: need the same number of steps of every rank, got {counts}")
+        raise UserError(f"{folder}: need the same number of steps of every rank, got {counts}")
     steps = list(zip(*ranks, strict=True))
     counted = _counted(steps)
     step_ms = [max(line["step_s"] for line in step) * 1e3 for step in counted]

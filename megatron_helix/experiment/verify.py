@@ -10,17 +10,16 @@ from :mod:`megatron_helix.experiment.partition` and from the checkpoint all layo
 """
 
 import itertools
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_helix import files
 from megatron_helix.experiment import decode, execution, runs
 from megatron_helix.experiment.config import ExperimentConfig, Fp16Config, VerificationConfig
 from megatron_helix.experiment.runs import Run
 from megatron_helix.experiment.tiles import fingerprints
-from megatron_helix.recording import files
 
 Check = dict[str, Any]
 _LISTED = 4  # problems that are spelled out
@@ -79,7 +78,8 @@ def verify(
 
 def placements(folder: Path) -> list[dict[str, Any]]:
     """What the ranks of a run said they are."""
-    return [json.loads(file.read_text()) for file in files.of_ranks(folder, ".json")]
+    remedy = "remove the folder of that run, and call `helix run` once more"
+    return [files.read_json(file, remedy) for file in files.of_ranks(folder, ".json")]
 
 
 def mapping(

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from megatron_helix.errors import UserError
 from megatron_helix.features.refused import REFUSED
 from megatron_helix.features.rows import asked
 from megatron_helix.features.works import IN_ORDER
@@ -16,7 +17,7 @@ def require_compatible(*sources: Any) -> None:
             checkpoint can set without a flag.
 
     Raises:
-        ValueError: naming the flag or field, the reason and the remedy.
+        UserError: naming the flag or field, the reason and the remedy.
     """
     for refused in REFUSED:
         for source in sources:
@@ -24,7 +25,7 @@ def require_compatible(*sources: Any) -> None:
             if value is None:
                 continue
             said = refused.asks if value is True else f"{refused.asks} {_word(value)}"
-            raise ValueError(
+            raise UserError(
                 f"{said}: is refused under --helix-m > 1: {refused.reason}; leave it away, or run"
                 " stock tensor parallelism (--helix-m 1)"
             )

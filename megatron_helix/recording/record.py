@@ -3,8 +3,8 @@
 Megatron's loop stays unmodified; :func:`record` stands around its ``train_step``. The lines of a
 rank go to ``rank00.jsonl`` and so on in one folder, each as soon as its step is over, so that a run
 that dies keeps what it measured; a restart writes on behind it
-(:mod:`megatron_helix.recording.files`). Beside them ``rank00.json`` says what the rank holds and
-where (:mod:`megatron_helix.recording.placement`). :func:`metrics.read` puts the ranks together.
+(:mod:`megatron_helix.recording.rank_files`). Beside them ``rank00.json`` says what the rank holds
+and where (:mod:`megatron_helix.recording.placement`). :func:`metrics.read` puts the ranks together.
 
 The first step, which no time is taken from, counts FLOPs, those of torch's operators: GEMMs of
 TransformerEngine are not among them. With ``profile`` the last one runs under torch's profiler
@@ -25,8 +25,8 @@ from megatron.core.num_microbatches_calculator import get_current_global_batch_s
 from megatron.training import get_args
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_helix import compat, cpu_device
-from megatron_helix.recording import files, placement, profile
+from megatron_helix import compat, cpu_device, files
+from megatron_helix.recording import placement, profile, rank_files
 from megatron_helix.recording.clocks import Call, HostClock, StreamClock
 from megatron_helix.recording.comm_ledger import POINT_TO_POINT, CommLedger, install, totals
 
@@ -61,9 +61,9 @@ def record(recording: Recording) -> None:
     """From now on write a line for every training step of this rank.
 
     Raises:
-        ValueError: where another run writes into the folder.
+        UserError: where another run writes into the folder.
     """
-    file = files.append(recording.folder, recording.rank)
+    file = rank_files.append(recording.folder, recording.rank)
     on_gpu = torch.cuda.is_available() and not cpu_device.is_enabled()
     ledger = CommLedger(StreamClock() if on_gpu else HostClock())
     install(ledger)
@@ -101,7 +101,7 @@ def record(recording: Recording) -> None:
         if key_values:
             described["key_value_bytes"] = key_values.close()
             described_in = files.of_rank(recording.folder, recording.rank, ".json")
-            described_in.write_text(json.dumps(described))
+            files.write(described_in, json.dumps(described))
         if profiler:
             events = profiler.profiler.kineto_results.events()
             line["profile"] = profile.times(events, calls)

@@ -1,4 +1,4 @@
-"""The files that the ranks of a run leave in a folder: their names, their order, who may write.
+"""The file of lines that a rank of a run writes, and who may write it.
 
 A run that goes on where a dead one stopped writes on behind what that one measured. Two runs at
 once would mix their lines: a rank's file is locked while its rank lives.
@@ -6,33 +6,20 @@ once would mix their lines: a rank's file is locked while its rank lives.
 
 import fcntl
 import os
-import re
 from pathlib import Path
 from typing import IO
 
-
-def of_rank(folder: Path, rank: int, suffix: str) -> Path:
-    """The file of one rank."""
-    return folder / f"rank{rank:02d}{suffix}"
-
-
-def of_ranks(folder: Path, suffix: str) -> list[Path]:
-    """The files of all ranks that have one, in rank order: 100 comes after 11."""
-    found = {
-        int(match[1]): path
-        for path in folder.glob(f"rank*{suffix}")
-        if (match := re.fullmatch(rf"rank(\d+){re.escape(suffix)}", path.name))
-    }
-    return [found[rank] for rank in sorted(found)]
+from megatron_helix import files
+from megatron_helix.errors import UserError
 
 
 def require_free(folder: Path, rank: int) -> None:
     """Check that no other run writes this rank's lines now.
 
     Raises:
-        ValueError: naming the folder and what to do.
+        UserError: naming the folder and what to do.
     """
-    path = of_rank(folder, rank, ".jsonl")
+    path = files.of_rank(folder, rank, ".jsonl")
     if path.exists():
         with path.open("r+") as file:
             _lock(file, path)
@@ -45,10 +32,10 @@ def append(folder: Path, rank: int) -> IO[str]:
     what it forks: a worker that outlives its rank keeps no restart out.
 
     Raises:
-        ValueError: where another run writes it.
+        UserError: where another run writes it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = of_rank(folder, rank, ".jsonl")
+    path = files.of_rank(folder, rank, ".jsonl")
     file = path.open("a+")
     _lock(file, path)
     file.seek(0)
@@ -62,7 +49,7 @@ def _lock(file: IO[str], path: Path) -> None:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         file.close()
-        raise ValueError(
+        raise UserError(
             f"--helix-metrics: must be a folder that no other run writes into, and one holds"
             f" {path}; give another folder, or wait until that run has ended"
         ) from None
