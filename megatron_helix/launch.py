@@ -90,6 +90,18 @@ def run(
         RankFailed: as soon as a rank ends with an error or by a signal; the others are ended first.
         TimeoutError: when the ranks outlast ``timeout_s``.
     """
+    deadline = time.monotonic() + timeout_s if timeout_s else None
+    with forked(ranks) as processes:
+        _watch(ranks, processes, deadline, poll)
+
+
+@contextlib.contextmanager
+def forked(ranks: Ranks) -> Iterator[list[Any]]:
+    """Fork the ranks, and end those that are left when the block is over.
+
+    Yields:
+        Their processes, in the order of their ranks.
+    """
     if ranks.logs:
         ranks.logs.mkdir(parents=True, exist_ok=True)
     context = mp.get_context("fork")
@@ -99,7 +111,6 @@ def run(
     here, there = context.Pipe()
     store = context.Process(target=_serve_rendezvous, args=(ranks.address, there, parent))
     processes = [store]
-    deadline = time.monotonic() + timeout_s if timeout_s else None
     with terminate_as_interrupt():
         try:
             store.start()
@@ -108,7 +119,7 @@ def run(
                 args = (ranks, rank, port, parent)
                 processes.append(context.Process(target=_run_rank, args=args, name=f"rank {rank}"))
                 processes[-1].start()
-            _watch(ranks, processes[1:], deadline, poll)
+            yield processes[1:]
         finally:
             _end(processes)
 
