@@ -2,7 +2,7 @@
 
 from megatron_helix.features.rows import Works
 
-_DRAWN = "tests/test_fuzz.py::test_fixed_draws_are_stocks_numbers"
+_DRAWN = "tests/test_fuzz_slice.py::test_helix_gives_stocks_numbers"
 _PARITY = "tests/test_parity.py::test_training_is_as_stock"
 _FEATURES = "tests/test_features.py::test_a_feature_of_megatron_gives_the_same_numbers"
 

@@ -17,7 +17,8 @@ class Works:
         test: the test that shows it, ``file::function``.
         examples: words that turn the feature on in a small model, one string each; what the fuzzer
             draws from (:mod:`megatron_helix.fuzz`).
-        needs: what a model or layout must be for them: tags of the fuzzer's.
+        needs: what a case must have for them, in the words of
+            :attr:`megatron_helix.fuzz.case.Case.tags`.
         note: what a user should know.
     """
 

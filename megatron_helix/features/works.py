@@ -4,7 +4,7 @@ from megatron_helix.features.experts import EXPERTS
 from megatron_helix.features.models import MODELS
 from megatron_helix.features.rows import InOrder, Works
 
-DRAWN = "tests/test_fuzz.py::test_fixed_draws_are_stocks_numbers"
+DRAWN = "tests/test_fuzz_slice.py::test_helix_gives_stocks_numbers"
 PARITY = "tests/test_parity.py::test_training_is_as_stock"
 FEATURES = "tests/test_features.py::test_a_feature_of_megatron_gives_the_same_numbers"
 HALF = "tests/test_features.py::test_half_precision_is_as_near_to_stock_as_stock_to_itself"
@@ -55,7 +55,7 @@ PARALLEL = (
             "--num-layers 4 --num-layers-per-virtual-pipeline-stage 1",
             "--num-layers 4 --num-virtual-stages-per-pipeline-rank 2",
         ),
-        needs=("pp",),
+        needs=("filled",),
     ),
     Works(
         feature="Data parallelism, distributed optimizer",
