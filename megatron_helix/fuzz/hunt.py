@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_helix.features import Works
+from megatron_helix.features.rows import Works
 from megatron_helix.fuzz import report
 from megatron_helix.fuzz.case import Case
 from megatron_helix.fuzz.draw import draw
