@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_helix.experiment.metrics import RunMetrics
-from tests.distributed import pretrain, tiny_gpt
+from tests.distributed import pretrain, pretrain_launched, tiny_gpt
 
 LOSS_TOLERANCE, GRAD_NORM_TOLERANCE = 1e-5, 1e-4  # see tests/test_parity.py
 
@@ -115,13 +115,17 @@ def test_half_precision_is_as_near_to_stock_as_stock_to_itself(
 
 
 def test_deterministic_mode_gives_the_same_numbers(
-    train: Train, monkeypatch: pytest.MonkeyPatch
+    corpus_prefix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NCCL_ALGO", "Ring")  # Megatron asks for one that is deterministic
     large = ("--micro-batch-size", "8", "--global-batch-size", "16", "--vocab-size", "64")
-    stock = train(4, TP, "4", *large, "--deterministic-mode")
-    helix = train(4, *HELIX, *large, "--deterministic-mode", "--helix-exchange", "weights")
-    again = train(4, *HELIX, *large, "--deterministic-mode", "--helix-exchange", "weights")
+    weights = (*HELIX, "--helix-exchange", "weights")
+    stock, helix, again = (
+        pretrain_launched(
+            tiny_gpt(corpus_prefix, SP, *layout, *large, "--deterministic-mode"), 4, tmp_path / name
+        )
+        for name, layout in (("stock", (TP, "4")), ("helix", weights), ("again", weights))
+    )
     assert helix.losses == pytest.approx(stock.losses, rel=LOSS_TOLERANCE, abs=0)
     assert helix.grad_norms == pytest.approx(stock.grad_norms, rel=GRAD_NORM_TOLERANCE, abs=0)
     assert again.losses == helix.losses

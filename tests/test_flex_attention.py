@@ -19,7 +19,7 @@ from megatron.core.utils import GlobalMemoryBuffer
 from megatron_helix import arguments
 from megatron_helix.flex_attention import FlexAttention
 from tests.cpu_config import cpu_config
-from tests.distributed import pretrain, tiny_gpt
+from tests.distributed import pretrain_launched, tiny_gpt
 
 S, B, H, D = 12, 3, 4, 16
 
@@ -146,5 +146,5 @@ def test_the_flag_puts_it_into_every_layer(
     monkeypatch.setattr(FlexAttention, "forward", asked)  # ranks are forks
     monkeypatch.setattr(arguments, "require_core_attention", lambda *args: None)
     flags = tiny_gpt(corpus_prefix, "--helix-m", "2", "--helix-n", "1", train_iters=1)
-    pretrain([*flags, "--helix-core-attention", "flex"], 2, tmp_path)
+    pretrain_launched([*flags, "--helix-core-attention", "flex"], 2, tmp_path)
     assert set(used.read_text().split()) == {"1", "2"}

@@ -8,7 +8,7 @@ import pytest
 from megatron_helix.exchange import shards
 from megatron_helix.exchange.shards import GatheredWeight
 from megatron_helix.experiment.metrics import RunMetrics
-from tests.distributed import pretrain, tiny_gpt
+from tests.distributed import pretrain_launched, tiny_gpt
 
 FULL = (
     *("--recompute-granularity", "full", "--recompute-method", "uniform"),
@@ -26,7 +26,7 @@ MICRO_BATCHES = 2
 def _run(corpus: Path, folder: Path, *flags: str) -> RunMetrics:
     cut = ("--helix-m", "2", "--helix-n", "2", "--helix-exchange", "weights")
     argv = tiny_gpt(corpus, "--sequence-parallel", *cut, *flags, train_iters=1)
-    return pretrain(argv, 4, folder)
+    return pretrain_launched(argv, 4, folder)
 
 
 # Two layers of four linears. Late is what starts a pass, and under recompute what follows a border.

@@ -15,7 +15,7 @@ from megatron_helix import files, pretrain_gpt
 from megatron_helix.experiment import metrics, verify
 from megatron_helix.inference import measure
 from megatron_helix.recording import rank_files
-from tests.distributed import pretrain, tiny_gpt
+from tests.distributed import pretrain_launched, tiny_gpt
 
 TAKEN = r"^--helix-metrics: must be a folder that no other run writes into, and one holds .*;"
 
@@ -85,13 +85,13 @@ def test_a_restart_writes_on_behind_whole_lines(tmp_path: Path) -> None:
 
 
 def test_a_restart_keeps_what_the_run_before_measured(corpus_prefix: Path, tmp_path: Path) -> None:
-    whole = pretrain(tiny_gpt(corpus_prefix), 2, tmp_path / "whole")
+    whole = pretrain_launched(tiny_gpt(corpus_prefix), 2, tmp_path / "whole")
     saved = ("--save", str(tmp_path / "saved"), "--save-interval", "2")
     parts = tmp_path / "parts"
     # It ends behind its checkpoint of step 2, as a run that dies does.
-    pretrain(tiny_gpt(corpus_prefix, *saved, "--exit-interval", "3"), 2, parts)
+    pretrain_launched(tiny_gpt(corpus_prefix, *saved, "--exit-interval", "3"), 2, parts)
     load = ("--load", str(tmp_path / "saved"), "--ckpt-step", "2", "--helix-profile")
-    gone_on = pretrain(tiny_gpt(corpus_prefix, *load), 2, parts)
+    gone_on = pretrain_launched(tiny_gpt(corpus_prefix, *load), 2, parts)
     assert gone_on.losses == whole.losses
     assert gone_on.grad_norms == whole.grad_norms
     for rank in (0, 1):
@@ -106,7 +106,7 @@ def test_a_run_counted_in_samples_profiles_its_last_step(
 ) -> None:
     flags = tiny_gpt(corpus_prefix, "--train-samples", "24", "--helix-profile")
     at = flags.index("--train-iters")
-    pretrain([*flags[:at], *flags[at + 2 :]], 1, tmp_path)
+    pretrain_launched([*flags[:at], *flags[at + 2 :]], 1, tmp_path)
     assert ["profile" in line for line in lines(tmp_path / "metrics")] == [False, False, True]
 
 
@@ -115,7 +115,7 @@ def test_every_step_says_its_own_batch(corpus_prefix: Path, tmp_path: Path) -> N
     for name in ("--train-iters", "--global-batch-size"):
         at = flags.index(name)
         flags = [*flags[:at], *flags[at + 2 :]]
-    pretrain([*flags, "--step-batch-size-schedule", "0:4 256:8"], 1, tmp_path)
+    pretrain_launched([*flags, "--step-batch-size-schedule", "0:4 256:8"], 1, tmp_path)
     told = lines(tmp_path / "metrics")
     assert [line["batch"] for line in told] == [4, 4, 8, 8]
     assert [line["tokens"] for line in told] == [32 * line["batch"] for line in told]
