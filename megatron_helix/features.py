@@ -85,7 +85,7 @@ WORKS = (
         feature="Dropout",
         flags="--attention-dropout --hidden-dropout",
         test="tests/test_dropout_training.py::test_the_stream_s_masks_are_stock_s",
-        note="masks of attention, and of some streams, are drawn anew: docs/exactness.md says which",
+        note="docs/exactness.md says which masks are stock's, and which are drawn anew",
     ),
     Works(feature="bfloat16", flags="--bf16", test=_HALF),
     Works(
