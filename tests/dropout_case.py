@@ -63,6 +63,7 @@ class Seen:
     Attributes:
         attention: that of the first layer, once for every time that it was computed; ``[b, H, s,
             s]`` of this rank's sequences, heads and queries.
+        later: the same in another forward pass.
         hidden: of the stream, ``[2 * layers, s, b, D]``, of this rank's tokens.
         scale: probabilities and biases that were kept, over what they would be without dropout and
             times the share that is kept: 1, if dropout does not change what is expected.
@@ -71,6 +72,7 @@ class Seen:
     """
 
     attention: list[torch.Tensor] = field(default_factory=list)
+    later: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     hidden: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     scale: list[torch.Tensor] = field(default_factory=list)
     gradient: torch.Tensor = field(default_factory=lambda: torch.empty(0))
@@ -204,5 +206,9 @@ def _look(block: TransformerBlock, cut: Cut) -> Seen:
     powers = 2 ** torch.arange(2 * LAYERS)
     seen.hidden = (kept & powers.view(-1, 1, 1, 1)) != 0
     seen.scale.append(added[kept != 0] / kept[kept != 0])
+    assert x.grad is not None
     seen.gradient, seen.state = x.grad, torch.cuda.get_rng_state()
+    with torch.no_grad():
+        block(x, None)
+    seen.later = seen.attention.pop()
     return seen

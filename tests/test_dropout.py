@@ -102,10 +102,13 @@ def test_no_two_heads_or_tokens_share_a_mask(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_the_stream_is_dropped_apart_from_attention_and_from_other_tokens(name: str) -> None:
-    """In the order in which they were drawn, as masks from generators of one seed would agree."""
+def test_the_stream_is_dropped_apart_from_attention_and_other_tokens(name: str) -> None:
+    """And each pass from the one before.
+
+    In the order in which they were drawn, as masks from generators of one seed would agree.
+    """
     for part in seen(f"{name}-all-seen"):
-        drawn = [*part.hidden, part.attention[0]]
+        drawn = [*part.hidden, part.attention[0], part.later]
         length = min(mask.numel() for mask in drawn)
         assert_independent(torch.stack([mask.flatten()[:length] for mask in drawn]))
     tokens = hidden(name).unflatten(1, (4, -1)).transpose(2, 3)  # [masks, T, b, s/T, D]

@@ -31,7 +31,7 @@ def gather_all(async_op: bool) -> list[tuple[torch.Tensor, int]]:
             ledger = CommLedger()
             uninstall = install(ledger)
             whole = torch.full((sum(sizes), WIDTH), -1, dtype=dtype)
-            mine = part(group.rank(), sizes[group.rank()], dtype)
+            mine = part(dist.get_rank(), sizes[dist.get_rank()], dtype)
             parts = list(whole.split(sizes))
             work: Any = dist.all_gather(parts, mine, group=group, async_op=async_op)
             if async_op:

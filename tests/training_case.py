@@ -11,6 +11,10 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.training import training
+from torch.distributed import (
+    PrefixStore,  # pyright: ignore[reportPrivateImportUsage]
+    TCPStore,  # pyright: ignore[reportPrivateImportUsage]
+)
 
 from megatron_helix import pretrain_gpt
 from tests.distributed import run_distributed
@@ -47,16 +51,14 @@ def train(runs: Mapping[str, Sequence[str]], world_size: int) -> dict[str, list[
 
 
 def _train_in_turn(runs: dict[str, list[str]]) -> dict[str, Trained]:
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     rank, size = dist.get_rank(), dist.get_world_size()
     trained = {}
     for name, argv in runs.items():
         # The groups of the run before, with their threads and sockets, go.
         dist.destroy_process_group()
         gc.collect()
-        dist.init_process_group(
-            "gloo", store=dist.PrefixStore(name, store), rank=rank, world_size=size
-        )
+        dist.init_process_group("gloo", store=PrefixStore(name, store), rank=rank, world_size=size)
         trained[name] = _train(argv)
     return trained
 

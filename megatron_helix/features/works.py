@@ -8,8 +8,11 @@ DRAWN = "tests/test_fuzz_slice.py::test_helix_gives_stocks_numbers"
 PARITY = "tests/test_parity.py::test_training_is_as_stock"
 FEATURES = "tests/test_features.py::test_a_feature_of_megatron_gives_the_same_numbers"
 HALF = "tests/test_features.py::test_half_precision_is_as_near_to_stock_as_stock_to_itself"
-SUMS = "tests/test_weight_gradients.py::test_gradients_are_as_near_to_fp32_as_stocks"
-DROPOUT = "tests/test_dropout.py::test_masks_are_apart_and_keep_their_rate"
+SUMS = (
+    "tests/test_half_precision_gradients.py"
+    "::test_every_weights_gradient_is_as_near_to_the_truth_as_stocks"
+)
+DROPOUT = "tests/test_dropout_training.py::test_the_stream_s_masks_are_stock_s"
 CHECKPOINT = "tests/test_checkpoint.py::test_one_layout_goes_on_from_anothers_checkpoint"
 OPTIMIZER_STATE = "tests/test_checkpoint.py::test_layouts_pass_a_checkpoint_on_bit_for_bit"
 
