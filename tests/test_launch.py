@@ -459,6 +459,30 @@ def test_a_torchrun_that_is_killed_leaves_no_rank_behind(
     wait_for(lambda: not any(is_alive(pid) for pid in pids(tmp_path)))
 
 
+def test_ranks_do_not_outlive_a_torchrun_of_the_users_own(tmp_path: Path) -> None:
+    """That is killed, and whose ranks do not end on SIGTERM."""
+    (tmp_path / "deaf.py").write_text(f"""
+import os, pathlib, signal, time
+from megatron_helix import pretrain_gpt
+def train(flags):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    pathlib.Path({str(tmp_path)!r}, "pid" + os.environ["RANK"]).write_text(str(os.getpid()))
+    time.sleep(1000)
+pretrain_gpt.train, pretrain_gpt.prepare = train, lambda flags, ranks: flags
+pretrain_gpt.main([])
+""")
+    words = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", tmp_path / "deaf.py"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-m", *words], env=environment) as torchrun:
+        try:
+            while not have_begun(tmp_path):  # however long their imports take
+                assert torchrun.poll() is None
+                time.sleep(0.1)
+        finally:
+            torchrun.kill()
+    wait_for(lambda: not any(is_alive(pid) for pid in pids(tmp_path)))
+
+
 def test_a_second_ctrl_c_kills_what_torchrun_has_started(
     tmp_path: Path, ctrl_c: None, saver: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
