@@ -189,8 +189,9 @@ def test_a_rank_that_fails_while_it_is_looked_at_is_not_lost(tmp_path: Path) -> 
             return None if self.looks == 1 else 3
 
     watched = ranks(lambda: None, tmp_path, 1)
+    store = SimpleNamespace(exitcode=None, sentinel=os.pipe()[0])
     with pytest.raises(launch.RankFailed, match=r"rank 0 of 1 failed \(exit code 3\)"):
-        launch._watch(watched, [Process()], SimpleNamespace(exitcode=None), None, None)
+        launch._watch(watched, [Process()], store, None, None)
 
 
 def test_an_exception_in_a_rank_is_in_its_log(tmp_path: Path) -> None:
@@ -597,7 +598,9 @@ def test_a_folder_of_logs_takes_one_run_at_a_time(tmp_path: Path) -> None:
 def test_logs_that_cannot_be_a_folder_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     taken = launch.Ranks(target=lambda: None, world_size=1, logs=tmp_path / "file")
-    with pytest.raises(ValueError, match=r"^--logs: .*file must be a folder: File exists; name"):
+    with pytest.raises(
+        ValueError, match=r"^--logs: .*file must be a folder that can be made: File"
+    ):
         launch.run(taken)
 
 
