@@ -4,7 +4,8 @@
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ def require_plan(args: argparse.Namespace, asked: strategy.Choice, cut: HelixLay
             " --overlap-grad-reduce sends them before; leave one of the two away"
         )
     if cut.m > 1 and args.seq_length and args.micro_batch_size:
-        strategy.resolve(
+        resolve = partial(
+            strategy.resolve,
             asked,
             cut,
             traffic.BlockShape(
@@ -45,9 +47,27 @@ def require_plan(args: argparse.Namespace, asked: strategy.Choice, cut: HelixLay
                 num_layers=args.num_layers,
             ),
             sequence=args.seq_length // args.context_parallel_size,
-            batch=args.micro_batch_size,
             sequence_parallel=args.sequence_parallel,
         )
+        resolve(batch=args.micro_batch_size)
+        for flag, batch, remedy in _validated(args, cut):
+            try:
+                resolve(batch=batch)
+            except ValueError as error:
+                cause = str(error).partition(";")[0]
+                raise UserError(
+                    f"{flag}: validation reads micro-batches of {batch}, which no rank can take a"
+                    f" part of: {cause}; {remedy}"
+                ) from None
+
+
+def _validated(args: argparse.Namespace, cut: HelixLayout) -> Iterator[tuple[str, int, str]]:
+    """Micro-batches of validation: the flag they come from, their size, and what else to give."""
+    if args.eval_micro_batch_size:
+        flag = "--eval-micro-batch-size"
+        yield flag, args.eval_micro_batch_size, f"use a multiple of --helix-m ({cut.m})"
+    if args.full_validation:
+        yield "--full-validation", 1, "leave it away, or use another --seq-length"
 
 
 def require_core_attention(args: argparse.Namespace, on_cpu: bool) -> None:
@@ -117,10 +137,11 @@ def require_loadable(args: argparse.Namespace) -> None:
         ("--pretrained-checkpoint", args.pretrained_checkpoint, args.ckpt_step),
     ]
     if args.non_persistent_ckpt_type:
-        folder = args.non_persistent_global_ckpt_dir or (args.load and args.load / "non_persistent")
+        folder = args.non_persistent_global_ckpt_dir
+        folder = folder or (args.load and Path(args.load, "non_persistent"))
         loaded.append(("--non-persistent-ckpt-type", folder, None))
     for flag, folder, step in loaded:
-        checkpoint = folder and _checkpoint(folder, step)
+        checkpoint = folder and _checkpoint(Path(folder), step)
         if not checkpoint or not checkpoint.is_dir():
             continue  # nothing to load: Megatron's to judge
         if not (checkpoint / "metadata.json").exists():

@@ -1,14 +1,16 @@
 """What the helix flags imply for Megatron's flags, and every refusal of a bad combination.
 
-All of it happens on the command line, before torch or Megatron are imported as far as that can be,
-and before any process group exists: :func:`complete` takes the user's flags and returns them with
-what follows from them appended, or raises the one error the user must read.
+Before torch or Megatron are imported, as far as that can be, :func:`complete` takes the user's
+flags and returns them with what follows from them appended: it reads no more of Megatron's than a
+layout needs. :func:`require_run` checks arguments that Megatron has parsed, whatever set them. Both
+raise the one error the user must read, before any process group exists.
 """
 
 import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_helix.argument_checks import (
     require_core_attention,
@@ -17,9 +19,10 @@ from megatron_helix.argument_checks import (
     require_one_of,
     require_plan,
 )
-from megatron_helix.compatibility import require_compatible
 from megatron_helix.errors import UserError
 from megatron_helix.exchange import strategy
+from megatron_helix.features.check import needs_order, require_compatible
+from megatron_helix.features.works import IN_ORDER
 from megatron_helix.flags import DEVICES, PHASES, FlagParser, add_helix_arguments
 from megatron_helix.layout import HelixLayout, require_divides
 
@@ -30,11 +33,12 @@ _ASKING = ("--helix-m", "--helix-n", "--helix-exchange", "--helix-split", "--hel
 _SIZES = (
     *("num-layers", "hidden-size", "ffn-hidden-size", "num-attention-heads", "num-query-groups"),
     *("kv-channels", "num-experts", "seq-length", "micro-batch-size", "global-batch-size"),
+    "eval-micro-batch-size",
 )
 _SWITCHES = (
     *("group-query-attention", "rotary-interleaved", "attention-output-gate", "swiglu"),
     *("sequence-parallel", "overlap-grad-reduce", "multi-latent-attention"),
-    *("use-distributed-optimizer", "no-load-optim", "finetune"),
+    *("use-distributed-optimizer", "no-load-optim", "finetune", "full-validation"),
 )
 _FOLDERS = ("load", "non-persistent-global-ckpt-dir", "pretrained-checkpoint")
 
@@ -93,8 +97,8 @@ def complete(argv: Sequence[str], world_size: int) -> list[str]:
         world_size: ranks of the run.
 
     Raises:
-        UserError: for a value of the wrong type, or a combination that cannot run; names field,
-            requirement, value and remedy. Flags it does not know are Megatron's to judge.
+        UserError: for a combination that cannot run; names field, requirement, value and remedy.
+            Flags that are not helix's and not about a layout are Megatron's to judge.
     """
     args = _read(argv)
     strategy.require_known(choice(args))
@@ -136,8 +140,66 @@ def _read(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--position-embedding-type", default="learned_absolute")
     parser.add_argument("--rotary-percent", type=float, default=1.0)
     parser.add_argument("--attention-dropout", type=float, default=0.1)
-    parser.add_argument("--moe-router-load-balancing-type", nargs="+")
+    for row in IN_ORDER:
+        parser.add_argument(row.asks, nargs="+")
     return parser.parse_known_args(argv)[0]
+
+
+def require_flags(argv: Sequence[str]) -> None:
+    """Refuse completed flags that cannot run beside helix, before any rank is started.
+
+    With Megatron's own parser, so that no spelling of a flag is missed; to be called where Megatron
+    has been imported anyway.
+
+    Raises:
+        UserError: naming the flag, the reason and the remedy; for a value of the wrong type.
+    """
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = add_helix_arguments(add_megatron_arguments(FlagParser()))
+    args = parser.parse_known_args(argv)[0]
+    if wants_helix(args) and args.helix_m > 1:
+        require_compatible(args)
+
+
+def require_run(
+    args: argparse.Namespace, model_config: Any, *, training: bool = True
+) -> HelixLayout:
+    """Check arguments that Megatron has parsed, and the configs made from them, for helix.
+
+    Whatever set them: flags, a layer spec, a checkpoint's own arguments, another entry point.
+
+    Args:
+        args: Megatron's arguments with the helix flags, which ask for a partition.
+        model_config: the ``GPTModelConfig`` made from them.
+        training: whether micro-batches of ``args`` will be trained on.
+
+    Returns:
+        The partition.
+
+    Raises:
+        UserError: for what cannot run.
+    """
+    strategy.require_known(choice(args))
+    transformer = model_config.transformer
+    m, n, size = args.helix_m, args.helix_n, args.tensor_model_parallel_size
+    if not isinstance(m, int) or not isinstance(n, int) or m * n != size:
+        raise UserError(
+            f"--tensor-model-parallel-size: must be --helix-m x --helix-n, got {size} and {m} x"
+            f" {n}; give Megatron's parser what megatron_helix.pretrain_gpt.prepare returns"
+        )
+    cut = layout(
+        args,
+        num_attention_heads=transformer.num_attention_heads,
+        num_query_groups=transformer.num_query_groups,
+        kv_channels=transformer.kv_channels,
+    )
+    if cut.m > 1:
+        require_compatible(args, model_config, transformer)
+        require_loadable(args)
+        if training:
+            require_plan(args, choice(args), cut)
+    return cut
 
 
 def choice(args: argparse.Namespace) -> strategy.Choice:
@@ -149,7 +211,7 @@ def choice(args: argparse.Namespace) -> strategy.Choice:
         gather=args.helix_gather,
         microbatches=max(1, (args.global_batch_size or sequences) // sequences),
         keeps_sequences=args.context_parallel_size > 1,
-        keeps_order="seq_aux_loss" in (args.moe_router_load_balancing_type or ()),
+        keeps_order=needs_order(args),
     )
 
 
@@ -176,16 +238,6 @@ def layout(
 
 def _cpu_flags(argv: Sequence[str]) -> list[str]:
     return [word for flag in _CPU_FLAGS if not _given(flag[0], argv) for word in flag]
-
-
-def _values(argv: Sequence[str]) -> dict[str, str | None]:
-    """Every flag with its first value; ``None`` for a switch."""
-    found: dict[str, str | None] = {}
-    for word, after in zip(argv, [*argv[1:], "--"], strict=True):
-        if word.startswith("--"):
-            flag, assigned, value = word.partition("=")
-            found[flag] = value if assigned else None if after.startswith("--") else after
-    return found
 
 
 def _given(flag: str, argv: Sequence[str]) -> bool:
@@ -241,8 +293,6 @@ def _helix_flags(args: argparse.Namespace, argv: Sequence[str], world_size: int)
             f"--tensor-model-parallel-size: must be --helix-m x --helix-n = {args.helix_m} x"
             f" {args.helix_n} = {size}, got {args.tensor_model_parallel_size}; leave it away"
         )
-    if args.helix_m > 1:
-        require_compatible(_values(argv))
     model_size = size * args.pipeline_model_parallel_size * args.context_parallel_size
     require_divides(
         "--helix-m x --helix-n (x pipeline x context parallel size)",
@@ -262,8 +312,4 @@ def _helix_flags(args: argparse.Namespace, argv: Sequence[str], world_size: int)
         require_plan(args, choice(args), cut)
     if args.helix_m > 1:
         require_loadable(args)
-    implied = ["--tensor-model-parallel-size", str(size)]
-    if args.helix_m > 1 and args.use_distributed_optimizer:
-        # Megatron's default keeps optimizer state in the order of a rank's memory.
-        implied.append("--dist-ckpt-optim-fully-reshardable")
-    return implied
+    return ["--tensor-model-parallel-size", str(size)]

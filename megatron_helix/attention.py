@@ -10,8 +10,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 
-from megatron_helix.collectives import all_gather
+from megatron_helix import sums
+from megatron_helix.collectives import all_gather, gather
 from megatron_helix.errors import UserError
 from megatron_helix.exchange.decode import SequenceCache, cached_positions
 from megatron_helix.exchange.prefix import PrefixChunks
@@ -193,9 +195,9 @@ class HelixSelfAttention(SelfAttention):
         else:
             cache = memory[self.layer_number]
             cache.write(start, key, value)
-            held = cache.held(start + 1)
-            key, value = cache.key[:held], cache.value[:held]
-            mine, seen = torch.tensor([start]), cache.positions[:held]
+            held = slice(cache.held(self._oldest_seen(start)), cache.held(start + 1))
+            key, value = cache.key[held], cache.value[held]
+            mine, seen = torch.tensor([start]), cache.positions[held]
             mask_type = AttnMaskType.no_mask
         if rotary_pos_emb is not None:
             of_query, of_key = rotary_pos_emb
@@ -203,6 +205,13 @@ class HelixSelfAttention(SelfAttention):
             of_key = of_key[seen.to(of_key.device)] if len(seen) else None
             rotary_pos_emb = (of_query, of_key)
         return query, key, value, rotary_pos_emb, mask_type, None
+
+    def _oldest_seen(self, position: int) -> int:
+        """The first position that a token attends to: not 0 in a layer with a sliding window."""
+        window, skip = self.config.window_size, self.config.window_attn_skip_freq
+        if not is_layer_window_attention(window, skip, self.layer_number) or window[0] < 0:
+            return 0
+        return max(0, position - window[0])
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: dict | None = None
@@ -270,6 +279,5 @@ def _on_head_axis(
 
 
 def _sum_over(grad: torch.Tensor, group: Any) -> torch.Tensor:
-    grad = grad.contiguous()
-    torch.distributed.all_reduce(grad, group=group)
-    return grad
+    """The sum of ``[heads]`` over ``group``; of half precision rounded once, not at every hop."""
+    return sums.total(gather(grad, group).view(group.size(), *grad.shape))

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from megatron_helix import __version__, errors, launch, signals
-from megatron_helix.commands import data, experiment, generate, plan, pretrain
+from megatron_helix.commands import data, experiment, fuzz, generate, plan, pretrain
 from megatron_helix.commands import launch as launch_command
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app.command()(experiment.dag)
 app.command()(data.data)
 app.command()(plan.plan)
 app.command()(plan.calibrate)
+app.command()(fuzz.fuzz)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
     launch_command.launch
 )

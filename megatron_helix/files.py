@@ -54,6 +54,11 @@ def read_json(path: Path, remedy: str) -> Any:
         ) from None
 
 
+def of_rank(folder: Path, rank: int, ending: str) -> Path:
+    """The file of one rank with this ending."""
+    return folder / f"rank{rank:02d}{ending}"
+
+
 def of_ranks(folder: Path, ending: str) -> list[Path]:
     """The files ``rank00`` and so on with this ending, in the order of the ranks."""
     named = {

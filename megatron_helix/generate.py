@@ -15,9 +15,9 @@ from typing import Any
 from megatron_helix import arguments, compat, pretrain_gpt
 from megatron_helix.errors import UserError
 from megatron_helix.exchange.strategy import Choice, cache_split
-from megatron_helix.flags import FlagParser, add_helix_arguments
 from megatron_helix.inference import saved_model
 from megatron_helix.inference.requests import Request, tokenizer_of
+from megatron_helix.inference.unserved import require_served
 
 Emit = Callable[[int, int], Any]  # (sequence, token)
 
@@ -27,7 +27,8 @@ class Job:
     """A request that a layout can serve.
 
     Attributes:
-        flags: Megatron's and helix's, completed.
+        flags: Megatron's and helix's, completed, without the model's.
+        saved: the arguments that the model was trained with.
         request: what was asked.
         prompts: its token ids.
         tokenizer: of the model.
@@ -35,6 +36,7 @@ class Job:
     """
 
     flags: list[str]
+    saved: argparse.Namespace
     request: Request
     prompts: list[list[int]]
     tokenizer: Any
@@ -59,58 +61,55 @@ def prepare(
     """
     saved_model.require_checkpoint(checkpoint)
     compat.quieten_imports()
-    if arguments.device(["--helix-device", device]) == "cpu":
+    on_cpu = arguments.device(["--helix-device", device]) == "cpu"
+    if on_cpu:
         from megatron_helix import cpu_device
 
         cpu_device.enable()
-    saved = saved_model.model_arguments(checkpoint)
-    tokenizer = tokenizer_of(saved)
-    prompts = request.tokens(tokenizer, saved.max_position_embeddings)
-    _require_split(saved, flags, len(prompts) // request.microbatches)
-    completed = pretrain_gpt.prepare(
-        [
-            *("--helix-device", device, *saved_model.model_flags(saved)),
-            *("--load", str(checkpoint), "--no-load-optim", "--no-load-rng"),
-            "--no-gradient-accumulation-fusion",  # there are none, and it needs apex
-            *flags,
-        ],
-        world_size,
-    )
+    compat.read_flag_help_once()
+    saved = saved_model.saved_arguments(checkpoint)
+    require_served(saved_model.parsed(flags, saved), saved, flags, on_cpu=on_cpu)
+    model = saved_model.as_flags(saved_model.of_model(saved))
+    own = [
+        *("--helix-device", device, "--load", str(checkpoint), "--no-load-optim", "--no-load-rng"),
+        "--no-gradient-accumulation-fusion",  # there are none, and it needs apex
+        *("--attention-dropout", "0", "--hidden-dropout", "0"),
+        *("--moe-token-dispatcher-type", "alltoall"),
+    ]
+    # The layout is checked against the model as if the user had given its flags.
+    completed = pretrain_gpt.prepare([*model, *own, *flags], world_size)[len(model) :]
+    completed += ["--micro-batch-size", "1"]
+    args = saved_model.parsed(completed, saved)
+    tokenizer = tokenizer_of(args)
+    prompts = request.tokens(tokenizer, args.max_position_embeddings)
+    _require_split(args, len(prompts) // request.microbatches)
     return Job(
-        flags=[*completed, "--micro-batch-size", "1"],
+        flags=completed,
+        saved=saved,
         request=request,
         prompts=prompts,
         tokenizer=tokenizer,
-        vocabulary=saved.vocab_size or saved.padded_vocab_size,
+        vocabulary=min(tokenizer.vocab_size, saved.padded_vocab_size or tokenizer.vocab_size),
     )
 
 
-def _require_split(saved: argparse.Namespace, flags: Sequence[str], batch: int) -> None:
+def _require_split(args: argparse.Namespace, batch: int) -> None:
     """Refuse a cache split or an exchange that a micro-batch of ``batch`` prompts cannot have."""
-    parser = add_helix_arguments(FlagParser())
-    parser.add_argument("--sequence-parallel", action="store_true")
-    asked = parser.parse_known_args(list(flags))[0]
-    if not asked.helix_m or not asked.helix_n or asked.helix_m == 1:
+    if not arguments.wants_helix(args) or args.helix_m == 1:
         return
-    choice = Choice(exchange=asked.helix_exchange, split=asked.helix_split)
-    heads = saved.num_attention_heads
+    choice = Choice(exchange=args.helix_exchange, split=args.helix_split)
+    heads = args.num_attention_heads
     layout = arguments.layout(
-        argparse.Namespace(**{**vars(saved), **vars(asked)}),
+        args,
         num_attention_heads=heads,
-        num_query_groups=saved.num_query_groups if saved.group_query_attention else heads,
-        kv_channels=saved.kv_channels,
+        num_query_groups=args.num_query_groups if args.group_query_attention else heads,
+        kv_channels=args.kv_channels,
     )
-    split = cache_split(choice, layout, batch)
-    if choice.exchange == "weights" and not asked.sequence_parallel:
+    cache_split(choice, layout, batch)
+    if choice.exchange == "weights" and not args.sequence_parallel:
         raise UserError(
             "--helix-exchange: weights needs --sequence-parallel for the prefill, which is not set;"
             " add it, or use --helix-exchange activations"
-        )
-    if split == "sequence" and saved.window_size:
-        raise UserError(
-            f"--helix-split: a model with --window-size {saved.window_size} decodes on a cache that"
-            f" is split by sequences only, got {batch} of them; use a multiple of --helix-m"
-            f" ({layout.m})"
         )
 
 
@@ -181,7 +180,7 @@ def _start(job: Job, sampling: Any) -> tuple[Any, Any]:
 
     from megatron_helix.inference.engine import Engine
 
-    model, _ = saved_model.load(job.flags)
+    model = saved_model.load(job.flags, job.saved)
     device = next(model.parameters()).device
     engine = Engine(model, sampling.sampler(torch.device(device), job.vocabulary))
     return engine, _parts(job, engine.tp_size)

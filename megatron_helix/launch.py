@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -97,39 +97,54 @@ def run(
         RunTimeoutError: when the ranks outlast ``timeout_s``.
     """
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    with forked(ranks, deadline) as (started, store):
+        _watch(ranks, started, store, deadline, poll)
+
+
+@contextlib.contextmanager
+def forked(ranks: Ranks, deadline: float | None = None) -> Iterator[tuple[list[Any], Any]]:
+    """Fork the ranks, and end those that are left when the block is over.
+
+    Args:
+        ranks: what to run.
+        deadline: on the monotonic clock, for the store at which they meet to come up.
+
+    Yields:
+        Their processes, in the order of their ranks, and that of the store.
+
+    Raises:
+        UserError: when another run is writing to the same logs.
+        RunFailed: when the store is not there.
+    """
     with (
         files.locked(ranks.logs, "--logs") if ranks.logs else contextlib.nullcontext(),
         signals.terminate_as_interrupt(),
     ):
-        _run(ranks, deadline, poll)
-
-
-def _run(ranks: Ranks, deadline: float | None, poll: Callable[[], Any] | None) -> None:
-    context = mp.get_context("fork")
-    parent = os.getpid()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    here, there = context.Pipe(duplex=False)
-    store = context.Process(target=_serve_rendezvous, args=(ranks.address, there, parent))
-    started: list[Any] = []
-    grace_s = GRACE_S
-    try:
-        store.start()
-        there.close()  # so that the end of the store is an end of file
-        port = _port(store, here, ranks.address, deadline)
-        for rank in range(ranks.world_size):
-            args = (ranks, rank, port, parent)
-            started.append(context.Process(target=_run_rank, args=args, name=f"rank {rank}"))
-            started[-1].start()
-        _watch(ranks, started, store, deadline, poll)
-    except KeyboardInterrupt:
-        grace_s = 0.0  # they have had their time when this is over
-        _let_save(started)
-        raise
-    finally:
-        _end(started, grace_s)
-        _end([store], GRACE_S)  # last: ranks that save meet there, too
-        here.close()
+        context = mp.get_context("fork")
+        parent = os.getpid()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        here, there = context.Pipe(duplex=False)
+        store = context.Process(target=_serve_rendezvous, args=(ranks.address, there, parent))
+        started: list[Any] = []
+        grace_s = GRACE_S
+        try:
+            store.start()
+            there.close()  # so that the end of the store is an end of file
+            port = _port(store, here, ranks.address, deadline)
+            for rank in range(ranks.world_size):
+                args = (ranks, rank, port, parent)
+                started.append(context.Process(target=_run_rank, args=args, name=f"rank {rank}"))
+                started[-1].start()
+            yield started, store
+        except KeyboardInterrupt:
+            grace_s = 0.0  # they have had their time when this is over
+            _let_save(started)
+            raise
+        finally:
+            _end(started, grace_s)
+            _end([store], GRACE_S)  # last: ranks that save meet there, too
+            here.close()
 
 
 def _port(store: Any, here: Connection, address: str, deadline: float | None) -> int:

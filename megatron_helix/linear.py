@@ -18,18 +18,11 @@ import torch
 
 from megatron_helix import lookahead
 from megatron_helix.checkpoint import tile_in_canonical_order
-from megatron_helix.collectives import all_gather
 from megatron_helix.exchange.activations import context_to_segments, qkv_to_whole_heads
 from megatron_helix.exchange.decode import qkv_to_every_rank
+from megatron_helix.exchange.shards import Ahead, GatheredWeight, Shards, StepWeight, whole
 from megatron_helix.exchange.traffic import Plan
-from megatron_helix.exchange.weights import (
-    Ahead,
-    GatheredWeight,
-    Shards,
-    StepWeight,
-    column_linear,
-    row_linear,
-)
+from megatron_helix.exchange.weights import column_linear, row_linear
 from megatron_helix.layout import HelixLayout
 from megatron_helix.norm import input_norm
 from megatron_helix.process_groups import HelixGroups, register
@@ -109,7 +102,7 @@ class _HelixLinear(torch.nn.Module):
         y = column_linear(input_norm(self, x), weight, groups.head, ahead)
         if self.bias is None or not self.bias.numel():
             return y, None
-        bias = self.shards.join(all_gather(self.bias, groups.dim), groups.dim.size())
+        bias = whole(GatheredWeight(self.bias, self.shards, groups.dim))
         return (y, bias) if _skips_bias(self) else (y + bias, None)
 
     def _row(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

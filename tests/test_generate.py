@@ -1,6 +1,8 @@
 """``helix generate``: one checkpoint, the same text under every layout, and clear refusals."""
 
+import argparse
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,7 @@ from typer.testing import CliRunner
 
 from megatron_helix import cli, generate
 from megatron_helix.commands.generate import Printer
-from megatron_helix.inference import measure
+from megatron_helix.inference import measure, saved_model, unserved
 from megatron_helix.inference.requests import ByteTokenizer, Request, read_prompts
 from megatron_helix.inference.sampling import Sampling
 from tests.distributed import launch_ranks, pretrain, tiny_gpt
@@ -149,6 +151,23 @@ def test_what_a_measurement_holds(checkpoint: Path, tmp_path: Path) -> None:
             "the number of ranks",
         ),
         (
+            ["--prompt", "x", "--", "--helix-m", "1", "--helix-n", "4"],
+            r"--helix-n: must be a positive divisor of --num-query-groups \(2\), got 4",
+        ),
+        (
+            ["--prompt", "x", "--", "--no-such-flag"],
+            "flags behind --: must be Megatron's or helix's, got .* --no-such-flag",
+        ),
+        (
+            ["--prompt", "x", "--", "--pipeline-model-parallel-size", "4"],
+            "--pipeline-model-parallel-size: must divide the model's 2 layers, got 4",
+        ),
+        (
+            ["--prompt", "12 300", "--", "--vocab-size", "299"],
+            "takes token ids below 299, one space between them, and number 1 is '12 300'",
+        ),
+        (["--prompt", "x", "--", "--vocab-size", "299"], "takes token ids below 299"),
+        (
             [
                 "--prompt",
                 "x",
@@ -175,6 +194,119 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
     with pytest.raises(ValueError, match="needs a checkpoint in the torch_dist format"):
         generate.prepare(tmp_path, Request(prompts=("x",), new_tokens=1), [], 1)
+
+
+REFUSED = {
+    "fp8": "hybrid",
+    "fp4": "e2m1",
+    "te_precision_config_file": "layers.yaml",
+    "kitchen_config_file": "layers.yaml",
+    "kitchen_recipe_number": 1,
+    "hybrid_layer_pattern": "M*",
+    "heterogeneous_layers_config_path": "layers.json",
+    "experimental_attention_variant": "dsa",
+    "multi_latent_attention": True,
+    "yaml_cfg": "model.yaml",
+    "position_embedding_type": "mrope",
+    "tokenizer_type": "NullMultimodalTokenizer",
+    "window_size": (6, 1),
+    "moe_router_force_load_balancing": True,
+    "moe_router_force_biased": 0.0,
+    "moe_mlp_glu_interleave_size": 8,
+    "moe_shared_expert_glu_interleave_size": 8,
+    "moe_expert_capacity_factor": 1.5,
+    "layernorm_zero_centered_gamma": True,
+    "moe_latent_size": 32,
+}
+
+
+@pytest.fixture
+def saved(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
+    """The checkpoint's arguments, as what is changed in them is read again."""
+    args = saved_model.saved_arguments(checkpoint)
+    monkeypatch.setattr(saved_model, "saved_arguments", lambda folder: args)
+    return args
+
+
+def _prepared(checkpoint: Path, *flags: str) -> generate.Job:
+    return generate.prepare(checkpoint, Request(prompts=("x",), new_tokens=1), flags, 1)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [*unserved.MODELS, *unserved.QUANTIZED, *unserved.ON_A_CPU],
+    ids=lambda row: row.flag.strip("-"),
+)
+def test_a_model_that_cannot_be_served_is_refused_by_name(
+    checkpoint: Path, saved: argparse.Namespace, row: unserved.Unserved
+) -> None:
+    value = REFUSED[row.name]
+    setattr(saved, row.name, value)
+    said = f"{row.flag}: cannot generate, the model was trained with {value}: {row.reason}"
+    with pytest.raises(ValueError, match=re.escape(said)):
+        _prepared(checkpoint)
+
+
+def test_what_a_model_was_trained_with_may_be_left_behind(
+    checkpoint: Path, saved: argparse.Namespace
+) -> None:
+    """Where the user says what to serve it with instead."""
+    saved.fp8, saved.num_experts, saved.moe_expert_capacity_factor = "hybrid", 4, 1.5
+    job = _prepared(checkpoint, "--bf16", "--moe-expert-capacity-factor", "-1")
+    args = saved_model.parsed(job.flags, job.saved)
+    assert args.bf16
+    assert args.fp8 is None
+    assert args.moe_expert_capacity_factor == -1
+
+
+@pytest.mark.parametrize("row", unserved.LAYOUTS, ids=lambda row: row.flag.strip("-"))
+def test_a_layout_that_cannot_serve_is_refused(checkpoint: Path, row: unserved.Unserved) -> None:
+    said = f"{row.flag}: cannot generate, the layout has 2: {row.reason}; leave it away"
+    with pytest.raises(ValueError, match=re.escape(said)):
+        _prepared(checkpoint, row.flag, "2")
+
+
+def test_an_uneven_pipeline_that_is_given_is_not_refused(
+    checkpoint: Path, saved: argparse.Namespace
+) -> None:
+    saved.num_layers = 3
+    flags = ("--pipeline-model-parallel-size", "2", "--decoder-last-pipeline-num-layers", "1")
+    job = generate.prepare(checkpoint, Request(prompts=("x",), new_tokens=1), flags, 2)
+    assert saved_model.parsed(job.flags, saved).decoder_last_pipeline_num_layers == 1
+
+
+def test_flags_that_are_given_win(checkpoint: Path) -> None:
+    job = _prepared(checkpoint, "--bf16", "--max-position-embeddings", "64")
+    args = saved_model.parsed(job.flags, job.saved)
+    assert args.bf16
+    assert args.max_position_embeddings == 64
+    assert (args.qk_layernorm, args.normalization) == (True, "RMSNorm")  # the model's
+
+
+def test_no_token_is_drawn_that_the_tokenizer_does_not_know(
+    checkpoint: Path, generated: Generate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A vocabulary is padded to a multiple of the tensor-parallel size."""
+
+    class Ascii(ByteTokenizer):
+        @property
+        def vocab_size(self) -> int:
+            return 128
+
+    monkeypatch.setattr(generate, "tokenizer_of", lambda args: Ascii())
+    hot = Sampling(temperature=50.0)  # any of the 256
+    tokens = generated(2, "--helix-m", "2", "--helix-n", "1", sampling=hot)
+    drawn = [token for row in tokens.values() for token in row]
+    assert len(drawn) == 24
+    assert max(drawn) < 128
+
+
+def test_the_end_of_a_document_is_that_of_training(
+    checkpoint: Path, saved: argparse.Namespace
+) -> None:
+    assert _prepared(checkpoint).tokenizer.eod == 0
+    saved.null_tokenizer_eod_id = None
+    assert _prepared(checkpoint).tokenizer.eod == 255  # Megatron's default: the last
 
 
 def test_prompts_of_a_file_come_after_the_others(tmp_path: Path) -> None:

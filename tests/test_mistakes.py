@@ -194,7 +194,7 @@ def test_the_cpu_device_beside_a_gpu_is_refused_in_one_line(
 
 def test_checks_of_what_a_user_gives_raise_the_error_of_a_users_mistake() -> None:
     """A plain ValueError is the program's own: the modules that raise one of those are named."""
-    own = {"layout.py", "planner/traffic.py", "experiment/dag.py"}
+    own = {"planner/traffic.py", "experiment/dag.py"}
     package = Path(cli.__file__).parent
     found = {
         str(module.relative_to(package))

@@ -13,7 +13,6 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_helix.errors import UserError
 from megatron_helix.exchange.decode import attend_to_share, merge_shares
 from megatron_helix.exchange.traffic import Plan
 from megatron_helix.flex_attention import FlexAttention
@@ -68,16 +67,10 @@ class PrefixChunks(torch.nn.Module):
     def _merged(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """A decode step on the positions I hold, merged: ``[1, b, H/n, d] -> [1, b, H/n * d/m]``.
 
-        Raises:
-            UserError: for a sliding window.
+        Of a layer with a sliding window they are those in the window.
         """
-        config, layout = self.config, self.helix_layout
-        if config.window_size is not None:
-            raise UserError(
-                "--window-size: a cache that is split by position serves full attention only, got"
-                f" {config.window_size}; use --helix-split batch"
-            )
-        scale = config.softmax_scale or layout.kv_channels**-0.5
+        layout = self.helix_layout
+        scale = self.config.softmax_scale or layout.kv_channels**-0.5
         context, lse = attend_to_share(query, key, value, scale)
         offset = getattr(self, "softmax_offset", None)
         return merge_shares(context, lse, layout, self.helix_groups.dim, offset).to(query.dtype)

@@ -27,8 +27,8 @@ class Choice:
         gather: one of :data:`GATHERS`.
         microbatches: micro-batches of a step; what is gathered once a step is shared by them.
         keeps_sequences: the sequence is cut by context parallelism already: no sequence split.
-        keeps_order: something outside (a loss per sequence) needs stock's token order in every
-            layer, which ``weights`` with a batch split leaves.
+        keeps_order: what needs stock's token order in every layer, which ``weights`` with a batch
+            split leaves: the flag that asks for it (a loss per sequence, say).
     """
 
     exchange: str = "auto"
@@ -36,7 +36,7 @@ class Choice:
     gather: str = "microbatch"
     microbatches: int = 1
     keeps_sequences: bool = False
-    keeps_order: bool = False
+    keeps_order: str | None = None
 
 
 def require_known(choice: Choice) -> None:
@@ -93,8 +93,8 @@ def resolve(
     if not plans:
         raise UserError(
             "--helix-exchange: weights with --helix-split batch leaves the token order that"
-            " --moe-router-load-balancing-type seq_aux_loss counts by, got both; use"
-            " --helix-split sequence, or --helix-exchange activations"
+            f" {choice.keeps_order} needs, got both; use"
+            f" {_or_sequence(layout, sequence)}--helix-exchange activations"
         )
     return min(
         plans, key=lambda plan: _sent(plan, choice, layout, shape, sequence=sequence, batch=batch)
@@ -197,15 +197,26 @@ def _split(asked: str, layout: HelixLayout, sequence: int, batch: int) -> str:
     if asked == "batch":
         raise UserError(
             f"--micro-batch-size: must be a multiple of --helix-m ({layout.m}) to split the batch,"
-            f" got {batch}; use a multiple, or --helix-split sequence"
+            f" got {batch}; use {_or_sequence(layout, sequence)}{_multiples(batch, layout.m)}"
         )
     if sequence % layout.size:
         raise UserError(
             f"--seq-length: must be a multiple of --helix-m x --helix-n ({layout.size}) to split"
-            f" the sequence, got {sequence}; use a multiple, or a --micro-batch-size that is a"
-            f" multiple of --helix-m ({layout.m})"
+            f" the sequence, got {sequence}; use {_multiples(sequence, layout.size)}, or a"
+            f" --micro-batch-size of {_multiples(batch, layout.m)} and the batch split"
         )
     return "sequence"
+
+
+def _multiples(of: int, unit: int) -> str:
+    """The multiples of ``unit`` next to a number."""
+    below = of // unit * unit
+    return f"{below} or {below + unit}" if below else str(unit)
+
+
+def _or_sequence(layout: HelixLayout, sequence: int) -> str:
+    """The other split, where it can be had."""
+    return "" if sequence % layout.size else "--helix-split sequence, or "
 
 
 def _require_one_of(flag: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -209,7 +209,7 @@ class Engine:
         rows = length // self.tp_size if self.config.sequence_parallel else length
         if not self.first:
             shape = (rows, len(tokens), self.config.hidden_size)
-            stream = torch.empty(shape, dtype=self.config.params_dtype, device=tokens.device)
+            stream = torch.empty(shape, dtype=self.config.pipeline_dtype, device=tokens.device)
             dist.recv(stream, self.stages[self.pp.rank() - 1], group=self.pp)
             self.model.set_input_tensor(stream)
         output = self.model(

@@ -107,7 +107,7 @@ def record(
         "prefill_sent_bytes": _sent(prefill),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    files.write(folder / f"rank{rank:02d}.json", json.dumps(line))
+    files.write(files.of_rank(folder, rank, ".json"), json.dumps(line))
 
 
 def _sent(entries: Any) -> dict[str, int]:

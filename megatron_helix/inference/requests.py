@@ -13,6 +13,11 @@ from megatron_helix.errors import UserError
 class Tokenizer(Protocol):
     """What generation asks of a tokenizer: Megatron's have it."""
 
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that it knows; a model may have more, which pad its vocabulary."""
+        ...
+
     def tokenize(self, text: str) -> list[int]:
         """Text -> token ids."""
         ...
@@ -22,10 +27,20 @@ class Tokenizer(Protocol):
         ...
 
 
+@dataclass(frozen=True)
 class ByteTokenizer:
-    """One token a byte, as ``helix data`` makes them; what is not UTF-8 becomes U+FFFD."""
+    """One token a byte, as ``helix data`` makes them; what is not UTF-8 becomes U+FFFD.
 
-    eod = 0
+    Attributes:
+        eod: the token that ends a document.
+    """
+
+    eod: int = 0
+
+    @property
+    def vocab_size(self) -> int:
+        """As many tokens as there are bytes."""
+        return VOCAB_SIZE
 
     def tokenize(self, text: str) -> list[int]:
         """Text -> its UTF-8 bytes."""
@@ -36,13 +51,15 @@ class ByteTokenizer:
         return bytes(ids).decode(errors="replace")
 
 
-def tokenizer_of(saved: argparse.Namespace) -> Any:
-    """The tokenizer of a checkpoint's model: Megatron's own, or bytes where it has none."""
-    if saved.tokenizer_type == "NullTokenizer" and saved.vocab_size == VOCAB_SIZE:
-        return ByteTokenizer()
+def tokenizer_of(args: argparse.Namespace) -> Any:
+    """The tokenizer that the arguments name: Megatron's own, or bytes where it has none."""
+    if args.tokenizer_type == "NullTokenizer" and args.vocab_size == VOCAB_SIZE:
+        eod = args.null_tokenizer_eod_id
+        return ByteTokenizer(VOCAB_SIZE - 1 if eod is None else eod)  # Megatron's default
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
-    return build_tokenizer(saved)
+    # Beside making a tokenizer it writes the padded vocabulary of a rank into the arguments.
+    return build_tokenizer(argparse.Namespace(**{**vars(args), "pad_vocab_size": False}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,9 +111,10 @@ class Request:
             limit: positions that the model was made for.
 
         Raises:
-            UserError: when a prompt and what is to be generated behind it go beyond the limit.
+            UserError: when a prompt and what is to be generated behind it go beyond the limit, and
+                for a prompt that is not of the tokenizer's tokens.
         """
-        ids = [list(tokenizer.tokenize(prompt)) for prompt in self.prompts]
+        ids = [_read(prompt, n, tokenizer) for n, prompt in enumerate(self.prompts, 1)]
         for number, prompt in enumerate(ids, 1):
             # Sequences share their positions: all take as many as the longest prompt.
             if len(prompt) + self.new_tokens > limit:
@@ -107,6 +125,20 @@ class Request:
                     f" {max(0, limit - len(prompt))} tokens at most"
                 )
         return ids
+
+
+def _read(prompt: str, number: int, tokenizer: Tokenizer) -> list[int]:
+    try:
+        ids = list(tokenizer.tokenize(prompt))
+    except ValueError:
+        ids = [-1]
+    if not all(0 <= token < tokenizer.vocab_size for token in ids):
+        raise UserError(
+            "--prompt: a model without a tokenizer takes token ids below"
+            f" {tokenizer.vocab_size}, one space between them, and number {number} is {prompt!r};"
+            " give such, or the model's tokenizer (--tokenizer-type and its files) behind the --"
+        )
+    return ids
 
 
 def read_prompts(prompts: Sequence[str], file: Path | None) -> tuple[str, ...]:

@@ -1,38 +1,31 @@
-"""A checkpoint's model: the flags that build it again, and the weights, under any layout.
+"""A checkpoint's model: what of its saved arguments makes it, and its weights, under any layout.
 
-Not by Megatron's ``--use-checkpoint-args``. That leaves out some of what makes a model (in 0.19:
-``--qk-layernorm``, ``--attention-output-gate``, ``--softmax-type``, ``--window-size``, the norm's
-epsilon, the scaling of rotary embeddings, a byte-level tokenizer's vocabulary), silently where the
-user does not repeat it; and it reads the heads inside Megatron's own parser, which comes after the
-layout has to be checked against them.
+Everything that Megatron reads to build a model or its tokenizer is taken over, except for what
+belongs to the run that saved it (:mod:`megatron_helix.inference.run_fields`). Flags of Megatron's
+that are given all the same win.
+
+Not by Megatron's ``--use-checkpoint-args``. That takes over a list of names, and leaves out some of
+what makes a model (in 0.19: ``--qk-layernorm``, ``--attention-output-gate``, ``--softmax-type``,
+``--window-size``, the norm's epsilon, the scaling of rotary embeddings, a byte-level tokenizer's
+vocabulary), silently where the user does not repeat it.
 """
 
 import argparse
+import dataclasses
 import sys
 import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_helix.errors import UserError
+from torch.nn.functional import gelu
 
-# What makes the model and its tokenizer, by Megatron's names. Parallelism is not among it.
-_MODEL = (
-    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels"),
-    *("group_query_attention", "num_query_groups", "seq_length", "max_position_embeddings"),
-    *("position_embedding_type", "rotary_base", "rotary_percent", "rotary_interleaved"),
-    *("rotary_seq_len_interpolation_factor", "use_rope_scaling", "rope_scaling_factor"),
-    *("normalization", "norm_epsilon", "apply_layernorm_1p", "qk_layernorm", "qk_l2_norm"),
-    *("add_bias_linear", "add_qkv_bias", "swiglu", "squared_relu", "attention_output_gate"),
-    *("softmax_type", "window_size", "apply_query_key_layer_scaling"),
-    *("untie_embeddings_and_output_weights", "make_vocab_size_divisible_by", "vocab_size"),
-    *("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "null_tokenizer_eod_id"),
-    *("num_experts", "moe_layer_freq", "moe_ffn_hidden_size", "moe_router_topk"),
-    *("moe_router_pre_softmax", "moe_router_score_function", "moe_router_topk_scaling_factor"),
-    *("moe_router_load_balancing_type", "moe_token_dispatcher_type", "moe_grouped_gemm"),
-    *("moe_router_enable_expert_bias", "moe_router_num_groups", "moe_router_group_topk"),
-    *("moe_shared_expert_intermediate_size", "moe_latent_size", "tiktoken_pattern"),
-    *("fp16", "bf16"),
-)
+from megatron_helix.errors import UserError
+from megatron_helix.flags import FlagParser, add_helix_arguments
+from megatron_helix.inference.run_fields import RUN_FIELDS
+
+_TANH_GELU = ("bias_gelu_fusion", "use_te_activation_func")
 
 
 def require_checkpoint(folder: Path) -> None:
@@ -49,7 +42,7 @@ def require_checkpoint(folder: Path) -> None:
         )
 
 
-def model_arguments(folder: Path) -> argparse.Namespace:
+def saved_arguments(folder: Path) -> argparse.Namespace:
     """The arguments that the newest checkpoint in ``folder`` was trained with.
 
     Raises:
@@ -72,64 +65,140 @@ def model_arguments(folder: Path) -> argparse.Namespace:
         return load_common_state_dict(str(folder / name))["args"]
 
 
-def model_flags(saved: argparse.Namespace) -> list[str]:
-    """Megatron's flags for the model of ``saved`` arguments: those that are not the default."""
+def of_model(saved: argparse.Namespace) -> dict[str, Any]:
+    """What of the ``saved`` arguments makes the model and its tokenizer."""
+    return {
+        name: value
+        for name, value in vars(saved).items()
+        if name in read_by_megatron() and name not in RUN_FIELDS
+    }
+
+
+def read_by_megatron() -> set[str]:
+    """Names of the arguments that Megatron reads when it builds a GPT model or its tokenizer.
+
+    Those of the fields of its config classes, for it looks each of them up; and those that the
+    functions which fill these classes in mention.
+    """
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+    from megatron.core.transformer import MLATransformerConfig
+    from megatron.core.transformer.heterogeneous.heterogeneous_config import (
+        HeterogeneousTransformerConfig,
+    )
+    from megatron.training import argument_utils
+    from megatron.training.models.gpt import GPTModelConfig
+
+    classes = (MLATransformerConfig, HeterogeneousTransformerConfig, GPTModelConfig)
+    names = {field.name for kind in classes for field in dataclasses.fields(kind)}
+    for function in (
+        argument_utils.core_transformer_config_from_args,
+        argument_utils._apply_yarn_config_from_args,
+        argument_utils.gpt_config_from_args,
+        build_tokenizer,
+    ):
+        code = function.__code__
+        names |= {*code.co_names, *(word for word in code.co_consts if isinstance(word, str))}
+    return names
+
+
+def as_flags(model: Mapping[str, Any]) -> list[str]:
+    """Megatron's flags that say ``model``, as far as there are flags for it.
+
+    For checks that read flags; the model itself is built of the values.
+    """
     from megatron.training.arguments import add_megatron_arguments
 
-    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
-    actions: dict[str, list[Any]] = {name: [] for name in _MODEL}
-    for action in parser._actions:
-        if action.dest in actions and action.option_strings:
-            actions[action.dest].append(action)
-    words = []
-    for name, choices in actions.items():
-        value = getattr(saved, name, None)
-        if not choices or value is None or value == choices[0].default:
+    words, said = [], set()
+    for action in add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))._actions:
+        value = model.get(action.dest)
+        if action.dest in said or value is None or value == action.default:
             continue
-        if name == "num_query_groups" and not saved.group_query_attention:
-            continue
-        words += next(given for action in choices if (given := _words(action, value)))
+        if given := _words(action, value):
+            said.add(action.dest)
+            words += given
     return words
 
 
 def _words(action: argparse.Action, value: Any) -> list[str]:
     """The words that make ``action`` store ``value``; none if it cannot."""
-    flag = action.option_strings[-1]
+    flag = action.option_strings[0]
     if action.nargs == 0:
         return [flag] if action.const == value else []
-    if hasattr(value, "name"):  # an enum, which the command line names
-        return [flag, value.name]
+    if action.nargs and isinstance(value, (list, tuple)):
+        return [flag, *map(str, value)]
     if isinstance(value, (list, tuple)):
-        together = ",".join(map(str, value))
-        return [flag, *map(str, value)] if action.nargs else [flag, together]
-    return [flag, str(value)]
+        value = str(value).replace(" ", "")  # as Megatron's patterns
+    if action.choices and value not in action.choices:
+        return []
+    return [f"{flag}={value}"]
 
 
-def load(flags: list[str]) -> tuple[Any, argparse.Namespace]:
-    """The model of completed ``flags`` on this rank, with its weights, and the parsed flags.
+def parsed(flags: Sequence[str], saved: argparse.Namespace) -> argparse.Namespace:
+    """``flags`` as Megatron parses them, on top of the ``saved`` model.
+
+    Raises:
+        UserError: for what is none of Megatron's flags, nor of helix's, or has a bad value.
+    """
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = FlagParser()
+    return on_top_of(saved, flags)(add_megatron_arguments(parser)).parse_args(list(flags))
+
+
+def on_top_of(
+    saved: argparse.Namespace, flags: Sequence[str]
+) -> Callable[[argparse.ArgumentParser], argparse.ArgumentParser]:
+    """An ``extra_args_provider`` of Megatron's parser whose defaults are the ``saved`` model's."""
+    model = of_model(saved)
+    if {"--fp16", "--bf16"} & set(flags):  # one of them is wanted, whatever it was
+        model |= {"fp16": False, "bf16": False}
+
+    def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parser = add_helix_arguments(parser)
+        parser.set_defaults(**model)
+        return parser
+
+    return provider
+
+
+def config_of(args: argparse.Namespace, saved: argparse.Namespace) -> Any:
+    """Megatron's config of the ``saved`` model, from validated arguments on top of it.
+
+    Its fused bias and GELU, and TransformerEngine's GELU, are the tanh approximation, which the
+    unfused GELU is not: where the model was trained with that and the kernel is not to be had, the
+    function is.
+    """
+    from megatron.training.argument_utils import gpt_config_from_args
+
+    model_config = gpt_config_from_args(args)
+    transformer = model_config.transformer
+    unfused = transformer.activation_func is gelu and not transformer.bias_activation_fusion
+    if unfused and any(getattr(saved, name, False) for name in _TANH_GELU):
+        transformer.activation_func = partial(gelu, approximate="tanh")
+    return model_config
+
+
+def load(flags: Sequence[str], saved: argparse.Namespace) -> Any:
+    """The ``saved`` model under completed ``flags`` on this rank, with its weights.
 
     Makes the process groups. The model is that of one pipeline stage, not wrapped.
     """
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.utils import unwrap_model
-    from megatron.training.argument_utils import (
-        gpt_config_from_args,
-        pretrain_cfg_container_from_args,
-    )
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
     from megatron.training.checkpointing import load_checkpoint
     from megatron.training.initialize import initialize_megatron
 
     from megatron_helix import arguments, compat, plugin
-    from megatron_helix.flags import add_helix_arguments
 
     compat.use_compiled_dataset_helpers()
     if arguments.want_helix(flags):
         compat.relax_head_check()
     sys.argv = [sys.argv[0], *flags]  # Megatron's parser reads it there
-    args = parse_and_validate_args(extra_args_provider=add_helix_arguments)
+    args = parse_and_validate_args(extra_args_provider=on_top_of(saved, flags))
+    model_config = plugin.enable(args, config_of(args, saved), training=False)
     initialize_megatron()
-    model_config = plugin.enable(args, gpt_config_from_args(args))
     container = pretrain_cfg_container_from_args(args, model_config)
     builder = model_config.get_builder_cls()(model_config)
     model = builder.build_distributed_models(
@@ -140,4 +209,4 @@ def load(flags: list[str]) -> tuple[Any, argparse.Namespace]:
     )
     load_checkpoint(model, None, None)
     (stage,) = unwrap_model(model)
-    return stage, args
+    return stage
