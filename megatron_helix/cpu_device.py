@@ -18,6 +18,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from megatron_helix import cpu_generators, gloo
+from megatron_helix.errors import UserError
 
 _CPU = torch.device("cpu")
 _RUN_BACKWARD = "_engine_run_backward"
@@ -35,12 +36,12 @@ def enable() -> None:
     Call it before Megatron is imported: some of its modules bind ``torch.cuda`` names at import.
 
     Raises:
-        RuntimeError: when the process sees a real GPU.
+        UserError: when the process sees a real GPU.
     """
     if is_enabled():
         return
     if torch.cuda.is_available():
-        raise RuntimeError(
+        raise UserError(
             "the CPU device was asked for on a machine with a GPU: use --helix-device cuda, or hide"
             " the GPU with CUDA_VISIBLE_DEVICES= to rehearse on the CPU"
         )

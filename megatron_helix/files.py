@@ -86,7 +86,7 @@ def make_folder(folder: Path, field: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"{field}: {folder} must be a folder: {error.strerror}; name another"
+            f"{field}: {folder} must be a folder that can be made: {error.strerror}; name another"
         ) from None
 
 

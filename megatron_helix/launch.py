@@ -174,7 +174,10 @@ def _watch(
 ) -> None:
     left = dict(enumerate(processes))
     while left:
-        wait([process.sentinel for process in left.values()], timeout=0.1)
+        # Only who polls wakes up: the ranks have the cores to themselves.
+        limit = None if deadline is None else max(0.0, deadline - time.monotonic())
+        ends = [process.sentinel for process in (store, *left.values())]
+        wait(ends, timeout=0.1 if poll else limit)
         if poll:
             poll()
         _require_store(store, ranks.address)
@@ -185,7 +188,7 @@ def _watch(
             raise RankFailed(rank, ranks.world_size, failed[rank], ranks.log(rank))
         # Only what ended well: a rank may have failed since, and is to be seen next time.
         left = {rank: process for rank, process in left.items() if process.exitcode != 0}
-        if left and deadline is not None and time.monotonic() > deadline:
+        if left and deadline is not None and time.monotonic() >= deadline:
             raise RunTimeoutError(f"ranks {sorted(left)} of {ranks.world_size} did not end in time")
 
 

@@ -62,11 +62,12 @@ def carve(layout: HelixLayout, tp_group: dist.ProcessGroup) -> HelixGroups:
             " their product or leave it away"
         )
     global_ranks = dist.get_process_group_ranks(tp_group)
+    timeout = _timeout(tp_group)
 
     def group(ranks: list[int], name: str, options: Any = None) -> dist.ProcessGroup:
         return parallel_state.create_group(
             [global_ranks[rank] for rank in ranks],
-            timeout=_timeout(tp_group),
+            timeout=timeout,
             pg_options=options,
             use_local_synchronization=True,
             group_desc=name,
@@ -77,6 +78,8 @@ def carve(layout: HelixLayout, tp_group: dist.ProcessGroup) -> HelixGroups:
     urgent = {"HELIX_DIM_GROUP": {"is_high_priority_stream": True}}
     on_nccl = dist.get_backend(tp_group) == "nccl"
     options = parallel_state.get_nccl_options("HELIX_DIM_GROUP", urgent) if on_nccl else None
+    if options:
+        options._timeout = timeout  # torch warns of two that differ
 
     return HelixGroups(
         tp=tp_group,

@@ -84,6 +84,17 @@ def test_files_of_more_than_a_hundred_ranks_come_in_their_order(tmp_path: Path) 
     assert found == [f"rank{rank:02d}.json" for rank in (0, 9, 11, 100, 101)]
 
 
+def test_a_folder_that_cannot_be_locked_is_refused(tmp_path: Path) -> None:
+    (tmp_path / ".lock").mkdir()
+    with (
+        pytest.raises(
+            UserError, match=r"^--out: .* must be a folder to write in: Is a dir.*; name"
+        ),
+        files.locked(tmp_path, "--out"),
+    ):
+        pass
+
+
 TEAR: list[Callable[[str], str]] = [
     lambda text: text[: len(text) // 2],
     lambda text: "",

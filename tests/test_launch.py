@@ -189,8 +189,9 @@ def test_a_rank_that_fails_while_it_is_looked_at_is_not_lost(tmp_path: Path) -> 
             return None if self.looks == 1 else 3
 
     watched = ranks(lambda: None, tmp_path, 1)
+    store = SimpleNamespace(exitcode=None, sentinel=os.pipe()[0])
     with pytest.raises(launch.RankFailed, match=r"rank 0 of 1 failed \(exit code 3\)"):
-        launch._watch(watched, [Process()], SimpleNamespace(exitcode=None), None, None)
+        launch._watch(watched, [Process()], store, None, None)
 
 
 def test_an_exception_in_a_rank_is_in_its_log(tmp_path: Path) -> None:
@@ -459,6 +460,30 @@ def test_a_torchrun_that_is_killed_leaves_no_rank_behind(
     wait_for(lambda: not any(is_alive(pid) for pid in pids(tmp_path)))
 
 
+def test_ranks_do_not_outlive_a_torchrun_of_the_users_own(tmp_path: Path) -> None:
+    """That is killed, and whose ranks do not end on SIGTERM."""
+    (tmp_path / "deaf.py").write_text(f"""
+import os, pathlib, signal, time
+from megatron_helix import pretrain_gpt
+def train(flags):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    pathlib.Path({str(tmp_path)!r}, "pid" + os.environ["RANK"]).write_text(str(os.getpid()))
+    time.sleep(1000)
+pretrain_gpt.train, pretrain_gpt.prepare = train, lambda flags, ranks: flags
+pretrain_gpt.main([])
+""")
+    words = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", tmp_path / "deaf.py"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-m", *words], env=environment) as torchrun:
+        try:
+            while not have_begun(tmp_path):  # however long their imports take
+                assert torchrun.poll() is None
+                time.sleep(0.1)
+        finally:
+            torchrun.kill()
+    wait_for(lambda: not any(is_alive(pid) for pid in pids(tmp_path)))
+
+
 def test_a_second_ctrl_c_kills_what_torchrun_has_started(
     tmp_path: Path, ctrl_c: None, saver: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -573,7 +598,9 @@ def test_a_folder_of_logs_takes_one_run_at_a_time(tmp_path: Path) -> None:
 def test_logs_that_cannot_be_a_folder_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     taken = launch.Ranks(target=lambda: None, world_size=1, logs=tmp_path / "file")
-    with pytest.raises(ValueError, match=r"^--logs: .*file must be a folder: File exists; name"):
+    with pytest.raises(
+        ValueError, match=r"^--logs: .*file must be a folder that can be made: File"
+    ):
         launch.run(taken)
 
 

@@ -1,5 +1,6 @@
 """A user's mistake ends every command in one line and code 2; a fault of the program in a trace."""
 
+import ast
 import json
 import os
 import subprocess
@@ -8,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
-from megatron_helix import cli, corpus, pretrain_gpt
+from megatron_helix import cli, corpus, cpu_device, pretrain_gpt
 from megatron_helix.errors import UserError
 from megatron_helix.experiment import workflow
 from megatron_helix.planner import search
@@ -79,8 +81,8 @@ MISTAKES = [
     ("run missing.yaml --out out", "missing.yaml: cannot be read: No such file"),
     ("run binary --out out", "binary: is not YAML: "),
     ("run torn.yaml --out out", "torn.yaml: is not YAML: "),
-    ("run small.yaml --out file", "--out: file must be a folder: File exists; name another"),
-    ("run small.yaml --out file/out", "--out: file/out must be a folder: Not a directory; name"),
+    ("run small.yaml --out file", "--out: file must be a folder that can be made: File"),
+    ("run small.yaml --out file/out", "--out: file/out must be a folder that can be made: Not a"),
     ("run typed.yaml --out out", "tiny, layout tp2_pp2: --helix-m: invalid int value: 'x'; corr"),
     ("report missing", "missing: must hold a finished experiment, and experiment.json is missing"),
     ("compare missing missing", "missing: must hold a finished experiment"),
@@ -89,13 +91,13 @@ MISTAKES = [
     ("dag small.yaml --deployment --model x", "--model: must be one of tiny, got 'x'"),
     ("data missing --out out/data", "sources: must exist, and missing does not; check the path"),
     ("data binary --out out/data", "sources: need UTF-8 text, and found none in binary; name"),
-    ("data text --out file/data", "--out: file must be a folder: File exists; name another"),
+    ("data text --out file/data", "--out: file must be a folder that can be made: File"),
     ("data text --out .", "--out: must be the prefix of files, got the folder .; add a name to it"),
     ("data . --pattern /a --out out/data", "--pattern: must be a pattern of names in a folder"),
     ("data . --pattern a**b --out out/data", "--pattern: must be a pattern of names in a folder"),
     ("pretrain --nproc-per-node 2 -- --helix-m 0 --helix-n 1", LINE.removeprefix("error: ")),
     ("pretrain --nproc-per-node 2 -- --helix-m x", "--helix-m: invalid int value: 'x'; correct"),
-    ("pretrain --nproc-per-node 2 --logs file", "--logs: file must be a folder: File exists"),
+    ("pretrain --nproc-per-node 2 --logs file", "--logs: file must be a folder that can be made"),
     (f"launch {QUICK} tiny dense", "MODEL: must be one of tiny_dense, tiny_moe, got 'tiny'"),
     (
         f"launch {QUICK} tiny_dense helix_4x4 --helix-m 3",
@@ -109,7 +111,7 @@ MISTAKES = [
         "--device: must be one of auto, cpu, cuda, got",
     ),
     ("calibrate --device cpu --out .", "--out: must be a file to write, got the folder .; name"),
-    ("calibrate --device cpu --out file/x", "--out: file must be a folder: File exists; name"),
+    ("calibrate --device cpu --out file/x", "--out: file must be a folder that can be made: File"),
     ("generate --load missing --prompt a", "--load: must be a folder that Megatron saved"),
     ("generate --load . --prompt a --top-p 2", "--top-p: must be between 0 (off) and 1, got 2.0"),
     ("generate --load .", "--prompt: needs at least one; give --prompt TEXT or --prompts FILE"),
@@ -178,9 +180,34 @@ def test_runs_of_one_name_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_the_cpu_device_beside_a_gpu_is_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cpu_device, "is_enabled", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(SystemExit) as ended:
+        call(monkeypatch, ["pretrain", "--nproc-per-node", "2"])
+    assert ended.value.code == 2
+    (said,) = capfd.readouterr().err.splitlines()
+    assert said.startswith("error: the CPU device was asked for on a machine with a GPU: use")
+
+
+def test_checks_of_what_a_user_gives_raise_the_error_of_a_users_mistake() -> None:
+    """A plain ValueError is the program's own: the modules that raise one of those are named."""
+    own = {"planner/traffic.py", "experiment/dag.py"}
+    package = Path(cli.__file__).parent
+    found = {
+        str(module.relative_to(package))
+        for module in package.rglob("*.py")
+        for node in ast.walk(ast.parse(module.read_text()))
+        if isinstance(node, ast.Raise) and "ValueError(" in ast.unparse(node)
+    }
+    assert found == own
+
+
 def fault(*args: Any, **kwargs: Any) -> None:
     """What a fault of the program may look like."""
-    [*zip((1,), (1, 2), strict=True)]
+    tuple(zip((1,), (1, 2), strict=True))
 
 
 @pytest.mark.parametrize(
