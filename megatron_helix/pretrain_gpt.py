@@ -70,8 +70,6 @@ def prepare(argv: Sequence[str], world_size: int, *, script: bool = False) -> li
         UserError: for flags that cannot run.
     """
     argv = arguments.complete(argv, world_size)
-    if not script:
-        unavailable.require_available(argv)
     _require_free_metrics(argv)
     compat.quieten_imports()
     if arguments.device(argv) == "cpu":
@@ -83,6 +81,8 @@ def prepare(argv: Sequence[str], world_size: int, *, script: bool = False) -> li
 
     compat.read_flag_help_once()
     arguments.require_flags(argv)
+    if not script:
+        unavailable.require_available(argv)
     return argv
 
 

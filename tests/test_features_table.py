@@ -102,14 +102,21 @@ def test_what_the_table_refuses_is_refused(row: Refused, corpus_prefix: Path) ->
     for flags in flags_of(row):
         argv = tiny_gpt(corpus_prefix, "--helix-m", "2", "--helix-n", "2", *flags)
         with pytest.raises(ValueError, match=rf"^{row.asks}.*: is refused .*; leave it away, or"):
-            pretrain_gpt.prepare(argv, 4)
+            arguments.require_flags(arguments.complete(argv, 4))
 
 
 @pytest.mark.parametrize("row", FLAGGED, ids=lambda row: row.feature)
 def test_nothing_is_refused_to_stock_megatron(row: Refused, corpus_prefix: Path) -> None:
     for flags in flags_of(row):
-        pretrain_gpt.prepare(tiny_gpt(corpus_prefix, *flags), 4)
-        pretrain_gpt.prepare(tiny_gpt(corpus_prefix, "--helix-m", "1", "--helix-n", "4", *flags), 4)
+        for layout in ((), ("--helix-m", "1", "--helix-n", "4")):
+            argv = tiny_gpt(corpus_prefix, *layout, *flags)
+            arguments.require_flags(arguments.complete(argv, 4))
+
+
+def test_a_refusal_comes_before_any_rank_is_started(corpus_prefix: Path) -> None:
+    argv = tiny_gpt(corpus_prefix, "--helix-m", "2", "--helix-n", "2", "--sft")
+    with pytest.raises(ValueError, match=r"^--sft: is refused under --helix-m > 1: sequences"):
+        pretrain_gpt.prepare(argv, 4)
 
 
 @pytest.mark.parametrize("row", REFUSED, ids=lambda row: row.feature)
