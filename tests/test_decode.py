@@ -54,6 +54,8 @@ MODELS = {
     "gated": Model(more={"attention_output_gate": True, "qk_layernorm": True}),
     "sink": Model(position="learned_absolute", more={"softmax_type": "learnable"}),
     "off_by_one": Model(groups=2, more={"softmax_type": "off-by-one"}),
+    # One layer with a window that is shorter than the prompts, and one without.
+    "window": Model(groups=2, more={"window_size": (3, 0), "window_attn_skip_freq": 2}),
     "moe": Model(
         more={
             "num_moe_experts": 4,
@@ -245,6 +247,9 @@ def _cases() -> list[tuple[str, Layout]]:
         ("sink", helix(2, 2)),
         ("sink", helix(2, 2, split="sequence", **sp)),
         ("off_by_one", helix(2, 2, split="sequence")),
+        *(("window", helix(2, 2, split=split)) for split in ("auto", "sequence")),
+        ("window", helix(4, 1, exchange="scores")),
+        ("window", helix(2, 2, split="sequence", flex=True, **sp)),
         ("gqa", helix(2, 2, flex=True, **sp)),
         ("gqa_16_2", helix(8, 2)),
         ("gqa_16_2", helix(8, 2, exchange="weights", **sp)),

@@ -247,6 +247,18 @@ def test_a_model_that_cannot_be_served_is_refused_by_name(
         _prepared(checkpoint)
 
 
+def test_a_norm_that_local_layers_pass_over_is_served_as_it_was_trained(
+    checkpoint: Path, saved: argparse.Namespace
+) -> None:
+    saved.qk_l2_norm = True
+    assert saved.transformer_impl == "local"
+    assert _prepared(checkpoint).vocabulary == 256
+    saved.transformer_impl = "transformer_engine"
+    message = "--qk-l2-norm: must be served by the layers that it was trained with"
+    with pytest.raises(ValueError, match=message):
+        _prepared(checkpoint)
+
+
 def test_what_a_model_was_trained_with_may_be_left_behind(
     checkpoint: Path, saved: argparse.Namespace
 ) -> None:
@@ -264,6 +276,12 @@ def test_a_layout_that_cannot_serve_is_refused(checkpoint: Path, row: unserved.U
     said = f"{row.flag}: cannot generate, the layout has 2: {row.reason}; leave it away"
     with pytest.raises(ValueError, match=re.escape(said)):
         _prepared(checkpoint, row.flag, "2")
+
+
+def test_what_is_refused_is_documented() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "generating.md").read_text()
+    rows = [*unserved.MODELS, *unserved.QUANTIZED, *unserved.ON_A_CPU, *unserved.LAYOUTS]
+    assert [row.flag for row in rows if f"`{row.flag}" not in page] == []
 
 
 def test_an_uneven_pipeline_that_is_given_is_not_refused(

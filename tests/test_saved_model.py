@@ -2,19 +2,24 @@
 
 import argparse
 import dataclasses
+import re
 import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from megatron.training import argument_utils
 from megatron.training.arguments import add_megatron_arguments, parse_args, validate_args
+from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.models import gpt
 
 from megatron_helix import arguments, pretrain_gpt
+from megatron_helix.experiment import launchers, runs
 from megatron_helix.inference import run_fields, saved_model
 from megatron_helix.inference.run_fields import RUN_FIELDS
+from tests.experiment_case import experiment
 
 SIZES = (
     *("--num-layers", "2", "--hidden-size", "64", "--num-attention-heads", "4"),
@@ -217,6 +222,47 @@ def test_what_a_later_megatron_adds_is_the_models(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(argument_utils, "gpt_config_from_args", lambda args: args.a_new_flag)
     saved = argparse.Namespace(a_new_field=1, a_new_flag=2, lr=3, tensor_model_parallel_size=4)
     assert saved_model.of_model(saved) == {"a_new_field": 1, "a_new_flag": 2}
+
+
+def test_what_megatrons_own_flag_leaves_out_is_documented() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "generating.md").read_text()
+    named = re.findall(r"`(--[a-z0-9-]+)`", page.partition("In 0.19 it leaves out")[2])
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    left_out = {parser._option_string_actions[flag].dest for flag in named}
+    taken = {word for word in load_args_from_checkpoint.__code__.co_consts if isinstance(word, str)}
+    assert len(named) == len(left_out) == 19
+    assert "swiglu" in taken
+    assert not left_out & taken
+    assert left_out <= saved_model.read_by_megatron() - RUN_FIELDS
+
+
+def test_an_experiments_flags_of_the_model_are_in_its_initial_weights(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """There decode runs read what they serve; what is of a run is given to the runs alone."""
+    model = ["--window-size=(4,0)", "--qk-layernorm", "--rotary-percent=0.5"]
+    given = ["--window-size", "4,0", "--qk-layernorm", "--rotary-percent", "0.5"]
+    of_the_run = ["--recompute-activations", "--attention-backend", "unfused", "--lr", "1"]
+    launched: list[list[str]] = []
+    monkeypatch.setattr(launchers, "launch", lambda how, flags, *args: launched.append(flags))
+    small = experiment(flags=[*given, *of_the_run])
+    runs.initial_weights(small, small.models[0], tmp_path / "data", tmp_path)
+    plain = experiment()
+    runs.initial_weights(plain, plain.models[0], tmp_path / "data", tmp_path)
+    assert sorted(word for word in launched[0] if word not in launched[1]) == sorted(model)
+
+
+def test_every_field_of_a_configs_model_is_in_its_flags() -> None:
+    """But for its name, and a vocabulary that runs have of their bytes."""
+    small = experiment().models[0].model_copy(update={"num_experts": 4, "moe_router_topk": 1})
+    others = {"swiglu": True, "position_embedding_type": "none", "num_query_groups": 2}
+    others |= dict.fromkeys(type(small).model_fields.keys() - others.keys(), 12)
+    same = [
+        name
+        for name, value in others.items()
+        if small.model_copy(update={name: value}).flags() == small.flags()
+    ]
+    assert sorted(same) == ["name", "vocab_size"]
 
 
 def test_a_value_that_no_flag_sets_comes_back(validated: Any) -> None:

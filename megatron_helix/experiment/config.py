@@ -114,7 +114,8 @@ class ExperimentConfig(Config):
         data: prefix of a dataset that ``helix data`` made; null is Python's standard library.
         decode: what the phase ``decode`` serves.
         precision: of the runs that are compared.
-        flags: more of Megatron's, for the runs that train or prefill.
+        flags: more of Megatron's, for the runs that train or prefill; those that make the model
+            hold for decode runs too.
         hardware: what to predict the runs for, beside measuring them; null predicts nothing.
         peak_tflops: of one device at that precision, for MFU; the device's datasheet says it.
     """

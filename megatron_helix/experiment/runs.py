@@ -12,10 +12,11 @@ from typing import Any
 
 from rich.console import Console
 
-from megatron_helix import corpus
+from megatron_helix import corpus, cpu_device
 from megatron_helix.errors import UserError
 from megatron_helix.experiment import launchers
 from megatron_helix.experiment.config import ExperimentConfig, Phase
+from megatron_helix.inference import saved_model
 from megatron_helix.planner.deployment import Precision
 from megatron_helix.run_config import LayoutConfig, ModelConfig
 
@@ -180,7 +181,8 @@ def initial_weights(
     """One step of training, saved: a checkpoint any layout can start from.
 
     Megatron draws weights differently for every pipeline size, so a common seed is not enough. On
-    the CPU one stock rank makes it; on GPUs the first layout, as the model may not fit on one.
+    the CPU one stock rank makes it; on GPUs the first layout, as the model may not fit on one. Of
+    the experiment's ``flags`` it has those that make the model: decode runs read them there.
 
     Returns:
         The folder of the checkpoint; what is there already stays.
@@ -190,6 +192,10 @@ def initial_weights(
         return target
     save = ["--save", str(target), "--save-interval", "1", "--no-save-optim", "--no-save-rng"]
     flags = [*model_flags(experiment, model), *_data_flags(prefix), *save, "--train-iters", "1"]
+    if experiment.flags:
+        if experiment.device == "cpu":
+            cpu_device.enable()  # before Megatron is imported
+        flags += saved_model.of_model_among(experiment.flags)
     ranks = 1
     if experiment.device == "cpu":
         flags += ["--micro-batch-size", "1", "--global-batch-size", "1"]

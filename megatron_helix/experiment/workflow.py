@@ -109,7 +109,7 @@ def nodes(
         made.append(
             Node(
                 name=f"model_loading/{model.name}",
-                inputs=[runs.model_flags(experiment, model), ran],
+                inputs=[runs.model_flags(experiment, model), list(experiment.flags), ran],
                 action=partial(_model, experiment, model, out, advance),
                 needs=("input_preparation",),
             )

@@ -119,6 +119,16 @@ def as_flags(model: Mapping[str, Any]) -> list[str]:
     return words
 
 
+def of_model_among(flags: Sequence[str]) -> list[str]:
+    """Those of Megatron's ``flags`` that make the model."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS  # what is not given is not there
+    return as_flags(of_model(parser.parse_known_args(list(flags))[0]))
+
+
 def _words(action: argparse.Action, value: Any) -> list[str]:
     """The words that make ``action`` store ``value``; none if it cannot."""
     flag = action.option_strings[0]

@@ -163,6 +163,14 @@ def require_served(
             _refuse(unserved, saved, "the model was trained with")
     for unserved in LAYOUTS:
         _refuse(unserved, args, "the layout has")
+    local = on_cpu or args.transformer_impl == "local"
+    if args.qk_l2_norm and local != (saved.transformer_impl == "local"):
+        raise ValueError(
+            "--qk-l2-norm: must be served by the layers that it was trained with, for Megatron's"
+            " local ones pass over it where there are no experts, and those of training are"
+            f" {saved.transformer_impl}; serve it with --transformer-impl {saved.transformer_impl}"
+            " behind the --, TransformerEngine's on a GPU"
+        )
     stages = args.pipeline_model_parallel_size
     asked = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
     uneven = any(getattr(args, name) for name in (*asked, "pipeline_model_parallel_layout"))
