@@ -80,7 +80,7 @@ class FlexAttention(DotProductAttention):
         if self.softmax_offset is not None:
             # One more term in the denominator: Z / (Z + exp(offset)), with lse = log Z. [b, H, sq]
             offset = self.softmax_offset.float()[None, :, None]
-            context = context * torch.sigmoid(aux.lse - offset)[..., None].to(context.dtype)
+            context = context * torch.sigmoid(aux.lse - offset)[..., None]
         return context.permute(2, 0, 1, 3).reshape(*query.shape[:2], -1).to(value.dtype)
 
     def _block_mask(

@@ -24,7 +24,7 @@ from megatron_helix.exchange.shards import Ahead, GatheredWeight, Shards, StepWe
 from megatron_helix.exchange.traffic import Plan
 from megatron_helix.exchange.weights import column_linear, row_linear
 from megatron_helix.layout import HelixLayout
-from megatron_helix.norm import input_norm
+from megatron_helix.norm import Norm, input_norm
 from megatron_helix.process_groups import HelixGroups, register
 
 Init = Callable[[torch.Tensor], Any]
@@ -82,6 +82,10 @@ class _HelixLinear(torch.nn.Module):
         """The weight as ``--helix-gather step`` keeps it over a training step's micro-batches."""
         return StepWeight(self.weight, self.shards, self.helix_groups.dim)
 
+    @cached_property
+    def _input_norm(self) -> Norm:
+        return input_norm(self)
+
     def _gathered_weight(self, plan: Plan) -> GatheredWeight:
         """The head group's weight; kept over a training step's micro-batches if the plan says."""
         return self.step_weight if plan.gather == "step" and self.training else self._weight
@@ -99,7 +103,7 @@ class _HelixLinear(torch.nn.Module):
         """Gathered column-parallel linear, with Megatron's contract about the bias."""
         groups = self.helix_groups
         weight, ahead = self._use_weight()
-        y = column_linear(input_norm(self, x), weight, groups.head, ahead)
+        y = column_linear(self._input_norm(x), weight, groups.head, ahead)
         if self.bias is None or not self.bias.numel():
             return y, None
         bias = whole(GatheredWeight(self.bias, self.shards, groups.dim))

@@ -125,7 +125,7 @@ class SegmentNorm(torch.nn.Module):
             values = values - self._mean(values)
         values = values * torch.rsqrt(self._mean(values.square()) + self.eps)
         if self.weight is not None:
-            values = values * (self.weight[self.channels] + self.offset)
+            values = values * (self.weight[self.channels].float() + self.offset)
         if self.bias is not None:
             values = values + self.bias[self.channels]
         return values.to(x.dtype)
