@@ -19,8 +19,9 @@ class Works:
         examples: flags that turn it on, each a command line's end, for ``helix fuzz`` to draw from;
             none for what has no numbers to compare on CPU ranks in single precision.
         needs: what a case must have for them, in the words of :attr:`fuzz.case.Case.tags`: dense,
-            moe, gqa, sp, pp, filled (stages divide the micro-batches), dp, ep, bias, biasless, tied,
-            untied, or the kind of positions. What else does not go together Megatron refuses.
+            moe, gqa, sp, pp, filled (pipeline stages divide the micro-batches), dp, ep, bias,
+            biasless, tied, untied, or the kind of positions. What else does not go together
+            Megatron refuses.
     """
 
     feature: str
