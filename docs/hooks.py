@@ -58,6 +58,7 @@ REMEDIES = {
     "rank: need 0 <=": "ask for a rank of the group",
     "need a GPTModel": "build the model with Megatron's GPT builder",
     "module {__name__}": "take one of the names in megatron_helix.__all__",
+    "{failure.kind}: {failure.text}": "read where it was raised, which follows",
     "unit must be one of": "take one of the units, or leave the value in the file's own",
     "must be given where": "give it in the hardware file",
     "rank-by: must be one of": "take one of the names",
@@ -79,6 +80,7 @@ MADE = {
 AREAS = {
     "planner": "helix plan, helix calibrate",
     "experiment": "helix run, report, compare, dag and launch",
+    "fuzz": "helix fuzz",
     "run_config": "Model, hardware and experiment files",
     "inference": "helix generate",
     "generate": "helix generate",

@@ -89,7 +89,7 @@ def test_a_call_returns_what_its_ranks_found(session: Session) -> None:
 def test_ranks_live_on_from_call_to_call(session: Session) -> None:
     living = session.call(process, ranks=3)
     assert session.call(process, ranks=2) == living[:2]
-    with pytest.raises(CallFailed, match=r"KeyError: 'wrong on 3 ranks'; (?s:.*) in fail\n"):
+    with pytest.raises(CallFailed, match=r"KeyError: 'wrong on 3 ranks'\n(?s:.*) in fail\n"):
         session.call(fail, 0, 1, 2, ranks=3)
     assert session.call(process, ranks=3) == living
 
@@ -116,7 +116,7 @@ def test_ranks_that_wait_for_one_that_failed_are_ended(session: Session) -> None
 
 
 def test_a_rank_that_is_killed_says_what_it_said_last(session: Session) -> None:
-    with pytest.raises(CallFailed, match=r"exit code -9: rank 2 ended; about to be killed"):
+    with pytest.raises(CallFailed, match=r"exit code -9: rank 2 ended\nabout to be killed"):
         session.call(be_killed, 2, ranks=3)
     assert len(session.call(process, ranks=3)) == 3
 

@@ -50,17 +50,18 @@ def runs(case: Case) -> bool:
 @cache
 def chosen() -> tuple[Case, ...]:
     """Of the stream of draws those that show most for their cost, first what none shows yet."""
-    left = [draw(SEED, number, worlds=WORLDS) for number in range(STREAM)]
+    draws = [draw(SEED, number, worlds=WORLDS) for number in range(STREAM)]
+    left = {case: aspects(case) for case in draws}
     picked: list[Case] = []
     missing: set[str] = set()
     while len(picked) < CASES:
-        missing = missing or set().union(*map(aspects, left))
-        best = max(left, key=lambda case: len(aspects(case) & missing) / cost(case))
-        left.remove(best)
+        missing = missing or set().union(*left.values())
+        best = max(left, key=lambda case: len(left[case] & missing) / cost(case))
         if runs(best):
-            missing -= aspects(best)
+            missing -= left[best]
             picked.append(best)
-        if not any(aspects(case) & missing for case in left):
+        del left[best]
+        if not any(shown & missing for shown in left.values()):
             missing = set()
     return tuple(picked)
 

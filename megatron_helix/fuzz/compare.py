@@ -10,14 +10,13 @@ from megatron_helix.fuzz.training import Step
 
 # Single precision has a unit roundoff of 6e-8. A sum of k terms in another order is about sqrt(k)
 # of them apart, and no case sums more than some thousand: 2e-6. A gradient has passed through every
-# layer once more. The norm of the weights is a plain sum of squares, of which an update of the
-# wrong sign moves little: the nearer it is held, the more it sees.
+# layer once more. The norm of the weights is a plain sum of squares, which a wrong update moves
+# little: the nearer it is held, the more it sees.
 TOLERANCES = {"loss": 2e-6, "grad_norm": 5e-6, "params_norm": 1e-6}
 
 # One weight's gradient, by the norm of what differs: elements err one by one, where a norm's errors
 # cancel. Where the sum itself cancels (a bias of keys has no gradient: softmax does not see it),
-# what is left is the roundoff of what cancelled: small beside the whole gradient, not beside
-# itself.
+# what is left is the roundoff of what cancelled: small beside the whole gradient, not beside it.
 WEIGHT_TOLERANCE, CANCELLED_TOLERANCE = 1e-5, 1e-7
 
 # A part of the learning rate, which a first update of Adam is at most: its epsilon (see case.py) is

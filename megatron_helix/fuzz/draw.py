@@ -71,7 +71,7 @@ def _sizes(dice: random.Random, cut: Case) -> Case:
         cut,
         sp=sp,
         layers=cut.pp * dice.choice((1, 1, 2, 3) if cut.pp == 1 else (1, 1, 2)),
-        hidden=dice.choice((24, 32, 40, 48)),
+        hidden=dice.choice([k for k in (24, 32, 40, 48) if k % tp == 0]),
         heads=heads,
         groups=groups if groups < heads else 0,
         channels=dice.choice([k for k in range(unit, 33, unit) if k >= 4] or [unit]),
@@ -80,17 +80,15 @@ def _sizes(dice: random.Random, cut: Case) -> Case:
         micro=dice.choice((1, 2, 3, 4)) if by_sequence else m * dice.choice((1, 1, 2)),
         batches=dice.choice((1, 1, 2, 3) if cut.pp == 1 else (1, 2, 3, 4)),
         positions=positions,
-        biasless=experts > 0
-        or dice.random() < 0.4,  # without its linears' biases MoE runs on a CPU
+        biasless=dice.random() < 0.4 or experts > 0,  # stock experts with biases fail on a CPU
         untied=dice.random() < 0.4,
         experts=experts,
         deep=dice.choice(("stock", "helix", "turned")) if dice.random() < DEEP else "",
     )
-    # Where stock has fewer ranks its vocabulary must need no padding that helix's does not.
     vocab = dice.randrange(128, 257)
-    case = replace(
-        case, vocab=vocab if case.stock_tp == case.tp else -(-vocab // case.tp) * case.tp
-    )
+    if case.stock_tp != case.tp:  # it is padded for a tensor-parallel size
+        vocab += -vocab % case.tp
+    case = replace(case, vocab=vocab)
     return _experts(dice, case) if experts else case
 
 
@@ -101,10 +99,13 @@ def _experts(dice: random.Random, case: Case) -> Case:
     etp = dice.choice(
         [k for k in (1, 1, 2) if case.tp * case.dp % (ep * k) == 0 and case.ffn % k == 0]
     )
+    # Experts' optimizer state goes to no other tensor-parallel size, in stock either.
+    same_size = case.stock_tp == case.tp or not case.deep
     return replace(
         case,
         ep=ep,
         etp=etp,
+        deep=case.deep if same_size else "turned",
         topk=dice.choice((0, 0, 2)) if case.experts > 2 else 0,
         dispatcher=dice.choice(("alltoall", "allgather")),
     )

@@ -70,9 +70,8 @@ def smaller(here: Laboratory, failure: Outcome, tries: int) -> Outcome:
     found = {failure.case: failure}
 
     def fails(case: Case) -> bool:
-        outcome = here.attempt(case)
-        found[case] = outcome
-        return outcome.status == failure.status
+        found[case] = here.attempt(case)
+        return found[case].fails_as(failure)
 
     case = shrink(failure.case, fails, tries=tries)
     return replace(found[case], seconds=sum(outcome.seconds for outcome in found.values()))

@@ -61,7 +61,7 @@ class CallFailed(launch.RunFailed):
 
     def __init__(self, failure: Failure):
         self.failure = failure
-        super().__init__(f"{failure.kind}: {failure.text}; {failure.trace}")
+        super().__init__(f"{failure.kind}: {failure.text}\n{failure.trace}")
 
 
 class Session:

@@ -1,5 +1,6 @@
 """Tries a case: stock and helix in the same ranks, one after the other, and what they say of it."""
 
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -59,6 +60,11 @@ class Outcome:
         """Whether helix is at fault."""
         return self.status in FAILURES
 
+    def fails_as(self, other: "Outcome") -> bool:
+        """Whether both fail, and in the same way."""
+        same = self.status == other.status and self.failed
+        return same and (self.status != CRASHED or _alike(self.text, other.text))
+
 
 class Laboratory:
     """Where cases are tried: a session's ranks, a text, and a folder for checkpoints.
@@ -115,7 +121,7 @@ class Laboratory:
                 differences, more = self._go_on(case, saves, stock, helix)
                 margins |= more
         except CallFailed as failed:
-            if not helix and _is_of_flags(failed) and self._stock_refuses_too(case, failed):
+            if case.stock_tp < case.tp and self._stock_fails_too(case, saves, failed, bool(helix)):
                 return _failed(case, DISCARDED, failed)
             return _failed(case, HUNG if failed.failure.kind == NO_ANSWER else CRASHED, failed)
         return Outcome(
@@ -136,7 +142,7 @@ class Laboratory:
     def _go_on(self, case: Case, saves: Path, stock: Run, helix: Run) -> Comparison:
         """Another layout takes the last step, from one of the checkpoints."""
         saved, whole = ("stock", stock) if case.deep == "helix" else ("helix", helix)
-        load = ("--load", str(saves / saved), "--ckpt-step", str(SAVED_STEP))
+        load = _loading(saves / saved)
         if case.deep == "stock":
             found = self.train_stock(case, *load)
         else:
@@ -156,12 +162,28 @@ class Laboratory:
             return case
         return turned
 
-    def _stock_refuses_too(self, case: Case, failed: CallFailed) -> bool:
-        """Whether it is Megatron that does not take the flags, at helix's tensor-parallel size."""
+    def _stock_fails_too(self, case: Case, saves: Path, failed: CallFailed, saved: bool) -> bool:
+        """Whether it is Megatron that cannot, at helix's tensor-parallel size.
+
+        Args:
+            case: that helix failed in; stock has been run at a smaller size.
+            saves: folder for checkpoints.
+            failed: how helix failed.
+            saved: whether it trained, so that it was going on that failed.
+        """
+        twin = replace(case, heads=case.tp, groups=0)  # what stock takes at that size
+        first, then = {
+            "stock": (case.tp, case.stock_tp),
+            "helix": (case.stock_tp, case.tp),
+        }.get(case.deep, (case.tp, case.tp))
         try:
-            self.train_stock(case, tp=case.tp)
+            self.train_stock(twin, *(_saving(saves / "twin") if saved else ()), tp=first)
+            if saved:
+                self.train_stock(twin, *_loading(saves / "twin"), tp=then)
         except CallFailed as other:
-            return other.failure.text == failed.failure.text
+            return other.failure.kind == failed.failure.kind and _alike(
+                other.failure.text, failed.failure.text
+            )
         return False
 
     def train_stock(self, case: Case, *more: str, tp: int | None = None) -> Run:
@@ -193,6 +215,15 @@ class Laboratory:
 
 def _saving(folder: Path) -> list[str]:
     return ["--save", str(folder), "--save-interval", "1"]
+
+
+def _loading(folder: Path) -> list[str]:
+    return ["--load", str(folder), "--ckpt-step", str(SAVED_STEP)]
+
+
+def _alike(text: str, other: str) -> bool:
+    """Whether two messages are the same but for their numbers."""
+    return re.sub(r"\d+", "", text) == re.sub(r"\d+", "", other)
 
 
 def _is_of_flags(failed: CallFailed) -> bool:
