@@ -133,7 +133,8 @@ BATCH = (
             "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
             "--recompute-granularity full --recompute-method block --recompute-num-layers 1",
             "--recompute-granularity selective --recompute-modules core_attn",
-            "--recompute-granularity selective --recompute-modules mlp",
+            # Beside biases of the MLP stock recomputes without an end.
+            "--recompute-granularity selective --recompute-modules mlp --disable-bias-linear",
             "--recompute-granularity selective --recompute-modules layernorm",
             "--recompute-activations",
         ),
