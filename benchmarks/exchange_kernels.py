@@ -11,7 +11,7 @@ them are one dim group. Three tables, all measured, medians on the slowest rank:
 * the exchanges: time of each, of its collective alone, its kernels beside that, bus bandwidth;
 * the gather of weights: a chain of MLP linears whose gathers begin early, late, or not at all,
   since the weights are there. The exposed part is (early - none) / (late - none). With a backward
-  pass it counts the reduce-scatter of the weights' gradients, which the last arm adds up instead.
+  pass it counts the exchange of the weights' gradients, which the last arm adds up instead.
 """
 
 import json
@@ -31,15 +31,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from megatron_helix.collectives import all_to_all, gather
 from megatron_helix.exchange.activations import context_to_segments, qkv_to_whole_heads
+from megatron_helix.exchange.shards import Ahead, GatheredWeight, Shards, StepWeight
 from megatron_helix.exchange.tokens import to_batch_share
-from megatron_helix.exchange.weights import (
-    Ahead,
-    GatheredWeight,
-    Shards,
-    StepWeight,
-    column_linear,
-    row_linear,
-)
+from megatron_helix.exchange.weights import column_linear, row_linear
 from megatron_helix.layout import HelixLayout
 from megatron_helix.process_groups import HelixGroups, carve
 

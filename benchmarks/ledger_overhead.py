@@ -23,7 +23,7 @@ import torch.distributed as dist
 from rich.console import Console
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
-from megatron_helix import compat, launch, pretrain_gpt
+from megatron_helix import compat, files, launch, pretrain_gpt
 from megatron_helix.experiment import config, runs
 from megatron_helix.recording.comm_ledger import CommLedger, install
 from megatron_helix.run_config import LayoutConfig
@@ -56,7 +56,7 @@ def main() -> int:
         target=_train, args=(ready, asked.out), world_size=4, logs=asked.out / "logs"
     )
     launch.run(ranks, timeout_s=1800)
-    found = [json.loads(file.read_text()) for file in sorted(asked.out.glob("rank*.json"))]
+    found = [json.loads(file.read_text()) for file in files.of_ranks(asked.out, ".json")]
     overhead = {}
     for what in ("cpu_s", "wall_s"):
         on, off = (
@@ -123,7 +123,9 @@ def _train(flags: list[str], out: Path) -> None:
 
     compat.observe_train_step(observed)
     pretrain_gpt.train(flags)
-    (out / f"rank{os.environ['RANK']}.json").write_text(json.dumps({**times, "calls": calls}))
+    files.of_rank(out, int(os.environ["RANK"]), ".json").write_text(
+        json.dumps({**times, "calls": calls})
+    )
 
 
 if __name__ == "__main__":

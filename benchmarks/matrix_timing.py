@@ -14,6 +14,7 @@ from matrix_turns import Bench, Turn, one_by_one
 from rich.console import Console
 from rich.table import Table
 
+from megatron_helix import files
 from megatron_helix.experiment import execution, metrics, prediction, runs
 from megatron_helix.experiment.config import ExperimentConfig
 from megatron_helix.run_config import LayoutConfig
@@ -107,7 +108,7 @@ def _row(
 def _exposed_ms(folder: Path) -> dict[str, float]:
     """Milliseconds a step that a rank was held up, by axis and kind; last step, mean of ranks."""
     ranks = [
-        json.loads(file.read_text().splitlines()[-1]) for file in sorted(folder.glob("rank*.jsonl"))
+        json.loads(file.read_text().splitlines()[-1]) for file in files.of_ranks(folder, ".jsonl")
     ]
     sums: dict[str, float] = defaultdict(float)
     for rank in ranks:

@@ -4,10 +4,12 @@
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_helix.errors import UserError
 from megatron_helix.exchange import strategy, traffic
 from megatron_helix.layout import HelixLayout
 
@@ -17,24 +19,25 @@ CORE_ATTENTIONS = ("spec", "flex")
 def require_one_of(flag: str, value: Any, allowed: Sequence[str]) -> None:
     """Check that a flag has one of the values it knows."""
     if value not in allowed:
-        raise ValueError(f"{flag}: must be one of {', '.join(allowed)}, got {value!r}")
+        raise UserError(f"{flag}: must be one of {', '.join(allowed)}, got {value!r}")
 
 
 def require_plan(args: argparse.Namespace, asked: strategy.Choice, cut: HelixLayout) -> None:
     """Check that the micro-batches of the run can be exchanged and split as ``asked``."""
     if asked.exchange == "scores" and not cut.pairs_are_whole:
-        raise ValueError(
+        raise UserError(
             "--helix-exchange: scores needs both channels of a rotary pair in one segment, got"
             f" --kv-channels {cut.kv_channels}, {cut.rotary_dim} of them rotary, --helix-m {cut.m};"
             " use another --helix-m or --rotary-percent, or --helix-exchange activations"
         )
     if asked.gather == "step" and args.overlap_grad_reduce:
-        raise ValueError(
+        raise UserError(
             "--helix-gather: step brings gradients home at the end of a step, and"
             " --overlap-grad-reduce sends them before; leave one of the two away"
         )
     if cut.m > 1 and args.seq_length and args.micro_batch_size:
-        strategy.resolve(
+        resolve = partial(
+            strategy.resolve,
             asked,
             cut,
             traffic.BlockShape(
@@ -44,9 +47,27 @@ def require_plan(args: argparse.Namespace, asked: strategy.Choice, cut: HelixLay
                 num_layers=args.num_layers,
             ),
             sequence=args.seq_length // args.context_parallel_size,
-            batch=args.micro_batch_size,
             sequence_parallel=args.sequence_parallel,
         )
+        resolve(batch=args.micro_batch_size)
+        for flag, batch, remedy in _validated(args, cut):
+            try:
+                resolve(batch=batch)
+            except ValueError as error:
+                cause = str(error).partition(";")[0]
+                raise UserError(
+                    f"{flag}: validation reads micro-batches of {batch}, which no rank can take a"
+                    f" part of: {cause}; {remedy}"
+                ) from None
+
+
+def _validated(args: argparse.Namespace, cut: HelixLayout) -> Iterator[tuple[str, int, str]]:
+    """Micro-batches of validation: the flag they come from, their size, and what else to give."""
+    if args.eval_micro_batch_size:
+        flag = "--eval-micro-batch-size"
+        yield flag, args.eval_micro_batch_size, f"use a multiple of --helix-m ({cut.m})"
+    if args.full_validation:
+        yield "--full-validation", 1, "leave it away, or use another --seq-length"
 
 
 def require_core_attention(args: argparse.Namespace, on_cpu: bool) -> None:
@@ -55,27 +76,27 @@ def require_core_attention(args: argparse.Namespace, on_cpu: bool) -> None:
     if args.helix_core_attention != "flex":
         return
     if args.attention_dropout:
-        raise ValueError(
+        raise UserError(
             "--helix-core-attention: flex needs --attention-dropout 0, since its kernel has no"
             f" dropout, got {args.attention_dropout}; set it to 0"
         )
     if args.helix_exchange == "scores":
-        raise ValueError(
+        raise UserError(
             "--helix-core-attention: flex never has the scores that --helix-exchange scores moves,"
             " got both; use --helix-exchange activations or weights"
         )
     if args.context_parallel_size > 1:
-        raise ValueError(
+        raise UserError(
             "--helix-core-attention: flex attends within one rank and needs --context-parallel-size"
             f" 1, got {args.context_parallel_size}; leave one of the two away"
         )
     if args.multi_latent_attention:
-        raise ValueError(
+        raise UserError(
             "--helix-core-attention: flex takes the place of Megatron's SelfAttention's, and"
             " --multi-latent-attention has none; leave one of the two away"
         )
     if on_cpu:
-        raise ValueError(
+        raise UserError(
             "--helix-core-attention: flex needs a GPU, since torch's FlexAttention has no backward"
             " pass on a CPU, got --helix-device cpu; leave one of the two away"
         )
@@ -98,7 +119,7 @@ def require_data(args: argparse.Namespace) -> None:
             continue
         for suffix in (".bin", ".idx"):
             if "://" not in word and not Path(word + suffix).exists():
-                raise ValueError(
+                raise UserError(
                     f"--data-path: {word} must be the prefix of a Megatron dataset, and"
                     f" {word}{suffix} does not exist; make one with"
                     f" `helix data FILES --out {word}`"
@@ -116,14 +137,15 @@ def require_loadable(args: argparse.Namespace) -> None:
         ("--pretrained-checkpoint", args.pretrained_checkpoint, args.ckpt_step),
     ]
     if args.non_persistent_ckpt_type:
-        folder = args.non_persistent_global_ckpt_dir or (args.load and args.load / "non_persistent")
+        folder = args.non_persistent_global_ckpt_dir
+        folder = folder or (args.load and Path(args.load, "non_persistent"))
         loaded.append(("--non-persistent-ckpt-type", folder, None))
     for flag, folder, step in loaded:
-        checkpoint = folder and _checkpoint(folder, step)
+        checkpoint = folder and _checkpoint(Path(folder), step)
         if not checkpoint or not checkpoint.is_dir():
             continue  # nothing to load: Megatron's to judge
         if not (checkpoint / "metadata.json").exists():
-            raise ValueError(
+            raise UserError(
                 f"{flag}: a checkpoint under --helix-m > 1 must be in torch_dist format, and"
                 f" {checkpoint} is not; load it with the stock layout that saved it, and save it"
                 " with --ckpt-format torch_dist"
@@ -147,7 +169,7 @@ def _require_canonical_optimizer(flag: str, checkpoint: Path) -> None:
 
     found = (load_content_metadata(str(checkpoint)) or {}).get("distrib_optim_sharding_type")
     if found and found not in DistributedOptimizer.checkpoint_fully_reshardable_formats:
-        raise ValueError(
+        raise UserError(
             f"{flag}: the optimizer state must be fully_reshardable under --helix-m > 1, and in"
             f" {checkpoint} it is {found}, in the order of a rank's memory; save with"
             " --dist-ckpt-optim-fully-reshardable, or load with --no-load-optim"

@@ -1,14 +1,16 @@
 """What the helix flags imply for Megatron's flags, and every refusal of a bad combination.
 
-All of it happens on the command line, before torch or Megatron are imported as far as that can be,
-and before any process group exists: :func:`complete` takes the user's flags and returns them with
-what follows from them appended, or raises the one error the user must read.
+Before torch or Megatron are imported, as far as that can be, :func:`complete` takes the user's
+flags and returns them with what follows from them appended: it reads no more of Megatron's than a
+layout needs. :func:`require_run` checks arguments that Megatron has parsed, whatever set them. Both
+raise the one error the user must read, before any process group exists.
 """
 
 import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_helix.argument_checks import (
     require_core_attention,
@@ -17,9 +19,11 @@ from megatron_helix.argument_checks import (
     require_one_of,
     require_plan,
 )
-from megatron_helix.compatibility import require_compatible
+from megatron_helix.errors import UserError
 from megatron_helix.exchange import strategy
-from megatron_helix.flags import DEVICES, PHASES, add_helix_arguments
+from megatron_helix.features.check import needs_order, require_compatible
+from megatron_helix.features.works import IN_ORDER
+from megatron_helix.flags import DEVICES, PHASES, FlagParser, add_helix_arguments
 from megatron_helix.layout import HelixLayout, require_divides
 
 # Flags that are about a partition: to give one of them is to ask for it.
@@ -29,11 +33,12 @@ _ASKING = ("--helix-m", "--helix-n", "--helix-exchange", "--helix-split", "--hel
 _SIZES = (
     *("num-layers", "hidden-size", "ffn-hidden-size", "num-attention-heads", "num-query-groups"),
     *("kv-channels", "num-experts", "seq-length", "micro-batch-size", "global-batch-size"),
+    "eval-micro-batch-size",
 )
 _SWITCHES = (
     *("group-query-attention", "rotary-interleaved", "attention-output-gate", "swiglu"),
     *("sequence-parallel", "overlap-grad-reduce", "multi-latent-attention"),
-    *("use-distributed-optimizer", "no-load-optim", "finetune"),
+    *("use-distributed-optimizer", "no-load-optim", "finetune", "full-validation"),
 )
 _FOLDERS = ("load", "non-persistent-global-ckpt-dir", "pretrained-checkpoint")
 
@@ -66,7 +71,7 @@ def device(argv: Sequence[str]) -> str:
     """The device the flags name, ``"cpu"`` or ``"cuda"``.
 
     Raises:
-        ValueError: for an unknown device, and where there is no GPU and the CPU was not asked for.
+        UserError: for an unknown device, and where there is no GPU and the CPU was not asked for.
     """
     name = _read(argv).helix_device
     require_one_of("--helix-device", name, DEVICES)
@@ -77,7 +82,7 @@ def device(argv: Sequence[str]) -> str:
     from megatron_helix import cpu_device
 
     if cpu_device.is_enabled() or not torch.cuda.is_available():
-        raise ValueError(
+        raise UserError(
             "--helix-device: needs a GPU that torch can see, and found none; add --helix-device cpu"
             " to run Megatron's loop on the CPU"
         )
@@ -92,15 +97,14 @@ def complete(argv: Sequence[str], world_size: int) -> list[str]:
         world_size: ranks of the run.
 
     Raises:
-        ValueError: for a combination that cannot run; names field, requirement, value and remedy.
-        SystemExit: from argparse, for a value of the wrong type. Flags it does not know are
-            Megatron's to judge.
+        UserError: for a combination that cannot run; names field, requirement, value and remedy.
+            Flags that are not helix's and not about a layout are Megatron's to judge.
     """
     args = _read(argv)
     strategy.require_known(choice(args))
     require_one_of("--helix-phase", args.helix_phase, PHASES)
     if args.helix_phase != PHASES[0] and not args.helix_metrics:
-        raise ValueError(
+        raise UserError(
             f"--helix-phase: {args.helix_phase} needs --helix-metrics DIR, where its measurements"
             " go, got none; give a folder, or leave --helix-phase away to train"
         )
@@ -120,7 +124,7 @@ def _read(argv: Sequence[str]) -> argparse.Namespace:
     Not with Megatron's parser: importing that takes seconds of CPU for every rank, and a bad layout
     is to be refused before any of it.
     """
-    parser = add_helix_arguments(argparse.ArgumentParser(allow_abbrev=False, add_help=False))
+    parser = add_helix_arguments(FlagParser())
     for name in ("tensor-model", "pipeline-model", "context"):
         parser.add_argument(f"--{name}-parallel-size", type=int, default=1)
     for name in _SIZES:
@@ -136,8 +140,66 @@ def _read(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--position-embedding-type", default="learned_absolute")
     parser.add_argument("--rotary-percent", type=float, default=1.0)
     parser.add_argument("--attention-dropout", type=float, default=0.1)
-    parser.add_argument("--moe-router-load-balancing-type", nargs="+")
+    for row in IN_ORDER:
+        parser.add_argument(row.asks, nargs="+")
     return parser.parse_known_args(argv)[0]
+
+
+def require_flags(argv: Sequence[str]) -> None:
+    """Refuse completed flags that cannot run beside helix, before any rank is started.
+
+    With Megatron's own parser, so that no spelling of a flag is missed; to be called where Megatron
+    has been imported anyway.
+
+    Raises:
+        UserError: naming the flag, the reason and the remedy; for a value of the wrong type.
+    """
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = add_helix_arguments(add_megatron_arguments(FlagParser()))
+    args = parser.parse_known_args(argv)[0]
+    if wants_helix(args) and args.helix_m > 1:
+        require_compatible(args)
+
+
+def require_run(
+    args: argparse.Namespace, model_config: Any, *, training: bool = True
+) -> HelixLayout:
+    """Check arguments that Megatron has parsed, and the configs made from them, for helix.
+
+    Whatever set them: flags, a layer spec, a checkpoint's own arguments, another entry point.
+
+    Args:
+        args: Megatron's arguments with the helix flags, which ask for a partition.
+        model_config: the ``GPTModelConfig`` made from them.
+        training: whether micro-batches of ``args`` will be trained on.
+
+    Returns:
+        The partition.
+
+    Raises:
+        UserError: for what cannot run.
+    """
+    strategy.require_known(choice(args))
+    transformer = model_config.transformer
+    m, n, size = args.helix_m, args.helix_n, args.tensor_model_parallel_size
+    if not isinstance(m, int) or not isinstance(n, int) or m * n != size:
+        raise UserError(
+            f"--tensor-model-parallel-size: must be --helix-m x --helix-n, got {size} and {m} x"
+            f" {n}; give Megatron's parser what megatron_helix.pretrain_gpt.prepare returns"
+        )
+    cut = layout(
+        args,
+        num_attention_heads=transformer.num_attention_heads,
+        num_query_groups=transformer.num_query_groups,
+        kv_channels=transformer.kv_channels,
+    )
+    if cut.m > 1:
+        require_compatible(args, model_config, transformer)
+        require_loadable(args)
+        if training:
+            require_plan(args, choice(args), cut)
+    return cut
 
 
 def choice(args: argparse.Namespace) -> strategy.Choice:
@@ -149,7 +211,7 @@ def choice(args: argparse.Namespace) -> strategy.Choice:
         gather=args.helix_gather,
         microbatches=max(1, (args.global_batch_size or sequences) // sequences),
         keeps_sequences=args.context_parallel_size > 1,
-        keeps_order="seq_aux_loss" in (args.moe_router_load_balancing_type or ()),
+        keeps_order=needs_order(args),
     )
 
 
@@ -178,16 +240,6 @@ def _cpu_flags(argv: Sequence[str]) -> list[str]:
     return [word for flag in _CPU_FLAGS if not _given(flag[0], argv) for word in flag]
 
 
-def _values(argv: Sequence[str]) -> dict[str, str | None]:
-    """Every flag with its first value; ``None`` for a switch."""
-    found: dict[str, str | None] = {}
-    for word, after in zip(argv, [*argv[1:], "--"], strict=True):
-        if word.startswith("--"):
-            flag, assigned, value = word.partition("=")
-            found[flag] = value if assigned else None if after.startswith("--") else after
-    return found
-
-
 def _given(flag: str, argv: Sequence[str]) -> bool:
     """Whether the user set a flag, as one word or as two."""
     return any(word == flag or word.startswith(f"{flag}=") for word in argv)
@@ -201,7 +253,7 @@ def _complete_degree(args: argparse.Namespace, argv: Sequence[str]) -> list[str]
         return []
     if not _given("--tensor-model-parallel-size", argv):
         missing = "--helix-n" if given == ["helix_m"] else "--helix-m"
-        raise ValueError(
+        raise UserError(
             f"{missing}: must be given, or --tensor-model-parallel-size that it follows from, got"
             " neither; the tensor-parallel size is --helix-m x --helix-n"
         )
@@ -221,7 +273,7 @@ def _head_counts(args: argparse.Namespace) -> tuple[int, int, int]:
     """(query heads, query groups, head dimension) of the model that the flags describe."""
     heads = args.num_attention_heads
     if not heads or not (args.kv_channels or args.hidden_size):
-        raise ValueError(
+        raise UserError(
             "--helix-n: auto needs the model's --num-attention-heads and --hidden-size, got none;"
             " give them, or --helix-m and --helix-n"
         )
@@ -234,15 +286,13 @@ def _helix_flags(args: argparse.Namespace, argv: Sequence[str], world_size: int)
     for name in ("helix_m", "helix_n"):
         flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
         if value < 1:
-            raise ValueError(f"{flag}: must be a positive integer, got {value}")
+            raise UserError(f"{flag}: must be a positive integer, got {value}")
     size = args.helix_m * args.helix_n
     if _given("--tensor-model-parallel-size", argv) and args.tensor_model_parallel_size != size:
-        raise ValueError(
+        raise UserError(
             f"--tensor-model-parallel-size: must be --helix-m x --helix-n = {args.helix_m} x"
             f" {args.helix_n} = {size}, got {args.tensor_model_parallel_size}; leave it away"
         )
-    if args.helix_m > 1:
-        require_compatible(_values(argv))
     model_size = size * args.pipeline_model_parallel_size * args.context_parallel_size
     require_divides(
         "--helix-m x --helix-n (x pipeline x context parallel size)",
@@ -262,8 +312,4 @@ def _helix_flags(args: argparse.Namespace, argv: Sequence[str], world_size: int)
         require_plan(args, choice(args), cut)
     if args.helix_m > 1:
         require_loadable(args)
-    implied = ["--tensor-model-parallel-size", str(size)]
-    if args.helix_m > 1 and args.use_distributed_optimizer:
-        # Megatron's default keeps optimizer state in the order of a rank's memory.
-        implied.append("--dist-ckpt-optim-fully-reshardable")
-    return implied
+    return ["--tensor-model-parallel-size", str(size)]

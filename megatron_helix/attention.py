@@ -12,7 +12,9 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 
-from megatron_helix.collectives import all_gather
+from megatron_helix import sums
+from megatron_helix.collectives import all_gather, gather
+from megatron_helix.errors import UserError
 from megatron_helix.exchange.decode import SequenceCache, cached_positions
 from megatron_helix.exchange.prefix import PrefixChunks
 from megatron_helix.exchange.scores import ScoresAttention, SegmentNorm, segment_frequencies
@@ -99,10 +101,10 @@ class HelixSelfAttention(SelfAttention):
         """As ``SelfAttention.forward``; mask and rotary frequencies are those of all tokens.
 
         Raises:
-            ValueError: for packed sequences.
+            UserError: for packed sequences.
         """
         if kwargs.get("packed_seq_params") is not None:
-            raise ValueError(
+            raise UserError(
                 "packed_seq_params: sequences packed into one cannot be dealt out over --helix-m"
                 f" {self.helix_layout.m} ranks, got packed sequences; give padded ones, or run"
                 " --helix-m 1, which is plain tensor parallelism"
@@ -277,6 +279,5 @@ def _on_head_axis(
 
 
 def _sum_over(grad: torch.Tensor, group: Any) -> torch.Tensor:
-    grad = grad.contiguous()
-    torch.distributed.all_reduce(grad, group=group)
-    return grad
+    """The sum of ``[heads]`` over ``group``; of half precision rounded once, not at every hop."""
+    return sums.total(gather(grad, group).view(group.size(), *grad.shape))

@@ -1,13 +1,11 @@
 """The ``helix`` command: its subcommands are the modules of :mod:`megatron_helix.commands`."""
 
-import os
-import sys
 from typing import Annotated
 
 import typer
 
-from megatron_helix import __version__, launch
-from megatron_helix.commands import data, experiment, generate, plan, pretrain
+from megatron_helix import __version__, errors, launch, signals
+from megatron_helix.commands import data, experiment, fuzz, generate, plan, pretrain
 from megatron_helix.commands import launch as launch_command
 
 app = typer.Typer(
@@ -29,6 +27,7 @@ app.command()(experiment.dag)
 app.command()(data.data)
 app.command()(plan.plan)
 app.command()(plan.calibrate)
+app.command()(fuzz.fuzz)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
     launch_command.launch
 )
@@ -50,21 +49,17 @@ def _options(
 
 
 def main() -> None:
-    """Run the command; a user's mistake is one line on stderr and exit code 2, a failed run 1."""
+    """Run the command: a user's mistake is one line on stderr and exit code 2, a failed run 1.
+
+    What else goes wrong is a fault of the program and keeps its trace. typer ends an interrupted
+    command with 130.
+    """
+    signals.end_with_torchrun()
     try:
-        app()
-    except ValueError as error:
-        sys.exit(_say(error, 2))
-    except (launch.RunFailed, TimeoutError) as error:
-        sys.exit(_say(error, 1))
-    except KeyboardInterrupt:
-        sys.exit(_say("interrupted", 130))
-
-
-def _say(error: object, code: int) -> int:
-    if os.environ.get("RANK", "0") == "0":  # one of torchrun's ranks tells the user
-        print(f"error: {error}", file=sys.stderr)
-    return code
+        with errors.told():
+            app()
+    except launch.RunFailed as error:
+        errors.leave(error, 1)
 
 
 if __name__ == "__main__":

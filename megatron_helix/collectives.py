@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_helix import sums
 from megatron_helix.copies import contiguous
 
 
@@ -19,11 +20,11 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
         ctx.group = group
-        return _exchange(x, group)
+        return start_exchange(x, group, early=False).wait()
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _exchange(grad, ctx.group), None
+        return start_exchange(grad, ctx.group, early=False).wait(), None
 
 
 def all_to_all(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -40,7 +41,10 @@ def all_to_all(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 
 
 class _AllGather(torch.autograd.Function):
-    """Forward: the ranks' tensors one after the other. Backward: reduce-scatter. Saves nothing."""
+    """Forward: the ranks' tensors one after the other. Backward: reduce-scatter. Saves nothing.
+
+    The backward sends each part of the sum to where it is added up: rounded once, not at every hop.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -49,7 +53,8 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return scatter_sum(grad, ctx.group), None
+        parts = grad.view(ctx.group.size(), -1, *grad.shape[1:])
+        return sums.total(start_exchange(parts, ctx.group, early=False).wait()), None
 
 
 class _ReduceScatter(torch.autograd.Function):
@@ -149,15 +154,17 @@ def start_scatter_sum(x: torch.Tensor, group: dist.ProcessGroup, *, early: bool)
     return UnderWay(y, dist.reduce_scatter_tensor(y, x, group=group, async_op=early))
 
 
+def start_exchange(x: torch.Tensor, group: dist.ProcessGroup, *, early: bool) -> UnderWay:
+    """:func:`all_to_all` without a gradient, begun; ``early`` as in `start_gather`."""
+    assert x.size(0) == group.size(), (x.shape, group.size())
+    x = contiguous(x)
+    if group.size() == 1:
+        return UnderWay(x, None)
+    y = torch.empty_like(x)
+    return UnderWay(y, dist.all_to_all_single(y, x, group=group, async_op=early))
+
+
 def _sum(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     y = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(y, group=group)
-    return y
-
-
-def _exchange(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    assert x.size(0) == group.size(), (x.shape, group.size())
-    x = contiguous(x)
-    y = torch.empty_like(x)
-    dist.all_to_all_single(y, x, group=group)
     return y

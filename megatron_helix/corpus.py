@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_helix import compat
+from megatron_helix import compat, files
+from megatron_helix.errors import UserError
 
 VOCAB_SIZE = 256
 TOKENIZER_FLAGS = (
@@ -40,38 +41,50 @@ def build(sources: Sequence[Path], prefix: Path, *, pattern: str = "*") -> Summa
         pattern: which files of a folder.
 
     Raises:
-        ValueError: when a source does not exist, or no source holds any text.
+        UserError: when a source does not exist, or no source holds any text; when there can be no
+            such pattern, or no such dataset.
     """
     for source in sources:
         if not source.exists():
-            raise ValueError(f"sources: must exist, and {source} does not; check the path")
+            raise UserError(f"sources: must exist, and {source} does not; check the path")
+    if not prefix.name:
+        raise UserError(
+            f"--out: must be the prefix of files, got the folder {prefix}; add a name to it"
+        )
+    texts = list(_files(sources, pattern))
+    if not any(map(_text, texts)):
+        raise UserError(
+            f"sources: need UTF-8 text, and found none in {', '.join(map(str, sources))};"
+            f" name other files, or another --pattern than {pattern!r}"
+        )
     compat.quieten_imports()
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
     from megatron.core.tokenizers.text.libraries import ByteLevelTokenizer
 
     tokenizer = ByteLevelTokenizer(vocab_size=VOCAB_SIZE)
-    prefix.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(prefix.parent, "--out")
+    tokens_file, index_file = dataset_files(prefix)
     unfinished = prefix.with_name(prefix.name + ".part")
+    unfinished_index = prefix.with_name(prefix.name + ".idx.part")
     builder = IndexedDatasetBuilder(str(unfinished), dtype=np.uint8)
     documents = tokens = 0
     try:
-        for file in _files(sources, pattern):
+        for file in texts:
             ids = tokenizer.text_to_ids(_text(file))
             if not ids:
                 continue
             builder.add_document(torch.tensor([*ids, tokenizer.eod]), [len(ids) + 1])
             documents, tokens = documents + 1, tokens + len(ids) + 1
-        if not documents:
-            raise ValueError(
-                f"sources: need UTF-8 text, and found none in {', '.join(map(str, sources))};"
-                f" name other files, or another --pattern than {pattern!r}"
-            )
+        builder.finalize(str(unfinished_index))
     except BaseException:
         builder.data_file.close()
         unfinished.unlink()
+        unfinished_index.unlink(missing_ok=True)
         raise
-    builder.finalize(f"{prefix}.idx")
-    unfinished.rename(f"{prefix}.bin")  # last: without it there is no dataset
+    # Without its tokens there is no dataset: no index is ever beside those of another.
+    tokens_file.unlink(missing_ok=True)
+    files.replace(unfinished_index, index_file)
+    files.replace(unfinished, tokens_file)
     return Summary(documents=documents, tokens=tokens)
 
 
@@ -83,16 +96,16 @@ def require_dataset(prefix: Path, field: str) -> None:
         field: what named it, for the error.
 
     Raises:
-        ValueError: when a file of it is missing, or its tokens are not bytes.
+        UserError: when a file of it is missing, or its tokens are not bytes.
     """
     for file in dataset_files(prefix):
         if not file.exists():
-            raise ValueError(
+            raise UserError(
                 f"{field}: must be the prefix of a dataset of text, got {prefix}, and {file} does"
                 f" not exist; make it with `helix data FILES --out {prefix}`"
             )
     if not _is_of_bytes(dataset_files(prefix)[1]):
-        raise ValueError(
+        raise UserError(
             f"{field}: must be a dataset of bytes, of which experiments train, got {prefix}, whose"
             f" tokens are larger; make it with `helix data FILES --out {prefix}`"
         )
@@ -111,10 +124,16 @@ def _is_of_bytes(index: Path) -> bool:
 
 def _files(sources: Sequence[Path], pattern: str) -> Iterator[Path]:
     for source in sources:
-        if source.is_dir():
-            yield from sorted(file for file in source.rglob(pattern) if file.is_file())
-        else:
+        if not source.is_dir():
             yield source
+            continue
+        try:
+            yield from sorted(file for file in source.rglob(pattern) if file.is_file())
+        except (ValueError, NotImplementedError) as error:
+            raise UserError(
+                f"--pattern: must be a pattern of names in a folder, got {pattern!r} ({error});"
+                " write e.g. '*.py'"
+            ) from None
 
 
 def _text(file: Path) -> str:

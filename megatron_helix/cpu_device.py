@@ -2,9 +2,10 @@
 
 Megatron-LM asks ``torch.cuda`` for devices, streams, events, memory and random state on every
 path. :func:`enable` makes those questions answerable on a machine without a GPU: device 0 *is* the
-CPU, streams are the program order, events are the wall clock and the CUDA generator is the CPU
-generator. Nothing in Megatron is touched. It is used by ``--helix-device cpu`` and by the tests,
-and refuses to work where a GPU is present: there the real thing must be measured.
+CPU, streams are the program order, events are the wall clock, and the CUDA generator is one of two
+(:mod:`megatron_helix.cpu_generators`). Nothing in Megatron is touched. It is used by
+``--helix-device cpu`` and by the tests, and refuses to work where a GPU is present: there the real
+thing must be measured.
 """
 
 import contextlib
@@ -14,8 +15,10 @@ import types
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
+
+from megatron_helix import cpu_generators, gloo
+from megatron_helix.errors import UserError
 
 _CPU = torch.device("cpu")
 _RUN_BACKWARD = "_engine_run_backward"
@@ -33,12 +36,12 @@ def enable() -> None:
     Call it before Megatron is imported: some of its modules bind ``torch.cuda`` names at import.
 
     Raises:
-        RuntimeError: when the process sees a real GPU.
+        UserError: when the process sees a real GPU.
     """
     if is_enabled():
         return
     if torch.cuda.is_available():
-        raise RuntimeError(
+        raise UserError(
             "the CPU device was asked for on a machine with a GPU: use --helix-device cuda, or hide"
             " the GPU with CUDA_VISIBLE_DEVICES= to rehearse on the CPU"
         )
@@ -46,8 +49,9 @@ def enable() -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron insists, the CPU has none
     for name, value in _cuda_answers().items():
         setattr(torch.cuda, name, value)
-    for name in ("get_rng_state", "set_rng_state", "manual_seed"):
-        setattr(torch.cuda.random, name, getattr(torch.cuda, name))
+        if hasattr(torch.cuda.random, name):  # bound by name when it was imported
+            setattr(torch.cuda.random, name, value)
+    cpu_generators.tell_apart()
     torch.accelerator.is_available = lambda: False
     # Megatron's optimizers sort parameters by ``type()``; its MoE layer brings token counts to the
     # host where ``is_cuda``. Native code, c10d among it, looks at the memory itself.
@@ -60,7 +64,7 @@ def enable() -> None:
     for name, value in tensor_answers.items():
         setattr(torch.Tensor, name, value)
     torch.nn.Module.cuda = lambda self, device=None: self
-    _let_gloo_reduce_scatter()
+    gloo.fill_in()
     setattr(torch.cuda, _MARK, True)
     _CudaMeansCpu().__enter__()  # for the life of the process
     # The mode is off inside a function it was asked about, as it is about ``Tensor.backward``; and
@@ -161,11 +165,6 @@ def _cuda_answers() -> dict[str, Any]:
         "device_memory_used": returns(0),
         "mem_get_info": returns((0, 0)),
         "memory_stats": returns(_ZeroStats()),
-        "default_generators": (torch.default_generator,),
-        "manual_seed": lambda seed: torch.default_generator.manual_seed(seed),
-        "manual_seed_all": lambda seed: torch.default_generator.manual_seed(seed),
-        "get_rng_state": lambda device=None: torch.default_generator.get_state(),
-        "set_rng_state": lambda state, device=None: torch.default_generator.set_state(state),
     }
 
 
@@ -185,32 +184,6 @@ def _type_as_on_cuda(self: torch.Tensor, dtype: Any = None, **kwargs: Any) -> An
         if dtype is not None:
             return _TENSOR_TYPE(self, dtype, **kwargs)
         return _TENSOR_TYPE(self).replace("torch.", "torch.cuda.", 1)
-
-
-def _let_gloo_reduce_scatter() -> None:
-    """Give gloo a reduce-scatter that sends what one must.
-
-    Its own is an all-reduce of which each rank keeps a part: twice the bytes, counted at the
-    network interface. An all-to-all and a local sum send each chunk once, to the rank that needs
-    it.
-    """
-    group = dist.ProcessGroup
-    swap_name = "all_to_all_single" if hasattr(group, "all_to_all_single") else "alltoall_base"
-    name = swap_name.replace("all_to_all", "reduce_scatter").replace("alltoall", "_reduce_scatter")
-    swap, original = getattr(group, swap_name), getattr(group, name)
-
-    def reduce_scatter(
-        self: dist.ProcessGroup, output: torch.Tensor, input: torch.Tensor, opts: Any = None
-    ) -> Any:
-        if opts is not None and opts.reduceOp != dist.ReduceOp.SUM:
-            return original(self, output, input, opts)
-        parts = torch.empty_like(input)
-        work = swap(self, parts, input, [], [], dist.AllToAllOptions())
-        work.wait()
-        torch.sum(parts.view(self.size(), *output.shape), dim=0, out=output)
-        return work
-
-    setattr(group, name, reduce_scatter)
 
 
 def _as_cpu(device: Any) -> Any:
@@ -237,7 +210,8 @@ def _with_mode(function: Any) -> Any:
 class _CudaMeansCpu(TorchFunctionMode):
     """Rewrites ``device='cuda'`` in factory functions, ``Tensor.to`` and ``Module.to``.
 
-    Memory is not pinned: that would need the driver.
+    Memory is not pinned: that would need the driver. What the CPU would draw from its own generator
+    is drawn from it.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -248,4 +222,7 @@ class _CudaMeansCpu(TorchFunctionMode):
             kwargs = {**kwargs, "pin_memory": False}
         if func is torch.Tensor.to and len(args) > 1:
             args = (args[0], _as_cpu(args[1]), *args[2:])
+        if cpu_generators.draws_on_cpu(func, args, kwargs):
+            with cpu_generators.drawing_on_cpu():
+                return func(*args, **kwargs)
         return func(*args, **kwargs)

@@ -2,12 +2,29 @@
 
 import argparse
 from pathlib import Path
+from typing import NoReturn
 
 from megatron_helix.argument_checks import CORE_ATTENTIONS
+from megatron_helix.errors import UserError
 from megatron_helix.exchange import strategy
 
 DEVICES = ("auto", "cpu", "cuda")
 PHASES = ("train", "prefill")
+
+
+class FlagParser(argparse.ArgumentParser):
+    """Reads some flags beside which there are others, before Megatron's parser reads all."""
+
+    def __init__(self) -> None:
+        super().__init__(allow_abbrev=False, add_help=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse a value of the wrong kind in one line, where argparse prints all flags first.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(f"{message.removeprefix('argument ')}; correct that flag")
 
 
 def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -19,6 +19,8 @@ from torch.nn.attention.flex_attention import (
     flex_attention,
 )
 
+from megatron_helix.errors import UserError
+
 Visible = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.causal_bottom_right)
@@ -31,13 +33,13 @@ class FlexAttention(DotProductAttention):
     offsets. Torch has a backward pass for CUDA only; on the CPU it runs forward, for tests.
 
     Raises:
-        ValueError: for attention dropout, which the kernel cannot do.
+        UserError: for attention dropout, which the kernel cannot do.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if self.attention_dropout.p:
-            raise ValueError(
+            raise UserError(
                 "--attention-dropout: must be 0 with --helix-core-attention flex, got"
                 f" {self.attention_dropout.p}; set it to 0"
             )
@@ -58,10 +60,10 @@ class FlexAttention(DotProductAttention):
         zeros, where stock gives the mean of the values.
 
         Raises:
-            ValueError: for packed sequences and attention biases.
+            UserError: for packed sequences and attention biases.
         """
         if attention_bias is not None or packed_seq_params is not None:
-            raise ValueError(
+            raise UserError(
                 "--helix-core-attention: flex takes neither packed sequences nor an attention bias;"
                 " leave the flag away"
             )
@@ -78,7 +80,7 @@ class FlexAttention(DotProductAttention):
         if self.softmax_offset is not None:
             # One more term in the denominator: Z / (Z + exp(offset)), with lse = log Z. [b, H, sq]
             offset = self.softmax_offset.float()[None, :, None]
-            context = context * torch.sigmoid(aux.lse - offset)[..., None].to(context.dtype)
+            context = context * torch.sigmoid(aux.lse - offset)[..., None]
         return context.permute(2, 0, 1, 3).reshape(*query.shape[:2], -1).to(value.dtype)
 
     def _block_mask(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_helix import arguments, compat, pretrain_gpt
+from megatron_helix.errors import UserError
 from megatron_helix.exchange.strategy import Choice, cache_split
 from megatron_helix.inference import saved_model
 from megatron_helix.inference.requests import Request, tokenizer_of
@@ -56,7 +57,7 @@ def prepare(
         device: ``cpu`` or ``cuda``.
 
     Raises:
-        ValueError: for what this model or layout cannot serve.
+        UserError: for what this model or layout cannot serve.
     """
     saved_model.require_checkpoint(checkpoint)
     compat.quieten_imports()
@@ -107,7 +108,7 @@ def _require_split(args: argparse.Namespace, batch: int) -> None:
     )
     cache_split(choice, layout, batch)
     if choice.exchange == "weights" and not args.sequence_parallel:
-        raise ValueError(
+        raise UserError(
             "--helix-exchange: weights needs --sequence-parallel for the prefill, which is not set;"
             " add it, or use --helix-exchange activations"
         )

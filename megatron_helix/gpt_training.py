@@ -1,148 +1,217 @@
-"""What Megatron's loop asks of a GPT entry point: the data, the forward step and the loss.
+"""What Megatron's loop asks of a GPT entry point: the forward step, the loss, who embeds.
 
 ``megatron.training.pretrain`` is the loop; the wheel ships it without the ``pretrain_gpt.py`` that
-a Megatron-LM checkout has at its root, so these few functions stand in for it. They hold no helix
-code: a baseline runs through the very same functions.
+a Megatron-LM checkout has at its root, so this module and :mod:`megatron_helix.gpt_data` stand in
+for it (read at core_v0.19.0). They obey every flag that it obeys, but those that
+:mod:`megatron_helix.unavailable` refuses, and hold no helix code: a baseline runs through the very
+same functions.
 """
 
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.rerun_state_machine import get_rerun_state_machine
-from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
+from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
 from megatron.core.utils import (
+    StragglerDetector,
+    flatten_batch_for_packed_sequences,
     get_attr_wrapped_model,
     get_batch_on_this_cp_rank,
     get_batch_on_this_tp_rank,
 )
 from megatron.training import get_args, get_timers
 from megatron.training.argument_utils import core_transformer_config_from_args
-from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 
-BATCH_KEYS = ("tokens", "position_ids", "attention_mask", "labels", "loss_mask")
+from megatron_helix.gpt_data import packs_documents, stage_embeds_or_predicts, stage_has_mtp
+
+Batch = dict[str, Any]
+
+# What a sample may bring. The last five are of packed documents and of hybrid context parallelism.
+BATCH_KEYS = (
+    *("tokens", "position_ids", "attention_mask", "labels", "loss_mask"),
+    *("cu_seqlens", "cu_seqlens_padded", "max_seqlen", "local_cp_size", "hybrid_cp_group"),
+)
+SPIKE = 10  # a loss of so many times the largest one seen is spiky, as in Megatron-LM's script
 
 
-def forward_step(data_iterator: Iterator[dict[str, torch.Tensor]], model: GPTModel) -> Any:
-    """One micro-batch through ``model``: its output, and the function that makes it a loss."""
-    timer = get_timers()("batch-generator", log_level=2)
+def forward_step(
+    data_iterator: Iterator[Batch], model: GPTModel, return_schedule_plan: bool = False
+) -> Any:
+    """One micro-batch through ``model``: its output, and the function that makes it a loss.
+
+    With ``return_schedule_plan`` (``--overlap-moe-expert-parallel-comm``) the forward pass is not
+    run but planned, and the plan is what comes instead of the output.
+    """
+    timer, stragglers = get_timers()("batch-generator", log_level=2), StragglerDetector()
     timer.start()
-    vp_stage = get_attr_wrapped_model(model, "vp_stage")
-    tokens, position_ids, attention_mask, labels, loss_mask = _micro_batch(data_iterator, vp_stage)
+    with stragglers(bdata=True):
+        batch = _micro_batch(data_iterator, model)
+        packed = _packed(batch)
     timer.stop()
-    output = model(tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask)
-    return output, partial(_loss, loss_mask)
+    inputs = [batch[key] for key in ("tokens", "position_ids", "attention_mask")]
+    scored = {key: batch[key] for key in ("labels", "loss_mask")}
+    with stragglers:
+        if return_schedule_plan:
+            output = model.build_schedule_plan(*inputs, **scored)
+        else:
+            output = model(*inputs, **scored, packed_seq_params=packed)
+    return output, partial(_loss, batch["loss_mask"], model=model)
+
+
+def embedding_ranks(pipeline: list[int]) -> list[int]:
+    """The ranks of a pipeline that hold the word embeddings.
+
+    The first; the last, whose LM head shares them, unless it has weights of its own; and those of
+    multi-token prediction, which embeds the tokens once more.
+    """
+    ranks = {pipeline[0]}
+    if len(pipeline) > 1:
+        args = get_args()
+        if not args.untie_embeddings_and_output_weights:
+            ranks.add(pipeline[-1])
+        ranks.update(get_mtp_ranks(pipeline, core_transformer_config_from_args(args)))
+    return sorted(ranks)
 
 
 def _loss(
-    loss_mask: Any, output: torch.Tensor
+    loss_mask: Any, output: torch.Tensor, model: GPTModel
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Summed token loss, the number of tokens it sums over, and the pair as the loop reports it."""
-    mask = loss_mask.view(-1).float()
-    loss = torch.sum(output.view(-1).float() * mask)
-    num_tokens = mask.sum().detach().to(torch.int)
-    if get_args().check_for_nan_in_loss_and_grad:
-        for reject, name in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
-            get_rerun_state_machine().validate_result(
-                result=loss,
-                rejection_func=reject,
-                message=f"found {name} in local forward loss calculation",
-                tolerance=0.0,
-                fatal=True,
-            )
-    report = torch.cat([loss.detach().view(1), num_tokens.view(1)])
-    return loss, num_tokens, {"lm loss": report}
-
-
-def _micro_batch(data_iterator: Any, vp_stage: int | None) -> list[torch.Tensor | None]:
-    """The tensors of :data:`BATCH_KEYS`; ``None`` on pipeline stages that need no data."""
     args = get_args()
-    if not _stage_needs_data(vp_stage):
-        return [None] * len(BATCH_KEYS)
-    batch: dict[str, torch.Tensor | None] = {}
-    if parallel_state.get_tensor_model_parallel_rank() == 0:
+    if args.logits_load_dir is not None:
+        distilled = _distillation(
+            args.logits_load_dir,
+            decode_threads=args.logits_load_decode_threads,
+            prefetch_factor=args.logits_load_prefetch_factor,
+            msc_prefetch_depth=args.logits_load_msc_prefetch_depth,
+            kd_loss_alpha=args.logits_load_kd_loss_alpha,
+            ignore_errors=args.logits_load_ignore_errors,
+        )
+        loss, num_tokens, report = distilled(loss_mask, output, model=model)
+    else:
+        mask = loss_mask.view(-1).float()
+        loss = torch.sum(output.view(-1).float() * mask)
+        num_tokens = mask.sum().detach().to(torch.int)
+        report = {"lm loss": torch.cat([loss.detach().view(1), num_tokens.view(1)])}
+    _validate(loss)
+    return loss, num_tokens, report
+
+
+@cache
+def _distillation(folder: str, **settings: Any) -> Any:
+    """The loss against a teacher's saved logits; one for the run, for it reads them in order."""
+    from megatron.training.distillation import LossFuncCallable
+
+    return LossFuncCallable(logprobs_dir=folder, **settings)
+
+
+def _validate(loss: torch.Tensor) -> None:
+    """Hand the loss to Megatron's rerun machine, which asks whether it can be right."""
+    args, machine = get_args(), get_rerun_state_machine()
+    found: list[tuple[Any, str, bool]] = []  # what to reject, its message, whether it is fatal
+    if args.check_for_nan_in_loss_and_grad:
+        for reject, name in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
+            found.append((reject, f"found {name} in local forward loss calculation", True))
+    if args.check_for_spiky_loss:
+        large = partial(machine.is_unexpectedly_large, threshold=SPIKE, context="loss")
+        found.append((large, "Spiky loss", False))
+    for reject, message, fatal in found:
+        machine.validate_result(
+            result=loss, rejection_func=reject, message=message, tolerance=0.0, fatal=fatal
+        )
+
+
+def _micro_batch(data_iterator: Any, model: GPTModel) -> Batch:
+    """The tensors of :data:`BATCH_KEYS`; ``None`` for those that this pipeline stage lacks."""
+    args = get_args()
+    vp_stage = get_attr_wrapped_model(model, "vp_stage")
+    embeds_or_predicts = stage_embeds_or_predicts(vp_stage)
+    if not (embeds_or_predicts or packs_documents(args)):
+        return dict.fromkeys(BATCH_KEYS)
+    tp_rank = parallel_state.get_tensor_model_parallel_rank()
+    batch: Batch = {}
+    if tp_rank == 0:
         sample = next(data_iterator)
         batch = {key: _to_device(sample.get(key)) for key in BATCH_KEYS}
     batch = get_batch_on_this_tp_rank(
         batch,
         broadcast_src_rank=parallel_state.get_tensor_model_parallel_src_rank(),
         broadcast_group=parallel_state.get_tensor_model_parallel_group(),
-        has_cu_seqlens=False,
-        is_hybrid_cp=False,
+        has_cu_seqlens=packs_documents(args),
+        is_hybrid_cp=args.hybrid_context_parallel,
         create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
         cp_size=args.context_parallel_size,
-        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-        micro_batch_size=args.micro_batch_size,
+        tp_rank=tp_rank,
+        micro_batch_size=_sequences(batch, model),
         seq_length=args.seq_length,
-        mtp_on_this_rank=_stage_has_mtp(vp_stage),
+        mtp_on_this_rank=stage_has_mtp(vp_stage),
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         is_pipeline_first_stage=parallel_state.is_pipeline_first_stage(),
         is_pipeline_last_stage=parallel_state.is_pipeline_last_stage(),
     )
-    batch = get_batch_on_this_cp_rank(
-        batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group()
-    )
-    return [batch.get(key) for key in BATCH_KEYS]
+    batch = flatten_batch_for_packed_sequences(batch)
+    if embeds_or_predicts:  # the stages between have no tokens, only where documents end
+        batch = get_batch_on_this_cp_rank(
+            batch,
+            is_hybrid_cp=args.hybrid_context_parallel,
+            cp_group=parallel_state.get_context_parallel_group(),
+            hybrid_cp_group_func=parallel_state.get_hybrid_data_context_parallel_groups,
+            use_per_sequence_balancing=args.dataloader_inter_document_masking and not args.sft,
+        )
+    return {key: batch.get(key) for key in BATCH_KEYS}
 
 
 def _to_device(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.cuda(non_blocking=True)
 
 
-def _stage_has_mtp(vp_stage: int | None) -> bool:
-    config = core_transformer_config_from_args(get_args())
-    return mtp_on_this_rank(
-        layout=config.pipeline_model_parallel_layout,
-        mtp_num_layers=config.mtp_num_layers,
-        ignore_virtual=False,
-        vp_stage=vp_stage,
-    )
+def _sequences(batch: Batch, model: GPTModel) -> int:
+    """Sequences of a micro-batch that the first tensor-parallel rank has read, for the others.
 
-
-def _stage_needs_data(vp_stage: int | None) -> bool:
-    return is_first_or_last_pipeline_stage(vp_stage) or _stage_has_mtp(vp_stage)
-
-
-def train_valid_test_datasets(
-    num_samples: list[int], vp_stage: int | None = None
-) -> tuple[Any, Any, Any]:
-    """Megatron's GPTDataset (or its mock) for the three splits, built where the data is read."""
+    A validation micro-batch may be of another size than a training one, and of another than a
+    test one (full validation reads sequences one by one): there the first rank says.
+    """
     args = get_args()
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
-    config = GPTDatasetConfig(
-        random_seed=args.seed,
-        sequence_length=args.seq_length,
-        blend=blend,
-        blend_per_split=blend_per_split,
-        split=args.split,
-        num_dataset_builder_threads=args.num_dataset_builder_threads,
-        path_to_cache=args.data_cache_path,
-        mmap_bin_files=args.mmap_bin_files,
-        tokenizer=build_tokenizer(args),
-        reset_position_ids=args.reset_position_ids,
-        reset_attention_mask=args.reset_attention_mask,
-        eod_mask_loss=args.eod_mask_loss,
-        create_attention_mask=args.create_attention_mask_in_dataloader,
-        object_storage_cache_path=args.object_storage_cache_path,
-        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
-        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
-        context_parallel_size=args.context_parallel_size,
-        data_parallel_size=args.data_parallel_size,
-        sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
+    always = args.eval_micro_batch_size == args.micro_batch_size and not args.full_validation
+    if model.training or always:
+        return args.micro_batch_size
+    size = torch.tensor(len(batch["tokens"]) if batch else 0, device=torch.cuda.current_device())
+    torch.distributed.broadcast(
+        size,
+        parallel_state.get_tensor_model_parallel_src_rank(),
+        group=parallel_state.get_tensor_model_parallel_group(),
     )
-    dataset = MockGPTDataset if args.mock_data else GPTDataset
-
-    def built_on_this_rank(vp_stage: int | None = vp_stage) -> bool:
-        return parallel_state.get_tensor_model_parallel_rank() == 0 and _stage_needs_data(vp_stage)
-
-    return BlendedMegatronDatasetBuilder(dataset, num_samples, built_on_this_rank, config).build()
+    return int(size)
 
 
-# Every rank builds its own part: megatron.training reads this attribute of the provider.
-setattr(train_valid_test_datasets, "is_distributed", True)  # noqa: B010  # not a known attribute
+def _packed(batch: Batch) -> PackedSeqParams | None:
+    """Where the documents of a packed row begin and end; ``None`` for rows that are not packed."""
+    if batch["cu_seqlens"] is None:
+        return None
+    args = get_args()
+    ends, padded = (
+        None if batch[key] is None else batch[key].squeeze(0)  # [1, documents + 1], as a batch
+        for key in ("cu_seqlens", "cu_seqlens_padded")
+    )
+    update_seqlen_stats_from_cu_seqlens(ends)  # FLOPs are counted of tokens that are no padding
+    used = ends if padded is None else padded
+    longest = int(batch["max_seqlen"])
+    local = batch["local_cp_size"]
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=used,
+        cu_seqlens_kv=used,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        local_cp_size=None if local is None else int(local),
+        cp_group=batch["hybrid_cp_group"],
+        tokens_per_sample=args.seq_length,
+    )

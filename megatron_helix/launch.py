@@ -6,29 +6,33 @@ use torchrun: a process that has touched CUDA must not fork.
 """
 
 import contextlib
-import ctypes
 import multiprocessing as mp
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-GRACE_S = 5.0  # between asking the ranks that are left to end and killing them
+from megatron_helix import files, signals
+
+GRACE_S = 5.0  # between asking ranks that have lost a peer, or their time, to end and killing them
 SETTLE_S = 5.0  # at most, between the first failure that is seen and naming its cause
-PR_SET_PDEATHSIG = 1
+STORE_S = 60.0  # for the store to come up
 
 
 class RunFailed(RuntimeError):
     """A run ended before its work was done."""
+
+
+class RunTimeoutError(RunFailed, TimeoutError):
+    """A run was not done in time."""
 
 
 class RankFailed(RunFailed):
@@ -87,38 +91,96 @@ def run(
         poll: called about ten times a second meanwhile, for progress.
 
     Raises:
+        UserError: when another run is writing to the same logs.
         RankFailed: as soon as a rank ends with an error or by a signal; the others are ended first.
-        TimeoutError: when the ranks outlast ``timeout_s``.
+        RunFailed: when the store at which they meet is not there.
+        RunTimeoutError: when the ranks outlast ``timeout_s``.
     """
-    if ranks.logs:
-        ranks.logs.mkdir(parents=True, exist_ok=True)
-    context = mp.get_context("fork")
-    parent = os.getpid()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    here, there = context.Pipe()
-    store = context.Process(target=_serve_rendezvous, args=(ranks.address, there, parent))
-    processes = [store]
-    deadline = time.monotonic() + timeout_s if timeout_s else None
-    with terminate_as_interrupt():
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    with forked(ranks, deadline) as (started, store):
+        _watch(ranks, started, store, deadline, poll)
+
+
+@contextlib.contextmanager
+def forked(ranks: Ranks, deadline: float | None = None) -> Iterator[tuple[list[Any], Any]]:
+    """Fork the ranks, and end those that are left when the block is over.
+
+    Args:
+        ranks: what to run.
+        deadline: on the monotonic clock, for the store at which they meet to come up.
+
+    Yields:
+        Their processes, in the order of their ranks, and that of the store.
+
+    Raises:
+        UserError: when another run is writing to the same logs.
+        RunFailed: when the store is not there.
+    """
+    with (
+        files.locked(ranks.logs, "--logs") if ranks.logs else contextlib.nullcontext(),
+        signals.terminate_as_interrupt(),
+    ):
+        context = mp.get_context("fork")
+        parent = os.getpid()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        here, there = context.Pipe(duplex=False)
+        store = context.Process(target=_serve_rendezvous, args=(ranks.address, there, parent))
+        started: list[Any] = []
+        grace_s = GRACE_S
         try:
             store.start()
-            port = here.recv()
+            there.close()  # so that the end of the store is an end of file
+            port = _port(store, here, ranks.address, deadline)
             for rank in range(ranks.world_size):
                 args = (ranks, rank, port, parent)
-                processes.append(context.Process(target=_run_rank, args=args, name=f"rank {rank}"))
-                processes[-1].start()
-            _watch(ranks, processes[1:], deadline, poll)
+                started.append(context.Process(target=_run_rank, args=args, name=f"rank {rank}"))
+                started[-1].start()
+            yield started, store
+        except KeyboardInterrupt:
+            grace_s = 0.0  # they have had their time when this is over
+            _let_save(started)
+            raise
         finally:
-            _end(processes)
+            _end(started, grace_s)
+            _end([store], GRACE_S)  # last: ranks that save meet there, too
+            here.close()
 
 
-def _watch(ranks: Ranks, processes: list[Any], deadline: float | None, poll: Any) -> None:
+def _port(store: Any, here: Connection, address: str, deadline: float | None) -> int:
+    """The port at which the store listens, once it does."""
+    limit = time.monotonic() + STORE_S
+    limit = limit if deadline is None else min(limit, deadline)
+    ready = wait([here, store.sentinel], timeout=max(0.0, limit - time.monotonic()))
+    if here in ready:
+        with contextlib.suppress(EOFError):
+            return here.recv()
+    if ready:  # it is ending, and its exit code comes a moment later
+        store.join(GRACE_S)
+    _require_store(store, address)
+    raise RunTimeoutError("the store at which ranks meet did not come up in time; try again")
+
+
+def _require_store(store: Any, address: str) -> None:
+    if store.exitcode is not None:
+        raise RunFailed(
+            f"the store at which ranks meet, at {address}, ended (exit code {store.exitcode});"
+            " read what it said last: it needs an address of this machine, and memory"
+        )
+
+
+def _watch(
+    ranks: Ranks, processes: list[Any], store: Any, deadline: float | None, poll: Any
+) -> None:
     left = dict(enumerate(processes))
     while left:
-        wait([process.sentinel for process in left.values()], timeout=0.1)
+        # Only who polls wakes up: the ranks have the cores to themselves.
+        limit = None if deadline is None else max(0.0, deadline - time.monotonic())
+        ends = [process.sentinel for process in (store, *left.values())]
+        wait(ends, timeout=0.1 if poll else limit)
         if poll:
             poll()
+        _require_store(store, ranks.address)
         failed = _failed(left)
         if failed:
             failed = _settled(left)
@@ -126,8 +188,8 @@ def _watch(ranks: Ranks, processes: list[Any], deadline: float | None, poll: Any
             raise RankFailed(rank, ranks.world_size, failed[rank], ranks.log(rank))
         # Only what ended well: a rank may have failed since, and is to be seen next time.
         left = {rank: process for rank, process in left.items() if process.exitcode != 0}
-        if deadline and time.monotonic() > deadline:
-            raise TimeoutError(f"ranks {sorted(left)} of {ranks.world_size} did not end in time")
+        if left and deadline is not None and time.monotonic() >= deadline:
+            raise RunTimeoutError(f"ranks {sorted(left)} of {ranks.world_size} did not end in time")
 
 
 def _settled(processes: dict[int, Any]) -> dict[int, int]:
@@ -151,22 +213,44 @@ def _failed(processes: dict[int, Any]) -> dict[int, int]:
     return {rank: code for rank, code in codes.items() if code}
 
 
-def _end(processes: list[Any]) -> None:
+def _let_save(processes: list[Any]) -> None:
+    """Ask the ranks to end, and wait as long as a checkpoint may take to be saved."""
+    running = _ask(processes)
+    if not _ended(running, signals.SILENCE_S):
+        signals.tell_waiting()
+        _ended(running, signals.SAVE_GRACE_S)
+
+
+def _end(processes: list[Any], grace_s: float) -> None:
     """End what is left: ask, wait a little, then kill. Every process is reaped."""
-    running = [process for process in processes if process.pid and process.exitcode is None]
-    for process in running:
-        process.terminate()
-    deadline = time.monotonic() + GRACE_S
-    for process in running:
-        process.join(max(0.0, deadline - time.monotonic()))
-        if process.exitcode is None:
+    running = _ask(processes)
+    try:
+        _ended(running, grace_s)
+    finally:
+        for process in running:
             process.kill()
             process.join()
 
 
+def _ask(processes: list[Any]) -> list[Any]:
+    """Send SIGTERM to those that run, which are returned."""
+    running = [process for process in processes if process.pid and process.exitcode is None]
+    for process in running:
+        process.terminate()
+    return running
+
+
+def _ended(processes: list[Any], timeout_s: float) -> bool:
+    """Whether all have ended, within the time."""
+    deadline = time.monotonic() + timeout_s
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    return all(process.exitcode is not None for process in processes)
+
+
 def _die_with(parent: int) -> None:
     """Tie this process to its parent's life, and leave Ctrl-C to the parent."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signals.end_with_parent(signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -203,27 +287,7 @@ def _run_rank(ranks: Ranks, rank: int, port: int, parent: int) -> None:
     )
     log = ranks.log(rank)
     if log:
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(descriptor, sys.stdout.fileno())
-        os.dup2(descriptor, sys.stderr.fileno())
+        with log.open("wb") as file:
+            os.dup2(file.fileno(), sys.stdout.fileno())
+            os.dup2(file.fileno(), sys.stderr.fileno())
     ranks.target(*ranks.args)  # an exception or sys.exit becomes the exit code
-
-
-@contextlib.contextmanager
-def terminate_as_interrupt() -> Iterator[None]:
-    """SIGTERM ends the parent like Ctrl-C does, so that it still ends its ranks.
-
-    Only the main thread gets signals; from another one nothing changes.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(signum: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

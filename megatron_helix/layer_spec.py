@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_helix.attention import HelixSelfAttention
+from megatron_helix.errors import UserError
 from megatron_helix.exchange.strategy import Choice
 from megatron_helix.flex_attention import FlexAttention
 from megatron_helix.layout import HelixLayout
@@ -41,7 +42,8 @@ def helixify(spec: Any, layout: HelixLayout, choice: Choice = Choice()) -> Any:
         choice: exchange and split the user asked for.
 
     Raises:
-        ValueError: for an attention that has no m x n partition (cross attention, MLA).
+        UserError: for an attention that has no m x n partition (cross attention, MLA, and any
+        class that is not megatron-core's own).
     """
     if layout.m == 1:
         return spec
@@ -52,7 +54,7 @@ def helixify(spec: Any, layout: HelixLayout, choice: Choice = Choice()) -> Any:
         if not isinstance(node, ModuleSpec) or not isinstance(node.module, type):
             return node
         if issubclass(node.module, (CrossAttention, MultiLatentAttention)):
-            raise ValueError(
+            raise UserError(
                 f"--helix-m: {node.module.__name__} has no head-dimension partition, got"
                 f" {layout.m}; use --helix-m 1, which is plain tensor parallelism"
             )
@@ -60,10 +62,27 @@ def helixify(spec: Any, layout: HelixLayout, choice: Choice = Choice()) -> Any:
         if node.module is SelfAttention:
             return dataclasses.replace(node, module=HelixSelfAttention, params=params)
         if issubclass(node.module, TransformerLayer):
+            _require_cut(node.submodules, layout)
             return dataclasses.replace(node, module=helix_layer(node.module), params=params)
         return node
 
     return _map_spec(spec, swap)
+
+
+def _require_cut(submodules: Any, layout: HelixLayout) -> None:
+    """Check that a layer's self-attention is one that has been cut.
+
+    A class derived from ``SelfAttention`` is not: nobody knows what its own methods count on.
+    """
+    attention: Any = getattr(submodules, "self_attention", None)
+    module = attention.module if isinstance(attention, ModuleSpec) else attention
+    if module is not HelixSelfAttention:
+        name = f"{module.__module__}.{module.__qualname__}" if isinstance(module, type) else module
+        raise UserError(
+            f"--spec: under --helix-m {layout.m} the self-attention of a layer must be"
+            f" megatron-core's SelfAttention, which is cut, got {name}; use SelfAttention with"
+            " submodules of your own, or --helix-m 1, which is plain tensor parallelism"
+        )
 
 
 def with_flex_attention(spec: Any) -> Any:

@@ -28,10 +28,30 @@ before torch is imported.
 from __future__ import annotations  # torch is imported when an index is asked for, not before
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+from megatron_helix.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+
+
+class _Heads(NamedTuple):
+    """What of a model a partition must fit."""
+
+    heads: int
+    groups: int
+    channels: int
+    rotary_dim: int
+    interleaved: bool
+
+    @property
+    def segment_blocks(self) -> int:
+        if self.rotary_dim == 0 or self.interleaved:
+            return 1
+        # Pairs are (k, k + rotary_dim / 2): with blocks of rotary_dim / 2 channels both of a pair
+        # have the same place in their blocks.
+        return max(1, 2 * self.channels // self.rotary_dim)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +70,7 @@ class HelixLayout:
         output_gate: whether every query head has a gate packed behind it in the QKV projection.
 
     Raises:
-        ValueError: when n does not divide K or H, K not H, or m does not cut d into whole segments.
+        UserError: when n does not divide K or H, K not H, or m does not cut d into whole segments.
     """
 
     m: int
@@ -63,41 +83,9 @@ class HelixLayout:
     output_gate: bool = False
 
     def __post_init__(self) -> None:
-        require_divides("--helix-n", self.n, "--num-attention-heads", self.num_attention_heads)
-        require_divides(
-            "--helix-n",
-            self.n,
-            "--num-query-groups",
-            self.num_query_groups,
-            remedy="use a smaller --helix-n and a larger --helix-m",
-        )
-        require_divides(
-            "--num-query-groups",
-            self.num_query_groups,
-            "--num-attention-heads",
-            self.num_attention_heads,
-            remedy="every group serves as many heads",
-        )
-        require_divides(
-            "--helix-m",
-            self.m,
-            "--kv-channels",
-            self.kv_channels,
-            remedy="use a smaller --helix-m and a larger --helix-n",
-        )
-        require_divides(
-            f"{self.segment_blocks} x --helix-m",
-            self.segment_blocks * self.m,
-            "--kv-channels",
-            self.kv_channels,
-            remedy="rotary pairs must stay within a segment: use a smaller --helix-m",
-        )
-        if self.rotary_interleaved and self.rotary_dim and self.segment_size % 2:
-            raise ValueError(
-                "--helix-m: interleaved rotary embeddings need segments of an even number of"
-                f" channels, got --kv-channels {self.kv_channels} / --helix-m {self.m} ="
-                f" {self.segment_size}; use a smaller --helix-m"
-            )
+        fault = _fault(self.m, self.n, self._model)
+        if fault:
+            raise UserError(f"{fault}; {_remedy(self.size, self._model)}")
 
     @property
     def size(self) -> int:
@@ -107,11 +95,17 @@ class HelixLayout:
     @property
     def segment_blocks(self) -> int:
         """Blocks of d of which a segment takes an equal part each, so that it holds whole pairs."""
-        if self.rotary_dim == 0 or self.rotary_interleaved:
-            return 1
-        # Pairs are (k, k + rotary_dim / 2): with blocks of rotary_dim / 2 channels both of a pair
-        # have the same place in their blocks.
-        return max(1, 2 * self.kv_channels // self.rotary_dim)
+        return self._model.segment_blocks
+
+    @property
+    def _model(self) -> _Heads:
+        return _Heads(
+            self.num_attention_heads,
+            self.num_query_groups,
+            self.kv_channels,
+            self.rotary_dim,
+            self.rotary_interleaved,
+        )
 
     @property
     def segment_size(self) -> int:
@@ -131,7 +125,7 @@ class HelixLayout:
     def coordinates(self, rank: int) -> tuple[int, int]:
         """(head group i, segment j) of a rank of the tensor-parallel group."""
         if not 0 <= rank < self.size:
-            raise ValueError(f"rank: need 0 <= rank < m * n = {self.size}, got {rank}")
+            raise UserError(f"rank: need 0 <= rank < m * n = {self.size}, got {rank}")
         return divmod(rank, self.m)
 
     def dim_group(self, rank: int) -> list[int]:
@@ -191,15 +185,58 @@ def _closed(channels: torch.Tensor, rotary_dim: int, interleaved: bool) -> bool:
     return set(partners.tolist()) == set(rotated.tolist())
 
 
+def _fault(m: int, n: int, model: _Heads) -> str | None:
+    """What keeps a model from being cut m x n; None if it can be."""
+    blocks = model.segment_blocks
+    for name, value, of_name, of_value in (
+        ("--helix-n", n, "--num-attention-heads", model.heads),
+        ("--helix-n", n, "--num-query-groups", model.groups),
+        ("--num-query-groups", model.groups, "--num-attention-heads", model.heads),
+        ("--helix-m", m, "--kv-channels", model.channels),
+    ):
+        if fault := _indivisible(name, value, of_name, of_value):
+            return fault
+    if fault := _indivisible(f"{blocks} x --helix-m", blocks * m, "--kv-channels", model.channels):
+        return f"{fault} (rotary pairs must stay within a segment)"
+    if model.interleaved and model.rotary_dim and model.channels // m % 2:
+        return (
+            "--helix-m: interleaved rotary embeddings need segments of an even number of channels,"
+            f" got --kv-channels {model.channels} / --helix-m {m} = {model.channels // m}"
+        )
+    return None
+
+
+def _cuts(size: int, model: _Heads) -> list[tuple[int, int]]:
+    """Every (m, n) of ``size`` ranks that cuts a model, fewest segments first."""
+    pairs = [(m, size // m) for m in range(1, size + 1) if size % m == 0]
+    return [pair for pair in pairs if not _fault(*pair, model)]
+
+
+def _remedy(size: int, model: _Heads) -> str:
+    """What the user can do instead: a cut of as many ranks, or the degrees next to it."""
+    if size > 0 and (cuts := _cuts(size, model)):
+        return "use " + " or ".join(f"--helix-m {m} --helix-n {n}" for m, n in cuts)
+    degrees = [*range(size - 1, 0, -1)], range(max(size, 0) + 1, 2 * max(size, 0) + 2)
+    near = [next((t for t in side if _cuts(t, model)), None) for side in degrees]
+    found = [f"{t} ({' x '.join(map(str, _cuts(t, model)[0]))})" for t in near if t]
+    if not found:
+        return "no m x n cuts this model"
+    return f"no m x n = {size} cuts this model; degrees that do: {' and '.join(found)}"
+
+
 def require_divides(
     name: str, value: int, of_name: str, of_value: int, *, remedy: str = "choose a divisor"
 ) -> None:
     """Raise the one error every divisibility rule of a layout gives.
 
     Raises:
-        ValueError: when ``value`` is not a positive divisor of ``of_value``.
+        UserError: when ``value`` is not a positive divisor of ``of_value``.
     """
-    if value < 1 or of_value % value:
-        raise ValueError(
-            f"{name}: must be a positive divisor of {of_name} ({of_value}), got {value}; {remedy}"
-        )
+    if fault := _indivisible(name, value, of_name, of_value):
+        raise UserError(f"{fault}; {remedy}")
+
+
+def _indivisible(name: str, value: int, of_name: str, of_value: int) -> str | None:
+    if value >= 1 and of_value % value == 0:
+        return None
+    return f"{name}: must be a positive divisor of {of_name} ({of_value}), got {value}"

@@ -18,20 +18,13 @@ import torch
 
 from megatron_helix import lookahead
 from megatron_helix.checkpoint import tile_in_canonical_order
-from megatron_helix.collectives import all_gather
 from megatron_helix.exchange.activations import context_to_segments, qkv_to_whole_heads
 from megatron_helix.exchange.decode import qkv_to_every_rank
+from megatron_helix.exchange.shards import Ahead, GatheredWeight, Shards, StepWeight, whole
 from megatron_helix.exchange.traffic import Plan
-from megatron_helix.exchange.weights import (
-    Ahead,
-    GatheredWeight,
-    Shards,
-    StepWeight,
-    column_linear,
-    row_linear,
-)
+from megatron_helix.exchange.weights import column_linear, row_linear
 from megatron_helix.layout import HelixLayout
-from megatron_helix.norm import input_norm
+from megatron_helix.norm import Norm, input_norm
 from megatron_helix.process_groups import HelixGroups, register
 
 Init = Callable[[torch.Tensor], Any]
@@ -89,6 +82,10 @@ class _HelixLinear(torch.nn.Module):
         """The weight as ``--helix-gather step`` keeps it over a training step's micro-batches."""
         return StepWeight(self.weight, self.shards, self.helix_groups.dim)
 
+    @cached_property
+    def _input_norm(self) -> Norm:
+        return input_norm(self)
+
     def _gathered_weight(self, plan: Plan) -> GatheredWeight:
         """The head group's weight; kept over a training step's micro-batches if the plan says."""
         return self.step_weight if plan.gather == "step" and self.training else self._weight
@@ -106,10 +103,10 @@ class _HelixLinear(torch.nn.Module):
         """Gathered column-parallel linear, with Megatron's contract about the bias."""
         groups = self.helix_groups
         weight, ahead = self._use_weight()
-        y = column_linear(input_norm(self, x), weight, groups.head, ahead)
+        y = column_linear(self._input_norm(x), weight, groups.head, ahead)
         if self.bias is None or not self.bias.numel():
             return y, None
-        bias = self.shards.join(all_gather(self.bias, groups.dim), groups.dim.size())
+        bias = whole(GatheredWeight(self.bias, self.shards, groups.dim))
         return (y, bias) if _skips_bias(self) else (y + bias, None)
 
     def _row(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -21,8 +21,12 @@ from megatron_helix.layout import HelixLayout
 from megatron_helix.linear import finish_step, link
 
 
-def enable(args: argparse.Namespace, model_config: GPTModelConfig) -> GPTModelConfig:
+def enable(
+    args: argparse.Namespace, model_config: GPTModelConfig, *, training: bool = True
+) -> GPTModelConfig:
     """Make ``model_config`` build its layers with attention cut ``--helix-m`` x ``--helix-n``.
+
+    Everything that cannot run beside helix is refused here, whatever asked for it.
 
     Args:
         args: Megatron's validated arguments, with the helix flags.
@@ -30,29 +34,42 @@ def enable(args: argparse.Namespace, model_config: GPTModelConfig) -> GPTModelCo
             Megatron's default) is kept, with its self-attention swapped. Without a layout only the
             torch norms are exchanged for ones that allow sequence parallelism, and the core
             attention where ``--helix-core-attention`` says so.
+        training: whether micro-batches of the arguments' size will be trained on.
 
     Returns:
         The same ``model_config``.
+
+    Raises:
+        ValueError: for what cannot run beside helix; names flag or field, reason and remedy.
     """
     compat.require_supported_megatron()
     compat.load_into_torch_adam()
     base = model_config.transformer_layer_spec or default_layer_spec
-    layout = _layout(args, model_config) if arguments.wants_helix(args) else None
-    if layout:
-        checkpoint_reader.read_tensors_once()
+    layout = None
+    if arguments.wants_helix(args):
+        layout = arguments.require_run(args, model_config, training=training)
+        _prepare_checkpoints(args, layout)
+        if layout.m == 1 and args.rank == 0:
+            said = f"helix 1x{layout.n}: the heads divide; this is plain tensor parallelism"
+            print(said, flush=True)
 
     def helix(spec: Any) -> Any:
         if args.helix_core_attention == "flex":
             spec = with_flex_attention(spec)
         return helixify(spec, layout, arguments.choice(args)) if layout else spec
 
+    def stock_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Any:
+        if isinstance(base, ModuleSpec) or not callable(base):
+            return base
+        takes_stage = "vp_stage" in inspect.signature(base).parameters  # as Megatron asks
+        return base(config, vp_stage=vp_stage) if takes_stage else base(config)
+
     def layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Any:
-        spec = base
-        if callable(base) and not isinstance(base, ModuleSpec):
-            takes_stage = "vp_stage" in inspect.signature(base).parameters  # as Megatron asks
-            spec = base(config, vp_stage=vp_stage) if takes_stage else base(config)
+        spec = stock_spec(config, vp_stage)
         return with_sequence_parallel_norms(helix(spec), config.transformer, vp_stage)
 
+    if args.spec is not None:
+        _refuse_early(stock_spec, helix, model_config)
     model_config.transformer_layer_spec = layer_spec
     transformer = model_config.transformer
     compat.map_mtp_spec(lambda spec: swap_norms(helix(spec), transformer) if spec else spec)
@@ -67,17 +84,23 @@ def enable(args: argparse.Namespace, model_config: GPTModelConfig) -> GPTModelCo
     return model_config
 
 
-def _layout(args: argparse.Namespace, model_config: GPTModelConfig) -> HelixLayout:
-    transformer = model_config.transformer
-    layout = arguments.layout(
-        args,
-        num_attention_heads=transformer.num_attention_heads,
-        num_query_groups=transformer.num_query_groups,
-        kv_channels=transformer.kv_channels,
-    )
-    if layout.m == 1 and args.rank == 0:
-        print(f"helix 1x{layout.n}: the heads divide; this is plain tensor parallelism", flush=True)
-    return layout
+def _prepare_checkpoints(args: argparse.Namespace, layout: HelixLayout) -> None:
+    checkpoint_reader.read_tensors_once()
+    if layout.m > 1 and args.use_distributed_optimizer:
+        # Megatron's default keeps optimizer state in the order of a rank's memory.
+        args.dist_ckpt_optim_fully_reshardable = True
+
+
+def _refuse_early(make: Any, helix: Any, model_config: GPTModelConfig) -> None:
+    """Refuse a user's spec before there are process groups, if it can be made without them.
+
+    One that asks for its pipeline stage cannot, and is refused where the model is built.
+    """
+    try:
+        spec = make(model_config)
+    except Exception:  # whatever it is, it comes again there
+        return
+    helix(spec)
 
 
 def _finalize_model_grads(model: list[torch.nn.Module], *args: Any, **kwargs: Any) -> None:

@@ -1,7 +1,8 @@
 """``torchrun -m megatron_helix.pretrain_gpt``: Megatron's training loop with the helix flags.
 
-Takes every flag of Megatron-LM's ``pretrain_gpt.py`` and those of :mod:`megatron_helix.flags`.
-Without ``--helix-m`` and ``--helix-n`` it is stock Megatron: that is how baselines run.
+Takes the flags of Megatron-LM's ``pretrain_gpt.py`` and those of :mod:`megatron_helix.flags`; what
+it cannot obey it refuses (:mod:`megatron_helix.unavailable`). Without ``--helix-m`` and
+``--helix-n`` it is stock Megatron: that is how baselines run.
 """
 
 import argparse
@@ -9,48 +10,67 @@ import contextlib
 import io
 import os
 import sys
+import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatron_helix import arguments, compat
-from megatron_helix.flags import add_helix_arguments
+from megatron_helix import arguments, compat, errors, signals, unavailable
+from megatron_helix.flags import FlagParser, add_helix_arguments
+from megatron_helix.recording import rank_files
 
+PROGRAM_START_S = time.time()  # before the imports that take seconds
 Provider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one rank. Rank and world size come from the environment, as torchrun sets them."""
-    train(prepare_rank(sys.argv[1:] if argv is None else argv))
+    if os.environ.get("RANK", "0") != "0":
+        for category in (UserWarning, FutureWarning):  # the first rank's are enough
+            warnings.filterwarnings("ignore", category=category)
+    argv = prepare_rank(sys.argv[1:] if argv is None else argv, script=False)
+    from megatron.training import set_startup_timestamps
+
+    set_startup_timestamps(program_start=PROGRAM_START_S, main_entry=time.time())
+    with errors.told():
+        train(argv)
 
 
-def prepare_rank(argv: Sequence[str]) -> Sequence[str]:
+def prepare_rank(argv: Sequence[str], *, script: bool = True) -> Sequence[str]:
     """:func:`prepare` and :func:`adapt_megatron` for the rank that torchrun started.
 
+    Args:
+        argv: the user's flags.
+        script: whether Megatron-LM's own script goes on from here.
+
     Raises:
-        SystemExit: with code 2, for flags that cannot run; rank 0 says what is wrong.
+        SystemExit: with code 2, for flags that cannot run; one rank says what is wrong.
     """
-    rank = int(os.environ.get("RANK", "0"))
-    quiet = contextlib.nullcontext() if rank == 0 else contextlib.redirect_stderr(io.StringIO())
-    with quiet:  # one rank tells the user what is wrong
-        try:
-            argv = prepare(argv, int(os.environ.get("WORLD_SIZE", "1")))
-        except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+    signals.end_with_torchrun()
+    first = os.environ.get("RANK", "0") == "0"
+    quiet = contextlib.nullcontext() if first else contextlib.redirect_stderr(io.StringIO())
+    with errors.told(), quiet:  # what imports have to say, one rank says
+        argv = prepare(argv, int(os.environ.get("WORLD_SIZE", "1")), script=script)
     adapt_megatron(argv)
     return argv
 
 
-def prepare(argv: Sequence[str], world_size: int) -> list[str]:
+def prepare(argv: Sequence[str], world_size: int, *, script: bool = False) -> list[str]:
     """Everything before the first process group: device, imports, flags.
+
+    Args:
+        argv: the user's flags.
+        world_size: ranks of the run.
+        script: whether Megatron-LM's own script goes on from here, which has all that it obeys.
 
     Returns:
         The flags to :func:`train` with.
 
     Raises:
-        ValueError: for flags that cannot run.
+        UserError: for flags that cannot run.
     """
     argv = arguments.complete(argv, world_size)
+    _require_free_metrics(argv)
     compat.quieten_imports()
     if arguments.device(argv) == "cpu":
         from megatron_helix import cpu_device
@@ -60,7 +80,17 @@ def prepare(argv: Sequence[str], world_size: int) -> list[str]:
     from megatron_helix import gpt_training, plugin  # noqa: F401  # slow: forked ranks inherit them
 
     compat.read_flag_help_once()
+    arguments.require_flags(argv)
+    if not script:
+        unavailable.require_available(argv)
     return argv
+
+
+def _require_free_metrics(argv: Sequence[str]) -> None:
+    parser = add_helix_arguments(FlagParser())
+    folder = parser.parse_known_args(argv)[0].helix_metrics
+    if folder:
+        rank_files.require_free(folder, int(os.environ.get("RANK", "0")))
 
 
 def adapt_megatron(argv: Sequence[str]) -> None:
@@ -73,24 +103,36 @@ def adapt_megatron(argv: Sequence[str]) -> None:
 def train(argv: Sequence[str]) -> None:
     """Megatron's ``pretrain`` with flags that :func:`prepare` has completed."""
     from megatron.core.enums import ModelType
-    from megatron.training import pretrain
+    from megatron.core.package_info import __version__ as core_version
+    from megatron.core.utils import get_te_version, get_torch_version
+    from megatron.training import inprocess_restart, pretrain, print_rank_0
     from megatron.training.argument_utils import (
         gpt_config_from_args,
         pretrain_cfg_container_from_args,
     )
     from megatron.training.arguments import parse_and_validate_args
 
-    from megatron_helix import gpt_training
+    from megatron_helix import gpt_data, gpt_training
 
     adapt_megatron(argv)
     sys.argv = [sys.argv[0], *argv]  # Megatron's parser reads it there
-    args = parse_and_validate_args(extra_args_provider=flags_beside())
+    print_rank_0(
+        f"PyTorch {get_torch_version()}, Megatron-Core {core_version}, Transformer Engine"
+        f" {get_te_version()}"
+    )
+    run, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
+    args = parse_and_validate_args(
+        extra_args_provider=flags_beside(),
+        args_defaults={"tokenizer_type": "GPT2BPETokenizer"},
+    )
     model_config = turn_on(args, gpt_config_from_args(args))
-    pretrain(
+    run(
         pretrain_cfg_container_from_args(args, model_config),
-        gpt_training.train_valid_test_datasets,
+        gpt_data.train_valid_test_datasets,
         ModelType.encoder_or_decoder,
         gpt_training.forward_step,
+        store=store,
+        get_embedding_ranks=gpt_training.embedding_ranks,
     )
 
 
@@ -116,15 +158,15 @@ def turn_on(args: argparse.Namespace, model_config: Any) -> Any:
             Recording(
                 folder=args.helix_metrics,
                 rank=args.rank,
-                batch=args.global_batch_size,
+                ranks=args.world_size,
                 sequence=args.seq_length,
-                steps=args.train_iters,
                 phase=args.helix_phase,
                 profile=args.helix_profile,
                 count_flops=args.helix_core_attention != "flex",
             )
         )
-    return plugin.enable(args, model_config)
+    with errors.told():
+        return plugin.enable(args, model_config)
 
 
 if __name__ == "__main__":

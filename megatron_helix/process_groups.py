@@ -8,12 +8,14 @@ own: in ``parallel_state`` (module attribute ``_HELIX_GROUPS``) and, per model, 
 
 import copy
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_helix.errors import UserError
 from megatron_helix.layout import HelixLayout
 
 
@@ -47,22 +49,25 @@ def carve(layout: HelixLayout, tp_group: dist.ProcessGroup) -> HelixGroups:
 
     Only the members of a group take part in making it, so ranks need not know the other
     tensor-parallel groups. All dim groups are disjoint, as are all head groups, and every rank
-    makes its dim group first: no two ranks wait for each other in different order.
+    makes its dim group first: no two ranks wait for each other in different order. They give up
+    waiting when ``tp_group`` does.
 
     Raises:
-        ValueError: when ``tp_group`` does not have m * n ranks.
+        UserError: when ``tp_group`` does not have m * n ranks.
     """
     if tp_group.size() != layout.size:
-        raise ValueError(
+        raise UserError(
             f"tensor-parallel group: must have --helix-m x --helix-n = {layout.m} x {layout.n} ="
             f" {layout.size} ranks, got {tp_group.size()}; set --tensor-model-parallel-size to"
             " their product or leave it away"
         )
     global_ranks = dist.get_process_group_ranks(tp_group)
+    timeout = _timeout(tp_group)
 
     def group(ranks: list[int], name: str, options: Any = None) -> dist.ProcessGroup:
         return parallel_state.create_group(
             [global_ranks[rank] for rank in ranks],
+            timeout=timeout,
             pg_options=options,
             use_local_synchronization=True,
             group_desc=name,
@@ -73,12 +78,20 @@ def carve(layout: HelixLayout, tp_group: dist.ProcessGroup) -> HelixGroups:
     urgent = {"HELIX_DIM_GROUP": {"is_high_priority_stream": True}}
     on_nccl = dist.get_backend(tp_group) == "nccl"
     options = parallel_state.get_nccl_options("HELIX_DIM_GROUP", urgent) if on_nccl else None
+    if options:
+        options._timeout = timeout  # torch warns of two that differ
 
     return HelixGroups(
         tp=tp_group,
         dim=group(layout.dim_group(tp_group.rank()), "HELIX_DIM_GROUP", options),
         head=group(layout.head_group(tp_group.rank()), "HELIX_HEAD_GROUP"),
     )
+
+
+def _timeout(group: dist.ProcessGroup) -> timedelta:
+    """After which a collective of ``group`` gives up: --distributed-timeout-minutes, as made."""
+    backend: Any = group._get_backend(group._device_types[0])
+    return backend.options._timeout
 
 
 def register(layout: HelixLayout, tp_group: dist.ProcessGroup) -> HelixGroups:

@@ -9,6 +9,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, model_validator
 
+from megatron_helix.errors import UserError
+
 
 class Config(BaseModel):
     """A mapping of a config file; frozen, and without keys it does not know."""
@@ -92,11 +94,11 @@ class LayoutConfig(Config):
     @model_validator(mode="after")
     def _stock_or_helix(self) -> "LayoutConfig":
         if (self.tp is None) == (self.m is None) or (self.m is None) != (self.n is None):
-            raise ValueError("needs either tp (a stock layout) or both m and n (a helix layout)")
+            raise UserError("needs either tp (a stock layout) or both m and n (a helix layout)")
         if self.tp is not None:
             for key in ("exchange", "split", "gather"):
                 if (value := getattr(self, key)) is not None:
-                    raise ValueError(
+                    raise UserError(
                         f"{key}: must be left out of a stock layout (tp), got {value}; say m and n"
                         " instead of tp for a helix layout"
                     )
@@ -154,7 +156,7 @@ def read_config[T: Config](kind: type[T], path: Path) -> T:
     """The config of one ``kind`` in the file.
 
     Raises:
-        ValueError: naming the file, the path of each bad key, and what was wrong with it.
+        UserError: naming the file, the path of each bad key, and what was wrong with it.
     """
     return validated(kind, read_mapping(path), path)
 
@@ -163,38 +165,38 @@ def validated[T: Config](kind: type[T], document: dict[str, Any], path: Path) ->
     """The config of one ``kind`` that the ``document`` from a file holds.
 
     Raises:
-        ValueError: naming the file, the path of each bad key, and what was wrong with it.
+        UserError: naming the file, the path of each bad key, and what was wrong with it.
     """
     try:
         return kind.model_validate(document)
     except ValidationError as error:
         lines = [f"{path}: {_said(item)}" for item in error.errors()]
-        raise ValueError("\n".join(lines)) from None
+        raise UserError("\n".join(lines)) from None
 
 
 def _said(error: Any) -> str:
     """One error of pydantic's. One of our own says what was given, one of its does not."""
     place = ".".join(map(str, error["loc"]))
+    said = f"{error['msg']}, got {error['input']!r}"
     if error["type"] == "value_error":
         said = error["msg"].removeprefix("Value error, ")
-        return f"{place}: {said}" if place else said
-    return f"{place}: {error['msg']}, got {error['input']!r}"
+    return f"{place}: {said}" if place else said
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
     """The YAML mapping in the file.
 
     Raises:
-        ValueError: naming the file, when it cannot be read or holds something else.
+        UserError: naming the file, when it cannot be read or holds something else.
     """
     try:
         document = yaml.safe_load(path.read_text())
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: is not YAML: {error}") from None
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict):
-        raise ValueError(f"{path}: must be a mapping of keys to values")
+        raise UserError(f"{path}: must be a mapping of keys to values")
     return document
 
 

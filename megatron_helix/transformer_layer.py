@@ -9,6 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_viewless_tensor
 
 from megatron_helix.attention import HelixSelfAttention
+from megatron_helix.errors import UserError
 from megatron_helix.exchange.strategy import (
     Choice,
     cache_split,
@@ -53,6 +54,7 @@ class HelixLayer(torch.nn.Module):
     config: TransformerConfig
     layer_number: int
     is_mtp_layer: bool
+    is_moe_layer: bool
 
     def __init__(self, *args: Any, layout: HelixLayout, choice: Choice, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -74,6 +76,12 @@ class HelixLayer(torch.nn.Module):
         layout, dim = self.helix_layout, self.helix_groups.dim
         outside = hidden_states.shape
         inside = (outside[0] * layout.m, outside[1] // layout.m, outside[2])
+        if self.is_moe_layer and kwargs.get("padding_mask") is not None:
+            raise UserError(
+                "padding_mask: must speak of the tokens that an MoE layer has, and under"
+                " --helix-exchange weights with --helix-split batch a rank has others than stock,"
+                " got one; use --helix-split sequence, or --helix-exchange activations"
+            )
         first = self.layer_number == 1 and not self.helix_ends.entered
         if first or self.is_mtp_layer:
             hidden_states = to_batch_share(hidden_states, layout, dim)

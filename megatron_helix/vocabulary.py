@@ -22,18 +22,26 @@ builds them without a seam in its specs, and they hold the same parameters eithe
 """
 
 import copy
+import inspect
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.config_logger import has_config_logger_enabled
 from megatron.core.models.gpt import GPTModel
 
-from megatron_helix.collectives import all_gather, gather, reduce_scatter
-from megatron_helix.exchange.weights import GatheredWeight, Shards, column_linear
+from megatron_helix.collectives import gather, reduce_scatter
+from megatron_helix.exchange.shards import GatheredWeight, Shards, whole
+from megatron_helix.exchange.weights import column_linear
 from megatron_helix.process_groups import HelixGroups, on_head_axis
 from megatron_helix.transformer_layer import BlockEnds, HelixLayer
+
+_FORWARD = inspect.signature(GPTModel.forward)
+_INFERRING = {"inference_context", "inference_params"}
+_TAKES_LOGITS = {"runtime_gather_output", "output_processor"}
 
 
 @dataclass(kw_only=True)
@@ -80,33 +88,59 @@ def extend(model: list[Any]) -> list[Any]:
     return model
 
 
+def _watched(*modules: torch.nn.Module) -> bool:
+    """Whether a hook sees what one of the modules gives, or its gradient."""
+    return any(module._forward_hooks or module._backward_hooks for module in modules)
+
+
 @cache
 def _extended(mixin: type, module: type) -> type:
     return type(f"Helix{module.__name__}", (mixin, module), {})
 
 
 class _Model(torch.nn.Module):
-    """Mixin before ``GPTModel``: tells the block's ends what stands beyond them."""
+    """Mixin before ``GPTModel``: tells the block's ends what stands beyond them.
 
+    What looks into the stream from outside gets stock's: whoever brings or takes hidden states or
+    logits, and a hook.
+    """
+
+    config: Any
     helix_vocabulary: _Vocabulary
     pre_process: bool
     post_process: bool
     embedding: Any
+    decoder: torch.nn.Module
+    output_layer: torch.nn.Module
     pg_collection: Any
 
-    def forward(self, input_ids: Any, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As ``GPTModel.forward``. Without labels it is asked for all logits: the stock head."""
-        ends, moves = self.helix_vocabulary.ends, self.helix_vocabulary.moves
-        inferring = kwargs.get("inference_context") is not None  # a plan of its own: stock ends
-        ends.entered = not inferring and self._embeds_in_block_order(input_ids)
-        ends.stays = self.post_process and labels is not None and moves(*labels.shape[::-1])
-        return super().forward(input_ids, *args, labels=labels, **kwargs)
+        given = _FORWARD.bind(self, *args, **kwargs).arguments
+        asked = {name for name, value in given.items() if value is not None}
+        ends = self.helix_vocabulary.ends
+        # While inferring the plan is another one.
+        stock = (
+            asked & _INFERRING or has_config_logger_enabled(self.config) or _watched(self.decoder)
+        )
+        ends.entered = not stock and self._embeds_in_block_order(given, asked)
+        ends.stays = not stock and self._predicts_in_block_order(given, asked)
+        return super().forward(*args, **kwargs)
 
-    def _embeds_in_block_order(self, input_ids: Any) -> bool:
-        if not self.pre_process or input_ids is None:
+    def _embeds_in_block_order(self, given: dict[str, Any], asked: set[str]) -> bool:
+        if not self.pre_process or "input_ids" not in asked or "decoder_input" in asked:
             return False
-        scatters = self.embedding.word_embeddings.reduce_scatter_embeddings
-        return scatters and self.helix_vocabulary.moves(*input_ids.shape[::-1])
+        words = self.embedding.word_embeddings
+        if not words.reduce_scatter_embeddings or _watched(self.embedding, words):
+            return False
+        return self.helix_vocabulary.moves(*given["input_ids"].shape[::-1])
+
+    def _predicts_in_block_order(self, given: dict[str, Any], asked: set[str]) -> bool:
+        if not self.post_process or "labels" not in asked or asked & _TAKES_LOGITS:
+            return False
+        if _watched(self.output_layer):
+            return False
+        return self.helix_vocabulary.moves(*given["labels"].shape[::-1])
 
     def compute_language_model_loss(
         self, labels: torch.Tensor, logits: torch.Tensor
@@ -126,6 +160,7 @@ class _Model(torch.nn.Module):
 class _Embedding(torch.nn.Module):
     """Mixin before ``VocabParallelEmbedding``."""
 
+    deterministic_mode: bool
     helix_vocabulary: _Vocabulary
     weight: torch.nn.Parameter
 
@@ -135,10 +170,12 @@ class _Embedding(torch.nn.Module):
             return super().forward(tokens)
         groups = self.helix_vocabulary.groups
         m = groups.dim.size()
-        table = all_gather(self.weight, groups.dim)  # [V/n, D]
+        table = whole(GatheredWeight(self.weight, Shards(axis=0), groups.dim))  # [V/n, D]
         mine = tokens.chunk(m)[groups.segment] - groups.head_group * table.size(0)
         outside = (mine < 0) | (mine >= table.size(0))
-        rows = torch.nn.functional.embedding(mine.masked_fill(outside, 0), table)
+        inside = mine.masked_fill(outside, 0)
+        # As stock: the gradient of F.embedding is summed in no order of its own on a GPU.
+        rows = table[inside] if self.deterministic_mode else F.embedding(inside, table)
         rows = rows.masked_fill(outside[..., None], 0.0).transpose(0, 1)  # [s, b/m, D]
         stream = reduce_scatter(rows, groups.head)  # [s/n, b/m, D]
         return stream.view(tokens.size(1) // groups.tp.size(), tokens.size(0), -1)

@@ -1,10 +1,13 @@
 """A function, or Megatron's training loop, on forked gloo ranks; what they found comes back."""
 
+import atexit
 import contextlib
 import faulthandler
+import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,11 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_helix import launch, pretrain_gpt
 from megatron_helix.experiment import metrics
+from megatron_helix.fuzz.session import Session
 
 TIMEOUT_S = 180.0  # of one distributed test; a hang becomes a failure instead of a stuck suite
 LOG_TAIL_LINES = 40
+RANKS = 8  # the most that a test trains on
 
 
 def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
@@ -79,12 +84,36 @@ def model_parallel(tp: int = 1, pp: int = 1, ep: int = 1) -> Iterator[None]:
         parallel_state.destroy_model_parallel()
 
 
+@cache
+def living_ranks() -> Session:
+    """Ranks that live as long as this process: a call costs a fraction of a launch."""
+    folder = tempfile.mkdtemp(prefix="helix-test-ranks-")
+    session = Session(RANKS, Path(folder))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(session.end)
+    return session
+
+
 def pretrain(flags: Sequence[str], world_size: int, folder: Path) -> metrics.RunMetrics:
-    """Train with these flags; the ranks' measurements. Their output is in ``folder / "logs"``."""
-    measured = folder / "metrics"
-    argv = pretrain_gpt.prepare([*flags, "--helix-metrics", str(measured)], world_size)
+    """Train with these flags on :func:`living_ranks`; the ranks' measurements."""
+    argv = _prepared(flags, world_size, folder)
+    living_ranks().call(pretrain_gpt.train, argv, ranks=world_size, timeout_s=TIMEOUT_S)
+    return metrics.read(folder / "metrics")
+
+
+def pretrain_launched(flags: Sequence[str], world_size: int, folder: Path) -> metrics.RunMetrics:
+    """The same on ranks of its own, which see what a test has changed in this process.
+
+    Their output is in ``folder / "logs"``.
+    """
+    argv = _prepared(flags, world_size, folder)
     launch_ranks(pretrain_gpt.train, (argv,), world_size, folder / "logs")
-    return metrics.read(measured)
+    return metrics.read(folder / "metrics")
+
+
+def _prepared(flags: Sequence[str], world_size: int, folder: Path) -> list[str]:
+    measured = ("--helix-metrics", str(folder / "metrics"))
+    return pretrain_gpt.prepare([*flags, *measured], world_size)
 
 
 def tiny_gpt(corpus_prefix: Path, *extra: str, train_iters: int = 5) -> list[str]:

@@ -8,7 +8,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_helix import arguments, compat, pretrain_gpt
 from megatron_helix.experiment.metrics import RunMetrics
-from tests.distributed import pretrain, tiny_gpt
+from tests.distributed import pretrain, pretrain_launched, tiny_gpt
 
 LOSS_TOLERANCE, GRAD_NORM_TOLERANCE = 1e-5, 1e-4  # see tests/test_parity.py
 
@@ -96,7 +96,7 @@ def test_where_the_heads_divide_auto_is_stock_and_says_so(
     found = {}
     for name, flags in {"stock": (), "auto": ("--helix-n", "auto")}.items():
         argv = tiny_gpt(corpus_prefix, *model(4, 4), TP, "4", "--sequence-parallel", *flags)
-        found[name] = pretrain(argv, 4, tmp_path / name)
+        found[name] = pretrain_launched(argv, 4, tmp_path / name)
     assert found["auto"].losses == found["stock"].losses  # to the last bit
     assert found["auto"].grad_norms == found["stock"].grad_norms
     assert found["auto"].sent_bytes == found["stock"].sent_bytes

@@ -74,15 +74,18 @@ REFUSALS = {
     ),
     "n does not divide the query groups": (
         (*cut(1, 4), *GQA),
-        r"^--helix-n: must be a positive divisor of --num-query-groups \(2\), got 4; use a smaller",
+        r"^--helix-n: must be a positive divisor of --num-query-groups \(2\), got 4; use"
+        r" --helix-m 2 --helix-n 2 or --helix-m 4 --helix-n 1$",
     ),
     "m does not divide the head dimension": (
         (*cut(4, 1), "--kv-channels", "6"),
-        r"^--helix-m: must be a positive divisor of --kv-channels \(6\), got 4; use a smaller",
+        r"^--helix-m: must be a positive divisor of --kv-channels \(6\), got 4; use --helix-m 1"
+        r" --helix-n 4$",
     ),
     "a batch that cannot be split": (
         (*cut(2, 2), "--micro-batch-size", "3", "--helix-split", "batch"),
-        r"^--micro-batch-size: must be a multiple of --helix-m \(2\) to split the batch, got 3;",
+        r"^--micro-batch-size: must be a multiple of --helix-m \(2\) to split the batch, got 3; use"
+        r" --helix-split sequence, or 2 or 4$",
     ),
     "a sequence that cannot be split": (
         (*cut(2, 2), "--seq-length", "30", "--helix-split", "sequence"),
@@ -91,7 +94,8 @@ REFUSALS = {
     ),
     "neither batch nor sequence can be split": (
         (*cut(2, 2), "--micro-batch-size", "3", "--seq-length", "30"),
-        r"^--seq-length: must be a multiple of .*, got 30; .*--micro-batch-size that is a multiple",
+        r"^--seq-length: must be a multiple of .*, got 30; use 28 or 32, or a --micro-batch-size of"
+        r" 2 or 4 and the batch split$",
     ),
     "weights without sequence parallelism": (
         (*cut(2, 2), "--helix-exchange", "weights"),
@@ -101,6 +105,10 @@ REFUSALS = {
         (*cut(2, 2), "--helix-exchange", "scores", "--rotary-percent", "0.75"),
         r"^--helix-exchange: scores needs both channels of a rotary pair in one segment, got"
         r" --kv-channels 16, 12 of them rotary, --helix-m 2;",
+    ),
+    "a word for a number": (
+        cut("two", 2),
+        r"^argument --helix-m: invalid int value: 'two'$",
     ),
     "unknown exchange": (
         (*cut(2, 2), "--helix-exchange", "tokens"),
@@ -168,6 +176,17 @@ def test_flags_that_cannot_run_are_refused(corpus_prefix: Path, case: str) -> No
     flags, message = REFUSALS[case]
     with pytest.raises(ValueError, match=message):
         arguments.complete(tiny_gpt(corpus_prefix, *flags), world_size=4)
+
+
+def test_degrees_are_named_where_no_cut_of_so_many_ranks_is_there(corpus_prefix: Path) -> None:
+    model = ("--num-attention-heads", "40", "--kv-channels", "128")
+    flags = tiny_gpt(corpus_prefix, *model, "--helix-n", "auto", TP, "3")
+    message = (
+        r"^--helix-m: must be a positive divisor of --kv-channels \(128\), got 3; no m x n = 3 cuts"
+        r" this model; degrees that do: 2 \(1 x 2\) and 4 \(1 x 4\)$"
+    )
+    with pytest.raises(ValueError, match=message):
+        arguments.complete(flags, world_size=3)
 
 
 def test_a_dataset_without_its_index_is_refused(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_helix import corpus
+from megatron_helix import corpus, files
 
 TEXTS = {"b.txt": "two\n", "a.py": "x = 'é ∑'\n", "deep/c.txt": "three"}
 
@@ -73,7 +73,7 @@ def test_sources_without_text_are_refused_and_leave_nothing(
         ValueError, match=r"^sources: need UTF-8 text, and found none in .*sources;"
     ):
         corpus.build([folder], tmp_path / "out" / "data", pattern=pattern)
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_build_that_is_interrupted_leaves_nothing(
@@ -90,6 +90,29 @@ def test_a_build_that_is_interrupted_leaves_nothing(
     with pytest.raises(KeyboardInterrupt):
         corpus.build([folder], tmp_path / "data")
     assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("place", range(2))
+def test_an_interrupted_rebuild_leaves_no_index_beside_other_tokens(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int
+) -> None:
+    corpus.build([folder], tmp_path / "data")
+    replace, left = files.replace, [None] * place
+
+    def interrupted(unfinished: Path, path: Path) -> None:
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        replace(unfinished, path)
+
+    monkeypatch.setattr(files, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        corpus.build([folder / "a.py"], tmp_path / "data")
+    with pytest.raises(ValueError, match=r"and .*data\.bin does not exist; make it with"):
+        corpus.require_dataset(tmp_path / "data", "--data")
+    monkeypatch.setattr(files, "replace", replace)
+    corpus.build([folder / "a.py"], tmp_path / "data")
+    assert documents(tmp_path / "data") == [TEXTS["a.py"].encode() + b"\0"]
 
 
 def test_the_flags_name_a_tokenizer_of_bytes(folder: Path, tmp_path: Path) -> None:

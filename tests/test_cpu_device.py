@@ -1,5 +1,6 @@
 """``torch.cuda`` answered by the CPU: what Megatron asks of it, in the sense Megatron asks it."""
 
+import logging
 import subprocess
 import sys
 import time
@@ -8,6 +9,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from megatron.core.pipeline_parallel.schedules import custom_backward
+from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+from torch.nn.functional import dropout
+from torch.utils.data import DataLoader, Dataset
 
 from megatron_helix import cpu_device
 
@@ -135,11 +139,92 @@ def test_streams_are_the_order_of_the_program() -> None:
     assert stream.query()
 
 
-def test_the_random_state_can_be_kept_and_put_back() -> None:
+ON_CUDA: dict[str, Callable[[], torch.Tensor]] = {
+    "dropout": lambda: dropout(torch.ones(64)),
+    "a device": lambda: torch.rand(4, device="cuda"),
+    "the current device": lambda: torch.rand(4, device=torch.cuda.current_device()),
+    "the device of a tensor": lambda: torch.rand(4, device=torch.ones(1).device),
+    "like a tensor": lambda: torch.rand_like(torch.ones(4)),
+    "of a tensor": lambda: torch.bernoulli(torch.full((64,), 0.5)),
+    "into a tensor": lambda: torch.nn.init.normal_(torch.empty(4)),
+    "around a tensor": lambda: torch.normal(torch.zeros(4), 1.0),
+}
+ON_CPU: dict[str, Callable[[], torch.Tensor]] = {
+    "rand": lambda: torch.rand(4),
+    "randn": lambda: torch.randn(4),
+    "randint": lambda: torch.randint(1 << 30, (4,)),
+    "randperm": lambda: torch.randperm(64),
+    "normal": lambda: torch.normal(0.0, 1.0, (4,)),
+    "a loader": lambda: next(iter(DataLoader(_Noise(), batch_size=2))),
+    "a loader that shuffles": lambda: next(iter(DataLoader(_Noise(), batch_size=2, shuffle=True))),
+}
+
+
+class _Noise(Dataset[torch.Tensor]):
+    """Items that are drawn when they are asked for, as augmentations are."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.empty(3).uniform_() + torch.rand(3) + torch.rand(3, device="cpu")
+
+
+@pytest.mark.parametrize("name", [*ON_CUDA, *ON_CPU])
+def test_each_draw_moves_one_of_the_two_generators(name: str) -> None:
+    draw = (ON_CUDA | ON_CPU)[name]
+    mine, other = torch.cuda.random, torch.random
+    if name in ON_CPU:
+        mine, other = other, mine
+    torch.manual_seed(1)
+    state, rest = mine.get_rng_state(), other.get_rng_state()
+    first = draw()
+    assert torch.equal(other.get_rng_state(), rest)
+    assert not torch.equal(draw(), first)
+    mine.set_rng_state(state)
+    assert torch.equal(draw(), first)
+
+
+def test_a_loader_goes_on_drawing_where_it_stopped() -> None:
+    torch.manual_seed(5)
+    items = [item for _ in range(2) for item in DataLoader(_Noise(), shuffle=True)]
+    assert len({tuple(item.flatten().tolist()) for item in items}) == len(items)
+    torch.manual_seed(5)
+    again = [item for _ in range(2) for item in DataLoader(_Noise(), shuffle=True)]
+    assert torch.equal(torch.stack(again), torch.stack(items))
+
+
+def test_seeds_reach_the_generators_they_name() -> None:
+    torch.manual_seed(7)
+    both = torch.rand(4), torch.rand(4, device="cuda")
+    assert torch.equal(*both)
+    assert (torch.initial_seed(), torch.cuda.initial_seed()) == (7, 7)
+    for seed in (torch.cuda.manual_seed, torch.cuda.manual_seed_all):
+        torch.manual_seed(7)
+        seed(8)
+        assert (torch.initial_seed(), torch.cuda.initial_seed()) == (7, 8)
+        assert torch.equal(torch.rand(4), both[0])
+        assert not torch.equal(torch.rand(4, device="cuda"), both[1])
+    for seed in (torch.cuda.seed, torch.cuda.seed_all):
+        torch.manual_seed(7)
+        seed()
+        assert torch.initial_seed() == 7
+        assert torch.cuda.initial_seed() != 7
+    torch.seed()
+    assert torch.initial_seed() == torch.cuda.initial_seed()
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", 0, torch.device("cuda", 0)])
+def test_the_random_state_can_be_kept_and_put_back(device: str | int | torch.device) -> None:
+    def put_all(state: list[torch.Tensor]) -> None:
+        torch.cuda.set_rng_state_all(state)
+
+    generator = torch.cuda.default_generators[0]
     for get, put in (
-        (torch.cuda.get_rng_state, torch.cuda.set_rng_state),
+        (lambda: torch.cuda.get_rng_state(device), lambda s: torch.cuda.set_rng_state(s, device)),
         (torch.cuda.random.get_rng_state, torch.cuda.random.set_rng_state),
-        (torch.cuda.default_generators[0].get_state, torch.cuda.default_generators[0].set_state),
+        (torch.cuda.get_rng_state_all, put_all),
+        (generator.get_state, generator.set_state),
     ):
         torch.cuda.manual_seed(7)
         state = get()
@@ -149,6 +234,36 @@ def test_the_random_state_can_be_kept_and_put_back() -> None:
         assert torch.equal(torch.rand(4, device="cuda"), first)
     torch.cuda.manual_seed(7)
     assert torch.equal(torch.rand(4, device="cuda"), first)
+
+
+def test_a_fork_of_both_puts_both_back() -> None:
+    torch.manual_seed(3)
+    with torch.random.fork_rng(device_type="cuda"):
+        inside = torch.rand(4), dropout(torch.ones(64))
+    after = torch.rand(4), dropout(torch.ones(64))
+    assert all(torch.equal(*pair) for pair in zip(inside, after, strict=True))
+    with torch.random.fork_rng(devices=[]):  # the CPU's own alone
+        inside = torch.rand(4), dropout(torch.ones(64))
+    after = torch.rand(4), dropout(torch.ones(64))
+    assert torch.equal(inside[0], after[0])
+    assert not torch.equal(inside[1], after[1])
+
+
+def test_dropout_follows_the_tracker_and_does_not_touch_the_cpu(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Megatron warns where it does: once a layer and step that would be."""
+    torch.manual_seed(1)
+    tracker = CudaRNGStatesTracker()
+    tracker.add("of this rank", 2)
+    with caplog.at_level(logging.WARNING), tracker.fork("of this rank"):
+        forked = dropout(torch.ones(64))
+    assert not caplog.records
+    outside = dropout(torch.ones(64))
+    torch.manual_seed(2)
+    assert torch.equal(dropout(torch.ones(64)), forked)
+    torch.manual_seed(1)
+    assert torch.equal(dropout(torch.ones(64)), outside)
 
 
 def test_memory_statistics_are_zero_whatever_they_are_called() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import networkx as nx
 import pytest
 
+from megatron_helix import files
 from megatron_helix.experiment import dag, drawing
 from megatron_helix.experiment.dag import Made, Node
 
@@ -104,7 +105,7 @@ def test_a_folder_is_used_by_one_process_at_a_time(tmp_path: Path) -> None:
     here, there = context.Pipe()
 
     def hold() -> None:
-        with dag.locked(tmp_path):
+        with files.locked(tmp_path, "--out"):
             there.send("held")
             there.recv()
 
@@ -114,13 +115,13 @@ def test_a_folder_is_used_by_one_process_at_a_time(tmp_path: Path) -> None:
         here.recv()
         with (
             pytest.raises(ValueError, match=f"one run at a time, and process {holder.pid} is at"),
-            dag.locked(tmp_path),
+            files.locked(tmp_path, "--out"),
         ):
             pass
     finally:
         here.send("let go")
         holder.join()
-    with dag.locked(tmp_path):
+    with files.locked(tmp_path, "--out"):
         pass
 
 

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
-from megatron_helix import cli, pretrain_gpt
+from megatron_helix import cli, files, pretrain_gpt
 from megatron_helix.commands import experiment as commands
 from megatron_helix.experiment import (
     dag,
@@ -233,7 +233,7 @@ def test_a_second_run_at_the_same_time_is_refused(
     here, there = context.Pipe()
 
     def hold() -> None:
-        with dag.locked(finished[0]):
+        with files.locked(finished[0], "--out"):
             there.send("held")
             there.recv()
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_helix.experiment.metrics import RunMetrics
-from tests.distributed import pretrain, tiny_gpt
+from tests.distributed import pretrain, pretrain_launched, tiny_gpt
 
 LOSS_TOLERANCE, GRAD_NORM_TOLERANCE = 1e-5, 1e-4  # see tests/test_parity.py
 
@@ -63,7 +63,13 @@ RANKS = {"virtual pipeline": 8, "overlapped data parallelism": 8}  # else 4
 # again another order, may be as far from either, and no more than a few times that.
 # So large that the first updates overflow and are left out, then it doubles again.
 DYNAMIC = ("--initial-loss-scale", "262144", "--hysteresis", "1", "--loss-scale-window", "2")
-PRECISIONS = {"bf16": ("--bf16",), "fp16": ("--fp16", *DYNAMIC)}
+PRECISIONS = {
+    "bf16": ("--bf16",),
+    "fp16": ("--fp16", *DYNAMIC),
+    "bf16, residual stream in fp32": ("--bf16", "--fp32-residual-connection"),
+    "bf16, softmax in fp32": ("--bf16", "--attention-softmax-in-fp32"),
+    "fp16, cross entropy too": ("--fp16", *DYNAMIC, "--fp16-lm-cross-entropy"),
+}
 TIMES_STOCKS_OWN_DIFFERENCE = 4
 
 Train = Callable[..., RunMetrics]
@@ -105,7 +111,25 @@ def test_half_precision_is_as_near_to_stock_as_stock_to_itself(
         assert _difference(stock, helix) <= allowed
         assert helix.loss_scales == stock.loss_scales
         assert helix.skipped_steps == stock.skipped_steps
-    assert (0 < stock.skipped_steps < len(stock.losses)) == (precision == "fp16")
+    assert (0 < stock.skipped_steps < len(stock.losses)) == ("--fp16" in flags)
+
+
+def test_deterministic_mode_gives_the_same_numbers(
+    corpus_prefix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NCCL_ALGO", "Ring")  # Megatron asks for one that is deterministic
+    large = ("--micro-batch-size", "8", "--global-batch-size", "16", "--vocab-size", "64")
+    weights = (*HELIX, "--helix-exchange", "weights")
+    stock, helix, again = (
+        pretrain_launched(
+            tiny_gpt(corpus_prefix, SP, *layout, *large, "--deterministic-mode"), 4, tmp_path / name
+        )
+        for name, layout in (("stock", (TP, "4")), ("helix", weights), ("again", weights))
+    )
+    assert helix.losses == pytest.approx(stock.losses, rel=LOSS_TOLERANCE, abs=0)
+    assert helix.grad_norms == pytest.approx(stock.grad_norms, rel=GRAD_NORM_TOLERANCE, abs=0)
+    assert again.losses == helix.losses
+    assert again.grad_norms == helix.grad_norms
 
 
 def test_context_parallelism_gives_the_same_numbers(train: Train) -> None:

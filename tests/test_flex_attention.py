@@ -19,7 +19,7 @@ from megatron.core.utils import GlobalMemoryBuffer
 from megatron_helix import arguments
 from megatron_helix.flex_attention import FlexAttention
 from tests.cpu_config import cpu_config
-from tests.distributed import pretrain, tiny_gpt
+from tests.distributed import pretrain_launched, tiny_gpt
 
 S, B, H, D = 12, 3, 4, 16
 
@@ -146,5 +146,27 @@ def test_the_flag_puts_it_into_every_layer(
     monkeypatch.setattr(FlexAttention, "forward", asked)  # ranks are forks
     monkeypatch.setattr(arguments, "require_core_attention", lambda *args: None)
     flags = tiny_gpt(corpus_prefix, "--helix-m", "2", "--helix-n", "1", train_iters=1)
-    pretrain([*flags, "--helix-core-attention", "flex"], 2, tmp_path)
+    pretrain_launched([*flags, "--helix-core-attention", "flex"], 2, tmp_path)
     assert set(used.read_text().split()) == {"1", "2"}
+
+
+@pytest.mark.usefixtures("alone")
+@torch.no_grad()
+def test_an_offset_rounds_no_more_than_stock() -> None:
+    """In half precision, against stock in double; the formula has two roundings, as stock's."""
+    options = {"softmax_type": "learnable"}
+    half = {**options, "params_dtype": torch.bfloat16}
+    stock = build(DotProductAttention, AttnMaskType.causal, **half)
+    flex = build(FlexAttention, AttnMaskType.causal, **half)
+    exact = build(DotProductAttention, AttnMaskType.causal, **options)
+    for core in (flex, exact):
+        core.load_state_dict(stock.state_dict())
+    inputs = [x.bfloat16() for x in tensors(S, S, H)]
+    expected = exact(*(x.double() for x in inputs), None, attn_mask_type=AttnMaskType.causal)
+
+    def error(core: Any) -> float:
+        found = core(*inputs, None, attn_mask_type=AttnMaskType.causal)
+        assert found.dtype == torch.bfloat16
+        return float((found.double() - expected).norm() / expected.norm())
+
+    assert 0 < error(flex) <= 1.1 * error(stock)

@@ -1,72 +1,19 @@
-"""The launcher: a run ends when its ranks do, however they end, and leaves no process behind."""
+"""The launcher: a run ends when its ranks do, and leaves no process behind."""
 
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 
 from megatron_helix import launch
-from megatron_helix.experiment import launchers
-from megatron_helix.experiment.config import LauncherConfig
-
-ENDS_WITHIN_S = 30.0  # far more than GRACE_S, far less than the collectives' own timeout of minutes
-
-ROOT = Path(__file__).parents[1]
-# A rank that leaves its process id, and waits, or fails if it is the one that is named.
-SLEEPER = """
-import os, pathlib, sys, time
-rank = os.environ["RANK"]
-pathlib.Path(sys.argv[1], "pid" + rank).write_text(str(os.getpid()))
-if rank in sys.argv[2:]:
-    1 / 0
-time.sleep(1000)
-"""
-
-
-def write_pid(folder: Path) -> None:
-    """Leave this rank's process id for the parent to look up."""
-    (folder / f"pid{os.environ['RANK']}").write_text(str(os.getpid()))
-
-
-def pids(folder: Path) -> list[int]:
-    """Process ids of all ranks that came to run."""
-    return [int(file.read_text()) for file in sorted(folder.glob("pid*"))]
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process exists, a zombie included."""
-    return Path(f"/proc/{pid}").exists()
-
-
-def children() -> set[int]:
-    """Every child of this process, running or not yet reaped."""
-    own = str(os.getpid())
-    stats = [file.read_text() for file in Path("/proc").glob("[0-9]*/stat") if file.exists()]
-    return {int(stat.split()[0]) for stat in stats if stat.rpartition(")")[2].split()[1] == own}
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    """Wait until the condition holds; fail if it never does."""
-    deadline = time.monotonic() + ENDS_WITHIN_S
-    while not condition():
-        assert time.monotonic() < deadline, "gave up waiting"
-        time.sleep(0.02)
-
-
-def ranks(target: Callable[[], None], folder: Path, world_size: int = 3) -> launch.Ranks:
-    """Ranks that leave their process ids and output in ``folder``, then run ``target``."""
-
-    def run() -> None:
-        write_pid(folder)
-        target()
-
-    return launch.Ranks(target=run, world_size=world_size, logs=folder / "logs")
+from tests.launch_case import ENDS_WITHIN_S, children, is_alive, pids, ranks, wait_for
 
 
 def in_a_collective_without_rank_1(how_it_ends: Callable[[], None]) -> Callable[[], None]:
@@ -179,8 +126,9 @@ def test_a_rank_that_fails_while_it_is_looked_at_is_not_lost(tmp_path: Path) -> 
             return None if self.looks == 1 else 3
 
     watched = ranks(lambda: None, tmp_path, 1)
+    store = SimpleNamespace(exitcode=None, sentinel=os.pipe()[0])
     with pytest.raises(launch.RankFailed, match=r"rank 0 of 1 failed \(exit code 3\)"):
-        launch._watch(watched, [Process()], None, None)
+        launch._watch(watched, [Process()], store, None, None)
 
 
 def test_an_exception_in_a_rank_is_in_its_log(tmp_path: Path) -> None:
@@ -220,80 +168,87 @@ def test_progress_is_polled_while_ranks_run(tmp_path: Path) -> None:
     assert len(polls) >= 3
 
 
-def test_ctrl_c_ends_the_ranks(tmp_path: Path) -> None:
-    def interrupt() -> None:
-        if len(pids(tmp_path)) == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with pytest.raises(KeyboardInterrupt):
-        launch.run(ranks(lambda: time.sleep(10 * ENDS_WITHIN_S), tmp_path), poll=interrupt)
-    assert not any(is_alive(pid) for pid in pids(tmp_path))
-
-
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_ranks_do_not_outlive_a_launcher_that_is_ended(tmp_path: Path, how: signal.Signals) -> None:
-    script = f"""
-import os, pathlib, time
-from megatron_helix import launch
-from megatron_helix.experiment import launchers
-from megatron_helix.experiment.config import LauncherConfig
-def run():
-    pathlib.Path({str(tmp_path)!r}, "pid" + os.environ["RANK"]).write_text(str(os.getpid()))
-    time.sleep(1000)
-launch.run(launch.Ranks(target=run, world_size=2))
-"""
-    with subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE) as launcher:
-        try:
-            # A file appears before its text does.
-            wait_for(lambda: sum(bool(f.read_text()) for f in tmp_path.glob("pid*")) == 2)
-            launcher.send_signal(how)
-            launcher.communicate(timeout=ENDS_WITHIN_S)
-        finally:
-            launcher.kill()
-    assert launcher.returncode != 0
-    # SIGKILL leaves the launcher no time: its ranks end by themselves, and init reaps them.
-    wait_for(lambda: not any(is_alive(pid) for pid in pids(tmp_path)))
-
-
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_ranks_of_torchrun_do_not_outlive_what_started_it(
-    tmp_path: Path, how: signal.Signals
+@pytest.mark.parametrize("timeout_s", [0.0, 1.0])
+def test_a_store_that_does_not_come_up_is_not_waited_for_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, timeout_s: float
 ) -> None:
-    (tmp_path / "sleeper.py").write_text(SLEEPER)
-    script = f"""
-import pathlib
-from megatron_helix.experiment import config, launchers
-logs, kind = pathlib.Path({str(tmp_path)!r}, "logs"), config.LauncherConfig(kind="torchrun")
-program = launchers.Program(words=["sleeper", {str(tmp_path)!r}], forked=lambda: None)
-launchers.start(kind, program, 2, logs)
-"""
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
-    words = [sys.executable, "-c", script]
-    with subprocess.Popen(words, env=environment, stderr=subprocess.PIPE) as launcher:
-        try:
-            wait_for(lambda: sum(bool(f.read_text()) for f in tmp_path.glob("pid*")) == 2)
-            launcher.send_signal(how)
-            _, said = launcher.communicate(timeout=ENDS_WITHIN_S)
-        finally:
-            launcher.kill()
-    assert launcher.returncode != 0
-    assert (b"KeyboardInterrupt" in said) is (how == signal.SIGTERM)
-    wait_for(lambda: not any(is_alive(pid) for pid in pids(tmp_path)))
+    before = children()
+    monkeypatch.setattr(launch, "TCPStore", lambda *args, **kwargs: time.sleep(1000))
+    with pytest.raises(TimeoutError, match=r"^the store at which ranks meet did not come up in"):
+        launch.run(ranks(lambda: None, tmp_path), timeout_s=timeout_s)
+    assert not pids(tmp_path)
+    assert children() == before
 
 
-def test_a_rank_of_torchrun_that_fails_ends_the_run(
+def test_a_store_that_does_not_come_up_is_not_waited_for_without_a_limit_either(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "sleeper.py").write_text(SLEEPER)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    words = ["sleeper", str(tmp_path), "1"]
-    program = launchers.Program(words=words, forked=lambda: pytest.fail("torchrun does not fork"))
-    with pytest.raises(launch.RunFailed, match=r"a rank failed \(exit code 1\); its output is in"):
-        launchers.start(LauncherConfig(kind="torchrun"), program, 2, tmp_path / "logs")
-    assert "ZeroDivisionError" in "".join(
-        file.read_text() for file in tmp_path.glob("logs/**/stderr.log")
-    )
-    assert not any(is_alive(pid) for pid in pids(tmp_path))
+    monkeypatch.setattr(launch, "STORE_S", 0.5)
+    monkeypatch.setattr(launch, "TCPStore", lambda *args, **kwargs: time.sleep(1000))
+    with pytest.raises(
+        launch.RunFailed, match=r"^the store at which ranks meet did not come up in"
+    ):
+        launch.run(ranks(lambda: None, tmp_path))
+
+
+def test_a_store_that_dies_at_once_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = children()
+    nowhere = launch.Ranks(target=lambda: None, world_size=2, address="192.0.2.1")
+    monkeypatch.setattr(launch, "TCPStore", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(
+        launch.RunFailed,
+        match=r"^the store at which ranks meet, at 192.0.2.1, ended \(exit code 1\); .* address",
+    ):
+        launch.run(nowhere)
+    assert "ZeroDivisionError" in capfd.readouterr().err
+    assert children() == before
+
+
+def test_a_store_that_dies_while_ranks_run_ends_them(tmp_path: Path) -> None:
+    before = children()
+
+    def kill_store() -> None:
+        if len(pids(tmp_path)) == 3:
+            (store,) = children() - before - set(pids(tmp_path))
+            os.kill(store, signal.SIGKILL)
+
+    with pytest.raises(launch.RunFailed, match=r"ranks meet, at 127.0.0.1, ended \(exit code -9\)"):
+        launch.run(ranks(lambda: time.sleep(1000), tmp_path), poll=kill_store)
+    assert children() == before
+
+
+def test_a_log_is_no_program(tmp_path: Path) -> None:
+    launch.run(ranks(lambda: print("said"), tmp_path), timeout_s=ENDS_WITHIN_S)
+    for log in (tmp_path / "logs").glob("rank*.log"):
+        assert log.read_text() == "said\n"
+        assert not log.stat().st_mode & 0o111
+
+
+def test_a_folder_of_logs_takes_one_run_at_a_time(tmp_path: Path) -> None:
+    go, context = tmp_path / "go", multiprocessing.get_context("fork")
+    waits = ranks(lambda: wait_for(go.exists), tmp_path)
+    first = context.Process(target=launch.run, args=(waits,))
+    first.start()
+    wait_for(lambda: len(pids(tmp_path)) == 3)
+    with pytest.raises(
+        ValueError, match=f"^--logs: .*logs must be used by one run .* process {first.pid} is at"
+    ):
+        launch.run(ranks(lambda: None, tmp_path))
+    go.touch()
+    first.join()
+    assert first.exitcode == 0
+    launch.run(ranks(lambda: None, tmp_path), timeout_s=ENDS_WITHIN_S)
+
+
+def test_logs_that_cannot_be_a_folder_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    taken = launch.Ranks(target=lambda: None, world_size=1, logs=tmp_path / "file")
+    with pytest.raises(
+        ValueError, match=r"^--logs: .*file must be a folder that can be made: File"
+    ):
+        launch.run(taken)
 
 
 def test_the_process_that_forks_has_no_threads_but_those_it_had(tmp_path: Path) -> None:

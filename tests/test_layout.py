@@ -148,31 +148,33 @@ def test_slots_are_queries_gates_key_and_value_of_a_group(gate: bool, slots: int
         ),
         (
             {"n": 4, "num_query_groups": 2},
-            r"^--helix-n: must be a positive divisor of --num-query-groups \(2\), got 4; use a"
-            r" smaller --helix-n and a larger --helix-m$",
+            r"^--helix-n: must be a positive divisor of --num-query-groups \(2\), got 4; use"
+            r" --helix-m 4 --helix-n 2 or --helix-m 8 --helix-n 1$",
         ),
         (
             {"m": 3},
-            r"^--helix-m: must be a positive divisor of --kv-channels \(16\), got 3; use a"
-            r" smaller --helix-m and a larger --helix-n$",
+            r"^--helix-m: must be a positive divisor of --kv-channels \(16\), got 3; no m x n = 6"
+            r" cuts this model; degrees that do: 4 \(1 x 4\) and 8 \(2 x 4\)$",
         ),
         (
             {"m": 16, "rotary_dim": 16},
-            r"^2 x --helix-m: must be a positive divisor of --kv-channels \(16\), got 32; rotary"
-            r" pairs must stay within a segment: use a smaller --helix-m$",
+            r"^2 x --helix-m: must be a positive divisor of --kv-channels \(16\), got 32"
+            r" \(rotary pairs must stay within a segment\); use --helix-m 8 --helix-n 4$",
         ),
         (
             {"m": 8, "rotary_dim": 8},  # half a head rotated: pairs are a quarter head apart
-            r"^4 x --helix-m: must be a positive divisor of --kv-channels \(16\), got 32;",
+            r"^4 x --helix-m: must be a positive divisor of --kv-channels \(16\), got 32 .*; use"
+            r" --helix-m 4 --helix-n 4$",
         ),
         (
             {"m": 16, "rotary_dim": 16, "rotary_interleaved": True},
             r"^--helix-m: interleaved rotary embeddings need segments of an even number of"
-            r" channels, got --kv-channels 16 / --helix-m 16 = 1; use a smaller --helix-m$",
+            r" channels, got --kv-channels 16 / --helix-m 16 = 1; use --helix-m 8 --helix-n 4$",
         ),
         (
             {"n": 2, "num_attention_heads": 6, "num_query_groups": 4},
-            r"^--num-query-groups: must be a positive divisor of --num-attention-heads \(6\), got",
+            r"^--num-query-groups: must be a positive divisor of --num-attention-heads \(6\), got"
+            r" 4; no m x n cuts this model$",
         ),
         ({"m": 0}, r"^--helix-m: must be a positive divisor of --kv-channels \(16\), got 0;"),
         ({"n": -2}, r"^--helix-n: must be a positive divisor of .*, got -2;"),

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from megatron_helix import files
 from megatron_helix.experiment import metrics
 from tests.distributed import pretrain, tiny_gpt
 
@@ -17,10 +18,14 @@ def line(**known: Any) -> dict[str, Any]:
 
 
 def write(folder: Path, *ranks: list[dict[str, Any]]) -> Path:
-    """One file a rank."""
+    """One file a rank, of a run that was started once."""
     for rank, lines in enumerate(ranks):
-        text = "".join(json.dumps(step) + "\n" for step in lines)
-        (folder / f"rank{rank:02d}.jsonl").write_text(text)
+        told = [
+            {"iteration": 1 + done, "first": done == 0, "ranks": len(ranks), **step}
+            for done, step in enumerate(lines)
+        ]
+        text = "".join(json.dumps(step) + "\n" for step in told)
+        files.of_rank(folder, rank, ".jsonl").write_text(text)
     return folder
 
 
@@ -117,6 +122,49 @@ def test_ranks_that_disagree_or_wrote_nothing_are_refused(
         ValueError, match=f"need the same number of steps of every rank, got {counts}"
     ):
         metrics.read(write(tmp_path, *ranks))
+
+
+def restart(iteration: int, **known: Any) -> dict[str, Any]:
+    """The first step of a run that goes on from a checkpoint."""
+    return line(iteration=iteration, first=True, **known)
+
+
+def test_what_a_restart_does_again_counts_as_it_was_done_last(tmp_path: Path) -> None:
+    lost = [line(loss=loss, step_s=50.0) for loss in (9.0, 8.0, 7.0, 6.0)]
+    redone = [restart(3, loss=5.0, step_s=90.0), line(iteration=4, loss=4.0, step_s=2.0)]
+    found = metrics.read(write(tmp_path, [*lost, *redone], [*lost[:3], *redone]))
+    assert found.losses == [9.0, 8.0, 5.0, 4.0]
+    assert found.step_ms_spread == (2e3, 50e3)  # without the first step of either start
+    assert metrics.steps_done(tmp_path) == 4
+
+
+def test_a_run_from_the_beginning_counts_alone(tmp_path: Path) -> None:
+    before, after = [line(loss=9.0)] * 4, [restart(1, loss=5.0), line(iteration=2, loss=4.0)]
+    assert metrics.read(write(tmp_path, [*before, *after])).losses == [5.0, 4.0]
+    assert metrics.steps_done(tmp_path) == 2
+
+
+def test_a_line_that_is_being_written_is_no_step_yet(tmp_path: Path) -> None:
+    write(tmp_path, [line(loss=5.0), line(loss=4.0)])
+    file = files.of_rank(tmp_path, 0, ".jsonl")
+    file.write_text(file.read_text() + '{"iteration": 3, "lo')
+    assert metrics.steps_done(tmp_path) == 2
+    assert metrics.read(tmp_path).losses == [5.0, 4.0]
+
+
+def test_ranks_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    ranks = 102
+    write(tmp_path, *([line(), line(busy_s=float(rank))] for rank in range(ranks)))
+    found = [rank["busy_s"] for rank in metrics.read(tmp_path).per_rank]
+    assert found == [float(rank) for rank in range(ranks)]
+
+
+def test_ranks_that_a_wider_run_had_before_are_left_out(tmp_path: Path) -> None:
+    write(tmp_path, *[[line(loss=9.0, busy_s=1.0)]] * 4)
+    write(tmp_path, *[[line(loss=5.0, busy_s=1.0)]] * 2)
+    found = metrics.read(tmp_path)
+    assert found.losses == [5.0]
+    assert len(found.per_rank) == 2
 
 
 def test_progress_is_that_of_the_slowest_rank(tmp_path: Path) -> None:

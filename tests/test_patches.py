@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from megatron_helix.experiment import metrics
-from tests.distributed import pretrain, tiny_gpt
+from tests.distributed import pretrain_launched, tiny_gpt
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "patch_megatron.sh"
@@ -131,7 +131,7 @@ def test_the_patched_script_trains_as_ours(
     # Two heads on four ranks: the check of heads that stock makes is relaxed there, too.
     two_heads = ("--num-attention-heads", "2", "--kv-channels", "32", "--sequence-parallel")
     flags = tiny_gpt(corpus_prefix, *HELIX, *two_heads, train_iters=3)
-    ours = pretrain(flags, 4, tmp_path)
+    ours = pretrain_launched(flags, 4, tmp_path)
     assert patch(checkout).returncode == 0
     # Compiling the dataset helpers takes pybind11; the wheel brings them.
     helpers = find_spec("megatron.core.datasets.helpers_cpp")

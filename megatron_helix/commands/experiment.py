@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from megatron_helix.errors import UserError
+
 Folder = Annotated[Path, typer.Argument(help="Folder of a finished experiment.")]
 
 
@@ -84,6 +86,11 @@ def dag(
     """Print the graph of an experiment, or of one micro-batch's forward pass on its devices."""
     from megatron_helix.experiment import config, deployment_graph, drawing, workflow
 
+    if not deployment and (model or layout):
+        raise UserError(
+            "--model, --layout: say what --deployment draws, which was not given; add it, or leave"
+            " them away"
+        )
     chosen = config.load(experiment)
     if deployment:
         made = deployment_graph.build(chosen, model=model, layout=layout, layers=layers)

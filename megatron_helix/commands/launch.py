@@ -27,10 +27,12 @@ def launch(
 
     Flags that are not its own go on to Megatron.
     """
+    from megatron_helix import arguments, signals
     from megatron_helix.experiment import config, torchrun
 
+    chosen = config.load(experiment)
     words = torchrun.command(
-        config.load(experiment),
+        chosen,
         model,
         layout,
         nodes=torchrun.Nodes(count=nnodes, rendezvous=rdzv_endpoint),
@@ -40,6 +42,10 @@ def launch(
     if dry_run:
         typer.echo(shlex.join(words))
         return
+    # Here once, before any rank says it and torchrun a page about it.
+    arguments.complete(torchrun.flags(words), chosen.world_size)
+    # torchrun's own is 30 s: too little for a large checkpoint.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", f"{signals.SAVE_GRACE_S:.0f}")
     # Megatron insists on it before Blackwell: communication then starts in the order it is issued.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # torchrun's module: its script may lie in no folder of PATH.

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from megatron_helix.errors import UserError
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -59,7 +61,7 @@ def plan(
     size = BatchConfig(sequences=batch, sequence_length=seq)
 
     if explain and layout:
-        raise ValueError("--explain, --layout: take one at a time, got both; leave one away")
+        raise UserError("--explain, --layout: take one at a time, got both; leave one away")
 
     def one(words: str) -> "Prediction":
         made = _layout(words, training_on=machine.devices if phase == "train" else 0)
@@ -111,7 +113,7 @@ def calibrate(
 
     require_one_of("--device", device, ("auto", "cpu", "cuda"))
     if "LOCAL_RANK" in os.environ:
-        raise ValueError(
+        raise UserError(
             "helix calibrate: must be called once, for it starts its ranks itself, got torchrun's"
             " LOCAL_RANK; call it without torchrun, or torchrun with"
             " -m megatron_helix.planner.calibrate --out FILE"
@@ -151,7 +153,7 @@ def _layout(words: str, *, training_on: int = 0) -> "LayoutConfig":
             out optimizer states; 0 without an optimizer.
 
     Raises:
-        ValueError: naming what is wrong.
+        UserError: naming what is wrong.
     """
     from pydantic import ValidationError
 
@@ -165,14 +167,14 @@ def _layout(words: str, *, training_on: int = 0) -> "LayoutConfig":
             key, equals, value = word.partition("=")
             if not equals or key in keys:
                 fault = "is given twice" if equals else "must be a name of the table or KEY=VALUE"
-                raise ValueError(f"layout: {key} {fault}, got {words!r}; write e.g. {_EXAMPLES}")
+                raise UserError(f"layout: {key} {fault}, got {words!r}; write e.g. {_EXAMPLES}")
             keys[key] = value
     try:
         made = LayoutConfig.model_validate({"name": "given", **keys})
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "layout"
-        raise ValueError(
+        raise UserError(
             f"layout: {where}: {first['msg']}, got {words!r}; write e.g. {_EXAMPLES}"
         ) from None
     update: dict[str, Any] = {"name": search.name(made.model_dump())}

@@ -20,6 +20,27 @@ from megatron_helix.layout import HelixLayout
 from megatron_helix.process_groups import HelixGroups
 
 
+class _Prefixes(torch.autograd.Function):
+    """Forward: ``x[:end]`` for every end, views. Backward: their gradients added up. Saves nothing.
+
+    In fp32, rounded once, as a kernel that sees all queries does; autograd would round each time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, ends: list[int]) -> tuple[torch.Tensor, ...]:
+        ctx.length = x.size(0)
+        return tuple(x[:end] for end in ends)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        one = grads[0]
+        wide = torch.promote_types(one.dtype, torch.float32) if len(grads) > 1 else one.dtype
+        total = one.new_zeros((ctx.length, *one.shape[1:]), dtype=wide)
+        for grad in grads:
+            total[: grad.size(0)] += grad
+        return total.to(one.dtype), None
+
+
 class PrefixChunks(torch.nn.Module):
     """Mixin before a core attention class: chunk by chunk under a sequence split."""
 
@@ -48,15 +69,18 @@ class PrefixChunks(torch.nn.Module):
         layout = self.helix_layout
         length = key.size(0) // layout.size
         causal = attn_mask_type == AttnMaskType.causal
+        starts = [(i * layout.m + self.helix_groups.segment) * length for i in range(layout.n)]
+        ends = [start + length if causal else key.size(0) for start in starts]
+        seen = zip(_Prefixes.apply(key, ends), _Prefixes.apply(value, ends), strict=True)
         contexts = []
-        for i, chunk in enumerate(query.chunk(layout.n)):
-            start = (i * layout.m + self.helix_groups.segment) * length
-            end = start + length if causal else key.size(0)
+        for chunk, start, end, (keys, values) in zip(
+            query.chunk(layout.n), starts, ends, seen, strict=True
+        ):
             contexts.append(
                 attend(
                     chunk,
-                    key[:end],
-                    value[:end],
+                    keys,
+                    values,
                     self._rows(attention_mask, start, length, end, causal, query.device),
                     attn_mask_type=AttnMaskType.causal_bottom_right if causal else attn_mask_type,
                     **kwargs,

@@ -16,11 +16,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel.random import get_data_parallel_rng_tracker_name
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_helix.collectives import all_reduce
+from megatron_helix.errors import UserError
 from megatron_helix.layout import HelixLayout
 from megatron_helix.process_groups import HelixGroups
 
@@ -29,8 +32,8 @@ class ScoresAttention(DotProductAttention):
     """Core attention on one segment of the head dimension, with the scores summed over segments.
 
     Mask, softmax (with its learnable offset) and dropout are Megatron's, applied in fp32 to whole
-    scores. Dropout draws from the generator that all ranks of a tensor-parallel group share, so
-    that the ranks of a dim group drop the same scores.
+    scores. The ranks of a dim group hold the same scores and drop the same; each head group has a
+    mask of its own.
     """
 
     def __init__(self, config: TransformerConfig, *args: Any, groups: HelixGroups, **kwargs: Any):
@@ -52,10 +55,10 @@ class ScoresAttention(DotProductAttention):
         """``[sq, b, H/n, d/m]``, twice ``[sk, b, K/n, d/m]`` -> ``[sq, b, H/n * d/m]``.
 
         Raises:
-            ValueError: for an attention bias.
+            UserError: for an attention bias.
         """
         if attention_bias is not None:
-            raise ValueError(
+            raise UserError(
                 "--helix-exchange: scores takes no attention bias; use activations or weights"
             )
         sq, b, heads, _ = query.shape
@@ -65,9 +68,27 @@ class ScoresAttention(DotProductAttention):
         partial = torch.einsum("sbhd,tbhd->bhst", query.float(), key.float()) * self.softmax_scale
         scores = all_reduce(partial, self.helix_groups.dim)
         probabilities = self.scale_mask_softmax(scores, attention_mask, self.softmax_offset)
-        probabilities = self.attention_dropout(probabilities).to(value.dtype)
+        probabilities = self._dropout(probabilities).to(value.dtype)
         context = torch.einsum("bhst,tbhd->sbhd", probabilities, value)
         return context.reshape(sq, b, -1)
+
+    def _dropout(self, probabilities: torch.Tensor) -> torch.Tensor:
+        """Dropout under a seed of the head group.
+
+        Megatron has no state that a head group shares alone. The data-parallel one is common to the
+        whole tensor-parallel group: every rank draws from it a seed for each head group. No mask
+        comes from it directly, for it starts as the state does that the stream is dropped by.
+        """
+        if not (self.training and self.attention_dropout.p):
+            return probabilities
+        groups = self.helix_groups
+        with get_cuda_rng_tracker().fork(get_data_parallel_rng_tracker_name()):
+            seeds = torch.randint(1 << 62, (groups.head.size(),), device=probabilities.device)
+            drawn = torch.cuda.get_rng_state()
+            torch.cuda.manual_seed(int(seeds[groups.head_group]))
+            dropped = self.attention_dropout(probabilities)
+            torch.cuda.set_rng_state(drawn)
+        return dropped
 
 
 class SegmentNorm(torch.nn.Module):
@@ -104,7 +125,7 @@ class SegmentNorm(torch.nn.Module):
             values = values - self._mean(values)
         values = values * torch.rsqrt(self._mean(values.square()) + self.eps)
         if self.weight is not None:
-            values = values * (self.weight[self.channels] + self.offset)
+            values = values * (self.weight[self.channels].float() + self.offset)
         if self.bias is not None:
             values = values + self.bias[self.channels]
         return values.to(x.dtype)

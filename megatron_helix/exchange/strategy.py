@@ -8,6 +8,7 @@ attention kernels.
 
 from dataclasses import dataclass, replace
 
+from megatron_helix.errors import UserError
 from megatron_helix.exchange.traffic import BlockShape, Plan, block_ends, layer, per_layer
 from megatron_helix.layout import HelixLayout
 
@@ -26,8 +27,8 @@ class Choice:
         gather: one of :data:`GATHERS`.
         microbatches: micro-batches of a step; what is gathered once a step is shared by them.
         keeps_sequences: the sequence is cut by context parallelism already: no sequence split.
-        keeps_order: something outside (a loss per sequence) needs stock's token order in every
-            layer, which ``weights`` with a batch split leaves.
+        keeps_order: what needs stock's token order in every layer, which ``weights`` with a batch
+            split leaves: the flag that asks for it (a loss per sequence, say).
     """
 
     exchange: str = "auto"
@@ -35,14 +36,14 @@ class Choice:
     gather: str = "microbatch"
     microbatches: int = 1
     keeps_sequences: bool = False
-    keeps_order: bool = False
+    keeps_order: str | None = None
 
 
 def require_known(choice: Choice) -> None:
     """Refuse names that are none of the flags' values.
 
     Raises:
-        ValueError: naming the flag, its values, and what was given.
+        UserError: naming the flag, its values, and what was given.
     """
     _require_one_of("--helix-exchange", choice.exchange, EXCHANGES)
     _require_one_of("--helix-split", choice.split, SPLITS)
@@ -61,19 +62,19 @@ def resolve(
     """The plan for micro-batches of ``batch`` sequences of ``sequence`` tokens.
 
     Raises:
-        ValueError: when what was asked for cannot run on this micro-batch.
+        UserError: when what was asked for cannot run on this micro-batch.
     """
     require_known(choice)
     if choice.exchange == "scores":
         return Plan(exchange="scores", split="none")
     if choice.exchange == "weights" and not sequence_parallel:
-        raise ValueError(
+        raise UserError(
             "--helix-exchange: weights keeps each token on one rank of the dim axis and needs"
             " --sequence-parallel, which is not set; add it, or use --helix-exchange activations"
         )
     asked = "batch" if choice.keeps_sequences and choice.split == "auto" else choice.split
     if choice.keeps_sequences and asked == "sequence":
-        raise ValueError(
+        raise UserError(
             "--helix-split: sequence and --context-parallel-size > 1 both cut the sequence, got"
             " both; leave one of them away"
         )
@@ -90,10 +91,10 @@ def resolve(
         if not (choice.keeps_order and exchange == "weights" and split == "batch")
     ]
     if not plans:
-        raise ValueError(
+        raise UserError(
             "--helix-exchange: weights with --helix-split batch leaves the token order that"
-            " --moe-router-load-balancing-type seq_aux_loss counts by, got both; use"
-            " --helix-split sequence, or --helix-exchange activations"
+            f" {choice.keeps_order} needs, got both; use"
+            f" {_or_sequence(layout, sequence)}--helix-exchange activations"
         )
     return min(
         plans, key=lambda plan: _sent(plan, choice, layout, shape, sequence=sequence, batch=batch)
@@ -129,12 +130,12 @@ def cache_split(choice: Choice, layout: HelixLayout, batch: int) -> str:
     The batch where m divides it: a step then needs no merge.
 
     Raises:
-        ValueError: when the batch split was asked for and m does not divide the batch.
+        UserError: when the batch split was asked for and m does not divide the batch.
     """
     if choice.exchange == "scores":
         return "none"
     if choice.split == "batch" and batch % layout.m:
-        raise ValueError(
+        raise UserError(
             f"--helix-split: batch needs a multiple of --helix-m ({layout.m}) sequences, got"
             f" {batch}; use a multiple, or --helix-split sequence"
         )
@@ -155,7 +156,7 @@ def prefill_plan(
     """The plan for a prefill: of what the choice allows, what sends least in a forward alone.
 
     Raises:
-        ValueError: when what was asked for cannot run on these tokens.
+        UserError: when what was asked for cannot run on these tokens.
     """
     choice = replace(choice, gather="microbatch")
     if choice.exchange != "scores":
@@ -194,19 +195,30 @@ def _split(asked: str, layout: HelixLayout, sequence: int, batch: int) -> str:
     if asked in ("auto", "batch") and batch % layout.m == 0:
         return "batch"
     if asked == "batch":
-        raise ValueError(
+        raise UserError(
             f"--micro-batch-size: must be a multiple of --helix-m ({layout.m}) to split the batch,"
-            f" got {batch}; use a multiple, or --helix-split sequence"
+            f" got {batch}; use {_or_sequence(layout, sequence)}{_multiples(batch, layout.m)}"
         )
     if sequence % layout.size:
-        raise ValueError(
+        raise UserError(
             f"--seq-length: must be a multiple of --helix-m x --helix-n ({layout.size}) to split"
-            f" the sequence, got {sequence}; use a multiple, or a --micro-batch-size that is a"
-            f" multiple of --helix-m ({layout.m})"
+            f" the sequence, got {sequence}; use {_multiples(sequence, layout.size)}, or a"
+            f" --micro-batch-size of {_multiples(batch, layout.m)} and the batch split"
         )
     return "sequence"
 
 
+def _multiples(of: int, unit: int) -> str:
+    """The multiples of ``unit`` next to a number."""
+    below = of // unit * unit
+    return f"{below} or {below + unit}" if below else str(unit)
+
+
+def _or_sequence(layout: HelixLayout, sequence: int) -> str:
+    """The other split, where it can be had."""
+    return "" if sequence % layout.size else "--helix-split sequence, or "
+
+
 def _require_one_of(flag: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ValueError(f"{flag}: must be one of {', '.join(allowed)}, got {value!r}")
+        raise UserError(f"{flag}: must be one of {', '.join(allowed)}, got {value!r}")

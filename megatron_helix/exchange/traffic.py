@@ -14,15 +14,14 @@ tp all_gather       fwd 2 (T-1) c, bwd 4 (T-1) c                                
 tp reduce_scatter   fwd 2 (T-1) c, bwd 2 (T-1) c                                    as activations
 head all_gather                                     fwd 2 (n-1) c, bwd 4 (n-1) c
 head reduce_scatter                                 fwd 2 (n-1) c, bwd 2 (n-1) c
-dim all_to_all      fwd, bwd (m-1)/m N X / T
+dim all_to_all      fwd, bwd (m-1)/m N X / T        bwd (m-1) W / T
 dim all_gather                                      fwd, bwd (m-1) W / T
-dim reduce_scatter                                  bwd (m-1) W / T
 dim all_reduce                                                                      fwd, bwd R
 ==================  ==============================  ==============================  ===============
 
 with ``R = 2 (m-1)/m b H/n s^2`` in fp32. The first factor of the token terms counts linears: four
 of them, two where the MLP is not dense (half of each figure). A sequence split adds the gathering
-of keys and values over dim, fwd all_gather and bwd reduce_scatter of ``(m-1) N 2 K d / T`` each.
+of keys and values over dim, fwd all_gather and bwd all_to_all of ``(m-1) N 2 K d / T`` each.
 ``weights`` with a batch split converts the stream at the block's two ends: ``2 (m-1)/m c`` of dim
 all_to_all in all, forward and as much backward. With ``gather="step"`` the weight terms come once a
 step: forward all_gather and backward reduce_scatter.
@@ -109,7 +108,9 @@ def layer(
         forward["dim", "all_gather"] += moved
         if plan.gather == "microbatch":
             backward["dim", "all_gather"] += moved
-        backward["dim", "reduce_scatter"] += moved
+            backward["dim", "all_to_all"] += moved
+        else:
+            backward["dim", "reduce_scatter"] += moved
     else:
         heads = layout.num_attention_heads // n
         summed = 2 * (m - 1) * batch * heads * sequence**2 // m
@@ -118,7 +119,7 @@ def layer(
     if plan.split == "sequence":
         gathered = (m - 1) * tokens * 2 * layout.num_query_groups * layout.kv_channels // size
         forward["dim", "all_gather"] += gathered
-        backward["dim", "reduce_scatter"] += gathered
+        backward["dim", "all_to_all"] += gathered
     return forward, backward
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from megatron_helix.errors import UserError
 from megatron_helix.experiment.results import Result, change, read, significant
 
 # What must be equal for the figures of two experiments to be of the same work.
@@ -22,31 +23,31 @@ def pairs(first: Path, second: Path) -> list[Pair]:
         second: of another.
 
     Raises:
-        ValueError: when one is not finished, or they are not of the same work.
+        UserError: when one is not finished, or they are not of the same work.
     """
     a, b = read(first), read(second)
     for what in EQUAL:
         one, other = getattr(a["experiment"], what), getattr(b["experiment"], what)
         if one != other:
-            raise ValueError(
+            raise UserError(
                 f"compare: {what} must be equal, got {_shown(one)} in {first} and {_shown(other)}"
                 f" in {second}; run both with the same {what}"
             )
     for folder, found in ((first, a), (second, b)):
         if not found["data"]:
-            raise ValueError(
+            raise UserError(
                 f"compare: {folder} must say what it was trained on, and nodes/ has no record of"
                 f" the data; call `helix run EXPERIMENT --out {folder}` once more"
             )
     if [*a["data"].values()] != [*b["data"].values()]:
-        raise ValueError(
+        raise UserError(
             f"compare: the data of {first} and {second} must be equal, and differ; run both with"
             " the same `data`, or, where none is named, the same Python, whose library it is"
         )
     others = {result["name"]: result for result in b["results"]}
     found = [(one, others[one["name"]]) for one in a["results"] if one["name"] in others]
     if not found:
-        raise ValueError(
+        raise UserError(
             f"compare: {first} and {second} have no run of the same name; give their layouts the"
             " same names"
         )

@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from megatron_helix import corpus
+from megatron_helix.errors import UserError
 from megatron_helix.planner.deployment import ELEMENT_BYTES, Precision
 from megatron_helix.planner.hardware import Hardware
 from megatron_helix.run_config import (
@@ -144,29 +145,29 @@ class ExperimentConfig(Config):
         for what, items in (("models", self.models), ("layouts", self.layouts)):
             names = [item.name for item in items]
             if len(set(names)) != len(names):
-                raise ValueError(f"{what}: names must differ, got {', '.join(names)}")
+                raise UserError(f"{what}: names must differ, got {', '.join(names)}")
             for name in names:
                 if not _NAME.fullmatch(name):
-                    raise ValueError(
+                    raise UserError(
                         f"{what}: a name must be letters, digits, '_', '.' and '-', for it names"
                         f" folders, got {name!r}; rename it"
                     )
         if len(set(self.phases)) != len(self.phases):
-            raise ValueError(f"phases: must differ, got {', '.join(self.phases)}")
+            raise UserError(f"phases: must differ, got {', '.join(self.phases)}")
         self._require_decode()
         self._require_hardware()
         if self.device == "cuda" and self.launcher.kind == "fork":
-            raise ValueError(
+            raise UserError(
                 "launcher.kind: must be torchrun or slurm on cuda, got fork; a process that has"
                 " touched a GPU must not fork"
             )
         if self.world_size % self.launcher.nodes:
-            raise ValueError(
+            raise UserError(
                 f"launcher.nodes: must divide world_size ({self.world_size}), got"
                 f" {self.launcher.nodes}"
             )
         if self.launcher.nodes > 1 and self.launcher.kind != "slurm":
-            raise ValueError(
+            raise UserError(
                 f"launcher.nodes: must be 1 with {self.launcher.kind}, got {self.launcher.nodes};"
                 " use kind: slurm for several machines"
             )
@@ -176,9 +177,9 @@ class ExperimentConfig(Config):
                 ("layout", claim.layout, self.layouts),
             ):
                 if name not in [item.name for item in items]:
-                    raise ValueError(f"claims: {what} {name} is not in this experiment")
+                    raise UserError(f"claims: {what} {name} is not in this experiment")
             if claim.phase not in self.phases:
-                raise ValueError(
+                raise UserError(
                     f"claims: phase {claim.phase} is not in this experiment; add it, or take the"
                     " claim out"
                 )
@@ -187,19 +188,19 @@ class ExperimentConfig(Config):
     def _require_decode(self) -> None:
         if self.decode is None:
             if "decode" in self.phases:
-                raise ValueError(
+                raise UserError(
                     "decode: must be given with the phase decode, got none; say sequences,"
                     " prompt_length and output_length"
                 )
             return
         if "decode" not in self.phases:
-            raise ValueError(
+            raise UserError(
                 "decode: needs the phase decode, which phases do not name; add it, or leave decode"
                 " out"
             )
         length = self.decode.prompt_length + self.decode.output_length
         if length > self.batch.sequence_length:
-            raise ValueError(
+            raise UserError(
                 "decode: prompt_length + output_length must fit the model's positions,"
                 f" batch.sequence_length ({self.batch.sequence_length}), got {length};"
                 " shorten one of the two"
@@ -211,12 +212,12 @@ class ExperimentConfig(Config):
             return
         size = ELEMENT_BYTES[self.precision]
         if machine.element_bytes != size:
-            raise ValueError(
+            raise UserError(
                 f"hardware: {machine.name} has figures for elements of {machine.element_bytes}"
                 f" bytes, and {self.precision} has {size}; leave it out, or name another file"
             )
         if machine.inter_node is None and self.world_size > machine.devices_per_node:
-            raise ValueError(
+            raise UserError(
                 f"hardware: {machine.name} has {machine.devices_per_node} devices in its one node,"
                 f" and the experiment {self.world_size} ranks; name a file with inter_node, or make"
                 f" one with helix calibrate --device {self.device} --ranks {self.world_size}"
@@ -233,7 +234,7 @@ def load(path: Path, hardware: Path | None = None) -> ExperimentConfig:
         hardware: a hardware file, instead of the one that the experiment names.
 
     Raises:
-        ValueError: naming the file, the path of each bad key, and what was wrong with it.
+        UserError: naming the file, the path of each bad key, and what was wrong with it.
     """
     document = read_mapping(path)
     if isinstance(document.get("models"), list):

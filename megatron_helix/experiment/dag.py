@@ -6,17 +6,17 @@ the same and whose files are still there is not done again. A record appears whe
 finished, in one piece, so that an interrupt loses no finished node and keeps no unfinished one.
 """
 
-import fcntl
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import networkx as nx
+
+from megatron_helix import files
+from megatron_helix.errors import UserError
 
 _HASHED_BYTES = 64 << 20  # of a larger file the size has to do
 
@@ -85,6 +85,9 @@ def run(
 
     Returns:
         The value of every node by name.
+
+    Raises:
+        UserError: for the record of a node that was torn or edited.
     """
     notify = notify or (lambda name, state: None)
     order = {node.name: place for place, node in enumerate(nodes)}
@@ -100,12 +103,14 @@ def run(
         else:
             notify(name, "started")
             made = node.action({need: record["value"] for need, record in needed.items()})
-            files = {str(path.relative_to(folder)): seen(path) for path in made.files}
+            written = {str(path.relative_to(folder)): seen(path) for path in made.files}
             # Through JSON once, so that a value is the same now and when it is read again.
             record = json.loads(
-                json.dumps({"node": name, "key": key, "value": made.value, "files": files})
+                json.dumps({"node": name, "key": key, "value": made.value, "files": written})
             )
-            _write(_record_path(folder, name), record)
+            path = _record_path(folder, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files.write(path, json.dumps(record, indent=1))
             notify(name, "done")
         records[name] = record
     return {name: record["value"] for name, record in records.items()}
@@ -117,45 +122,24 @@ def digest(value: Any) -> str:
 
 
 def read_record(folder: Path, name: str) -> dict[str, Any] | None:
-    """The record of a finished node; None without one."""
-    path = _record_path(folder, name)
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process; made if missing.
+    """The record of a finished node; None without one.
 
     Raises:
-        ValueError: when another process holds it.
+        UserError: for one that was torn or edited.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+") as lock:
-        try:
-            # Of the process, not of the file descriptor, which forked ranks inherit.
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            raise ValueError(
-                f"--out: {folder} must be used by one run at a time, and process"
-                f" {lock.read().strip() or 'unknown'} is at work in it; wait for it or give another"
-                " folder"
-            ) from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        yield
+    path = _record_path(folder, name)
+    if not path.exists():
+        return None
+    remedy = "remove it: the next `helix run` does again what it was the record of"
+    record = files.read_json(path, remedy)
+    whole = isinstance(record, dict) and {"key", "value", "files"} <= record.keys()
+    if not whole or not isinstance(record["files"], dict):
+        raise UserError(f"{path}: must be the record of a node, and was edited; {remedy}")
+    return record
 
 
 def _record_path(folder: Path, name: str) -> Path:
     return folder / "nodes" / f"{name}.json"
-
-
-def _write(path: Path, record: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(record, indent=1))
-    unfinished.replace(path)
 
 
 def seen(path: Path) -> list[Any]:
@@ -166,7 +150,7 @@ def seen(path: Path) -> list[Any]:
     return [size, hashlib.sha256(path.read_bytes()).hexdigest()]
 
 
-def _files_stand(folder: Path, files: dict[str, list[Any]]) -> bool:
+def _files_stand(folder: Path, written: dict[str, list[Any]]) -> bool:
     return all(
-        (folder / name).exists() and seen(folder / name) == then for name, then in files.items()
+        (folder / name).exists() and seen(folder / name) == then for name, then in written.items()
     )

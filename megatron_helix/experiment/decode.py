@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_helix import files
 from megatron_helix.experiment import runs
 from megatron_helix.experiment.config import (
     DecodeConfig,
@@ -78,7 +79,8 @@ def write_prompts(experiment: ExperimentConfig, run: Run, prefix: Path, file: Pa
     tokens = np.fromfile(prefix.with_suffix(".bin"), dtype=np.uint8, count=own * length)
     tokens = np.resize(tokens, (own, length))  # a short dataset is read again from its start
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join("".join(_PLAIN[token] for token in row) + "\n" for row in tokens))
+    lines = ("".join(_PLAIN[token] for token in row) + "\n" for row in tokens)
+    files.write(file, "".join(lines))
 
 
 def program(experiment: ExperimentConfig, run: Run, prompts: Path, out: Path) -> Program:

@@ -12,6 +12,7 @@ from typing import Any
 
 import networkx as nx
 
+from megatron_helix.errors import UserError
 from megatron_helix.experiment import partition
 from megatron_helix.experiment.config import ExperimentConfig
 from megatron_helix.experiment.runs import Run
@@ -55,7 +56,7 @@ def build(
         layers: how many to draw from the first one; None for all.
 
     Raises:
-        ValueError: for a name that the experiment does not have, or a layout that cannot run.
+        UserError: for a name that the experiment does not have, or a layout that cannot run.
     """
     helix = [item.name for item in experiment.layouts if item.is_helix]
     run = Run(
@@ -89,7 +90,7 @@ def _named(flag: str, items: Sequence[Any], name: str | None) -> Any:
     found = [item for item in items if item.name == name]
     if not found:
         names = ", ".join(item.name for item in items)
-        raise ValueError(f"{flag}: must be one of {names}, got {name!r}")
+        raise UserError(f"{flag}: must be one of {names}, got {name!r}")
     return found[0]
 
 

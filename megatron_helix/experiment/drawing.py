@@ -10,6 +10,7 @@ from typing import Any
 
 import networkx as nx
 
+from megatron_helix.errors import UserError
 from megatron_helix.experiment.dag import Node, graph
 
 FORMATS = ("mermaid", "dot", "svg")
@@ -19,10 +20,10 @@ def draw(made: nx.DiGraph, form: str) -> str:
     """The graph in one of :data:`FORMATS`.
 
     Raises:
-        ValueError: for another one.
+        UserError: for another one.
     """
     if form not in FORMATS:
-        raise ValueError(f"--format: must be one of {', '.join(FORMATS)}, got {form!r}")
+        raise UserError(f"--format: must be one of {', '.join(FORMATS)}, got {form!r}")
     return {"mermaid": _mermaid, "dot": _dot, "svg": _svg}[form](made)
 
 

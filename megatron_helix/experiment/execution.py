@@ -5,12 +5,15 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import megatron_helix
+from megatron_helix import files
 from megatron_helix.experiment import decode, launchers, metrics, runs
 from megatron_helix.experiment.config import ExperimentConfig
+from megatron_helix.experiment.progress import Steps
 from megatron_helix.experiment.runs import Run
 from megatron_helix.planner.flops import of_model
 
@@ -18,7 +21,7 @@ Poll = Callable[[int], None]
 
 
 def execute(
-    experiment: ExperimentConfig, one: Run, out: Path, prefix: Path, poll: Poll
+    experiment: ExperimentConfig, one: Run, out: Path, prefix: Path, poll: Poll | None
 ) -> tuple[dict[str, Any], list[Path]]:
     """Run it now.
 
@@ -27,7 +30,7 @@ def execute(
         one: the run.
         out: folder of the experiment.
         prefix: of the dataset.
-        poll: called now and then with the number of steps done.
+        poll: called now and then with the number of steps done; None where nobody asks.
 
     Returns:
         What was measured, and the files that hold it.
@@ -42,18 +45,19 @@ def execute(
         "phase": one.phase,
         "precision": one.precision,
         "world_size": experiment.world_size,
-        **measure(experiment, one, out, prefix, poll),
+        **measure(experiment, one, out, prefix, poll and Steps(folder / "metrics", poll)),
         "device": experiment.device,
         "source": "measured",
         "commit": commit(),
     }
     kept = folder / "result.json"
-    kept.write_text(json.dumps(result, indent=2))
-    return result, [kept, *sorted((folder / "metrics").iterdir())]
+    files.write(kept, json.dumps(result, indent=2))
+    measured = [files.of_ranks(folder / "metrics", ending) for ending in (".jsonl", ".json")]
+    return result, [kept, *chain(*measured)]
 
 
 def _trained(
-    experiment: ExperimentConfig, one: Run, out: Path, prefix: Path, poll: Poll
+    experiment: ExperimentConfig, one: Run, out: Path, prefix: Path, steps: Steps | None
 ) -> dict[str, Any]:
     """What a run of Megatron's loop measured."""
     folder = runs.folder(out, one)
@@ -65,7 +69,7 @@ def _trained(
         flags,
         experiment.world_size,
         folder / "logs",
-        lambda: poll(metrics.steps_done(folder / "metrics")),
+        steps,
     )
     measured = asdict(metrics.read(folder / "metrics"))
     # Written by the same code in a prefill, too, where there is no gradient to speak of.
@@ -74,14 +78,14 @@ def _trained(
 
 
 def _decoded(
-    experiment: ExperimentConfig, one: Run, out: Path, prefix: Path, poll: Poll
+    experiment: ExperimentConfig, one: Run, out: Path, prefix: Path, steps: Steps | None
 ) -> dict[str, Any]:
     """What serving the experiment's request measured."""
     folder = runs.folder(out, one)
     prompts = folder / "prompts.txt"
     decode.write_prompts(experiment, one, prefix, prompts)
     program = decode.program(experiment, one, prompts, out)
-    launchers.start(experiment.launcher, program, experiment.world_size, folder / "logs")
+    launchers.start(experiment.launcher, program, experiment.world_size, folder / "logs", steps)
     return decode.read(experiment, one, folder / "metrics")
 
 

@@ -1,12 +1,12 @@
 """Start the ranks of a run: forked here, with torchrun here, or with torchrun on Slurm's nodes."""
 
 import contextlib
-import ctypes
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +14,16 @@ from typing import Any
 
 import torch
 
+from megatron_helix import files, signals
+from megatron_helix.errors import UserError
 from megatron_helix.experiment.config import LauncherConfig
-from megatron_helix.launch import (
-    GRACE_S,
-    PR_SET_PDEATHSIG,
-    Ranks,
-    RunFailed,
-    terminate_as_interrupt,
-)
+from megatron_helix.launch import Ranks, RunFailed
 from megatron_helix.launch import run as fork_ranks
 
 POLL_S = 0.5
-_LIBC = ctypes.CDLL(None)  # found before a fork: there is little that a fork may do
+TORCHRUN_S = 10.0  # for torchrun to end itself when its ranks have
+# In the environment of what is started, so that all of it is found when the run is over.
+_MARK = "HELIX_LAUNCHED"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,16 +44,16 @@ def require(launcher: LauncherConfig, device: str, world_size: int) -> None:
     """Refuse to start where the ranks cannot run.
 
     Raises:
-        ValueError: without Slurm's allocation for ``slurm``, or with too few GPUs for ``cuda``.
+        UserError: without Slurm's allocation for ``slurm``, or with too few GPUs for ``cuda``.
     """
     if launcher.kind == "slurm" and not (shutil.which("srun") and os.environ.get("SLURM_JOB_ID")):
-        raise ValueError(
+        raise UserError(
             "launcher.kind: slurm needs srun and an allocation, and found none; call it from a"
             " script that sbatch has started, or use torchrun"
         )
     wanted = world_size // launcher.nodes
     if device == "cuda" and torch.cuda.device_count() < wanted:
-        raise ValueError(
+        raise UserError(
             f"device: cuda needs {wanted} GPUs on this machine, found {torch.cuda.device_count()};"
             " use such a machine, or say what is to be expected of it with `helix plan`"
         )
@@ -134,7 +132,7 @@ def start(
         poll: called now and then meanwhile, for progress.
 
     Raises:
-        ValueError: for a program that cannot run, before any rank is started.
+        UserError: for a program that cannot run, before any rank is started.
         RunFailed: when a rank fails; the others are ended first.
     """
     if launcher.kind == "fork":
@@ -143,10 +141,17 @@ def start(
         ranks = Ranks(target=target, args=args, world_size=world_size, logs=logs)
         fork_ranks(ranks, poll=poll)
         return
-    logs.mkdir(parents=True, exist_ok=True)
     command = launch_command(launcher, program.words, world_size, logs)
-    environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", **os.environ}
-    with (logs / "launcher.log").open("w") as log, terminate_as_interrupt():
+    environment = {
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": f"{signals.SAVE_GRACE_S:.0f}",  # torchrun's own is 30 s
+        **os.environ,
+    }
+    with (
+        files.locked(logs, "logs"),
+        (logs / "launcher.log").open("w") as log,
+        signals.terminate_as_interrupt(),
+    ):
         _supervise(command, environment, log, poll)
 
 
@@ -154,25 +159,28 @@ def _supervise(
     command: Sequence[str], environment: dict[str, str], log: Any, poll: Callable[[], Any] | None
 ) -> None:
     """Wait for the command; end all it has started when this process is interrupted or killed."""
+    mark = uuid.uuid4().hex
     process = subprocess.Popen(
         command,
-        env=environment,
+        env={**environment, _MARK: mark},
         stdout=log,
         stderr=log,
         start_new_session=True,
         preexec_fn=_end_with_parent,
     )
     try:
-        while True:
+        while process.poll() is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(POLL_S)
             if poll:
                 poll()
-            if process.returncode is not None:
-                break
+    except KeyboardInterrupt:
+        _let_save(process)
+        raise
     finally:
-        if process.poll() is None:
-            _end(process)
+        if process.poll() != 0:  # its ranks have sessions of their own, and may have outlived it
+            signals.kill_marked(_MARK, mark)
+            process.wait()
     if process.returncode:
         raise RunFailed(
             f"{Path(command[0]).name}: a rank failed (exit code {process.returncode}); its output"
@@ -182,14 +190,15 @@ def _supervise(
 
 def _end_with_parent() -> None:
     """Let the launcher be told to end when this process is gone, so that no rank is left over."""
-    _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    signals.end_with_parent(signal.SIGTERM)
 
 
-def _end(process: subprocess.Popen[Any]) -> None:
-    """Ask the launcher to end its ranks, and kill what is left of its session."""
+def _let_save(process: subprocess.Popen[Any]) -> None:
+    """Ask the launcher to end its ranks, and wait as long as a checkpoint may take to be saved."""
     process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(GRACE_S * 2)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    try:
+        process.wait(signals.SILENCE_S)
+    except subprocess.TimeoutExpired:
+        signals.tell_waiting()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(signals.SAVE_GRACE_S + TORCHRUN_S)

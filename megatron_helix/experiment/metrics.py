@@ -9,6 +9,8 @@ is *waiting* for slower ranks; between pipeline stages (sends and receives) it i
 """
 
 import json
+import os
+import re
 import statistics
 from collections import defaultdict
 from dataclasses import dataclass
@@ -17,9 +19,11 @@ from typing import Any
 
 import numpy
 
+from megatron_helix import files
+from megatron_helix.errors import UserError
 from megatron_helix.recording.comm_ledger import POINT_TO_POINT
 
-WARMUP_STEPS = 1  # not counted in a median: allocations and gloo's first connections
+TAIL_BYTES = 1 << 20  # holds the last line of a rank, whatever it sent in the step
 
 PARTS = ("compute", "communication", "waiting", "pipeline_idle")
 
@@ -72,28 +76,37 @@ class RunMetrics:
 
 
 def steps_done(folder: Path) -> int:
-    """Steps that every rank of a run has finished so far."""
-    files = list(folder.glob("rank*.jsonl"))
-    return min((file.read_text().count("\n") for file in files), default=0)
+    """The last step that every rank of a run has finished so far; 0 before the first one."""
+    return min(map(_last_step, files.of_ranks(folder, ".jsonl")), default=0)
+
+
+def _last_step(file: Path) -> int:
+    """The step of the last line that is whole.
+
+    Asked often, beside ranks that compute: only the file's end is read, and no JSON parsed.
+    """
+    with file.open("rb") as lines:
+        lines.seek(-min(lines.seek(0, os.SEEK_END), TAIL_BYTES), os.SEEK_END)
+        whole = lines.read().rpartition(b"\n")[0]
+    said = re.match(rb'\{"iteration": (\d+)', whole.rpartition(b"\n")[2])
+    return int(said[1]) if said else 0
 
 
 def read(folder: Path) -> RunMetrics:
     """Put together what the ranks of a finished run wrote.
 
     Raises:
-        ValueError: when there is nothing, or the ranks disagree on the number of steps.
+        UserError: when there is nothing, or the ranks disagree on the number of steps.
     """
-    ranks = [
-        [json.loads(line) for line in file.read_text().splitlines()]
-        for file in sorted(folder.glob("rank*.jsonl"))
-    ]
+    ranks = [_steps(file) for file in files.of_ranks(folder, ".jsonl")]
+    ranks = ranks[: ranks[0][-1]["ranks"]] if ranks and ranks[0] else ranks
     counts = {len(lines) for lines in ranks}
     if len(counts) != 1 or counts == {0}:
-        raise ValueError(f"{folder}: need the same number of steps of every rank, got {counts}")
+        raise UserError(f"{folder}: need the same number of steps of every rank, got {counts}")
     steps = list(zip(*ranks, strict=True))
     counted = _counted(steps)
     step_ms = [max(line["step_s"] for line in step) * 1e3 for step in counted]
-    tokens, batch = steps[0][0]["tokens"], steps[0][0]["batch"]
+    tokens, batch = counted[-1][0]["tokens"], counted[-1][0]["batch"]
     per_batch_ms = 1e3 * batch / tokens
     tpot = [statistics.mean(_communication(step)) * per_batch_ms for step in counted]
     slowest = max(map(statistics.median, zip(*map(_communication, counted), strict=True)))
@@ -118,10 +131,29 @@ def read(folder: Path) -> RunMetrics:
     )
 
 
+def _steps(file: Path) -> list[Line]:
+    """The lines of a rank, one a step.
+
+    A restart goes on after its checkpoint: what a run that died measured beyond that is done again,
+    and counts as it was done last. A line without its end is one that is being written, or was when
+    its run died.
+    """
+    steps: dict[int, Line] = {}
+    for text in file.read_text().rpartition("\n")[0].splitlines():
+        line = json.loads(text)
+        if line["first"]:
+            steps = {done: kept for done, kept in steps.items() if done < line["iteration"]}
+        steps[line["iteration"]] = line
+    return list(steps.values())
+
+
 def _counted(steps: list[tuple[Line, ...]]) -> list[tuple[Line, ...]]:
-    """The steps whose times count; all of them where none would be left."""
-    plain = [step for step in steps[WARMUP_STEPS:] if not step[0].get("profile")]
-    return plain or steps[WARMUP_STEPS:] or steps
+    """The steps whose times count; all of them where none would be left.
+
+    The first one after a start does not: it has allocations and first connections in it.
+    """
+    warm = [step for step in steps if not step[0]["first"]]
+    return [step for step in warm if not step[0].get("profile")] or warm or steps
 
 
 def _communication(step: tuple[Line, ...]) -> list[float]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jinja2
 
+from megatron_helix import files
 from megatron_helix.experiment import tables
 from megatron_helix.experiment.config import ExperimentConfig
 from megatron_helix.experiment.dag import digest
@@ -43,7 +44,7 @@ def write(out: Path) -> list[Path]:
     written = []
     for name in ("report.md", "report.html"):
         page = environment.get_template(f"{name}.j2").render(**content, pictures=embedded)
-        (out / name).write_text(page)
+        files.write(out / name, page)
         written.append(out / name)
     return [*written, *(path for _, path in pictures)]
 

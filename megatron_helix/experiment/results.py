@@ -1,15 +1,20 @@
 """Results as a finished experiment left them, and the verdict on them."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_helix import files
+from megatron_helix.errors import UserError
 from megatron_helix.experiment.config import ExperimentConfig
 from megatron_helix.experiment.dag import read_record
+from megatron_helix.run_config import validated
 
 Result = dict[str, Any]
+
+_OF_RUNS = {"name", "model", "layout", "phase", "tokens_per_s", "tpot_ms", "sent_bytes", "commit"}
+_OF_CHECKS = {"check", "run", "passed", "detail"}
 
 
 def read(out: Path) -> dict[str, Any]:
@@ -20,28 +25,47 @@ def read(out: Path) -> dict[str, Any]:
         partition of every run).
 
     Raises:
-        ValueError: when something is missing.
+        UserError: when something is missing, or was torn or edited.
     """
+    call = f"call `helix run EXPERIMENT --out {out}`"
     for name in ("experiment.json", "results.json", "verification.json"):
         if not (out / name).exists():
-            raise ValueError(
-                f"{out}: must hold a finished experiment, and {name} is missing; call"
-                f" `helix run EXPERIMENT --out {out}` first"
+            raise UserError(
+                f"{out}: must hold a finished experiment, and {name} is missing; {call} first"
             )
-    experiment = ExperimentConfig.model_validate_json((out / "experiment.json").read_text())
+    again = f"{call} once more, which writes it again"
+    found = {
+        "experiment": _experiment(out / "experiment.json", again),
+        "results": _items(out / "results.json", "runs", _OF_RUNS, again),
+        "verification": _items(out / "verification.json", "checks", _OF_CHECKS, again),
+    }
     record = read_record(out, "input_preparation")
-    results = json.loads((out / "results.json").read_text())["runs"]
     cuts = {
         run["name"]: (read_record(out, f"partitioning_setup/{run['name']}") or {}).get("value")
-        for run in results
+        for run in found["results"]
     }
-    return {
-        "experiment": experiment,
-        "results": results,
-        "verification": json.loads((out / "verification.json").read_text())["checks"],
-        "data": (record or {}).get("files", {}),
-        "cuts": cuts,
-    }
+    return {**found, "data": (record or {}).get("files", {}), "cuts": cuts}
+
+
+def _experiment(path: Path, remedy: str) -> ExperimentConfig:
+    try:
+        return validated(ExperimentConfig, files.read_json(path, remedy), path)
+    except UserError as error:
+        first = str(error).splitlines()[0].removesuffix(f"; {remedy}")
+        raise UserError(f"{first}; {remedy}") from None
+
+
+def _items(path: Path, key: str, needed: set[str], remedy: str) -> list[dict[str, Any]]:
+    """The mappings that a file lists under a key, each with what it needs."""
+    document = files.read_json(path, remedy)
+    items = document.get(key) if isinstance(document, dict) else None
+    if isinstance(items, list) and all(
+        isinstance(item, dict) and needed <= item.keys() for item in items
+    ):
+        return items
+    raise UserError(
+        f"{path}: must list {key}, each with {', '.join(sorted(needed))}, and was edited; {remedy}"
+    )
 
 
 def baseline_of(result: Result, results: Sequence[Result]) -> Result:

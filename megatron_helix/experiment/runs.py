@@ -5,6 +5,7 @@ Also what all runs of a model start from: the text, and one checkpoint of initia
 
 import shutil
 import sysconfig
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from megatron_helix import corpus, cpu_device
+from megatron_helix.errors import UserError
 from megatron_helix.experiment import launchers
 from megatron_helix.experiment.config import ExperimentConfig, Phase
 from megatron_helix.inference import saved_model
@@ -125,7 +127,7 @@ def layout_flags(experiment: ExperimentConfig, run: Run) -> list[str]:
     """Everything of a run but what lies in files.
 
     Raises:
-        ValueError: when the experiment's ``flags`` have one that its other keys set.
+        UserError: when the experiment's ``flags`` have one that its other keys set.
     """
     fp16 = experiment.verification.fp16
     scale = fp16.loss_scale if fp16 else 65536.0
@@ -143,7 +145,7 @@ def layout_flags(experiment: ExperimentConfig, run: Run) -> list[str]:
     ]
     for flag in experiment.flags:
         if flag.startswith("--") and flag.partition("=")[0] in own:
-            raise ValueError(f"flags: {flag} is set by the experiment's other keys; leave it out")
+            raise UserError(f"flags: {flag} is set by the experiment's other keys; leave it out")
     return [*own, *experiment.flags]
 
 
@@ -170,7 +172,11 @@ def folder(out: Path, run: Run) -> Path:
 
 
 def initial_weights(
-    experiment: ExperimentConfig, model: ModelConfig, prefix: Path, out: Path
+    experiment: ExperimentConfig,
+    model: ModelConfig,
+    prefix: Path,
+    out: Path,
+    poll: Callable[[], None] | None = None,
 ) -> Path:
     """One step of training, saved: a checkpoint any layout can start from.
 
@@ -197,7 +203,7 @@ def initial_weights(
         ranks = experiment.world_size
         layout = experiment.layouts[0]
         flags += [*layout.flags(model), "--global-batch-size", str(experiment.batch.sequences)]
-    launchers.launch(experiment.launcher, flags, ranks, target.parent / "logs" / model.name)
+    launchers.launch(experiment.launcher, flags, ranks, target.parent / "logs" / model.name, poll)
     return target
 
 

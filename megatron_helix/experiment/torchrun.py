@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from megatron_helix.errors import UserError
 from megatron_helix.experiment.config import ExperimentConfig
 from megatron_helix.experiment.runs import Run, layout_flags
 from megatron_helix.layout import require_divides
+
+ENTRY = "megatron_helix.pretrain_gpt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +53,7 @@ def command(
         more: further flags for Megatron, which win over those before them.
 
     Raises:
-        ValueError: for names the experiment does not have, and nodes that cannot hold its ranks.
+        UserError: for names the experiment does not have, and nodes that cannot hold its ranks.
     """
     run = Run(
         model=_named("MODEL", model, experiment.models),
@@ -62,18 +65,23 @@ def command(
     return [
         *("torchrun", *_rendezvous(nodes)),
         *("--nproc-per-node", str(experiment.world_size // nodes.count)),
-        *("-m", "megatron_helix.pretrain_gpt"),
+        *("-m", ENTRY),
         *layout_flags(experiment, run),
         *(("--data-path", data, "--split", "100,0,0") if data else ("--mock-data",)),
         *more,
     ]
 
 
+def flags(words: Sequence[str]) -> list[str]:
+    """The flags of a rank, of the words of :func:`command`."""
+    return list(words[words.index(ENTRY) + 1 :])
+
+
 def _rendezvous(nodes: Nodes) -> list[str]:
     if nodes.count == 1:
         return ["--standalone"]
     if not nodes.rendezvous:
-        raise ValueError(
+        raise UserError(
             f"--rdzv-endpoint: must be HOST:PORT of one node when --nnodes is {nodes.count}, got"
             " none; give the same one on every node"
         )
@@ -84,5 +92,5 @@ def _rendezvous(nodes: Nodes) -> list[str]:
 def _named[Item: _Named](argument: str, name: str, items: Sequence[Item]) -> Item:
     found = {item.name: item for item in items}
     if name not in found:
-        raise ValueError(f"{argument}: must be one of {', '.join(found)}, got {name!r}")
+        raise UserError(f"{argument}: must be one of {', '.join(found)}, got {name!r}")
     return found[name]

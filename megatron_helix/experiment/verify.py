@@ -10,12 +10,12 @@ from :mod:`megatron_helix.experiment.partition` and from the checkpoint all layo
 """
 
 import itertools
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_helix import files
 from megatron_helix.experiment import decode, execution, runs
 from megatron_helix.experiment.config import ExperimentConfig, Fp16Config, VerificationConfig
 from megatron_helix.experiment.runs import Run
@@ -78,7 +78,8 @@ def verify(
 
 def placements(folder: Path) -> list[dict[str, Any]]:
     """What the ranks of a run said they are."""
-    return [json.loads(file.read_text()) for file in sorted(folder.glob("rank*.json"))]
+    remedy = "remove the folder of that run, and call `helix run` once more"
+    return [files.read_json(file, remedy) for file in files.of_ranks(folder, ".json")]
 
 
 def mapping(

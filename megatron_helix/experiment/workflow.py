@@ -6,7 +6,6 @@ report follow them. A second call with the same experiment does only what is mis
 
 import json
 import shutil
-from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +13,8 @@ from typing import Any
 
 from rich.console import Console
 
-from megatron_helix import __version__, corpus
+from megatron_helix import __version__, corpus, files
+from megatron_helix.errors import UserError
 from megatron_helix.experiment import (
     dag,
     decode,
@@ -29,6 +29,7 @@ from megatron_helix.experiment import (
 from megatron_helix.experiment.config import ExperimentConfig
 from megatron_helix.experiment.dag import Made, Node, seen
 from megatron_helix.experiment.runs import Run
+from megatron_helix.run_config import ModelConfig
 
 COMPONENTS = (
     "input_preparation",
@@ -49,7 +50,7 @@ def run(experiment: ExperimentConfig, out: Path, console: Console) -> dict[str, 
         The value of every node by name.
 
     Raises:
-        ValueError: when a layout cannot run, or another process works in ``out``; before any rank
+        UserError: when a layout cannot run, or another process works in ``out``; before any rank
             is started.
         RunFailed: when a rank of a run fails. What is finished stays.
     """
@@ -58,7 +59,7 @@ def run(experiment: ExperimentConfig, out: Path, console: Console) -> dict[str, 
         f"execution_monitoring/{one.name}": runs.steps(experiment, one)
         for one in [*runs.compared(experiment), *runs.checks(experiment)]
     }
-    with dag.locked(out), progress.shown(console, totals) as (notify, advance):
+    with files.locked(out, "--out"), progress.shown(console, totals) as (notify, advance):
         return dag.run(nodes(experiment, out, console, advance), out, notify)
 
 
@@ -66,24 +67,31 @@ def check(experiment: ExperimentConfig) -> None:
     """Refuse what cannot run here.
 
     Raises:
-        ValueError: naming what is missing, or the run and what is wrong with it.
+        UserError: naming what is missing, or the run and what is wrong with it.
     """
     from megatron_helix import arguments
 
+    names = [one.name for one in [*runs.compared(experiment), *runs.checks(experiment)]]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(
+                f"models, layouts: {name} would be the folder of two runs; rename the model or the"
+                " layout of one of them"
+            )
     launchers.require(experiment.launcher, experiment.device, experiment.world_size)
     for one in [*runs.compared(experiment), *runs.checks(experiment)]:
         try:
             partition.deployment(experiment, one).check()
             arguments.complete(runs.layout_flags(experiment, one), experiment.world_size)
-        except ValueError as error:
-            raise ValueError(f"{one.model.name}, layout {one.layout.name}: {error}") from None
+        except UserError as error:
+            raise UserError(f"{one.model.name}, layout {one.layout.name}: {error}") from None
 
 
 def nodes(
     experiment: ExperimentConfig,
     out: Path,
     console: Console | None = None,
-    advance: Callable[[str, int], None] = lambda name, steps: None,
+    advance: progress.Advance | None = None,
 ) -> list[Node]:
     """The graph of ``experiment``, in the order of its components."""
     console = console or Console(quiet=True)
@@ -102,7 +110,7 @@ def nodes(
             Node(
                 name=f"model_loading/{model.name}",
                 inputs=[runs.model_flags(experiment, model), list(experiment.flags), ran],
-                action=partial(_model, experiment, model, out),
+                action=partial(_model, experiment, model, out, advance),
                 needs=("input_preparation",),
             )
         )
@@ -148,7 +156,7 @@ def _run_nodes(
     one: Run,
     out: Path,
     ran: dict[str, str],
-    advance: Callable[[str, int], None],
+    advance: progress.Advance | None,
 ) -> list[Node]:
     """Partition, devices and execution of one run."""
     cut, devices, executed = (f"{component}/{one.name}" for component in COMPONENTS[2:5])
@@ -177,7 +185,7 @@ def _run_nodes(
         Node(
             name=executed,
             inputs=[runs.layout_flags(experiment, one), *request, ran],
-            action=partial(_execute, experiment, one, out, partial(advance, executed)),
+            action=partial(_execute, experiment, one, out, advance and partial(advance, executed)),
             needs=("input_preparation", f"model_loading/{one.model.name}", devices),
         ),
     ]
@@ -197,11 +205,20 @@ def _input(
     )
 
 
-def _model(experiment: ExperimentConfig, model: Any, out: Path, values: dict[str, Any]) -> Made:
-    shutil.rmtree(runs.initial_folder(out, model), ignore_errors=True)
-    made = runs.initial_weights(experiment, model, _prefix(out, values), out)
-    files = sorted(path for path in made.rglob("*") if path.is_file())
-    return Made(value={"checkpoint": str(made.relative_to(out))}, files=files)
+def _model(
+    experiment: ExperimentConfig,
+    model: ModelConfig,
+    out: Path,
+    advance: progress.Advance | None,
+    values: dict[str, Any],
+) -> Made:
+    folder = runs.initial_folder(out, model)
+    shutil.rmtree(folder, ignore_errors=True)
+    name = f"model_loading/{model.name}"
+    alive = advance and progress.Steps(folder, partial(advance, name))  # it has none to count
+    made = runs.initial_weights(experiment, model, _prefix(out, values), out, alive)
+    saved = sorted(path for path in made.rglob("*") if path.is_file())
+    return Made(value={"checkpoint": str(made.relative_to(out))}, files=saved)
 
 
 def _prefix(out: Path, values: dict[str, Any]) -> Path:
@@ -212,11 +229,11 @@ def _execute(
     experiment: ExperimentConfig,
     one: Run,
     out: Path,
-    poll: execution.Poll,
+    poll: execution.Poll | None,
     values: dict[str, Any],
 ) -> Made:
-    result, files = execution.execute(experiment, one, out, _prefix(out, values), poll)
-    return Made(value=result, files=files)
+    result, written = execution.execute(experiment, one, out, _prefix(out, values), poll)
+    return Made(value=result, files=written)
 
 
 def _collect(
@@ -231,9 +248,9 @@ def _collect(
             result |= execution.utilisation(experiment, one, result["step_ms"])
         results.append({**result, "predicted": prediction.of_run(experiment, one)})
     path = out / "results.json"
-    path.write_text(json.dumps({"runs": results}, indent=2) + "\n")
+    files.write(path, json.dumps({"runs": results}, indent=2) + "\n")
     asked = out / "experiment.json"
-    asked.write_text(experiment.model_dump_json(indent=1) + "\n")
+    files.write(asked, experiment.model_dump_json(indent=1) + "\n")
     return Made(value=results, files=[path, asked])
 
 
@@ -248,7 +265,7 @@ def _verify(
 
     found = verify.verify(experiment, compared, checks, out, values)
     path = out / "verification.json"
-    path.write_text(json.dumps({"checks": found}, indent=2) + "\n")
+    files.write(path, json.dumps({"checks": found}, indent=2) + "\n")
     return Made(value=found, files=[path])
 
 

@@ -23,6 +23,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_helix import files
+from megatron_helix.errors import UserError
 from megatron_helix.recording.clocks import HostClock, StreamClock
 from megatron_helix.recording.comm_ledger import CommLedger, install
 
@@ -105,7 +107,7 @@ def record(
         "prefill_sent_bytes": _sent(prefill),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"rank{rank:02d}.json").write_text(json.dumps(line))
+    files.write(files.of_rank(folder, rank, ".json"), json.dumps(line))
 
 
 def _sent(entries: Any) -> dict[str, int]:
@@ -116,11 +118,12 @@ def read(folder: Path) -> DecodeMetrics:
     """Put together what the ranks of a finished run wrote.
 
     Raises:
-        ValueError: when there is nothing.
+        UserError: when there is nothing.
     """
-    ranks = [json.loads(file.read_text()) for file in sorted(folder.glob("rank*.json"))]
+    remedy = "remove the folder, and measure once more"
+    ranks = [files.read_json(file, remedy) for file in files.of_ranks(folder, ".json")]
     if not ranks:
-        raise ValueError(f"{folder}: need the files of a finished measurement, found none")
+        raise UserError(f"{folder}: need the files of a finished measurement, found none")
     times: _Times = ranks[0]["times_s"]
     steps = len(times[0]) - 1
     latencies = [b - a for part in times for a, b in pairwise(part)]

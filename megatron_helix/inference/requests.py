@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_helix.corpus import VOCAB_SIZE
+from megatron_helix.errors import UserError
 
 
 class Tokenizer(Protocol):
@@ -72,7 +73,7 @@ class Request:
         microbatches: parts of the batch, which keep the stages of a pipeline busy at once.
 
     Raises:
-        ValueError: for what no model can serve.
+        UserError: for what no model can serve.
     """
 
     prompts: tuple[str, ...]
@@ -82,22 +83,22 @@ class Request:
 
     def __post_init__(self) -> None:
         if not self.prompts:
-            raise ValueError("--prompt: needs at least one; give --prompt TEXT or --prompts FILE")
+            raise UserError("--prompt: needs at least one; give --prompt TEXT or --prompts FILE")
         for number, prompt in enumerate(self.prompts, 1):
             if not prompt:
-                raise ValueError(
+                raise UserError(
                     f"--prompt: must not be empty, and number {number} of {len(self.prompts)} is;"
                     " give it at least one character"
                 )
         if self.new_tokens < 1:
-            raise ValueError(f"--tokens: must be 1 or more, got {self.new_tokens}")
+            raise UserError(f"--tokens: must be 1 or more, got {self.new_tokens}")
         if len(self.prompts) > self.max_batch:
-            raise ValueError(
+            raise UserError(
                 f"--prompt: at most --max-batch ({self.max_batch}) at once, got"
                 f" {len(self.prompts)}; give fewer, or raise it if memory allows"
             )
         if self.microbatches < 1 or len(self.prompts) % self.microbatches:
-            raise ValueError(
+            raise UserError(
                 "--microbatches: must be a positive divisor of the number of prompts"
                 f" ({len(self.prompts)}), got {self.microbatches}"
             )
@@ -110,14 +111,14 @@ class Request:
             limit: positions that the model was made for.
 
         Raises:
-            ValueError: when a prompt and what is to be generated behind it go beyond the limit, and
+            UserError: when a prompt and what is to be generated behind it go beyond the limit, and
                 for a prompt that is not of the tokenizer's tokens.
         """
         ids = [_read(prompt, n, tokenizer) for n, prompt in enumerate(self.prompts, 1)]
         for number, prompt in enumerate(ids, 1):
             # Sequences share their positions: all take as many as the longest prompt.
             if len(prompt) + self.new_tokens > limit:
-                raise ValueError(
+                raise UserError(
                     f"--tokens: prompt and new tokens must fit the model's {limit} positions"
                     f" (--max-position-embeddings), got {len(prompt)} (prompt {number}) +"
                     f" {self.new_tokens}; shorten the prompt, or ask for"
@@ -132,7 +133,7 @@ def _read(prompt: str, number: int, tokenizer: Tokenizer) -> list[int]:
     except ValueError:
         ids = [-1]
     if not all(0 <= token < tokenizer.vocab_size for token in ids):
-        raise ValueError(
+        raise UserError(
             "--prompt: a model without a tokenizer takes token ids below"
             f" {tokenizer.vocab_size}, one space between them, and number {number} is {prompt!r};"
             " give such, or the model's tokenizer (--tokenizer-type and its files) behind the --"
@@ -144,12 +145,12 @@ def read_prompts(prompts: Sequence[str], file: Path | None) -> tuple[str, ...]:
     r"""The prompts given one by one, then those of ``file``, one a line, ``\n`` for a line break.
 
     Raises:
-        ValueError: when the file cannot be read.
+        UserError: when the file cannot be read.
     """
     lines: list[str] = []
     if file:
         try:
             lines = file.read_text().splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"--prompts: {file} must be a text file: {error}") from None
+            raise UserError(f"--prompts: {file} must be a text file: {error}") from None
     return (*prompts, *(line.replace("\\n", "\n") for line in lines))

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_helix.errors import UserError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -16,7 +18,7 @@ class Sampling:
         seed: of the generator, which all ranks share.
 
     Raises:
-        ValueError: for values out of range, and for top_k and top_p together.
+        UserError: for values out of range, and for top_k and top_p together.
     """
 
     temperature: float = 0.0
@@ -26,17 +28,17 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < float("inf"):
-            raise ValueError(f"--temperature: must be 0 (greedy) or more, got {self.temperature}")
+            raise UserError(f"--temperature: must be 0 (greedy) or more, got {self.temperature}")
         if self.top_k < 0:
-            raise ValueError(f"--top-k: must be 0 (off) or more, got {self.top_k}")
+            raise UserError(f"--top-k: must be 0 (off) or more, got {self.top_k}")
         if not 0.0 <= self.top_p <= 1.0:
-            raise ValueError(f"--top-p: must be between 0 (off) and 1, got {self.top_p}")
+            raise UserError(f"--top-p: must be between 0 (off) and 1, got {self.top_p}")
         if self.top_k and self.top_p:
-            raise ValueError(
+            raise UserError(
                 f"--top-p: goes without --top-k, got {self.top_p} and {self.top_k}; leave one away"
             )
         if not self.temperature and (self.top_k or self.top_p):
-            raise ValueError(
+            raise UserError(
                 "--temperature: must be above 0 to draw with --top-k or --top-p, got 0; set it, or"
                 " leave them away"
             )

@@ -17,11 +17,12 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from torch.nn.functional import gelu
 
-from megatron_helix.flags import add_helix_arguments
+from megatron_helix.errors import UserError
+from megatron_helix.flags import FlagParser, add_helix_arguments
 from megatron_helix.inference.run_fields import RUN_FIELDS
 
 # Names that earlier versions of Megatron saved.
@@ -36,11 +37,11 @@ def require_checkpoint(folder: Path) -> None:
     """Refuse a folder that Megatron has saved no checkpoint in.
 
     Raises:
-        ValueError: naming the folder and what is missing.
+        UserError: naming the folder and what is missing.
     """
     tracker = folder / "latest_checkpointed_iteration.txt"
     if not tracker.is_file():
-        raise ValueError(
+        raise UserError(
             f"--load: must be a folder that Megatron saved checkpoints in, and {tracker} does not"
             " exist; give the folder that training had as --save"
         )
@@ -50,7 +51,7 @@ def saved_arguments(folder: Path) -> argparse.Namespace:
     """The arguments that the newest checkpoint in ``folder`` was trained with.
 
     Raises:
-        ValueError: when there is no checkpoint, or none in Megatron's distributed format.
+        UserError: when there is no checkpoint, or none in Megatron's distributed format.
     """
     from megatron.core.dist_checkpointing import load_common_state_dict
 
@@ -58,7 +59,7 @@ def saved_arguments(folder: Path) -> argparse.Namespace:
     iteration = (folder / "latest_checkpointed_iteration.txt").read_text().strip()
     name = iteration if iteration == "release" else f"iter_{int(iteration):07d}"
     if not (folder / name / "metadata.json").is_file():
-        raise ValueError(
+        raise UserError(
             f"--load: needs a checkpoint in the torch_dist format, and {folder / name} is not one;"
             " save with --ckpt-format torch_dist"
         )
@@ -149,21 +150,12 @@ def parsed(flags: Sequence[str], saved: argparse.Namespace) -> argparse.Namespac
     """``flags`` as Megatron parses them, on top of the ``saved`` model.
 
     Raises:
-        ValueError: for what is none of Megatron's flags, nor of helix's, or has a bad value.
+        UserError: for what is none of Megatron's flags, nor of helix's, or has a bad value.
     """
     from megatron.training.arguments import add_megatron_arguments
 
-    parser = _Parser(allow_abbrev=False)
+    parser = FlagParser()
     return on_top_of(saved, flags)(add_megatron_arguments(parser)).parse_args(list(flags))
-
-
-class _Parser(argparse.ArgumentParser):
-    """Without the usage of eight hundred flags before an error."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(
-            f"flags behind --: must be Megatron's or helix's, got {message}; see docs/flags.md"
-        )
 
 
 def on_top_of(
@@ -218,7 +210,7 @@ def load(flags: Sequence[str], saved: argparse.Namespace) -> Any:
         compat.relax_head_check()
     sys.argv = [sys.argv[0], *flags]  # Megatron's parser reads it there
     args = parse_and_validate_args(extra_args_provider=on_top_of(saved, flags))
-    model_config = plugin.enable(args, config_of(args, saved))
+    model_config = plugin.enable(args, config_of(args, saved), training=False)
     initialize_megatron()
     container = pretrain_cfg_container_from_args(args, model_config)
     builder = model_config.get_builder_cls()(model_config)

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_helix.errors import UserError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Unserved:
@@ -152,7 +154,7 @@ def require_served(
         on_cpu: whether it is to be served there.
 
     Raises:
-        ValueError: for what cannot be served, naming flag, reason and remedy.
+        UserError: for what cannot be served, naming flag, reason and remedy.
     """
     for unserved in (*MODELS, *(ON_A_CPU if on_cpu else ())):
         _refuse(unserved, args, "the model was trained with")
@@ -173,7 +175,7 @@ def require_served(
     asked = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
     uneven = any(getattr(args, name) for name in (*asked, "pipeline_model_parallel_layout"))
     if args.num_layers % stages and not uneven:
-        raise ValueError(
+        raise UserError(
             f"--pipeline-model-parallel-size: must divide the model's {args.num_layers} layers, got"
             f" {stages}; use another, or say with --decoder-last-pipeline-num-layers how many the"
             " last stage has"
@@ -184,6 +186,6 @@ def _refuse(unserved: Unserved, args: argparse.Namespace, what: str) -> None:
     value = getattr(args, unserved.name, None)
     if value is None or value is False or not unserved.when(value):
         return
-    raise ValueError(
+    raise UserError(
         f"{unserved.flag}: cannot generate, {what} {value}: {unserved.reason}; {unserved.remedy}"
     )

@@ -29,6 +29,8 @@ import torch
 import torch.distributed as dist
 import yaml
 
+from megatron_helix import errors, files, signals
+from megatron_helix.errors import UserError
 from megatron_helix.planner.book import share
 from megatron_helix.planner.hardware import crossing, hops
 
@@ -42,7 +44,7 @@ def on_cpu(ranks: int, out: Path) -> str:
     """Measure with ``ranks`` forked gloo ranks and write ``out``; one line that says what.
 
     Raises:
-        ValueError: when ``out`` is a folder, or none can be made for it.
+        UserError: when ``out`` is a folder, or none can be made for it.
     """
     from megatron_helix import launch
 
@@ -63,16 +65,11 @@ def prepare(out: Path) -> None:
     """Make the folder of a file to write.
 
     Raises:
-        ValueError: when ``out`` is a folder, or none can be made for it.
+        UserError: when ``out`` is a folder, or none can be made for it.
     """
     if out.is_dir():
-        raise ValueError(f"--out: must be a file to write, got the folder {out}; name a file in it")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"--out: {out.parent} must be a folder that can be made: {error.strerror}; name another"
-        ) from None
+        raise UserError(f"--out: must be a file to write, got the folder {out}; name a file in it")
+    files.make_folder(out.parent, "--out")
 
 
 def _cpu_rank(found: Path) -> None:
@@ -80,7 +77,7 @@ def _cpu_rank(found: Path) -> None:
     dist.init_process_group("gloo")
     measured = measure("cpu", dist.get_world_size())
     if dist.get_rank() == 0:
-        found.write_text(json.dumps(measured))
+        files.write(found, json.dumps(measured))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -229,7 +226,7 @@ def write(measured: Measured, out: Path) -> None:
         "element_bytes": measured["element_bytes"],
         "note": note,
     }
-    out.write_text(yaml.safe_dump(document, sort_keys=False, width=100))
+    files.write(out, yaml.safe_dump(document, sort_keys=False, width=100))
 
 
 def summary(out: Path) -> str:
@@ -243,7 +240,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure GPUs and links.")
     parser.add_argument("--out", type=Path, required=True)
     out = parser.parse_args().out
-    prepare(out)
+    signals.end_with_torchrun()
+    with errors.told():
+        prepare(out)
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", device_id=device)

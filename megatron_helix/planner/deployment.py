@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from megatron_helix.errors import UserError
 from megatron_helix.exchange.strategy import Choice, cache_split, decode_plan, resolve
 from megatron_helix.exchange.traffic import BlockShape, Plan
 from megatron_helix.layout import HelixLayout, require_divides
@@ -25,10 +26,10 @@ def require_phase(phase: str) -> None:
     """Refuse what is none of :data:`PHASES`.
 
     Raises:
-        ValueError: naming them.
+        UserError: naming them.
     """
     if phase not in PHASES:
-        raise ValueError(f"phase: must be one of {', '.join(PHASES)}, got {phase!r}")
+        raise UserError(f"phase: must be one of {', '.join(PHASES)}, got {phase!r}")
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Deployment:
         precision: of weights and activations; fp16 scales its loss.
 
     Raises:
-        ValueError: from :meth:`check`.
+        UserError: from :meth:`check`.
     """
 
     model: ModelConfig
@@ -59,7 +60,7 @@ class Deployment:
         """This deployment, if it can run.
 
         Raises:
-            ValueError: naming the field, the requirement and the value.
+            UserError: naming the field, the requirement and the value.
         """
         model, layout, batch = self.model, self.layout, self.batch
         require_phase(self.phase)
@@ -77,16 +78,12 @@ class Deployment:
             require_divides("ep", layout.ep, "num_experts", model.num_experts)
             require_divides("etp", layout.etp, "ffn_hidden_size", model.ffn_hidden_size)
             if layout.gtp > 1:
-                raise ValueError(
-                    f"gtp: is predicted for dense models only, got {layout.gtp}; use 1"
-                )
+                raise UserError(f"gtp: is predicted for dense models only, got {layout.gtp}; use 1")
         share = layout.micro_batch * self.batch_ranks
         require_divides("micro_batch x data-parallel ranks", share, "sequences", batch.sequences)
         if layout.is_helix:
             if layout.cp > 1 or layout.gtp > 1:
-                raise ValueError(
-                    "cp, gtp: are predicted beside stock layouts only; use 1 with m, n"
-                )
+                raise UserError("cp, gtp: are predicted beside stock layouts only; use 1 with m, n")
             self.cut  # noqa: B018  # checks m and n
         else:
             require_divides("tp", self.tp, "num_attention_heads", heads)
@@ -96,7 +93,7 @@ class Deployment:
             ranks = self.tp * layout.cp
             require_divides("tp x cp", ranks, "sequence_length", batch.sequence_length)
         elif layout.cp > 1 or layout.gtp > 1:
-            raise ValueError("cp, gtp: are not predicted for decode; use 1")
+            raise UserError("cp, gtp: are not predicted for decode; use 1")
         self.plan  # noqa: B018  # checks exchange and split
         return self
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pydantic import Field, PositiveInt, ValidationInfo, field_validator
 
+from megatron_helix.errors import UserError
 from megatron_helix.planner.deployment import ELEMENT_BYTES, Precision
 from megatron_helix.run_config import Config, read_config
 
@@ -61,7 +62,7 @@ class Quantity(Config):
 
 def _require_unit(name: str, quantity: Quantity) -> Quantity:
     if quantity.unit not in _UNITS[name]:
-        raise ValueError(f"unit must be one of {', '.join(_UNITS[name])}, got {quantity.unit!r}")
+        raise UserError(f"unit must be one of {', '.join(_UNITS[name])}, got {quantity.unit!r}")
     return quantity
 
 
@@ -122,7 +123,7 @@ class Hardware(Config):
     def _linked(cls, link: Link | None, info: ValidationInfo) -> Link | None:
         known = info.data
         if link is None and known.get("devices", 1) > known.get("devices_per_node", 1):
-            raise ValueError("must be given where devices exceed devices_per_node")
+            raise UserError("must be given where devices exceed devices_per_node")
         return link
 
     @property
@@ -131,7 +132,16 @@ class Hardware(Config):
         return "fp32" if self.element_bytes == ELEMENT_BYTES["fp32"] else "fp16"
 
     def scaled(self, devices: int) -> "Hardware":
-        """The same nodes and links, another number of devices."""
+        """The same nodes and links, another number of devices.
+
+        Raises:
+            UserError: for more than one node has, where it has no links to another.
+        """
+        if self.inter_node is None and devices > self.devices_per_node:
+            raise UserError(
+                f"--devices: {self.name} has {self.devices_per_node} devices in its one node, got"
+                f" {devices}; name a hardware file with inter_node"
+            )
         return Hardware.model_validate({**self.model_dump(), "devices": devices})
 
     def seconds(
@@ -195,6 +205,6 @@ def load(path: Path) -> Hardware:
     """Read a hardware file.
 
     Raises:
-        ValueError: naming the file, the path of each bad key, and what was wrong with it.
+        UserError: naming the file, the path of each bad key, and what was wrong with it.
     """
     return read_config(Hardware, path)

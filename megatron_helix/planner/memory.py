@@ -111,4 +111,6 @@ def _gathered(here: Deployment, train: bool) -> float:
     model = here.model
     widest = max(packed(here.cut), (2 if model.swiglu else 1) * here.block.ffn)
     shared = widest * model.hidden_size / here.tp * here.cut.m
-    return shared * here.element_bytes * (2 if train else 1)  # the weight and its gradient
+    # In training its gradient beside it; under `weights` the parts that go out and that come in.
+    gradients = (2 if here.plan.exchange == "weights" else 1) if train else 0
+    return shared * here.element_bytes * (1 + gradients)

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from megatron_helix.errors import UserError
 from megatron_helix.planner.deployment import Deployment, require_phase
 from megatron_helix.planner.hardware import Hardware
 from megatron_helix.planner.time import Prediction, predict, require_kernels
@@ -46,10 +47,10 @@ def search(
     """Predict every layout on all devices of ``machine``.
 
     Raises:
-        ValueError: when no layout can run, or none fits in memory; says which is nearest.
+        UserError: when no layout can run, or none fits in memory; says which is nearest.
     """
     if rank_by not in RANKINGS:
-        raise ValueError(f"rank-by: must be one of {', '.join(RANKINGS)}, got {rank_by!r}")
+        raise UserError(f"rank-by: must be one of {', '.join(RANKINGS)}, got {rank_by!r}")
     fit, too_large = [], []
     require_phase(phase)
     for here in deployments(model, machine, batch, phase):
@@ -57,14 +58,14 @@ def search(
         fits = predicted.memory.total <= machine.memory.rate
         (fit if fits else too_large).append(predicted)
     if not fit and not too_large:
-        raise ValueError(
+        raise UserError(
             f"no layout of {model.name} runs on {machine.devices} devices with"
             f" {batch.sequences} sequences of {batch.sequence_length} tokens; change --batch"
             " or --seq to multiples of the number of devices"
         )
     if not fit:
         nearest = min(too_large, key=lambda one: one.memory.total)
-        raise ValueError(
+        raise UserError(
             f"no layout of {model.name} fits in {machine.memory.rate / 1e9:.0f} GB a device: the"
             f" smallest, {nearest.deployment.layout.name}, needs"
             f" {nearest.memory.total / 1e9:.0f} GB; use more devices, or a smaller --batch"
@@ -103,7 +104,7 @@ def deployments(
                         here = Deployment(model, layout, batch, devices, phase, machine.precision)
                         here.check()
                         require_kernels(here, machine)
-                    except ValueError:
+                    except UserError:
                         continue
                     yield here
 

@@ -18,6 +18,7 @@ sequences.
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from megatron_helix.errors import UserError
 from megatron_helix.planner import flops, memory, traffic, update
 from megatron_helix.planner.deployment import Deployment
 from megatron_helix.planner.hardware import Hardware
@@ -125,22 +126,22 @@ def predict(here: Deployment, machine: Hardware, *, overlap: float = 0.0) -> Pre
         overlap: fraction of a micro-batch's communication that computation may hide, 0 to 1.
 
     Raises:
-        ValueError: when the machine has another number of devices or figures for another precision,
+        UserError: when the machine has another number of devices or figures for another precision,
             overlap is no fraction, or the machine has no kernel for attention over context-parallel
             ranks.
     """
     if here.world_size != machine.devices:
-        raise ValueError(
+        raise UserError(
             f"devices: the layout is for {here.world_size} ranks, {machine.name} has"
             f" {machine.devices}; use as many"
         )
     if here.element_bytes != machine.element_bytes:
-        raise ValueError(
+        raise UserError(
             f"precision: {here.precision} has elements of {here.element_bytes} bytes, and"
             f" {machine.name} has figures for {machine.element_bytes}; use another hardware file"
         )
     if not 0 <= overlap <= 1:
-        raise ValueError(f"overlap: must be between 0 and 1, got {overlap}; it is a fraction")
+        raise UserError(f"overlap: must be between 0 and 1, got {overlap}; it is a fraction")
     require_kernels(here, machine)
     # All stages between the first and the last are alike.
     kinds = sorted({0, min(1, here.stages - 1), here.stages - 1})
@@ -177,11 +178,11 @@ def require_kernels(here: Deployment, machine: Hardware) -> None:
     """Context parallelism runs in TransformerEngine's fused attention alone.
 
     Raises:
-        ValueError: naming the head dimension that it stops at.
+        UserError: naming the head dimension that it stops at.
     """
     most = machine.fused_attention_max_channels
     if here.layout.cp > 1 and here.model.kv_channels > most:
-        raise ValueError(
+        raise UserError(
             f"cp: needs fused attention, which {machine.name} has for a kv_channels of at most"
             f" {most}, got {here.model.kv_channels}; use 1"
         )

@@ -115,7 +115,7 @@ def _layers(book: Book, first: bool, last: bool) -> None:
     for when, elements in zip(("forward", "backward"), directions, strict=True):
         for (axis, kind), count in elements.items():
             if axis == "dim" and once:  # weights, and keys and values under a sequence split
-                count -= weights if when == "forward" or kind == "reduce_scatter" else 0
+                count -= weights if kind in ("all_gather", "reduce_scatter") else 0
             if count:
                 what = "attention and MLP linears" if axis != "dim" else f"exchange {plan.exchange}"
                 width = FP32 if plan.exchange == "scores" and axis == "dim" else here.element_bytes
@@ -168,20 +168,18 @@ def _decode_layers(book: Book) -> None:
 def _calls(plan: Plan, linears: int) -> dict[tuple[str, str, str], int]:
     """Calls of each collective of a layer, which the closed forms of bytes leave out."""
     axis = "head" if plan.exchange == "weights" else "tp"
-    calls = {
+    weights = 2 * linears if plan.exchange == "weights" and plan.gather == "microbatch" else 0
+    extra = int(plan.split == "sequence")
+    tokens = 2 if plan.exchange == "activations" else 0
+    return {
         ("forward", axis, "all_gather"): linears,
         ("backward", axis, "all_gather"): 2 * linears,
         ("forward", axis, "reduce_scatter"): linears,
         ("backward", axis, "reduce_scatter"): linears,
-        ("forward", "dim", "all_to_all"): 2,
-        ("backward", "dim", "all_to_all"): 2,
-    }
-    weights = 2 * linears if plan.exchange == "weights" and plan.gather == "microbatch" else 0
-    extra = int(plan.split == "sequence")
-    return calls | {
+        ("forward", "dim", "all_to_all"): tokens,
+        ("backward", "dim", "all_to_all"): tokens + weights + extra,
         ("forward", "dim", "all_gather"): weights + extra,
         ("backward", "dim", "all_gather"): weights,
-        ("backward", "dim", "reduce_scatter"): weights + extra,
     }
 
 
@@ -220,7 +218,7 @@ def _embedding(book: Book) -> None:
     if here.embeds_in_block_order:
         table = here.vocabulary * D / here.tp
         book.call("embedding", "dim", "all_gather", "forward", table)
-        book.call("embedding", "dim", "reduce_scatter", "backward", table)
+        book.call("embedding", "dim", "all_to_all", "backward", table * here.cut.m)
         book.call("embedding", "head", "reduce_scatter", "forward", chunk)
         book.call("embedding", "head", "all_gather", "backward", chunk)
     elif here.sequence_parallel and here.model.position_embedding_type != "learned_absolute":
@@ -250,12 +248,9 @@ def _head(book: Book) -> None:
     losses = here.tokens
     if here.embeds_in_block_order:
         table = here.vocabulary * D / here.tp
-        for when, kind in (
-            ("forward", "all_gather"),
-            ("backward", "all_gather"),
-            ("backward", "reduce_scatter"),
-        ):
-            book.call("LM head", "dim", kind, when, table)
+        book.call("LM head", "dim", "all_gather", "forward", table)
+        book.call("LM head", "dim", "all_gather", "backward", table)
+        book.call("LM head", "dim", "all_to_all", "backward", table * here.cut.m)
         losses //= here.cut.m
         book.call("losses", "dim", "all_gather", "forward", losses, size=FP32)
     book.call("cross entropy", axis, "all_reduce", "forward", losses, 3, FP32)

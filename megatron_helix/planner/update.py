@@ -8,6 +8,7 @@ pass                                                      bytes       over
 ========================================================  ==========  =============================
 every micro-batch: ``main_grad.add_(grad)``               e + 2 g      what a rank computes
                                                                       gradients for
+the same of a gathered weight, from m parts               m e + 2 g    its shard
 ``zero_grad_buffer``                                      g           what it holds
 ``grad_data *= 1 / data-parallel size``                   2 g         the same, beside replicas
 gradients widened to fp32 (fp16)                          g + 4       its share of the optimizer
@@ -30,10 +31,12 @@ FP32 = 4
 
 def accumulation_bytes(here: Deployment, stage: int) -> float:
     """Of the gradients of one micro-batch; weights gathered for a step have them whole."""
-    elements = sum(parameters.held(here, stage))
-    if here.plan.gather == "step":
-        elements += (here.cut.m - 1) * parameters.layer_matrices(here) * here.layers
-    return elements * (here.element_bytes + 2 * here.gradient_bytes)
+    one = here.element_bytes + 2 * here.gradient_bytes
+    others = 0.0
+    if here.plan.exchange == "weights":
+        others = (here.cut.m - 1) * parameters.layer_matrices(here) * here.layers
+    others *= one if here.plan.gather == "step" else here.element_bytes
+    return sum(parameters.held(here, stage)) * one + others
 
 
 def optimizer_bytes(here: Deployment, stage: int) -> float:

@@ -2,8 +2,9 @@
 
 Megatron's loop stays unmodified; :func:`record` stands around its ``train_step``. The lines of a
 rank go to ``rank00.jsonl`` and so on in one folder, each as soon as its step is over, so that a run
-that dies keeps what it measured. Beside them ``rank00.json`` says what the rank holds and where
-(:mod:`megatron_helix.recording.placement`). :func:`metrics.read` puts the ranks together.
+that dies keeps what it measured; a restart writes on behind it
+(:mod:`megatron_helix.recording.rank_files`). Beside them ``rank00.json`` says what the rank holds
+and where (:mod:`megatron_helix.recording.placement`). :func:`metrics.read` puts the ranks together.
 
 The first step, which no time is taken from, counts FLOPs, those of torch's operators: GEMMs of
 TransformerEngine are not among them. With ``profile`` the last one runs under torch's profiler
@@ -20,10 +21,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from megatron.core.num_microbatches_calculator import get_current_global_batch_size
+from megatron.training import get_args
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_helix import compat, cpu_device
-from megatron_helix.recording import placement, profile
+from megatron_helix import compat, cpu_device, files
+from megatron_helix.recording import placement, profile, rank_files
 from megatron_helix.recording.clocks import Call, HostClock, StreamClock
 from megatron_helix.recording.comm_ledger import POINT_TO_POINT, CommLedger, install, totals
 
@@ -37,9 +40,8 @@ class Recording:
     Attributes:
         folder: where the ranks' files go; made if missing.
         rank: this rank.
-        batch: sequences of a global batch.
+        ranks: of the run.
         sequence: tokens of a sequence.
-        steps: steps of the run.
         phase: ``prefill`` runs the forward pass alone where the loop trains.
         profile: whether the last step runs under a profiler.
         count_flops: whether the first step counts FLOPs. Torch cannot compile FlexAttention while a
@@ -48,45 +50,47 @@ class Recording:
 
     folder: Path
     rank: int
-    batch: int
+    ranks: int
     sequence: int
-    steps: int
     phase: Phase = "train"
     profile: bool = False
     count_flops: bool = True
 
 
 def record(recording: Recording) -> None:
-    """From now on write a line for every training step of this rank."""
-    recording.folder.mkdir(parents=True, exist_ok=True)
+    """From now on write a line for every training step of this rank.
+
+    Raises:
+        UserError: where another run writes into the folder.
+    """
+    file = rank_files.append(recording.folder, recording.rank)
     on_gpu = torch.cuda.is_available() and not cpu_device.is_enabled()
     ledger = CommLedger(StreamClock() if on_gpu else HostClock())
     install(ledger)
-    file = (recording.folder / f"rank{recording.rank:02d}.jsonl").open("w")
-    done = 0
+    first = True
 
-    def observed(train_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        nonlocal done
+    def observed(train_step: Callable[..., Any], *args: Any, iteration: int, **kwargs: Any) -> Any:
+        nonlocal first
         if recording.phase == "prefill":
             train_step = forward_only
         model, optimizer = args[2], args[3]
-        first = done == 0
         described = placement.describe(model) if first else {}
         key_values = placement.KeyValueBytes(model) if first else None
         flops = _FlopCounter() if first and recording.count_flops else None
-        profiler = (
-            profile.profiler(on_gpu) if recording.profile and done == recording.steps - 1 else None
-        )
+        profiled = recording.profile and iteration + 1 == get_args().train_iters
+        profiler = profile.profiler(on_gpu) if profiled else None
         ledger.take()  # what happened between steps is not part of one
         start, busy = time.perf_counter(), time.thread_time()
         for context in filter(None, (flops, profiler)):
             context.__enter__()
-        result = train_step(*args, **kwargs)
+        result = train_step(*args, iteration=iteration, **kwargs)
         for context in filter(None, (profiler, flops)):
             context.__exit__(None, None, None)
         calls = ledger.take_calls()  # waits for the GPU
         step_s, busy = time.perf_counter() - start, time.thread_time() - busy
         line = {
+            "iteration": iteration + 1,
+            "first": first,
             **_line(recording, calls, step_s, result),
             "busy_s": step_s - sum(call.time_s for call in calls) if on_gpu else busy,
             "loss_scale": _loss_scale(optimizer),
@@ -96,13 +100,14 @@ def record(recording: Recording) -> None:
             line["flops"] = flops.get_total_flops()
         if key_values:
             described["key_value_bytes"] = key_values.close()
-            (recording.folder / f"rank{recording.rank:02d}.json").write_text(json.dumps(described))
+            described_in = files.of_rank(recording.folder, recording.rank, ".json")
+            files.write(described_in, json.dumps(described))
         if profiler:
             events = profiler.profiler.kineto_results.events()
             line["profile"] = profile.times(events, calls)
         file.write(json.dumps(line) + "\n")
         file.flush()
-        done += 1
+        first = False
         return result
 
     compat.observe_train_step(observed)
@@ -138,7 +143,6 @@ def forward_only(
     from megatron.core.num_microbatches_calculator import get_num_microbatches
     from megatron.core.parallel_state import get_data_parallel_group
     from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
-    from megatron.training import get_args
 
     _optimizer, _scheduler, _config, forward_backward_func, *_ = args
     flags = get_args()
@@ -168,11 +172,13 @@ def forward_only(
 
 def _line(recording: Recording, calls: list[Call], step_s: float, result: Any) -> dict[str, Any]:
     losses, skipped, *_, grad_norm, _zeros, _logit = result
+    batch = get_current_global_batch_size()  # it may grow from step to step
     return {
+        "ranks": recording.ranks,
         "step_s": step_s,
         "communication_s": sum(call.time_s for call in calls),
-        "batch": recording.batch,
-        "tokens": recording.batch * recording.sequence,
+        "batch": batch,
+        "tokens": batch * recording.sequence,
         "loss": float(losses["lm loss"]) if "lm loss" in losses else None,
         "grad_norm": None if grad_norm is None else float(grad_norm),
         "skipped": bool(skipped),

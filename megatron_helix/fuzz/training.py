@@ -1,0 +1,77 @@
+"""What the ranks of a session run: Megatron's own training, and what is seen of it."""
+
+import random
+import string
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_helix import compat, corpus, pretrain_gpt
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a rank sees of an optimizer step.
+
+    Attributes:
+        loss: on the ranks of the last pipeline stage, else None.
+        grad_norm: before it is clipped.
+        params_norm: of all weights after the update; None where ranks wait for some of them.
+    """
+
+    loss: float | None
+    grad_norm: float
+    params_norm: float | None
+
+
+def train(argv: Sequence[str]) -> list[Step]:
+    """One rank of ``pretrain_gpt.train``: its steps."""
+    from megatron.training import get_args
+    from megatron.training.utils import calc_params_l2_norm
+
+    steps = []
+
+    def observed(train_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = train_step(*args, **kwargs)
+        losses, *_, grad_norm, _zeros, _logit = result
+        loss = losses.get("lm loss")
+        whole = not get_args().overlap_param_gather
+        steps.append(
+            Step(
+                loss=None if loss is None else float(loss),
+                grad_norm=float(grad_norm),
+                params_norm=float(calc_params_l2_norm(args[2])) if whole else None,
+            )
+        )
+        return result
+
+    compat.observe_train_step(observed)
+    pretrain_gpt.train(argv)
+    return steps
+
+
+def ready(folder: Path) -> list[str]:
+    """Import once what every rank needs, and write the text that all cases learn from.
+
+    Returns:
+        The flags that name the text.
+    """
+    dice = random.Random(0)
+    texts = folder / "texts"
+    texts.mkdir(parents=True)
+    for number in range(200):  # short ones: their ends fall into most sequences
+        letters = dice.choices(f"{string.ascii_lowercase}    ", k=dice.randrange(8, 80))
+        (texts / f"{number:03d}.txt").write_text("".join(letters))
+    pretrain_gpt.prepare(["--helix-device", "cpu"], 1)
+    compat.use_compiled_dataset_helpers()
+    import torch
+    from megatron.core.dist_checkpointing import gpt_checkpoint_interop  # noqa: F401
+    from megatron.core.models import mimo  # noqa: F401
+    from megatron.core.tokenizers.text import models  # noqa: F401
+
+    from megatron_helix.recording import record  # noqa: F401
+
+    torch.set_num_threads(1)  # a forked rank cannot use its parent's thread pool
+    corpus.build([texts], folder / "corpus")
+    return ["--data-path", str(folder / "corpus")]

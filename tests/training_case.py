@@ -1,0 +1,91 @@
+"""Several trainings by Megatron's own loop, one after the other on the same forked ranks."""
+
+import gc
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.training import training
+from torch.distributed import (
+    PrefixStore,  # pyright: ignore[reportPrivateImportUsage]
+    TCPStore,  # pyright: ignore[reportPrivateImportUsage]
+)
+
+from megatron_helix import pretrain_gpt
+from tests.distributed import run_distributed
+
+
+@dataclass(kw_only=True)
+class Trained:
+    """What a rank has at the end of a training.
+
+    Attributes:
+        losses: of every step; on the last pipeline stage, elsewhere none.
+        grad_norms: of every step.
+        copied: parameters of which every rank of the tensor-parallel group has a copy.
+        cut: the others.
+        cuda_state: of CUDA's generator.
+        tp, pp, dp: the rank's numbers.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    copied: dict[str, torch.Tensor] = field(default_factory=dict)
+    cut: dict[str, torch.Tensor] = field(default_factory=dict)
+    cuda_state: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    tp: int = 0
+    pp: int = 0
+    dp: int = 0
+
+
+def train(runs: Mapping[str, Sequence[str]], world_size: int) -> dict[str, list[Trained]]:
+    """Train with each of these flags; by name of the run, what every rank has at its end."""
+    prepared = {name: pretrain_gpt.prepare(list(flags), world_size) for name, flags in runs.items()}
+    of_ranks = run_distributed(_train_in_turn, world_size, prepared)
+    return {name: [of_rank[name] for of_rank in of_ranks] for name in runs}
+
+
+def _train_in_turn(runs: dict[str, list[str]]) -> dict[str, Trained]:
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    rank, size = dist.get_rank(), dist.get_world_size()
+    trained = {}
+    for name, argv in runs.items():
+        # The groups of the run before, with their threads and sockets, go.
+        dist.destroy_process_group()
+        gc.collect()
+        dist.init_process_group("gloo", store=PrefixStore(name, store), rank=rank, world_size=size)
+        trained[name] = _train(argv)
+    return trained
+
+
+def _train(argv: list[str]) -> Trained:
+    trained, step = Trained(), training.train_step
+    training.train_step = partial(_observed, trained, step)
+    try:
+        pretrain_gpt.train(argv)
+    finally:
+        training.train_step = step
+    trained.cuda_state = torch.cuda.get_rng_state()
+    trained.tp = parallel_state.get_tensor_model_parallel_rank()
+    trained.pp = parallel_state.get_pipeline_model_parallel_rank()
+    trained.dp = parallel_state.get_data_parallel_rank()
+    training.destroy_global_state()
+    return trained
+
+
+def _observed(trained: Trained, step: Any, *args: Any, **kwargs: Any) -> Any:
+    result = step(*args, **kwargs)
+    losses, grad_norm = result[0], result[-3]
+    trained.losses += [float(losses["lm loss"])] if losses else []
+    trained.grad_norms.append(float(grad_norm))
+    for chunk in args[2]:
+        for name, weight in chunk.named_parameters():
+            of_expert = not getattr(weight, "allreduce", True)
+            is_cut = of_expert or getattr(weight, "tensor_model_parallel", False)
+            (trained.cut if is_cut else trained.copied)[name] = weight.detach().clone()
+    return result
