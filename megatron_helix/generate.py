@@ -83,13 +83,14 @@ def prepare(
     tokenizer = tokenizer_of(args)
     prompts = request.tokens(tokenizer, args.max_position_embeddings)
     _require_split(args, len(prompts) // request.microbatches)
+    rows = getattr(saved, "padded_vocab_size", None) or tokenizer.vocab_size
     return Job(
         flags=completed,
         saved=saved,
         request=request,
         prompts=prompts,
         tokenizer=tokenizer,
-        vocabulary=min(tokenizer.vocab_size, saved.padded_vocab_size or tokenizer.vocab_size),
+        vocabulary=min(tokenizer.vocab_size, rows),
     )
 
 

@@ -224,13 +224,19 @@ def test_what_a_later_megatron_adds_is_the_models(monkeypatch: pytest.MonkeyPatc
     assert saved_model.of_model(saved) == {"a_new_field": 1, "a_new_flag": 2}
 
 
+def test_names_of_earlier_versions_are_known() -> None:
+    saved = argparse.Namespace(norm_epsilon=1e-6, apply_layernorm_1p=True)
+    expected = {"layernorm_epsilon": 1e-6, "layernorm_zero_centered_gamma": True}
+    assert saved_model.of_model(saved) == expected
+
+
 def test_what_megatrons_own_flag_leaves_out_is_documented() -> None:
     page = (Path(__file__).parents[1] / "docs" / "generating.md").read_text()
     named = re.findall(r"`(--[a-z0-9-]+)`", page.partition("In 0.19 it leaves out")[2])
     parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
     left_out = {parser._option_string_actions[flag].dest for flag in named}
     taken = {word for word in load_args_from_checkpoint.__code__.co_consts if isinstance(word, str)}
-    assert len(named) == len(left_out) == 19
+    assert len(named) == len(left_out) == 20
     assert "swiglu" in taken
     assert not left_out & taken
     assert left_out <= saved_model.read_by_megatron() - RUN_FIELDS

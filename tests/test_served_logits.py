@@ -83,6 +83,13 @@ LAYOUTS = {
     "2x2": Layout(4, ("--helix-m", "2", "--helix-n", "2", SP)),
     "2x1 weights": Layout(2, ("--helix-m", "2", "--helix-n", "1", "--helix-exchange=weights", SP)),
     "2x1 scores": Layout(2, ("--helix-m", "2", "--helix-n", "1", "--helix-exchange", "scores")),
+    "ep2": Layout(
+        2,
+        (
+            *("--tensor-model-parallel-size", "2", "--expert-model-parallel-size", "2"),
+            *("--expert-tensor-parallel-size", "1", SP),
+        ),
+    ),
     "pp2": Layout(2, ("--pipeline-model-parallel-size", "2")),
 }
 LAYOUTS["2x3"] = Layout(6, ("--helix-m", "2", "--helix-n", "3", SP))  # padded to 672
@@ -91,6 +98,7 @@ FEW = ("tp1", "tp2", "2x1", "1x2", "2x2")
 CASES = [
     *((model, layout) for model in ("windows", "rotary", "mup", "experts") for layout in FEW),
     *(("windows", layout) for layout in ("2x1 weights", "2x1 scores", "pp2")),
+    ("experts", "ep2"),
     *(("bf16", layout) for layout in ("tp1", "2x1", "pp2")),
     *(("odd", layout) for layout in ("tp1", "tp3", "2x3")),
 ]

@@ -25,6 +25,11 @@ from megatron_helix.errors import UserError
 from megatron_helix.flags import FlagParser, add_helix_arguments
 from megatron_helix.inference.run_fields import RUN_FIELDS
 
+# Names that earlier versions of Megatron saved.
+_FORMER = {
+    "layernorm_epsilon": "norm_epsilon",
+    "layernorm_zero_centered_gamma": "apply_layernorm_1p",
+}
 _TANH_GELU = ("bias_gelu_fusion", "use_te_activation_func")
 
 
@@ -67,11 +72,9 @@ def saved_arguments(folder: Path) -> argparse.Namespace:
 
 def of_model(saved: argparse.Namespace) -> dict[str, Any]:
     """What of the ``saved`` arguments makes the model and its tokenizer."""
-    return {
-        name: value
-        for name, value in vars(saved).items()
-        if name in read_by_megatron() and name not in RUN_FIELDS
-    }
+    names = read_by_megatron() - RUN_FIELDS
+    former = {now: getattr(saved, then) for now, then in _FORMER.items() if hasattr(saved, then)}
+    return {name: value for name, value in {**former, **vars(saved)}.items() if name in names}
 
 
 def read_by_megatron() -> set[str]:
