@@ -115,10 +115,17 @@ def require_data(args: argparse.Namespace) -> None:
         for word in paths or ()
     ]
     for word in words:
-        if _is_number(word):  # a blend's weight
+        if _is_number(word) or "://" in word:  # a blend's weight, another machine's
+            continue
+        if args.sft:
+            if not Path(word).exists():
+                raise UserError(
+                    f"--data-path: {word} must be a file of conversations under --sft, one a line"
+                    " as JSON, and does not exist; give one"
+                )
             continue
         for suffix in (".bin", ".idx"):
-            if "://" not in word and not Path(word + suffix).exists():
+            if not Path(word + suffix).exists():
                 raise UserError(
                     f"--data-path: {word} must be the prefix of a Megatron dataset, and"
                     f" {word}{suffix} does not exist; make one with"

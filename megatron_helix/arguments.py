@@ -39,6 +39,7 @@ _SWITCHES = (
     *("group-query-attention", "rotary-interleaved", "attention-output-gate", "swiglu"),
     *("sequence-parallel", "overlap-grad-reduce", "multi-latent-attention"),
     *("use-distributed-optimizer", "no-load-optim", "finetune", "full-validation"),
+    "sft",
 )
 _FOLDERS = ("load", "non-persistent-global-ckpt-dir", "pretrained-checkpoint")
 

@@ -12,20 +12,23 @@ def add(accumulator: torch.Tensor, parts: torch.Tensor) -> None:
     """``accumulator += parts[0] + parts[1] + ...``, in fp32, or wider if one of them is.
 
     Args:
-        accumulator: of any dtype, rounded to once; a transposed matrix may be as it lies.
+        accumulator: of any dtype, rounded to once; may be the transposed view of a matrix.
         parts: ``[m, *accumulator.shape]``, contiguous; overwritten where they are as wide as the
             sum.
     """
     wide = torch.promote_types(torch.promote_types(accumulator.dtype, parts.dtype), torch.float32)
-    if parts.device.type == "cuda" and wide == torch.float32 and _lies_whole(accumulator):
+    turned = accumulator.dim() == 2 and not accumulator.is_contiguous()
+    whole = (accumulator.t() if turned else accumulator).is_contiguous()
+    if parts.device.type == "cuda" and wide == torch.float32 and whole:
         from megatron_helix import summation  # Triton, where there is a GPU
 
-        return summation.add(accumulator, parts)
+        summation.add(accumulator, parts)
+        return
     total = parts[0].to(wide)
     for part in parts[1:]:
         total += part
-    accumulator += total
-    return None
+    # A sum that lies turned: torch turns faster than it adds across.
+    accumulator += total.t().contiguous().t() if turned else total
 
 
 def total(parts: torch.Tensor) -> torch.Tensor:
@@ -33,8 +36,3 @@ def total(parts: torch.Tensor) -> torch.Tensor:
     summed = torch.zeros_like(parts[0])
     add(summed, parts)
     return summed
-
-
-def _lies_whole(x: torch.Tensor) -> bool:
-    """Whether ``x``, or the matrix it is the transposed view of, is contiguous."""
-    return x.is_contiguous() or (x.dim() == 2 and x.t().is_contiguous())

@@ -262,7 +262,7 @@ def train(flags):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     pathlib.Path({str(tmp_path)!r}, "pid" + os.environ["RANK"]).write_text(str(os.getpid()))
     time.sleep(1000)
-pretrain_gpt.train, pretrain_gpt.prepare = train, lambda flags, ranks: flags
+pretrain_gpt.train, pretrain_gpt.prepare = train, lambda flags, ranks, **options: flags
 pretrain_gpt.main([])
 """)
     words = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", tmp_path / "deaf.py"]

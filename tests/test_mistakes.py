@@ -245,7 +245,7 @@ def test_what_a_rank_finds_wrong_with_its_flags_is_one_line_too(
     def refuse(argv: object) -> None:
         raise UserError("--flag: must be so; do so")
 
-    monkeypatch.setattr(pretrain_gpt, "prepare_rank", lambda argv: argv)
+    monkeypatch.setattr(pretrain_gpt, "prepare_rank", lambda argv, **options: argv)
     monkeypatch.setattr(pretrain_gpt, "train", refuse)
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(SystemExit) as ended:

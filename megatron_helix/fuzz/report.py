@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from megatron_helix import files
 from megatron_helix.features.works import WORKS
 from megatron_helix.fuzz.case import Case
 from megatron_helix.fuzz.compare import TOLERANCES
@@ -145,7 +146,7 @@ def write(file: Path, outcomes: list[Outcome], faults: list[Outcome], seed: int)
         "cases": [_json(outcome) for outcome in outcomes],
     }
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content, indent=1, default=str) + "\n")
+    files.write(file, json.dumps(content, indent=1, default=str) + "\n")
 
 
 def _json(outcome: Outcome) -> dict[str, Any]:

@@ -165,7 +165,7 @@ def require_served(
         _refuse(unserved, args, "the layout has")
     local = on_cpu or args.transformer_impl == "local"
     if args.qk_l2_norm and local != (saved.transformer_impl == "local"):
-        raise ValueError(
+        raise UserError(
             "--qk-l2-norm: must be served by the layers that it was trained with, for Megatron's"
             " local ones pass over it where there are no experts, and those of training are"
             f" {saved.transformer_impl}; serve it with --transformer-impl {saved.transformer_impl}"
