@@ -256,7 +256,7 @@ def wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[
 
     def build(name: str, value: object) -> Laboratory:
         monkeypatch.setattr(name, value)
-        made.append(Laboratory(tmp_path / "laboratory", 4, 20.0))
+        made.append(Laboratory(tmp_path / "laboratory", 4, 120.0))
         return made[-1]
 
     yield build

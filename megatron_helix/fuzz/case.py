@@ -51,6 +51,7 @@ class Case:
         micro: sequences of a micro-batch.
         batches: micro-batches of a step, on each data-parallel rank.
         positions: Megatron's ``--position-embedding-type``.
+        gated: an MLP with SwiGLU.
         biasless: linears without biases.
         untied: an LM head of its own.
         experts: of every layer; 0 for a dense model.
@@ -83,6 +84,7 @@ class Case:
     micro: int = 2
     batches: int = 1
     positions: str = "rope"
+    gated: bool = False
     biasless: bool = False
     untied: bool = False
     experts: int = 0
@@ -197,6 +199,7 @@ class Case:
         words = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
         if self.groups:
             words += ["--group-query-attention", "--num-query-groups", str(self.groups)]
+        words += ["--swiglu"] * self.gated
         words += ["--disable-bias-linear"] * self.biasless
         words += ["--untie-embeddings-and-output-weights"] * self.untied
         if self.experts:

@@ -78,6 +78,7 @@ def _sizes(dice: random.Random, cut: Case) -> Case:
         micro=dice.choice((1, 2, 3, 4)) if by_sequence else m * dice.choice((1, 1, 2)),
         batches=dice.choice((1, 1, 2, 3) if cut.pp == 1 else (1, 2, 3, 4)),
         positions=positions,
+        gated=dice.random() < 0.4,
         biasless=dice.random() < 0.4 or experts > 0,  # stock experts with biases fail on a CPU
         untied=dice.random() < 0.4,
         experts=experts,
