@@ -14,7 +14,6 @@ from typing import Any
 
 from megatron_helix.argument_checks import (
     require_core_attention,
-    require_data,
     require_loadable,
     require_one_of,
     require_plan,
@@ -39,7 +38,6 @@ _SWITCHES = (
     *("group-query-attention", "rotary-interleaved", "attention-output-gate", "swiglu"),
     *("sequence-parallel", "overlap-grad-reduce", "multi-latent-attention"),
     *("use-distributed-optimizer", "no-load-optim", "finetune", "full-validation"),
-    "sft",
 )
 _FOLDERS = ("load", "non-persistent-global-ckpt-dir", "pretrained-checkpoint")
 
@@ -113,7 +111,6 @@ def complete(argv: Sequence[str], world_size: int) -> list[str]:
     if any(_given(flag, argv) for flag in _ASKING):
         degree = _complete_degree(args, argv)
         implied = [*degree, *_helix_flags(args, argv, world_size)]
-    require_data(args)
     on_cpu = device(argv) == "cpu"
     require_core_attention(args, on_cpu)
     return [*argv, *(_cpu_flags(argv) if on_cpu else ()), *implied]
@@ -132,8 +129,6 @@ def _read(argv: Sequence[str]) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int)
     for name in _SWITCHES:
         parser.add_argument(f"--{name}", action="store_true")
-    for name in ("data-path", "train-data-path", "valid-data-path", "test-data-path"):
-        parser.add_argument(f"--{name}", nargs="*")
     for name in _FOLDERS:
         parser.add_argument(f"--{name}", type=Path)
     parser.add_argument("--ckpt-step", type=int)
@@ -146,11 +141,14 @@ def _read(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_known_args(argv)[0]
 
 
-def require_flags(argv: Sequence[str]) -> None:
+def require_flags(argv: Sequence[str]) -> argparse.Namespace:
     """Refuse completed flags that cannot run beside helix, before any rank is started.
 
     With Megatron's own parser, so that no spelling of a flag is missed; to be called where Megatron
     has been imported anyway.
+
+    Returns:
+        What the parser makes of them, before Megatron's validation.
 
     Raises:
         UserError: naming the flag, the reason and the remedy; for a value of the wrong type.
@@ -161,6 +159,7 @@ def require_flags(argv: Sequence[str]) -> None:
     args = parser.parse_known_args(argv)[0]
     if wants_helix(args) and args.helix_m > 1:
         require_compatible(args)
+    return args
 
 
 def require_run(

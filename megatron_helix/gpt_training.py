@@ -61,7 +61,7 @@ def forward_step(
             output = model.build_schedule_plan(*inputs, **scored)
         else:
             output = model(*inputs, **scored, packed_seq_params=packed)
-    return output, partial(_loss, batch["loss_mask"], model=model)
+    return output, partial(loss_func, batch["loss_mask"], model=model)
 
 
 def embedding_ranks(pipeline: list[int]) -> list[int]:
@@ -79,7 +79,7 @@ def embedding_ranks(pipeline: list[int]) -> list[int]:
     return sorted(ranks)
 
 
-def _loss(
+def loss_func(
     loss_mask: Any, output: torch.Tensor, model: GPTModel
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Summed token loss, the number of tokens it sums over, and the pair as the loop reports it."""

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_helix import arguments, compat, errors, signals, unavailable
+from megatron_helix.argument_checks import require_data
 from megatron_helix.flags import FlagParser, add_helix_arguments
 from megatron_helix.recording import rank_files
 
@@ -80,9 +81,10 @@ def prepare(argv: Sequence[str], world_size: int, *, script: bool = False) -> li
     from megatron_helix import gpt_training, plugin  # noqa: F401  # slow: forked ranks inherit them
 
     compat.read_flag_help_once()
-    arguments.require_flags(argv)
+    args = arguments.require_flags(argv)
     if not script:
-        unavailable.require_available(argv)
+        unavailable.require_available(args, argv)
+    require_data(args)
     return argv
 
 

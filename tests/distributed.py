@@ -95,7 +95,12 @@ def living_ranks() -> Session:
 
 
 def pretrain(flags: Sequence[str], world_size: int, folder: Path) -> metrics.RunMetrics:
-    """Train with these flags on :func:`living_ranks`; the ranks' measurements."""
+    """Train with these flags on :func:`living_ranks`; the ranks' measurements.
+
+    More ranks than live are started for it alone.
+    """
+    if world_size > RANKS:
+        return pretrain_launched(flags, world_size, folder)
     argv = _prepared(flags, world_size, folder)
     living_ranks().call(pretrain_gpt.train, argv, ranks=world_size, timeout_s=TIMEOUT_S)
     return metrics.read(folder / "metrics")

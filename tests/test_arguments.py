@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_helix import arguments, pretrain_gpt
+from megatron_helix import argument_checks, arguments, pretrain_gpt
 from tests.distributed import tiny_gpt
 
 TP = "--tensor-model-parallel-size"
@@ -108,7 +108,7 @@ REFUSALS = {
     ),
     "a word for a number": (
         cut("two", 2),
-        r"^argument --helix-m: invalid int value: 'two'$",
+        r"^--helix-m: invalid int value: 'two'; correct that flag$",
     ),
     "unknown exchange": (
         (*cut(2, 2), "--helix-exchange", "tokens"),
@@ -159,14 +159,20 @@ REFUSALS = {
         r"^--helix-device: needs a GPU that torch can see, and found none; add --helix-device cpu",
     ),
     "no GPU for cuda": (("--helix-device", "cuda"), r"^--helix-device: needs a GPU"),
-    "missing dataset": (
+}
+NO_DATA = {
+    "missing": (
         ("--data-path", "no/such/data"),
         r"^--data-path: no/such/data must be the prefix of a Megatron dataset, and"
         r" no/such/data\.bin does not exist; make one with `helix data FILES --out no/such/data`$",
     ),
-    "missing dataset of a blend": (
+    "missing in a blend": (
         ("--data-path", "0.5", "no/such/data", "0.5", "no/other"),
         r"^--data-path: no/such/data must be",
+    ),
+    "of conversations": (
+        ("--data-path", "no/such/file", "--sft", "--tokenizer-type", "SFTTokenizer"),
+        r"^--data-path: no/such/file must be a file of conversations under --sft, one a line as",
     ),
 }
 
@@ -189,11 +195,21 @@ def test_degrees_are_named_where_no_cut_of_so_many_ranks_is_there(corpus_prefix:
         arguments.complete(flags, world_size=3)
 
 
+def require_data(flags: list[str]) -> None:
+    argument_checks.require_data(arguments.require_flags(flags))
+
+
+@pytest.mark.parametrize("case", NO_DATA)
+def test_data_that_is_not_there_is_refused(corpus_prefix: Path, case: str) -> None:
+    flags, message = NO_DATA[case]
+    with pytest.raises(ValueError, match=message):
+        require_data(tiny_gpt(corpus_prefix, *flags))
+
+
 def test_a_dataset_without_its_index_is_refused(tmp_path: Path) -> None:
     (tmp_path / "half.bin").touch()
-    flags = tiny_gpt(tmp_path / "half")
     with pytest.raises(ValueError, match=r"half\.idx does not exist"):
-        arguments.complete(flags, world_size=1)
+        require_data(tiny_gpt(tmp_path / "half"))
 
 
 def test_the_device_is_checked_without_the_other_flags() -> None:

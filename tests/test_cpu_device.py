@@ -35,7 +35,7 @@ assert (torch.cuda.is_available, torch.cuda.Stream, torch.Tensor.cuda) == before
 torch.cuda.is_available = lambda: True  # a machine with a GPU
 try:
     cpu_device.enable()
-except RuntimeError as error:
+except ValueError as error:
     print(error)
 assert not cpu_device.is_enabled()
 """

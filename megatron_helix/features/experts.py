@@ -86,8 +86,15 @@ EXPERTS = (
             "--moe-expert-capacity-factor 0.5 --moe-token-drop-policy position"
             " --moe-pad-expert-input-to-capacity --moe-token-dispatcher-type alltoall",
         ),
-        needs=("moe", "sp"),
+        # An expert's share is of a rank's tokens: stock's own sizes differ from each other.
+        needs=("moe", "sp", "same size"),
         note="keeps stock's token order",
+    ),
+    Works(
+        feature="Noise on the input of routers",
+        names="--moe-input-jitter-eps",
+        test="tests/test_dropout_training.py::test_copies_of_other_models_stay_copies",
+        note="drawn for a rank's tokens, and in evaluation too, as in stock",
     ),
     Works(
         feature="Squared ReLU weighted by probabilities",

@@ -29,6 +29,7 @@ MODELS = (
             "--padded-vocab-size 384",
             "--no-pad-vocab-size",
         ),
+        needs=("same size",),
         note="padded rows take part in the softmax, in stock as well: another padding is another"
         " loss. --padded-vocab-size makes layouts comparable",
     ),
@@ -187,7 +188,7 @@ MODELS = (
             "--num-layers 2 --mtp-num-layers 1 --mtp-standalone"
             " --pipeline-model-parallel-layout Et|t|m|L",
         ),
-        needs=("rope", "pp"),
+        needs=("rope", "pp", "untied"),  # with tied embeddings stock never gets past building it
         note="follows from the pipeline's layout",
     ),
     Works(

@@ -178,12 +178,6 @@ _EXPERTS = (
         reason="a recorded routing is in stock's order of tokens",
     ),
     Refused(
-        feature="Noise on the input of routers",
-        asks="--moe-input-jitter-eps",
-        field="moe_input_jitter_eps",
-        reason=_NOT_RUN,
-    ),
-    Refused(
         feature="A dense checkpoint made into a MoE one",
         asks="--moe-use-upcycling",
         field="moe_use_upcycling",

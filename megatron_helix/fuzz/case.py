@@ -144,6 +144,7 @@ class Case:
             "sp": self.sp,
             "no sp": not self.sp,
             "pp": self.pp > 1,
+            "same size": self.tp == self.stock_tp,
             "filled": self.pp > 1 and self.batches % self.pp == 0,
             "dp": self.dp > 1,
             "ep": self.ep > 1,

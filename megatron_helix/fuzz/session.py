@@ -217,6 +217,9 @@ def _serve(ends: list[Connection]) -> None:
             )
             answer = function(*args)
         except (Exception, SystemExit) as error:
+            if isinstance(error, SystemExit) and not error.code:  # a run that was told to exit
+                pipe.send_bytes(pickle.dumps(None))
+                continue
             frames = traceback.extract_tb(error.__traceback__)
             trace = traceback.format_exc()
             functions = tuple(frame.name for frame in frames)
