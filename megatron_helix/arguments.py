@@ -141,22 +141,32 @@ def _read(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_known_args(argv)[0]
 
 
-def require_flags(argv: Sequence[str]) -> argparse.Namespace:
+def require_flags(argv: Sequence[str], *, script: bool = False) -> argparse.Namespace:
     """Refuse completed flags that cannot run beside helix, before any rank is started.
 
     With Megatron's own parser, so that no spelling of a flag is missed; to be called where Megatron
     has been imported anyway.
 
+    Args:
+        argv: the flags.
+        script: whether a script that goes on from here may know others.
+
     Returns:
         What the parser makes of them, before Megatron's validation.
 
     Raises:
-        UserError: naming the flag, the reason and the remedy; for a value of the wrong type.
+        UserError: naming the flag, the reason and the remedy; for a value of the wrong type, and a
+            flag that nobody knows.
     """
     from megatron.training.arguments import add_megatron_arguments
 
     parser = add_helix_arguments(add_megatron_arguments(FlagParser()))
-    args = parser.parse_known_args(argv)[0]
+    args, unknown = parser.parse_known_args(argv)
+    if unknown and not script:
+        raise UserError(
+            f"{unknown[0]}: must be a flag of Megatron's or helix's, or a flag's value, and is"
+            " neither; correct it"
+        )
     if wants_helix(args) and args.helix_m > 1:
         require_compatible(args)
     return args

@@ -81,7 +81,7 @@ def prepare(argv: Sequence[str], world_size: int, *, script: bool = False) -> li
     from megatron_helix import gpt_training, plugin  # noqa: F401  # slow: forked ranks inherit them
 
     compat.read_flag_help_once()
-    args = arguments.require_flags(argv)
+    args = arguments.require_flags(argv, script=script)
     if not script:
         unavailable.require_available(args, argv)
     require_data(args)

@@ -1,11 +1,13 @@
 """The entry point beside Megatron-LM's own: what of its flags it obeys."""
 
+import base64
+import json
 import re
 from pathlib import Path
 
 import pytest
 
-from tests.distributed import pretrain_launched, tiny_gpt
+from tests.distributed import pretrain, pretrain_launched, tiny_gpt
 
 EVALUATED = re.compile(r"validation loss at iteration 2 .*?lm loss value: ([0-9.E+-]+)")
 
@@ -35,3 +37,44 @@ def test_evaluation_micro_batches_of_their_own(corpus_prefix: Path, tmp_path: Pa
         found[name] = validation_loss(tmp_path / name, ranks)
     for name in ("stock", "helix"):
         assert found[name] == pytest.approx(found["one rank"], rel=1e-5)
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> tuple[str, ...]:
+    """Flags of a tokenizer of bytes with special tokens, such as those around a middle."""
+    own = ("<unk>", "<s>", "</s>", "<mask>", "<pad>", "<cls>", "<sep>")
+    around = ("<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<fim_pad>", "<|endoftext|>")
+    vocabulary = [
+        {
+            "rank": byte,
+            "token_bytes": base64.b64encode(bytes([byte])).decode(),
+            "token_str": chr(byte),
+        }
+        for byte in range(256)
+    ]
+    file = tmp_path / "vocabulary.json"
+    file.write_text(json.dumps(vocabulary))
+    count = len(own) + len(around)
+    return (
+        *("--tokenizer-type", "TikTokenizer", "--tokenizer-model", str(file)),
+        *("--tiktoken-pattern", "v2", "--tiktoken-num-special-tokens", str(count)),
+        *("--tokenizer-special-tokens", *own, *around, "--vocab-size", str(count + 256)),
+    )
+
+
+def test_middles_are_filled_in_alike(
+    corpus_prefix: Path, tokenizer: tuple[str, ...], tmp_path: Path
+) -> None:
+    stock, helix = ("--tensor-model-parallel-size", "4"), ("--helix-m", "2", "--helix-n", "2")
+    runs = {"text": stock, "seldom": (*stock, "--fim-data", "--fim-rate", "1e-9")}
+    often = ("--fim-data", "--fim-rate", "1.0")
+    runs |= {"stock": (*stock, *often), "helix": (*helix, *often)}
+    losses = {
+        name: pretrain(
+            tiny_gpt(corpus_prefix, *tokenizer, *flags, train_iters=2), 4, tmp_path / name
+        ).losses
+        for name, flags in runs.items()
+    }
+    assert losses["seldom"] == losses["text"]
+    assert losses["stock"] != pytest.approx(losses["text"], rel=1e-3)
+    assert losses["helix"] == pytest.approx(losses["stock"], rel=1e-5)
