@@ -8,14 +8,12 @@ _FEATURES = "tests/test_features.py::test_a_feature_of_megatron_gives_the_same_n
 EXPERTS = (
     Works(
         feature="Experts",
-        names="--moe-router-topk --moe-ffn-hidden-size --moe-token-dispatcher-type"
-        " --moe-latent-size",
+        names="--moe-router-topk --moe-ffn-hidden-size --moe-token-dispatcher-type",
         test=_DRAWN,
         examples=(
             "--moe-token-dispatcher-type allgather",
-            "--moe-router-topk 1",
+            "--moe-router-topk 1 --moe-router-pre-softmax",
             "--moe-token-dispatcher-type alltoall",
-            "--moe-latent-size 32",
             "--moe-ffn-hidden-size 48",
         ),
         needs=("moe",),
@@ -24,7 +22,7 @@ EXPERTS = (
         feature="Dense and MoE layers in one model",
         names="--moe-layer-freq",
         test=_FEATURES,
-        examples=("--moe-layer-freq [0,1]",),
+        examples=("--num-layers 2 --moe-layer-freq [0,1]",),
         needs=("moe",),
     ),
     Works(
@@ -49,13 +47,21 @@ EXPERTS = (
             "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.1",
             "--moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 0.1",
             "--moe-router-load-balancing-type global_aux_loss --moe-aux-loss-coeff 0.1",
-            "--moe-router-load-balancing-type sinkhorn --moe-router-topk 1",
             "--moe-router-load-balancing-type quantile_balancing"
-            " --moe-router-quantile-balancing-ema 0.5",
+            " --moe-router-quantile-balancing-ema 0.5 --num-experts 4 --moe-router-topk 2",
             "--moe-z-loss-coeff 0.01",
         ),
         needs=("moe",),
-        note="seq_aux_loss and sinkhorn keep stock's token order",
+        note="seq_aux_loss keeps stock's token order",
+    ),
+    Works(
+        feature="Sinkhorn routing",
+        names="",
+        test="tests/test_token_order.py::test_sinkhorn_balances_the_tokens_of_a_rank",
+        examples=("--moe-router-load-balancing-type sinkhorn --moe-router-topk 1",),
+        # It balances the tokens of a rank: stock's own sizes differ from each other.
+        needs=("moe", "sp", "same size"),
+        note="keeps stock's token order",
     ),
     Works(
         feature="Routing",
@@ -72,7 +78,7 @@ EXPERTS = (
             "--moe-router-num-groups 2 --moe-router-group-topk 1 --moe-router-topk 2",
             "--moe-router-score-function sigmoid --moe-router-enable-expert-bias"
             " --moe-router-bias-update-rate 0.01",
-            "--moe-router-topk 1 --moe-apply-probs-on-input",
+            "--moe-router-topk 1 --moe-router-pre-softmax --moe-apply-probs-on-input",
         ),
         needs=("moe",),
     ),

@@ -21,13 +21,11 @@ MODELS = (
     ),
     Works(
         feature="Padding of the vocabulary",
-        names="--make-vocab-size-divisible-by --padded-vocab-size --no-pad-vocab-size"
-        " should_pad_vocab",
+        names="--make-vocab-size-divisible-by --padded-vocab-size should_pad_vocab",
         test=_DRAWN,
         examples=(
             "--make-vocab-size-divisible-by 24",
             "--padded-vocab-size 384",
-            "--no-pad-vocab-size",
         ),
         needs=("same size",),
         note="padded rows take part in the softmax, in stock as well: another padding is another"
@@ -98,7 +96,7 @@ MODELS = (
             "--rotary-interleaved --rotary-base 500",
             "--rotary-seq-len-interpolation-factor 2",
             "--use-rope-scaling --rope-scaling-factor 4",
-            "--no-rope-freq [0,1]",
+            "--num-layers 2 --no-rope-freq [0,1]",
         ),
         needs=("rope",),
     ),
@@ -133,7 +131,7 @@ MODELS = (
         examples=(
             "--window-size (8,0)",
             "--window-size (6,0) --window-attn-skip-freq 2",
-            "--window-size (6,0) --window-attn-skip-freq [1,0]",
+            "--num-layers 2 --window-size (6,0) --window-attn-skip-freq [1,0]",
         ),
     ),
     Works(
@@ -193,12 +191,11 @@ MODELS = (
     ),
     Works(
         feature="First weights",
-        names="--init-method-std --embedding-init-method-std --init-method-xavier-uniform --seed"
-        " init_method output_layer_init_method embedding_init_method",
+        names="--init-method-std --embedding-init-method-std --seed init_method"
+        " output_layer_init_method embedding_init_method",
         test=_DRAWN,
         examples=(
             "--init-method-std 0.04 --embedding-init-method-std 0.1",
-            "--init-method-xavier-uniform",
             "--seed 77",
         ),
     ),

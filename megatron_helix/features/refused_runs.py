@@ -178,6 +178,12 @@ _EXPERTS = (
         reason="a recorded routing is in stock's order of tokens",
     ),
     Refused(
+        feature="Projections to smaller experts",
+        asks="--moe-latent-size",
+        field="moe_latent_size",
+        reason="it takes TransformerEngine, and has not been run beside helix",
+    ),
+    Refused(
         feature="A dense checkpoint made into a MoE one",
         asks="--moe-use-upcycling",
         field="moe_use_upcycling",

@@ -64,7 +64,7 @@ PARALLEL = (
         feature="Data parallelism, distributed optimizer",
         names="--use-distributed-optimizer --no-use-layer-wise-param-layout",
         test=PARITY,
-        examples=("--use-distributed-optimizer",),
+        examples=("--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable",),
         needs=("dp",),
     ),
     Works(
@@ -74,7 +74,8 @@ PARALLEL = (
         test=FEATURES,
         examples=(
             "--overlap-grad-reduce --no-align-grad-reduce",
-            "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+            "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
+            " --overlap-grad-reduce --overlap-param-gather"
             " --no-align-param-gather",
         ),
         needs=("dp",),
@@ -88,7 +89,8 @@ PARALLEL = (
         examples=(
             "--ddp-bucket-size 3000 --overlap-grad-reduce --no-gradient-reduce-div-fusion",
             "--ddp-num-buckets 3 --overlap-grad-reduce --ddp-average-in-collective"
-            " --use-distributed-optimizer --ddp-pad-buckets-for-high-nccl-busbw",
+            " --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
+            " --ddp-pad-buckets-for-high-nccl-busbw",
         ),
         needs=("dp",),
     ),
@@ -135,7 +137,6 @@ BATCH = (
             "--recompute-granularity selective --recompute-modules core_attn",
             # Beside biases of the MLP stock recomputes without an end.
             "--recompute-granularity selective --recompute-modules mlp --disable-bias-linear",
-            "--recompute-granularity selective --recompute-modules layernorm",
             "--recompute-activations",
         ),
     ),
