@@ -103,7 +103,7 @@ def require_core_attention(args: argparse.Namespace, on_cpu: bool) -> None:
 
 
 def require_data(args: argparse.Namespace) -> None:
-    """Fail on a missing dataset now, once, instead of on one rank after minutes of set-up."""
+    """Check that what the data flags name is there."""
     words = [
         word
         for paths in (

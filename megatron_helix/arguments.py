@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_helix import argument_checks
 from megatron_helix.argument_checks import (
     require_core_attention,
     require_loadable,
@@ -38,6 +39,7 @@ _SWITCHES = (
     *("group-query-attention", "rotary-interleaved", "attention-output-gate", "swiglu"),
     *("sequence-parallel", "overlap-grad-reduce", "multi-latent-attention"),
     *("use-distributed-optimizer", "no-load-optim", "finetune", "full-validation"),
+    "sft",
 )
 _FOLDERS = ("load", "non-persistent-global-ckpt-dir", "pretrained-checkpoint")
 
@@ -129,6 +131,8 @@ def _read(argv: Sequence[str]) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int)
     for name in _SWITCHES:
         parser.add_argument(f"--{name}", action="store_true")
+    for name in ("data-path", "train-data-path", "valid-data-path", "test-data-path"):
+        parser.add_argument(f"--{name}", nargs="*")
     for name in _FOLDERS:
         parser.add_argument(f"--{name}", type=Path)
     parser.add_argument("--ckpt-step", type=int)
@@ -139,6 +143,15 @@ def _read(argv: Sequence[str]) -> argparse.Namespace:
     for row in IN_ORDER:
         parser.add_argument(row.asks, nargs="+")
     return parser.parse_known_args(argv)[0]
+
+
+def require_data(argv: Sequence[str]) -> None:
+    """Fail on a missing dataset now, once, instead of on one rank after minutes of set-up.
+
+    Raises:
+        UserError: naming the file.
+    """
+    argument_checks.require_data(_read(argv))
 
 
 def require_flags(argv: Sequence[str], *, script: bool = False) -> argparse.Namespace:

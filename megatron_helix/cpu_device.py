@@ -138,6 +138,7 @@ def _cuda_answers() -> dict[str, Any]:
     return {
         "is_available": returns(True),
         "is_initialized": returns(True),
+        "_is_in_bad_fork": returns(False),  # where it is, torch.manual_seed leaves CUDA's alone
         "_lazy_init": returns(None),
         "_lazy_call": lambda callback, **kwargs: callback(),
         "device_count": returns(1),

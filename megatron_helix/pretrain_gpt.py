@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_helix import arguments, compat, errors, signals, unavailable
-from megatron_helix.argument_checks import require_data
 from megatron_helix.flags import FlagParser, add_helix_arguments
 from megatron_helix.recording import rank_files
 
@@ -84,7 +83,7 @@ def prepare(argv: Sequence[str], world_size: int, *, script: bool = False) -> li
     args = arguments.require_flags(argv, script=script)
     if not script:
         unavailable.require_available(args, argv)
-    require_data(args)
+    arguments.require_data(argv)
     return argv
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_helix import argument_checks, arguments, pretrain_gpt
+from megatron_helix import arguments, pretrain_gpt
 from tests.distributed import tiny_gpt
 
 TP = "--tensor-model-parallel-size"
@@ -195,15 +195,11 @@ def test_degrees_are_named_where_no_cut_of_so_many_ranks_is_there(corpus_prefix:
         arguments.complete(flags, world_size=3)
 
 
-def require_data(flags: list[str]) -> None:
-    argument_checks.require_data(arguments.require_flags(flags))
-
-
 @pytest.mark.parametrize("case", NO_DATA)
 def test_data_that_is_not_there_is_refused(corpus_prefix: Path, case: str) -> None:
     flags, message = NO_DATA[case]
     with pytest.raises(ValueError, match=message):
-        require_data(tiny_gpt(corpus_prefix, *flags))
+        arguments.require_data(tiny_gpt(corpus_prefix, *flags))
 
 
 def test_a_flag_that_nobody_knows_is_refused(corpus_prefix: Path) -> None:
@@ -216,7 +212,7 @@ def test_a_flag_that_nobody_knows_is_refused(corpus_prefix: Path) -> None:
 def test_a_dataset_without_its_index_is_refused(tmp_path: Path) -> None:
     (tmp_path / "half.bin").touch()
     with pytest.raises(ValueError, match=r"half\.idx does not exist"):
-        require_data(tiny_gpt(tmp_path / "half"))
+        arguments.require_data(tiny_gpt(tmp_path / "half"))
 
 
 def test_the_device_is_checked_without_the_other_flags() -> None:

@@ -14,6 +14,7 @@ from torch.nn.functional import dropout
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_helix import cpu_device
+from tests.distributed import run_distributed
 
 CPU = torch.device("cpu")
 
@@ -192,6 +193,17 @@ def test_a_loader_goes_on_drawing_where_it_stopped() -> None:
     torch.manual_seed(5)
     again = [item for _ in range(2) for item in DataLoader(_Noise(), shuffle=True)]
     assert torch.equal(torch.stack(again), torch.stack(items))
+
+
+def test_a_seed_reaches_both_generators_in_a_forked_rank() -> None:
+    """Where CUDA was in use before a fork, torch would leave CUDA's alone there."""
+
+    def drawn() -> list[torch.Tensor]:
+        torch.manual_seed(7)
+        return [torch.rand(4), torch.empty(4).uniform_()]
+
+    for once, again in zip(*run_distributed(lambda: (drawn(), drawn()), 1)[0], strict=True):
+        assert torch.equal(once, again)
 
 
 def test_seeds_reach_the_generators_they_name() -> None:

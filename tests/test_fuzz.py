@@ -219,7 +219,7 @@ def laboratory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Laboratory]
         ("heads=3 m=2 n=2", trial.REFUSED, "--helix-n: must be a positive divisor"),
         ("; --hybrid-layer-pattern M", trial.CRASHED, "is refused under --helix-m > 1"),
         ("; --bf16 --fp16", trial.DISCARDED, "AssertionError"),
-        ("; --no-such-flag", trial.STOCK_FAILED, "unrecognized arguments: --no-such-flag"),
+        ("; --no-such-flag", trial.REFUSED, "must be a flag of Megatron's or helix's"),
         ("heads=3 m=2; --num-query-groups 2 --group-query-attention", trial.REFUSED, "divisor"),
         ("ffn=33", trial.DISCARDED, "33 is not divisible by 2"),
     ],

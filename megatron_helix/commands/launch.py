@@ -43,7 +43,7 @@ def launch(
         typer.echo(shlex.join(words))
         return
     # Here once, before any rank says it and torchrun a page about it.
-    arguments.complete(torchrun.flags(words), chosen.world_size)
+    arguments.require_data(arguments.complete(torchrun.flags(words), chosen.world_size))
     # torchrun's own is 30 s: too little for a large checkpoint.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", f"{signals.SAVE_GRACE_S:.0f}")
     # Megatron insists on it before Blackwell: communication then starts in the order it is issued.
