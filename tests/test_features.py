@@ -66,7 +66,6 @@ DYNAMIC = ("--initial-loss-scale", "262144", "--hysteresis", "1", "--loss-scale-
 PRECISIONS = {
     "bf16": ("--bf16",),
     "fp16": ("--fp16", *DYNAMIC),
-    "bf16, residual stream in fp32": ("--bf16", "--fp32-residual-connection"),
     "bf16, softmax in fp32": ("--bf16", "--attention-softmax-in-fp32"),
     "fp16, cross entropy too": ("--fp16", *DYNAMIC, "--fp16-lm-cross-entropy"),
 }

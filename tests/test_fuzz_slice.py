@@ -12,7 +12,7 @@ from megatron_helix.fuzz.case import Case
 from megatron_helix.fuzz.draw import draw
 from megatron_helix.fuzz.trial import Laboratory, Outcome
 
-SEED, STREAM, CASES = 0, 400, 36
+SEED, STREAM, CASES = 0, 400, 44
 WORLDS = (2, 4, 4, 6)  # of eight ranks one case costs as much as three of four
 
 ROWS = {example: row.feature for row in WORKS for example in row.examples}
@@ -29,6 +29,7 @@ def aspects(case: Case) -> set[str]:
         f"stages {case.pp}, {exchange}",
         f"replicas {case.dp > 1}, {case.exchange}",
         f"checkpoint {case.deep}",
+        f"checkpoint {case.deep}, {case.exchange}",
         f"experts {case.experts > 0}, {exchange}",
         f"expert ranks {case.ep > 1} {case.etp > 1}",
         f"stock on fewer ranks {case.stock_tp < case.tp}",

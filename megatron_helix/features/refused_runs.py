@@ -178,6 +178,12 @@ _EXPERTS = (
         reason="a recorded routing is in stock's order of tokens",
     ),
     Refused(
+        feature="Residual stream in fp32 beside half-precision weights",
+        asks="--fp32-residual-connection",
+        field="fp32_residual_connection",
+        reason="it takes TransformerEngine's norms, and has not been run beside helix",
+    ),
+    Refused(
         feature="Projections to smaller experts",
         asks="--moe-latent-size",
         field="moe_latent_size",

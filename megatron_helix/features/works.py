@@ -206,7 +206,7 @@ PRECISION = (
     ),
     Works(
         feature="Parts of a half-precision model in fp32, and the reverse",
-        names="--fp32-residual-connection --fp16-lm-cross-entropy --attention-softmax-in-fp32",
+        names="--fp16-lm-cross-entropy --attention-softmax-in-fp32",
         test=HALF,
     ),
     Works(
