@@ -9,6 +9,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 
@@ -240,16 +241,28 @@ class HelixSelfAttention(SelfAttention):
         self.key_hidden_size = self.val_hidden_size = layout.segment_size
         for name in ("q_layernorm", "k_layernorm"):
             norm = getattr(self, name)
-            if norm is not None:
+            # Megatron's local layers of a dense model have none for --qk-l2-norm, either.
+            if norm is not None and not isinstance(norm, IdentityOp):
                 segment_norm = SegmentNorm(
                     norm,
-                    centered=config.normalization == "LayerNorm" and not config.qk_l2_norm,
+                    centered=_is_centered(norm),
                     eps=config.layernorm_epsilon,
                     zero_centered_gamma=config.layernorm_zero_centered_gamma,
                     layout=layout,
                     groups=self.helix_groups,
                 )
                 setattr(self, name, segment_norm)
+
+
+def _is_centered(norm: torch.nn.Module) -> bool:
+    """Whether a norm of queries or keys takes their mean away; by what it is, not by the flags."""
+    kind = type(norm).__name__
+    if kind in ("LayerNorm", "RMSNorm", "L2Norm"):
+        return kind == "LayerNorm"
+    raise UserError(
+        f"--helix-exchange: scores norms segments of queries and keys, and knows LayerNorm, RMSNorm"
+        f" and L2Norm, got {kind} from the layer spec; use --helix-exchange activations"
+    )
 
 
 @cache

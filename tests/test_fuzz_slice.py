@@ -8,12 +8,15 @@ import pytest
 from megatron_helix import arguments
 from megatron_helix.features.works import WORKS
 from megatron_helix.fuzz import report, trial
-from megatron_helix.fuzz.case import Case
+from megatron_helix.fuzz.case import Case, parse
 from megatron_helix.fuzz.draw import draw
 from megatron_helix.fuzz.trial import Laboratory, Outcome
 
 SEED, STREAM, CASES = 0, 400, 44
 WORLDS = (2, 4, 4, 6)  # of eight ranks one case costs as much as three of four
+
+# A layer spec may have no norm where the flags ask for one; then the scores exchange had one.
+FOUND = ("exchange=scores; --qk-l2-norm", "exchange=scores biasless experts=2 sp; --qk-l2-norm")
 
 ROWS = {example: row.feature for row in WORKS for example in row.examples}
 
@@ -92,6 +95,12 @@ def test_helix_gives_stocks_numbers(
     outcomes[case] = laboratory.attempt(case)
     assert not outcomes[case].failed, report.describe(outcomes[case])
     assert outcomes[case].status != trial.REFUSED
+
+
+@pytest.mark.parametrize("line", FOUND)
+def test_what_a_hunt_has_found_stays_mended(laboratory: Laboratory, line: str) -> None:
+    outcome = laboratory.attempt(parse(line))
+    assert outcome.status == trial.EQUAL, report.describe(outcome)
 
 
 def test_the_slice_shows_every_exchange_split_and_feature(outcomes: dict[Case, Outcome]) -> None:

@@ -193,7 +193,8 @@ class Case:
             "num-attention-heads": self.heads,
             "kv-channels": self.channels,
             "ffn-hidden-size": self.ffn,
-            "vocab-size": self.vocab,
+            # It is padded for a tensor-parallel size: to the same one for both.
+            "vocab-size": self.vocab + (-self.vocab % self.tp if self.stock_tp != self.tp else 0),
             "seq-length": self.seq,
             "max-position-embeddings": self.seq,
             "micro-batch-size": self.micro,

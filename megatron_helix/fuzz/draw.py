@@ -86,10 +86,7 @@ def _sizes(dice: random.Random, cut: Case) -> Case:
         experts=experts,
         deep=dice.choice(("stock", "helix", "turned")) if dice.random() < DEEP else "",
     )
-    vocab = dice.randrange(128, 257)
-    if case.stock_tp != case.tp:  # it is padded for a tensor-parallel size
-        vocab += -vocab % case.tp
-    case = replace(case, vocab=vocab)
+    case = replace(case, vocab=dice.randrange(128, 257))
     return _experts(dice, case) if experts else case
 
 
