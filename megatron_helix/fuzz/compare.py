@@ -15,9 +15,9 @@ from megatron_helix.fuzz.training import Step
 TOLERANCES = {"loss": 2e-6, "grad_norm": 5e-6, "params_norm": 1e-6}
 
 # One weight's gradient, by the norm of what differs: elements err one by one, where a norm's errors
-# cancel: twice what stock's own tensor-parallel sizes have been apart. Where the sum itself cancels (a bias of keys has no gradient: softmax does not see it),
-# what is left is the roundoff of what cancelled: small beside the whole gradient, not beside it. A
-# few roundoffs, since what cancelled has come through every layer.
+# cancel: twice what stock's own tensor-parallel sizes have been apart. Where the sum itself cancels
+# (a bias of keys has no gradient: softmax does not see it), what is left is the roundoff of what
+# cancelled: small beside the whole gradient, not beside it; a few roundoffs, of every layer.
 WEIGHT_TOLERANCE, CANCELLED_TOLERANCE = 2e-5, 5e-7
 
 # A part of the learning rate, which a first update of Adam is at most: its epsilon (see case.py) is
