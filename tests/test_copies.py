@@ -31,6 +31,7 @@ def test_words_are_taken_only_where_they_lie_whole() -> None:
     assert copies._has_whole_words(x.permute(2, 0, 1, 3))
     assert not copies._has_whole_words(x.permute(0, 3, 1, 2))  # no runs
     assert not copies._has_whole_words(torch.zeros(NARROW[1], dtype=dtype).transpose(0, 1))
+    assert not copies._has_whole_words(torch.zeros(shape, dtype=dtype)[..., :12])  # of 24 bytes
     assert not copies._has_whole_words(torch.zeros(65, dtype=dtype)[1:].view(4, 16).transpose(0, 1))
     shifted = torch.zeros(8 * 16 + 4, dtype=dtype)[4:].view(2, 4, 16).transpose(0, 1)
     assert not copies._has_whole_words(shifted)  # runs that begin within a word

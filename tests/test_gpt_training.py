@@ -1,5 +1,6 @@
 """The entry point beside Megatron-LM's own: what of its flags it obeys."""
 
+import argparse
 import base64
 import json
 import re
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_helix import arguments, gpt_data
 from tests.distributed import pretrain, pretrain_launched, tiny_gpt
 
 EVALUATED = re.compile(r"validation loss at iteration 2 .*?lm loss value: ([0-9.E+-]+)")
@@ -78,3 +80,35 @@ def test_middles_are_filled_in_alike(
     assert losses["seldom"] == losses["text"]
     assert losses["stock"] != pytest.approx(losses["text"], rel=1e-3)
     assert losses["helix"] == pytest.approx(losses["stock"], rel=1e-5)
+
+
+DATA_FLAGS = {
+    "--seed 5": ("random_seed", 5),
+    "--split 90,10,0": ("split", "90,10,0"),
+    "--reset-position-ids": ("reset_position_ids", True),
+    "--reset-attention-mask": ("reset_attention_mask", True),
+    "--eod-mask-loss": ("eod_mask_loss", True),
+    "--no-create-attention-mask-in-dataloader": ("create_attention_mask", False),
+    "--no-mmap-bin-files": ("mmap_bin_files", False),
+    "--num-dataset-builder-threads 3": ("num_dataset_builder_threads", 3),
+    "--mid-level-dataset-surplus 0.25": ("mid_level_dataset_surplus", 0.25),
+    "--data-cache-path cache": ("path_to_cache", "cache"),
+    "--full-validation": ("full_validation", True),
+    "--multiple-validation-sets": ("multiple_validation_sets", True),
+    "--allow-ambiguous-pad-tokens": ("allow_ambiguous_pad_tokens", True),
+    "--dataloader-inter-document-masking": ("inter_document_masking", True),
+}
+
+
+@pytest.mark.parametrize("flag", DATA_FLAGS)
+def test_a_flag_of_the_data_reaches_the_datasets(flag: str) -> None:
+    field, value = DATA_FLAGS[flag]
+    plain, asked = (
+        gpt_data._config(argparse.Namespace(**vars(args), rank=0, data_parallel_size=1))
+        for args in (
+            arguments.require_flags(tiny_gpt(Path("corpus"), *words))
+            for words in ((), flag.split())
+        )
+    )
+    assert getattr(plain, field) != value
+    assert getattr(asked, field) == value

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_helix import sums
+from megatron_helix.exchange import main_grad
 
 HALVES = (torch.bfloat16, torch.float16)
 TYPES = [(wide, half) for half in HALVES for wide in (torch.float32, half)]
@@ -58,6 +59,20 @@ def test_a_total_is_the_rounded_sum(dtype: torch.dtype) -> None:
     parts = _drawn(3, 30, 50, dtype=dtype)
     assert torch.equal(sums.total(parts), parts.float().sum(0).to(dtype))
     assert not torch.equal(sums.total(parts), parts[0] + parts[1] + parts[2])  # rounded twice
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_parts_of_a_gradient_are_rounded_to_main_grad_only(
+    dtype: torch.dtype, turned: bool
+) -> None:
+    shard = torch.nn.Parameter(torch.zeros(30, 50, dtype=dtype))
+    accumulator = torch.zeros(30, 50)
+    setattr(shard, "main_grad", accumulator)  # noqa: B010  # as Megatron does
+    parts = _drawn(3, 50, 30, dtype=dtype) if turned else _drawn(3, 30, 50, dtype=dtype)
+    expected = parts.float().sum(0)
+    assert main_grad.add(shard, parts, turned=turned) is None
+    assert torch.equal(accumulator, expected.t() if turned else expected)
 
 
 INTERPRETED = """

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Plants faults in a copy of the code, one by one, and runs the tests that should see each:
+# scripts/planted_faults.sh [--clean] [--jobs N] [NAME] ...
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash scripts/env.sh dev
+exec .venv/bin/python scripts/planted_faults.py "$@"
