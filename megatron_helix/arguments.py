@@ -9,6 +9,7 @@ raise the one error the user must read, before any process group exists.
 import argparse
 import math
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -171,10 +172,7 @@ def require_flags(argv: Sequence[str], *, script: bool = False) -> argparse.Name
         UserError: naming the flag, the reason and the remedy; for a value of the wrong type, and a
             flag that nobody knows.
     """
-    from megatron.training.arguments import add_megatron_arguments
-
-    parser = add_helix_arguments(add_megatron_arguments(FlagParser()))
-    args, unknown = parser.parse_known_args(argv)
+    args, unknown = _every_flag().parse_known_args(argv)
     if unknown and not script:
         raise UserError(
             f"{unknown[0]}: must be a flag of Megatron's or helix's, or a flag's value, and is"
@@ -183,6 +181,14 @@ def require_flags(argv: Sequence[str], *, script: bool = False) -> argparse.Name
     if wants_helix(args) and args.helix_m > 1:
         require_compatible(args)
     return args
+
+
+@cache
+def _every_flag() -> argparse.ArgumentParser:
+    """A parser of Megatron's flags and helix's; to make one takes a good part of a second."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    return add_helix_arguments(add_megatron_arguments(FlagParser()))
 
 
 def require_run(

@@ -1,7 +1,13 @@
 #!/usr/bin/env bash
-# The tests; arguments go to pytest: scripts/test.sh [-k NAME] [tests/FILE] ...
+# The fast suite, or with --all every case (tests/covering.py says which is which); other arguments go
+# to pytest: scripts/test.sh [--all] [-k NAME] [tests/FILE] ...
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+which=(-m "not thorough")
+if [[ ${1:-} == --all ]]; then
+    which=()
+    shift
+fi
 bash scripts/env.sh dev
 # Two files at a time: the ranks of a test wait for each other a good part of theirs.
-exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
+exec .venv/bin/python -m pytest -n 2 --dist loadfile "${which[@]}" "$@"

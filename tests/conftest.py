@@ -4,6 +4,8 @@ The import costs seconds of CPU in every process. It happens here, once, and eve
 forks its ranks from this process (see :mod:`tests.distributed`).
 """
 
+import fcntl
+import os
 import sysconfig
 from pathlib import Path
 
@@ -41,6 +43,14 @@ def corpus_prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="package")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Values]:
-    """The small experiment, run: its folder and the values of its nodes."""
-    out = tmp_path_factory.mktemp("experiment")
-    return out, workflow.run(experiment(), out, Console(quiet=True))
+    """The small experiment, run: its folder and the values of its nodes.
+
+    Once for all of pytest's processes: the first one runs it, another reads what is finished.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    with (folder / "experiment.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        out = folder / "experiment"
+        return out, workflow.run(experiment(), out, Console(quiet=True))

@@ -8,6 +8,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_helix import arguments, compat, pretrain_gpt
 from megatron_helix.experiment.metrics import RunMetrics
+from tests.covering import covering
 from tests.distributed import pretrain, pretrain_launched, tiny_gpt
 
 LOSS_TOLERANCE, GRAD_NORM_TOLERANCE = 1e-5, 1e-4  # see tests/test_parity.py
@@ -52,7 +53,9 @@ def train(corpus_prefix: Path, tmp_path: Path) -> Train:
     return run
 
 
-@pytest.mark.parametrize(("heads", "groups", "channels", "stock", "ranks", "_cut"), DEGREES)
+@pytest.mark.parametrize(
+    ("heads", "groups", "channels", "stock", "ranks", "_cut"), covering(DEGREES, of=(3,))
+)
 def test_a_degree_that_stock_refuses_gives_stocks_numbers(
     train: Train, heads: int, groups: int, channels: int, stock: int, ranks: int, _cut: object
 ) -> None:

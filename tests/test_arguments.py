@@ -22,6 +22,7 @@ def cut(m: object, n: object) -> tuple[str, ...]:
 
 
 RANKS = r"must be a positive divisor of the number of ranks \(4\)"
+ODD = ("--seq-length", "42", "--max-position-embeddings", "42")
 REFUSALS = {
     "more ranks than there are": (
         (*cut(4, 2), "--num-attention-heads", "8"),
@@ -159,6 +160,15 @@ REFUSALS = {
         r"^--helix-device: needs a GPU that torch can see, and found none; add --helix-device cpu",
     ),
     "no GPU for cuda": (("--helix-device", "cuda"), r"^--helix-device: needs a GPU"),
+    "a validation micro-batch that no split can take": (
+        (*cut(2, 2), *ODD, "--eval-micro-batch-size", "1"),
+        r"^--eval-micro-batch-size: validation reads micro-batches of 1, which no rank can take a"
+        r" part of: .*; use a multiple of --helix-m \(2\)$",
+    ),
+    "validation sequence by sequence that no split can take": (
+        (*cut(2, 2), *ODD, "--full-validation"),
+        r"^--full-validation: validation reads micro-batches of 1, .*; leave it away, or use",
+    ),
 }
 NO_DATA = {
     "missing": (

@@ -6,6 +6,7 @@ says that it has; with fused linears, emulated, and without; with buckets sent o
 
 import dataclasses
 from collections.abc import Sequence
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,7 @@ from megatron_helix.exchange.strategy import Choice
 from megatron_helix.exchange.traffic import Plan
 from tests import gradients_case
 from tests.block_case import Block
+from tests.covering import covering
 from tests.distributed import model_parallel, run_distributed
 from tests.gradients_case import Model
 
@@ -90,9 +92,9 @@ def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-@pytest.mark.parametrize("overlapped", [False, True], ids=["at_the_end", "overlapped"])
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("fused", [False, True], ids=["added_by_hook", "fused"])
+@pytest.mark.parametrize(
+    ("fused", "tied", "overlapped"), covering(product([False, True], repeat=3))
+)
 def test_a_step_of_changing_plans_has_every_gradient(
     fused: bool, tied: bool, overlapped: bool
 ) -> None:

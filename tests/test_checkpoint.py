@@ -19,8 +19,9 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from megatron_helix import arguments, launch, pretrain_gpt
 from megatron_helix.experiment.metrics import RunMetrics
 from megatron_helix.fuzz.session import CallFailed
+from tests.covering import THOROUGH, fast
 from tests.distributed import (
-    launch_ranks,
+    living_ranks,
     pretrain,
     pretrain_launched,
     run_distributed,
@@ -113,11 +114,11 @@ def tensors_in(checkpoint: Path, step: int) -> dict[str, torch.Tensor]:
     ("first", "then"),
     [
         ("stock_tp2_pp2", "helix_2x1_pp2"),
-        ("helix_2x2", "stock_tp4"),
+        pytest.param("helix_2x2", "stock_tp4", marks=THOROUGH),
         ("helix_2x2", "stock_tp4_without_sp"),  # with Megatron's own norms instead of the plugin's
-        ("helix_2x2", "stock_tp2_pp2"),
+        pytest.param("helix_2x2", "stock_tp2_pp2", marks=THOROUGH),
         ("helix_2x2", "helix_4x1"),
-        ("helix_2x2", "helix_2x2"),
+        pytest.param("helix_2x2", "helix_2x2", marks=THOROUGH),
     ],
 )
 def test_one_layout_goes_on_from_anothers_checkpoint(
@@ -127,7 +128,7 @@ def test_one_layout_goes_on_from_anothers_checkpoint(
     assert_goes_on(resume(checkpoint, then), uninterrupted)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", fast(["distributed"], OPTIMIZERS))
 def test_layouts_pass_a_checkpoint_on_bit_for_bit(
     saved: Saved, corpus_prefix: Path, tmp_path: Path, optimizer: str
 ) -> None:
@@ -147,7 +148,7 @@ def test_layouts_pass_a_checkpoint_on_bit_for_bit(
             train_iters=SAVED_STEP,
         )
         argv = pretrain_gpt.prepare(flags, 4)
-        launch_ranks(pretrain_gpt.train, (argv,), 4, tmp_path / layout / "logs")
+        living_ranks().call(pretrain_gpt.train, argv, ranks=4)
         found = tensors_in(checkpoint, SAVED_STEP)
         assert found.keys() == expected.keys()
         changed = [key for key in expected if not torch.equal(found[key], expected[key])]
@@ -166,6 +167,7 @@ def test_experts_go_on_beside_a_distributed_optimizer(saved: Saved, resume: Resu
     assert_goes_on(resume(checkpoint, "helix_2x2", *moe), uninterrupted)
 
 
+@THOROUGH
 def test_a_learnable_softmax_offset_is_saved_once_and_loaded(saved: Saved, resume: Resume) -> None:
     """It is cut by head group only: the ranks of a dim group hold copies of it."""
     uninterrupted, checkpoint = saved("helix_2x2", *LEARNABLE_OFFSET)
@@ -198,7 +200,7 @@ def test_helix_goes_on_from_stock_and_then_saves_what_stock_does(
     assert_same_tensors(found, expected)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", fast(["distributed"], OPTIMIZERS))
 def test_stock_then_helix_then_stock_is_one_curve(
     saved: Saved, resume: Resume, tmp_path: Path, optimizer: str
 ) -> None:
@@ -285,6 +287,7 @@ def test_what_another_layout_would_read_wrongly_is_refused(
         complete("--load", str(plain), *passing, str(tmp_path / "old"))
 
 
+@THOROUGH
 def test_stock_goes_on_from_its_own_default_format(saved: Saved, resume: Resume) -> None:
     """That of a distributed optimizer, where Adam is torch's."""
     uninterrupted, checkpoint = saved("stock_tp4", "--use-distributed-optimizer")

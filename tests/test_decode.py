@@ -24,6 +24,7 @@ from megatron_helix.layer_spec import (
 from megatron_helix.layout import HelixLayout
 from megatron_helix.recording.comm_ledger import CommLedger, install
 from megatron_helix.transformer_layer import block_shape
+from tests.covering import covering
 from tests.cpu_config import cpu_config
 from tests.distributed import model_parallel, run_distributed
 
@@ -266,7 +267,7 @@ def _name(value: Any) -> str | None:
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize(("name", "layout"), _cases(), ids=_name)
+@pytest.mark.parametrize(("name", "layout"), covering(_cases(), of=(0,)), ids=_name)
 def test_decode_is_as_stock(stock: Stock, name: str, layout: Layout) -> None:
     """Tokens, logits at every step, the memory of the cache, and the bytes of every step."""
     model = MODELS[name]

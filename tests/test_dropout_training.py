@@ -5,13 +5,14 @@ On four ranks: 2 x 2, or 2 x 1 on two pipeline stages.
 
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import batched, combinations, product
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.covering import covering, fast
 from tests.distributed import tiny_gpt
 from tests.test_parity import (
     EXCHANGES,
@@ -116,12 +117,10 @@ def in_stock(run: Run) -> Run:
     return replace(run, exchange="stock")
 
 
-ALL = {
-    *(*HELIX, *STOCK, *AS_STOCK),
-    *map(without_recompute, RECOMPUTED),
-    *map(in_stock, AS_STOCK),
-}
-TOGETHER = list(batched(sorted(ALL, key=str), 8))  # on the same ranks
+def few(runs: list[Run]) -> list[Any]:
+    """Every exchange, recomputation and number of stages once in the fast suite."""
+    rows = covering([(run.exchange, run.recompute, run.stages) for run in runs])
+    return [pytest.param(run, marks=row.marks) for run, row in zip(runs, rows, strict=True)]
 
 
 def flags_of(corpus: Path, *flags: str) -> list[str]:
@@ -133,15 +132,9 @@ def flags_of(corpus: Path, *flags: str) -> list[str]:
 
 
 @cache
-def trained_together(number: int, corpus: Path) -> dict[str, list[Trained]]:
-    """The runs of one number."""
-    return train({str(run): flags_of(corpus, *run.flags) for run in TOGETHER[number]}, 4)
-
-
 def trained(run: Run, corpus: Path) -> list[Trained]:
     """What every rank has at the end of a run."""
-    (number,) = (i for i, runs in enumerate(TOGETHER) if run in runs)
-    return trained_together(number, corpus)[str(run)]
+    return train({"": flags_of(corpus, *run.flags)}, 4)[""]
 
 
 def losses(ranks: list[Trained]) -> list[float]:
@@ -189,7 +182,7 @@ def test_every_two_of_what_a_run_can_ask_for_meet() -> None:
             assert pair in met or impossible, pair
 
 
-@pytest.mark.parametrize("run", [*HELIX, *STOCK], ids=str)
+@pytest.mark.parametrize("run", few([*HELIX, *STOCK]), ids=str)
 def test_copies_stay_copies(corpus_prefix: Path, run: Run) -> None:
     ranks = trained(run, corpus_prefix)
     assert len(losses(ranks)) == STEPS
@@ -197,7 +190,7 @@ def test_copies_stay_copies(corpus_prefix: Path, run: Run) -> None:
     assert_copies_are_equal(ranks)
 
 
-@pytest.mark.parametrize("run", RECOMPUTED, ids=str)
+@pytest.mark.parametrize("run", few(RECOMPUTED), ids=str)
 def test_recomputation_changes_no_bit(corpus_prefix: Path, run: Run) -> None:
     again, once = trained(run, corpus_prefix), trained(without_recompute(run), corpus_prefix)
     assert losses(again) == losses(once)
@@ -206,7 +199,7 @@ def test_recomputation_changes_no_bit(corpus_prefix: Path, run: Run) -> None:
         assert_equal(one.copied | one.cut, other.copied | other.cut)
 
 
-@pytest.mark.parametrize("run", AS_STOCK, ids=str)
+@pytest.mark.parametrize("run", few(AS_STOCK), ids=str)
 def test_the_stream_s_masks_are_stock_s(corpus_prefix: Path, run: Run) -> None:
     """With another mask on one rank alone losses are 1e-4 apart."""
     actual, expected = trained(run, corpus_prefix), trained(in_stock(run), corpus_prefix)
@@ -215,50 +208,49 @@ def test_the_stream_s_masks_are_stock_s(corpus_prefix: Path, run: Run) -> None:
     assert actual[0].grad_norms == pytest.approx(expected[0].grad_norms, **tolerance)
 
 
+WEIGHTS = EXCHANGES["weights-batch"]
+CUT = ("--helix-m", "2", "--helix-n", "2")
+BESIDES = {  # what else a model or a run may ask for, cut 2 x 2
+    "experts": (*MOE, *WEIGHTS, "--moe-router-topk", "2", "--moe-input-jitter-eps", "0.1"),
+    "vocabulary": (*SP, *LARGE, *UNTIED, *WEIGHTS),
+    "two-predictions": (*SP, "--mtp-num-layers", "1", *WEIGHTS),
+    "gathered-once": (*SP, *WEIGHTS, "--helix-gather", "step"),
+}
+OTHERS = {
+    "stock": ("--tensor-model-parallel-size", "4"),
+    "one-segment": ("--helix-m", "1", "--helix-n", "4"),
+    "stock-sp": (*SP, "--tensor-model-parallel-size", "4"),
+    "one-segment-sp": (*SP, "--helix-m", "1", "--helix-n", "4"),
+    "data-parallel": ("--helix-m", "2", "--helix-n", "1"),
+    **{name: (*CUT, *flags) for name, flags in BESIDES.items()},
+    **{f"{name}-full": (*CUT, *flags, *FULL_RECOMPUTE) for name, flags in BESIDES.items()},
+}
+
+
 @cache
-def trained_besides(corpus: Path) -> dict[str, list[Trained]]:
-    """What else a model or a run may ask for, with dropout and cut 2 x 2."""
-    helix = ("--helix-m", "2", "--helix-n", "2")
-    runs = {
-        "stock": ("--tensor-model-parallel-size", "4"),
-        "one-segment": ("--helix-m", "1", "--helix-n", "4"),
-        "stock-sp": (*SP, "--tensor-model-parallel-size", "4"),
-        "one-segment-sp": (*SP, "--helix-m", "1", "--helix-n", "4"),
-        "data-parallel": ("--helix-m", "2", "--helix-n", "1"),
-    }
-    weights = EXCHANGES["weights-batch"]
-    besides = {
-        "experts": (*MOE, *weights, "--moe-router-topk", "2", "--moe-input-jitter-eps", "0.1"),
-        "vocabulary": (*SP, *LARGE, *UNTIED, *weights),
-        "two-predictions": (*SP, "--mtp-num-layers", "1", *weights),
-        "gathered-once": (*SP, *weights, "--helix-gather", "step"),
-    }
-    for name, flags in besides.items():
-        runs |= {name: (*helix, *flags), f"{name}-full": (*helix, *flags, *FULL_RECOMPUTE)}
-    return train({name: flags_of(corpus, *RATES, *flags) for name, flags in runs.items()}, 4)
+def trained_besides(name: str, corpus: Path) -> list[Trained]:
+    """One of :data:`OTHERS`, with dropout."""
+    return train({"": flags_of(corpus, *RATES, *OTHERS[name])}, 4)[""]
 
 
-BESIDES = ["experts", "vocabulary", "two-predictions", "gathered-once"]
-
-
-@pytest.mark.parametrize("name", [*BESIDES, "data-parallel"])
+@pytest.mark.parametrize("name", fast(["experts", "data-parallel"], [*BESIDES, "data-parallel"]))
 def test_copies_of_other_models_stay_copies(corpus_prefix: Path, name: str) -> None:
-    assert_copies_are_equal(trained_besides(corpus_prefix)[name])
+    assert_copies_are_equal(trained_besides(name, corpus_prefix))
 
 
-@pytest.mark.parametrize("name", BESIDES)
+@pytest.mark.parametrize("name", fast(["experts"], BESIDES))
 def test_recomputation_of_other_models_changes_no_bit(corpus_prefix: Path, name: str) -> None:
-    runs = trained_besides(corpus_prefix)
-    for one, other in zip(runs[f"{name}-full"], runs[name], strict=True):
+    full, once = (trained_besides(run, corpus_prefix) for run in (f"{name}-full", name))
+    for one, other in zip(full, once, strict=True):
         assert one.losses == other.losses
         assert one.grad_norms == other.grad_norms
         assert_equal(one.copied | one.cut, other.copied | other.cut)
 
 
-@pytest.mark.parametrize("name", ["", "-sp"])
+@pytest.mark.parametrize("name", fast(["-sp"], ["", "-sp"]))
 def test_one_segment_is_stock_to_the_last_bit(corpus_prefix: Path, name: str) -> None:
-    runs = trained_besides(corpus_prefix)
-    for one, other in zip(runs[f"one-segment{name}"], runs[f"stock{name}"], strict=True):
+    names = (f"one-segment{name}", f"stock{name}")
+    for one, other in zip(*(trained_besides(run, corpus_prefix) for run in names), strict=True):
         assert one.losses == other.losses
         assert_equal(one.copied | one.cut, other.copied | other.cut)
 
@@ -270,27 +262,16 @@ RESUMED = [
 ]
 
 
-def trained_twice(corpus: Path, folder: Path) -> dict[str, list[Trained]]:
-    """Each of :data:`RESUMED`, and its steps after the first again, from the checkpoint."""
-    runs = {}
-    for run in RESUMED:
-        flags, checkpoint = flags_of(corpus, *run.flags), str(folder / str(run))
-        runs[f"{run}-whole"] = [*flags, "--save", checkpoint, "--save-interval", "1"]
-        runs[f"{run}-rest"] = [*flags, "--load", checkpoint, "--ckpt-step", "1"]
-    return train(runs, 4)
-
-
-@pytest.fixture(scope="module")
-def resumed(corpus_prefix: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The trainings of :func:`trained_twice`."""
-    return trained_twice(corpus_prefix, tmp_path_factory.mktemp("resumed"))
-
-
-@pytest.mark.parametrize("run", RESUMED, ids=str)
+@pytest.mark.parametrize("run", fast([RESUMED[2]], RESUMED), ids=str)
 def test_a_run_that_is_resumed_drops_what_it_would_have(
-    resumed: dict[str, list[Trained]], run: Run
+    corpus_prefix: Path, tmp_path: Path, run: Run
 ) -> None:
-    rest, whole = resumed[f"{run}-rest"], resumed[f"{run}-whole"]
+    flags, checkpoint = flags_of(corpus_prefix, *run.flags), str(tmp_path / "checkpoint")
+    runs = {
+        "whole": [*flags, "--save", checkpoint, "--save-interval", "1"],
+        "rest": [*flags, "--load", checkpoint, "--ckpt-step", "1"],
+    }
+    whole, rest = train(runs, 4).values()
     assert losses(rest) == losses(whole)[1:]
     for one, other in zip(rest, whole, strict=True):
         assert_equal(one.copied | one.cut, other.copied | other.cut)

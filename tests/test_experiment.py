@@ -227,13 +227,14 @@ def test_changed_code_trains_again_and_a_changed_report_does_not(
 
 
 def test_a_second_run_at_the_same_time_is_refused(
-    finished: tuple[Path, Values], monkeypatch: pytest.MonkeyPatch
+    finished: tuple[Path, Values], tmp_path: Path
 ) -> None:
+    out = shutil.copytree(finished[0], tmp_path / "out")
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe()
 
     def hold() -> None:
-        with files.locked(finished[0], "--out"):
+        with files.locked(out, "--out"):
             there.send("held")
             there.recv()
 
@@ -242,7 +243,7 @@ def test_a_second_run_at_the_same_time_is_refused(
     try:
         here.recv()
         with pytest.raises(ValueError, match=f"one run at a time, and process {holder.pid} is at"):
-            workflow.run(experiment(), finished[0], QUIET)
+            workflow.run(experiment(), out, QUIET)
     finally:
         here.send("let go")
         holder.join()

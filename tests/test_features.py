@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_helix.experiment.metrics import RunMetrics
+from tests.covering import fast
 from tests.distributed import pretrain, pretrain_launched, tiny_gpt
 
 LOSS_TOLERANCE, GRAD_NORM_TOLERANCE = 1e-5, 1e-4  # see tests/test_parity.py
@@ -86,7 +87,7 @@ def train(corpus_prefix: Path, tmp_path: Path) -> Train:
     return run
 
 
-@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("feature", fast(["virtual pipeline", "auxiliary loss"], FEATURES))
 def test_a_feature_of_megatron_gives_the_same_numbers(train: Train, feature: str) -> None:
     flags, ranks = FEATURES[feature], RANKS.get(feature, 4)
     stock = train(ranks, TP, "4", *flags)
@@ -97,7 +98,7 @@ def test_a_feature_of_megatron_gives_the_same_numbers(train: Train, feature: str
         assert helix.grad_norms == pytest.approx(stock.grad_norms, rel=GRAD_NORM_TOLERANCE, abs=0)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", fast(["bf16", "fp16"], PRECISIONS))
 def test_half_precision_is_as_near_to_stock_as_stock_to_itself(
     train: Train, precision: str
 ) -> None:

@@ -8,6 +8,7 @@ import dataclasses
 import math
 import re
 from collections import defaultdict
+from itertools import product
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from megatron_helix.exchange.traffic import Plan
 from megatron_helix.layout import HelixLayout
 from tests import gradients_case
 from tests.block_case import Block
+from tests.covering import covering
 from tests.distributed import model_parallel, run_distributed
 from tests.gradients_case import Model, Tensors
 
@@ -87,8 +89,7 @@ def _relative(actual: Tensors, expected: Tensors) -> Errors:
     return {name: math.sqrt(off / size) for name, (off, size) in squares.items()}
 
 
-@pytest.mark.parametrize("m", [2, 4, 8])
-@pytest.mark.parametrize("dtype", list(DDP))
+@pytest.mark.parametrize(("dtype", "m"), covering(product(DDP, [2, 4, 8])))
 def test_every_weights_gradient_is_as_near_to_the_truth_as_stocks(
     dtype: torch.dtype, m: int
 ) -> None:

@@ -7,11 +7,13 @@ exchange and split with every kind of model, and each of them with what else a r
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
 
 from megatron_helix.experiment.metrics import RunMetrics
+from tests.covering import THOROUGH, covering, fast
 from tests.distributed import pretrain, tiny_gpt
 
 # Single precision has a unit roundoff of 6e-8. Sums over some thousand terms in another order are
@@ -119,27 +121,37 @@ def assert_same_training(actual: RunMetrics, expected: RunMetrics) -> None:
     assert actual.grad_norms == pytest.approx(expected.grad_norms, rel=GRAD_NORM_TOLERANCE, abs=0)
 
 
-@pytest.mark.parametrize(("m", "n"), [(2, 2), (4, 1)])
-@pytest.mark.parametrize("exchange", [name for name in EXCHANGES if name != "auto"])
-@pytest.mark.parametrize("model", ["dense_sp", "gated_sp", "moe_sp"])
+@pytest.mark.parametrize(
+    ("model", "exchange", "cut"),
+    covering(
+        product(
+            ["dense_sp", "gated_sp", "moe_sp"],
+            [name for name in EXCHANGES if name != "auto"],
+            [(2, 2), (4, 1)],
+        )
+    ),
+)
 def test_training_is_as_stock(
-    stock: Stock, helix: Helix, model: str, exchange: str, m: int, n: int
+    stock: Stock, helix: Helix, model: str, exchange: str, cut: tuple[int, int]
 ) -> None:
-    assert_same_training(helix(model, m, n, exchange), stock(model))
+    assert_same_training(helix(model, *cut, exchange), stock(model))
 
 
 @pytest.mark.parametrize(
     ("model", "m", "n", "exchange"),
-    [
-        ("dense", 2, 2, "activations-batch"),
-        ("dense", 4, 1, "activations-sequence"),
-        ("dense", 2, 2, "scores"),
-        ("output_gate_sp", 2, 2, "activations-batch"),
-        ("output_gate_sp", 4, 1, "weights-sequence"),
-        ("positions_sp", 4, 1, "activations-batch"),
-        ("positions_sp", 2, 2, "weights-sequence"),
-        ("positions_sp", 4, 1, "scores"),
-    ],
+    covering(
+        [
+            ("dense", 2, 2, "activations-batch"),
+            ("dense", 4, 1, "activations-sequence"),
+            ("dense", 2, 2, "scores"),
+            ("output_gate_sp", 2, 2, "activations-batch"),
+            ("output_gate_sp", 4, 1, "weights-sequence"),
+            ("positions_sp", 4, 1, "activations-batch"),
+            ("positions_sp", 2, 2, "weights-sequence"),
+            ("positions_sp", 4, 1, "scores"),
+        ],
+        of=(0,),
+    ),
 )
 def test_other_models_train_as_stock(
     stock: Stock, helix: Helix, model: str, m: int, n: int, exchange: str
@@ -148,7 +160,10 @@ def test_other_models_train_as_stock(
     assert_same_training(helix(model, m, n, exchange), stock(model))
 
 
-@pytest.mark.parametrize(("m", "n", "exchange"), [(2, 2, "activations-batch"), (4, 1, "auto")])
+@pytest.mark.parametrize(
+    ("m", "n", "exchange"),
+    [pytest.param(2, 2, "activations-batch", marks=THOROUGH), (4, 1, "auto")],
+)
 def test_sparse_experts_start_as_stock(
     stock: Stock, helix: Helix, m: int, n: int, exchange: str
 ) -> None:
@@ -157,7 +172,7 @@ def test_sparse_experts_start_as_stock(
     assert actual.grad_norms[0] == pytest.approx(expected.grad_norms[0], rel=GRAD_NORM_TOLERANCE)
 
 
-@pytest.mark.parametrize("model", ["dense", "gated_sp", "moe_top2_sp"])
+@pytest.mark.parametrize("model", fast(["moe_top2_sp"], ["dense", "gated_sp", "moe_top2_sp"]))
 def test_one_segment_is_stock_to_the_last_bit(stock: Stock, helix: Helix, model: str) -> None:
     expected, actual = stock(model), helix(model, 1, 4, "auto")
     assert actual.losses == expected.losses
@@ -166,14 +181,17 @@ def test_one_segment_is_stock_to_the_last_bit(stock: Stock, helix: Helix, model:
 
 @pytest.mark.parametrize(
     ("model", "m", "n", "exchange", "micro_batch"),
-    [
-        ("dense_sp", 4, 1, "activations-sequence", 1),
-        ("dense_sp", 2, 2, "weights-sequence", 1),
-        ("dense_sp", 2, 2, "scores", 1),
-        ("triples_sp", 2, 2, "activations-sequence", 3),
-        ("triples_sp", 4, 1, "weights-sequence", 3),
-        ("triples_sp", 2, 2, "auto", 3),
-    ],
+    covering(
+        [
+            ("dense_sp", 4, 1, "activations-sequence", 1),
+            ("dense_sp", 2, 2, "weights-sequence", 1),
+            ("dense_sp", 2, 2, "scores", 1),
+            ("triples_sp", 2, 2, "activations-sequence", 3),
+            ("triples_sp", 4, 1, "weights-sequence", 3),
+            ("triples_sp", 2, 2, "auto", 3),
+        ],
+        of=(0,),
+    ),
 )
 def test_micro_batches_that_m_does_not_divide(
     stock: Stock, helix: Helix, model: str, m: int, n: int, exchange: str, micro_batch: int
@@ -184,16 +202,19 @@ def test_micro_batches_that_m_does_not_divide(
 
 @pytest.mark.parametrize(
     ("model", "m", "n", "exchange", "flags"),
-    [
-        ("dense_sp", 2, 2, "weights-batch", FULL_RECOMPUTE),
-        ("dense_sp", 4, 1, "activations-sequence", FULL_RECOMPUTE),
-        ("dense_sp", 2, 2, "scores", FULL_RECOMPUTE),
-        ("moe_sp", 4, 1, "weights-batch", FULL_RECOMPUTE),
-        ("dense_sp", 2, 2, "weights-sequence", recompute("core_attn")),
-        ("dense_sp", 4, 1, "activations-batch", recompute("core_attn")),
-        ("gated_sp", 4, 1, "weights-batch", recompute("core_attn", "mlp")),
-        ("gated_sp", 2, 2, "weights-batch", (*STEP, *recompute("mlp"))),
-    ],
+    covering(
+        [
+            ("dense_sp", 2, 2, "weights-batch", FULL_RECOMPUTE),
+            ("dense_sp", 4, 1, "activations-sequence", FULL_RECOMPUTE),
+            ("dense_sp", 2, 2, "scores", FULL_RECOMPUTE),
+            ("moe_sp", 4, 1, "weights-batch", FULL_RECOMPUTE),
+            ("dense_sp", 2, 2, "weights-sequence", recompute("core_attn")),
+            ("dense_sp", 4, 1, "activations-batch", recompute("core_attn")),
+            ("gated_sp", 4, 1, "weights-batch", recompute("core_attn", "mlp")),
+            ("gated_sp", 2, 2, "weights-batch", (*STEP, *recompute("mlp"))),
+        ],
+        of=(0,),
+    ),
 )
 def test_recomputation_changes_nothing(
     stock: Stock, helix: Helix, model: str, m: int, n: int, exchange: str, flags: tuple[str, ...]
@@ -203,11 +224,14 @@ def test_recomputation_changes_nothing(
 
 @pytest.mark.parametrize(
     ("model", "m", "n", "exchange"),
-    [
-        ("dense_sp", 2, 2, "weights-batch"),
-        ("gated_sp", 4, 1, "weights-sequence"),
-        ("moe_sp", 2, 2, "weights-batch"),
-    ],
+    covering(
+        [
+            ("dense_sp", 2, 2, "weights-batch"),
+            ("gated_sp", 4, 1, "weights-sequence"),
+            ("moe_sp", 2, 2, "weights-batch"),
+        ],
+        of=(1, 2),
+    ),
 )
 def test_weights_gathered_once_a_step(
     stock: Stock, helix: Helix, model: str, m: int, n: int, exchange: str
@@ -217,15 +241,18 @@ def test_weights_gathered_once_a_step(
 
 @pytest.mark.parametrize(
     ("model", "same_as", "m", "n", "exchange", "flags"),
-    [
-        ("pp2", "pp2", 2, 2, "activations-batch", ()),
-        ("pp2", "pp2", 2, 2, "weights-batch", SP),
-        ("pp2", "pp2", 4, 1, "weights-sequence", (*SP, *FULL_RECOMPUTE)),
-        ("pp2", "pp2", 4, 1, "weights-batch", (*SP, *STEP)),
-        ("dense_sp", "dense_sp", 2, 2, "auto", DP2),
-        ("dense_sp", "dense_sp", 2, 2, "weights-batch", (*DP2, *STEP)),
-        ("moe_sp", "moe_sp", 4, 1, "weights-sequence", (*DP2, "--micro-batch-size", "1")),
-    ],
+    covering(
+        [
+            ("pp2", "pp2", 2, 2, "activations-batch", ()),
+            ("pp2", "pp2", 2, 2, "weights-batch", SP),
+            ("pp2", "pp2", 4, 1, "weights-sequence", (*SP, *FULL_RECOMPUTE)),
+            ("pp2", "pp2", 4, 1, "weights-batch", (*SP, *STEP)),
+            ("dense_sp", "dense_sp", 2, 2, "auto", DP2),
+            ("dense_sp", "dense_sp", 2, 2, "weights-batch", (*DP2, *STEP)),
+            ("moe_sp", "moe_sp", 4, 1, "weights-sequence", (*DP2, "--micro-batch-size", "1")),
+        ],
+        of=(0,),
+    ),
 )
 def test_beside_pipeline_and_data_parallelism(
     stock: Stock,
@@ -242,13 +269,16 @@ def test_beside_pipeline_and_data_parallelism(
 
 @pytest.mark.parametrize(
     ("model", "m", "n", "flags"),
-    [
-        ("large_tied", 2, 2, ()),
-        ("large_tied", 4, 1, FULL_RECOMPUTE),
-        ("large_untied", 4, 1, ()),
-        ("large_untied", 2, 2, (*STEP, *DP2, "--micro-batch-size", "4")),
-        ("large_pp2", 2, 2, ()),
-    ],
+    covering(
+        [
+            ("large_tied", 2, 2, ()),
+            ("large_tied", 4, 1, FULL_RECOMPUTE),
+            ("large_untied", 4, 1, ()),
+            ("large_untied", 2, 2, (*STEP, *DP2, "--micro-batch-size", "4")),
+            ("large_pp2", 2, 2, ()),
+        ],
+        of=(0,),
+    ),
 )
 def test_embedding_and_head_in_the_order_of_the_block(
     stock: Stock, helix: Helix, model: str, m: int, n: int, flags: tuple[str, ...]
@@ -268,6 +298,7 @@ def stream_over_all_ranks(run: RunMetrics) -> list[str]:
     ]
 
 
+@THOROUGH
 def test_learnable_softmax_offsets(corpus_prefix: Path, helix: Helix, tmp_path: Path) -> None:
     """From a common checkpoint: Megatron draws them alike on every tensor-parallel rank.
 
@@ -288,7 +319,7 @@ def test_learnable_softmax_offsets(corpus_prefix: Path, helix: Helix, tmp_path: 
         assert_same_training(pretrain(argv, 4, folder), expected)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", fast(["dense_sp", "gated_sp", "moe_sp"], MODELS))
 def test_stock_learns(stock: Stock, model: str) -> None:
     """A model that does not train would agree with everything."""
     losses, grad_norms = stock(model).losses, stock(model).grad_norms
@@ -299,11 +330,13 @@ def test_stock_learns(stock: Stock, model: str) -> None:
     assert len(set(losses)) == len(losses)
 
 
+@THOROUGH
 def test_a_model_is_the_same_however_parallel_it_is(stock: Stock) -> None:
     """The first weights are drawn on the CPU: nothing that a GPU would draw may move them."""
     assert_same_training(stock("dense_sp"), stock("dense"))
 
 
+@THOROUGH
 def test_models_differ(stock: Stock) -> None:
     """Flags that Megatron ignored would make two of the models one."""
     models = [model for model in MODELS if model != "dense_sp"]

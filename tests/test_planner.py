@@ -306,9 +306,9 @@ def test_unfused_attention_adds_up_and_is_slower_by_scores() -> None:
     scores = here.layers * here.tokens * SMALL.sequence_length * 16 / 8 * 2
     assert [part.memory_bytes for part in unfused if "scores" in part.what] == [4 * scores]
     assert sum(part.flops for part in unfused[1:]) == 2 * fused[1].flops
-    needs = [memory.of_rank(here, 0, fused_channels=limit).activations for limit in (256, 512)]
-    in_flight = 2  # micro-batches of the first of two stages
-    assert needs[0] - needs[1] == in_flight * scores + 2 * scores / here.layers
+    for stage, in_flight in ((0, 2), (1, 1)):  # micro-batches that a stage of two keeps
+        needs = [memory.of_rank(here, stage, fused_channels=c).activations for c in (256, 512)]
+        assert needs[0] - needs[1] == in_flight * scores + 2 * scores / here.layers
 
 
 def test_one_gpu_is_near_what_was_measured_on_it() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from megatron_helix.planner.deployment import VOCAB_MULTIPLE, Deployment, Precis
 from megatron_helix.planner.traffic import AXES, step_bytes
 from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig
 from tests import test_decode
+from tests.covering import covering
 from tests.distributed import pretrain, run_distributed
 
 QUICKSTART = config.load(Path("configs/experiments/quickstart.yaml"))
@@ -130,7 +132,7 @@ def _predicted(
 
 @pytest.mark.parametrize(
     ("model", "world_size", "layout", "precision"),
-    PRECISE,
+    covering(PRECISE, of=(0, 1, 3)),
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else str(value),
 )
 def test_a_step_sends_what_is_predicted(
@@ -146,8 +148,11 @@ def test_a_step_sends_what_is_predicted(
     assert sent == _predicted(MODELS[model], cut, BATCH, world_size, precision)
 
 
-@pytest.mark.parametrize("layout", QUICKSTART.layouts, ids=lambda layout: layout.name)
-@pytest.mark.parametrize("model", QUICKSTART.models, ids=lambda model: model.name)
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    covering(product(QUICKSTART.models, QUICKSTART.layouts)),
+    ids=lambda value: value.name,
+)
 def test_the_quickstart_sends_what_is_predicted(
     corpus_prefix: Path, tmp_path: Path, model: ModelConfig, layout: LayoutConfig
 ) -> None:

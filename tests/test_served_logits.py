@@ -17,6 +17,7 @@ import torch
 from megatron_helix import generate, pretrain_gpt
 from megatron_helix.inference.requests import Request
 from megatron_helix.inference.sampling import Sampling
+from tests.covering import covering
 from tests.distributed import launch_ranks, tiny_gpt
 
 TEXTS = ("import", "from os import path as", "class Reader(object):\n", "def f(x, y, z=None):\n")
@@ -192,7 +193,7 @@ def known(found: Found, texts: Sequence[str]) -> Iterator[tuple[int, int, torch.
                 yield row, position - 1, logits[row]
 
 
-@pytest.mark.parametrize(("name", "layout"), CASES)
+@pytest.mark.parametrize(("name", "layout"), covering(CASES, of=(0,)))
 def test_logits_are_those_of_the_model_that_trained(
     trained: Callable[[str], Trained], name: str, layout: str, tmp_path: Path
 ) -> None:

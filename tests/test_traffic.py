@@ -14,7 +14,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import build_module
 
-from megatron_helix.exchange import traffic
+from megatron_helix.exchange import strategy, traffic
 from megatron_helix.exchange.strategy import Choice
 from megatron_helix.exchange.traffic import BlockShape, Plan
 from megatron_helix.layer_spec import helixify, with_sequence_parallel_norms
@@ -124,6 +124,14 @@ def test_the_sum_a_choice_is_made_by_is_the_sum_of_the_parts() -> None:
         ends = traffic.block_ends(plan, layout, shape, **size)
         whole = forward.total() + backward.total() + 2 * ends.total() / shape.num_layers
         assert traffic.per_layer(plan, layout, shape, **size) == pytest.approx(whole)
+
+
+def test_auto_takes_what_sends_least() -> None:
+    layout = _layout(2, 2, 4)
+    shape = BlockShape(hidden=HIDDEN, ffn=FFN, gated=False, num_layers=4)
+    for sequence, exchange in ((S, "activations"), (1024 * S, "weights")):
+        size: dict[str, Any] = {"sequence": sequence, "batch": B, "sequence_parallel": True}
+        assert strategy.resolve(Choice(), layout, shape, **size).exchange == exchange
 
 
 # A rank's share of the decoder block under stock TP=8/PP=2: half the layers, all their traffic.

@@ -1,23 +1,16 @@
-"""Several trainings by Megatron's own loop, one after the other on the same forked ranks."""
+"""Several trainings by Megatron's own loop, one after the other on the same ranks."""
 
-import gc
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.training import training
-from torch.distributed import (
-    PrefixStore,  # pyright: ignore[reportPrivateImportUsage]
-    TCPStore,  # pyright: ignore[reportPrivateImportUsage]
-)
 
 from megatron_helix import pretrain_gpt
-from tests.distributed import run_distributed
+from tests.distributed import TIMEOUT_S, living_ranks
 
 
 @dataclass(kw_only=True)
@@ -45,21 +38,10 @@ class Trained:
 
 def train(runs: Mapping[str, Sequence[str]], world_size: int) -> dict[str, list[Trained]]:
     """Train with each of these flags; by name of the run, what every rank has at its end."""
-    prepared = {name: pretrain_gpt.prepare(list(flags), world_size) for name, flags in runs.items()}
-    of_ranks = run_distributed(_train_in_turn, world_size, prepared)
-    return {name: [of_rank[name] for of_rank in of_ranks] for name in runs}
-
-
-def _train_in_turn(runs: dict[str, list[str]]) -> dict[str, Trained]:
-    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-    rank, size = dist.get_rank(), dist.get_world_size()
     trained = {}
-    for name, argv in runs.items():
-        # The groups of the run before, with their threads and sockets, go.
-        dist.destroy_process_group()
-        gc.collect()
-        dist.init_process_group("gloo", store=PrefixStore(name, store), rank=rank, world_size=size)
-        trained[name] = _train(argv)
+    for name, flags in runs.items():
+        argv = pretrain_gpt.prepare(list(flags), world_size)
+        trained[name] = living_ranks().call(_train, argv, ranks=world_size, timeout_s=TIMEOUT_S)
     return trained
 
 
