@@ -129,7 +129,7 @@ def test_the_sum_a_choice_is_made_by_is_the_sum_of_the_parts() -> None:
 def test_auto_takes_what_sends_least() -> None:
     layout = _layout(2, 2, 4)
     shape = BlockShape(hidden=HIDDEN, ffn=FFN, gated=False, num_layers=4)
-    for sequence, exchange in ((S, "activations"), (1024 * S, "weights")):
+    for sequence, exchange in ((S // 4, "activations"), (4 * S, "weights")):
         size: dict[str, Any] = {"sequence": sequence, "batch": B, "sequence_parallel": True}
         assert strategy.resolve(Choice(), layout, shape, **size).exchange == exchange
 
