@@ -248,7 +248,7 @@ def _cases() -> list[tuple[str, Layout]]:
         ("sink", helix(2, 2)),
         ("sink", helix(2, 2, split="sequence", **sp)),
         ("off_by_one", helix(2, 2, split="sequence")),
-        *(("window", helix(2, 2, split=split)) for split in ("auto", "sequence")),
+        *(("window", helix(2, 2, split=split)) for split in ("sequence", "auto")),
         ("window", helix(4, 1, exchange="scores")),
         ("window", helix(2, 2, split="sequence", flex=True, **sp)),
         ("gqa", helix(2, 2, flex=True, **sp)),
