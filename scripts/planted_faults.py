@@ -103,7 +103,8 @@ def python(root: Path, *words: str, timeout: float = LIMIT_S) -> subprocess.Comp
         subprocess.TimeoutExpired: past ``timeout`` seconds, when all that it started has ended.
     """
     # No bytecode: two wrong lines of one length in one second would count as one file.
-    env = {**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
+    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, *words]
     with subprocess.Popen(
         command,

@@ -298,7 +298,6 @@ def stream_over_all_ranks(run: RunMetrics) -> list[str]:
     ]
 
 
-@THOROUGH
 def test_learnable_softmax_offsets(corpus_prefix: Path, helix: Helix, tmp_path: Path) -> None:
     """From a common checkpoint: Megatron draws them alike on every tensor-parallel rank.
 
