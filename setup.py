@@ -26,7 +26,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["megatron_helix", "megatron_helix.*"]),
-    package_data={"": ["py.typed", "*.j2"]},
+    package_data={"": ["py.typed", "templates/*.j2"]},
     python_requires=">=3.12",
     install_requires=[
         "megatron-core>=0.19,<0.20",

@@ -318,6 +318,34 @@ def test_a_helix_that_does_not_end_is_at_fault(
     assert "did not answer" in outcome.text
 
 
+@pytest.mark.parametrize(
+    ("resumed", "status", "said"),
+    [
+        ("right", trial.EQUAL, ""),  # it was the rounding of the first step, enlarged
+        ("wrong", trial.DIFFERS, "after loading what stock saved"),
+        ("impossible", trial.DIFFERS, "grad_norm of step 2"),
+    ],
+)
+def test_a_second_step_that_parts_is_taken_from_stocks_weights(
+    laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch, resumed: str, status: str, said: str
+) -> None:
+    train = laboratory.train_helix
+
+    def train_helix(case: Case, *more: str) -> compare.Run:
+        from_stock = "--load" in more
+        if from_stock and resumed == "impossible":
+            raise CallFailed(Failure("KeyError", "no such state"))
+        steps = train(case, *more)
+        if from_stock and resumed == "right":
+            return steps
+        return [[*rest, replace(last, grad_norm=1.0001 * last.grad_norm)] for *rest, last in steps]
+
+    monkeypatch.setattr(laboratory, "train_helix", train_helix)
+    outcome = laboratory.attempt(Case())
+    assert (outcome.status, outcome.failed) == (status, status == trial.DIFFERS)
+    assert said in outcome.text
+
+
 @pytest.fixture
 def judged(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cases come out by what they have, and none runs."""

@@ -94,6 +94,18 @@ def test_ranks_live_on_from_call_to_call(session: Session) -> None:
     assert session.call(process, ranks=3) == living
 
 
+def leave(code: int) -> None:
+    sys.exit(code)
+
+
+def test_a_run_that_is_told_to_exit_has_not_failed(session: Session) -> None:
+    living = session.call(process, ranks=2)
+    assert session.call(leave, 0, ranks=2) == [None, None]
+    with pytest.raises(CallFailed, match="SystemExit: 3"):
+        session.call(leave, 3, ranks=2)
+    assert session.call(process, ranks=2) == living
+
+
 def test_a_call_finds_nothing_of_the_one_before(session: Session) -> None:
     assert all(session.call(leave_things_behind, ranks=2))
     assert all(session.call(leave_things_behind, ranks=3))

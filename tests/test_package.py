@@ -65,8 +65,9 @@ def test_the_wheel_is_typed_and_holds_the_package_only(built: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert "megatron_helix/py.typed" in names
     assert all(name.startswith(("megatron_helix/", "megatron_helix-")) for name in names)
-    modules = {str(p.relative_to(ROOT)) for p in (ROOT / "megatron_helix").rglob("*.py")}
-    assert modules <= set(names)
+    files = [p for kind in ("*.py", "*.j2") for p in (ROOT / "megatron_helix").rglob(kind)]
+    assert {file.suffix for file in files} == {".py", ".j2"}
+    assert {str(file.relative_to(ROOT)) for file in files} <= set(names)
 
 
 def test_the_wheel_installs_into_an_empty_environment(built: Path, tmp_path: Path) -> None:

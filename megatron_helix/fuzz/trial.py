@@ -111,37 +111,36 @@ class Laboratory:
         if not compare.is_finite(stock):
             return Outcome(case=case, status=STOCK_FAILED, text="not finite", stock=stock)
         helix: Run = []
+        apart: list[Difference] = []
+        margins: dict[str, float] = {}
         try:
             helix = self.train_helix(case, *save(saves / "helix"))
             differences, margins = compare.steps(stock, helix, only=1 if case.turns else None)
-            tried = case
-            if differences and not compare.steps(stock, helix, only=1)[0]:
+            apart, ways = differences, [case.deep] if case.deep else []
+            if apart and not compare.steps(stock, helix, only=1)[0]:
                 # An update enlarges the rounding before it, where a model is ill-conditioned: then
                 # stock's own runs part, too, when their micro-batches are cut otherwise. What
                 # tells is helix's second step from the weights that stock's first one has made.
-                tried = replace(case, deep="helix")
-                if not case.deep:
+                if not ways:
                     self.train_stock(case, *_saving(saves / "stock"))
                     self.train_helix(case, *_saving(saves / "helix"))
+                ways = list(dict.fromkeys(("helix", *ways)))
                 differences, margins = compare.steps(stock, helix, only=1)
-            if tried.deep and not differences:
-                differences, more = self._compare_saved(tried, saves)
+            if ways and not differences:
+                differences, more = self._compare_saved(case, saves)
                 margins |= more
-            if tried.deep and not differences:
-                differences, more = self._go_on(tried, saves, stock, helix)
-                margins |= more
+            for way in ways:
+                if not differences:
+                    resumed = replace(case, deep=way)
+                    differences, more = self._go_on(resumed, saves, stock, helix)
+                    margins |= more
         except CallFailed as failed:
+            if apart:  # the second steps part, and there is no going on that would tell more
+                return _compared(case, stock, helix, apart, margins)
             if case.stock_tp < case.tp and self._stock_fails_too(case, saves, failed, bool(helix)):
                 return _failed(case, DISCARDED, failed)
             return _failed(case, HUNG if failed.failure.kind == NO_ANSWER else CRASHED, failed)
-        return Outcome(
-            case=case,
-            status=DIFFERS if differences else EQUAL,
-            text=str(differences[0]) if differences else "",
-            stock=stock,
-            helix=helix,
-            margins=margins,
-        )
+        return _compared(case, stock, helix, differences, margins)
 
     def _compare_saved(self, case: Case, saves: Path) -> Comparison:
         """What both have saved after the first step."""
@@ -246,4 +245,21 @@ def _failed(case: Case, status: str, failed: CallFailed) -> Outcome:
     failure = failed.failure
     return Outcome(
         case=case, status=status, text=f"{failure.kind}: {failure.text}", trace=failure.trace
+    )
+
+
+def _compared(
+    case: Case,
+    stock: Run,
+    helix: Run,
+    differences: list[Difference],
+    margins: dict[str, float],
+) -> Outcome:
+    return Outcome(
+        case=case,
+        status=DIFFERS if differences else EQUAL,
+        text=str(differences[0]) if differences else "",
+        stock=stock,
+        helix=helix,
+        margins=margins,
     )
