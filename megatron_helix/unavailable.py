@@ -83,8 +83,8 @@ def _validates_by_several(flags: argparse.Namespace) -> bool:
 
 
 def _packs_several(flags: argparse.Namespace) -> bool:
-    sequences = max(flags.eval_micro_batch_size or 1, flags.micro_batch_size or 1)
-    return flags.pipeline_model_parallel_size > 1 and sequences > 1
+    trained = flags.pipeline_model_parallel_size > 1 and (flags.micro_batch_size or 1) > 1
+    return trained or _validates_by_several(flags)
 
 
 UNAVAILABLE = (

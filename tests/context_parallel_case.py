@@ -5,17 +5,16 @@ over the context-parallel group and masks by position: the same attention, witho
 """
 
 import copy
-import dataclasses
 from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings.rope_utils import get_pos_emb_on_this_cp_rank
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_helix.collectives import all_gather, gather
+from tests.local_spec import with_core_attention
 
 
 class GatheredContext(DotProductAttention):
@@ -52,10 +51,4 @@ class GatheredContext(DotProductAttention):
 
 def layer_spec(config: Any) -> Any:
     """Megatron's local layer spec with this core attention; ``config`` is a ``GPTModelConfig``."""
-    spec = get_gpt_layer_local_spec()
-    attention = spec.submodules.self_attention
-    cut = dataclasses.replace(attention.submodules, core_attention=GatheredContext)
-    attention = dataclasses.replace(attention, submodules=cut)
-    return dataclasses.replace(
-        spec, submodules=dataclasses.replace(spec.submodules, self_attention=attention)
-    )
+    return with_core_attention(GatheredContext)

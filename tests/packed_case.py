@@ -4,13 +4,13 @@ Megatron leaves rows of several documents to TransformerEngine; its local attent
 This one masks them apart.
 """
 
-import dataclasses
 from typing import Any
 
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+from tests.local_spec import with_core_attention
 
 
 class DocumentsApart(DotProductAttention):
@@ -38,10 +38,4 @@ class DocumentsApart(DotProductAttention):
 
 def layer_spec(config: Any) -> Any:
     """Megatron's local layer spec with this core attention; ``config`` is a ``GPTModelConfig``."""
-    spec = get_gpt_layer_local_spec()
-    attention = spec.submodules.self_attention
-    apart = dataclasses.replace(attention.submodules, core_attention=DocumentsApart)
-    attention = dataclasses.replace(attention, submodules=apart)
-    return dataclasses.replace(
-        spec, submodules=dataclasses.replace(spec.submodules, self_attention=attention)
-    )
+    return with_core_attention(DocumentsApart)

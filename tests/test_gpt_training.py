@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_helix import arguments, gpt_data
+from megatron_helix import arguments, corpus, gpt_data
 from tests.distributed import pretrain, pretrain_launched, tiny_gpt
 
 EVALUATED = re.compile(r"validation loss at iteration 2 .*?lm loss value: ([0-9.E+-]+)")
@@ -112,3 +112,32 @@ def test_a_flag_of_the_data_reaches_the_datasets(flag: str) -> None:
     )
     assert getattr(plain, field) != value
     assert getattr(asked, field) == value
+
+
+@pytest.fixture
+def notes(tmp_path: Path) -> Path:
+    """Prefix of a dataset of short documents, whose ends fall into most sequences."""
+    texts = tmp_path / "notes"
+    texts.mkdir()
+    for number in range(200):
+        (texts / f"{number:03d}.txt").write_text(f"{number}: " + "lorem ipsum "[number % 7 :] * 2)
+    corpus.build([texts], tmp_path / "data", pattern="*.txt")
+    return tmp_path / "data"
+
+
+def test_documents_that_are_packed_train_as_documents_that_are_masked(
+    notes: Path, tmp_path: Path
+) -> None:
+    """Stock, whose rotary positions are relative: those of a document need no beginning."""
+    packed = ("--dataloader-inter-document-masking", "--spec", "tests.packed_case", "layer_spec")
+    runs = {"through": (), "masked": ("--reset-attention-mask",), "packed": packed}
+    losses = {
+        name: pretrain(
+            tiny_gpt(notes, "--tensor-model-parallel-size", "2", *flags, train_iters=3),
+            2,
+            tmp_path / name,
+        ).losses
+        for name, flags in runs.items()
+    }
+    assert losses["masked"] != pytest.approx(losses["through"], rel=1e-4)
+    assert losses["packed"] == pytest.approx(losses["masked"], rel=1e-5)
