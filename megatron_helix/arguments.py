@@ -155,32 +155,36 @@ def require_data(argv: Sequence[str]) -> None:
     argument_checks.require_data(_read(argv))
 
 
-def require_flags(argv: Sequence[str], *, script: bool = False) -> argparse.Namespace:
+def require_flags(argv: Sequence[str]) -> argparse.Namespace:
     """Refuse completed flags that cannot run beside helix, before any rank is started.
 
     With Megatron's own parser, so that no spelling of a flag is missed; to be called where Megatron
     has been imported anyway.
 
-    Args:
-        argv: the flags.
-        script: whether a script that goes on from here may know others.
-
     Returns:
         What the parser makes of them, before Megatron's validation.
 
     Raises:
-        UserError: naming the flag, the reason and the remedy; for a value of the wrong type, and a
-            flag that nobody knows.
+        UserError: naming the flag, the reason and the remedy; for a value of the wrong type.
     """
-    args, unknown = _every_flag().parse_known_args(argv)
-    if unknown and not script:
+    args = _every_flag().parse_known_args(argv)[0]
+    if wants_helix(args) and args.helix_m > 1:
+        require_compatible(args)
+    return args
+
+
+def require_known(argv: Sequence[str]) -> None:
+    """Refuse a flag that nobody knows; a script of Megatron-LM's own may know others.
+
+    Raises:
+        UserError: naming it.
+    """
+    unknown = _every_flag().parse_known_args(argv)[1]
+    if unknown:
         raise UserError(
             f"{unknown[0]}: must be a flag of Megatron's or helix's, or a flag's value, and is"
             " neither; correct it"
         )
-    if wants_helix(args) and args.helix_m > 1:
-        require_compatible(args)
-    return args
 
 
 @cache

@@ -80,9 +80,10 @@ def prepare(argv: Sequence[str], world_size: int, *, script: bool = False) -> li
     from megatron_helix import gpt_training, plugin  # noqa: F401  # slow: forked ranks inherit them
 
     compat.read_flag_help_once()
-    args = arguments.require_flags(argv, script=script)
+    args = arguments.require_flags(argv)
     if not script:
         unavailable.require_available(args, argv)
+        arguments.require_known(argv)
     arguments.require_data(argv)
     return argv
 

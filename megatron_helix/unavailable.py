@@ -60,8 +60,7 @@ def _on_cpu(flags: argparse.Namespace) -> bool:
 def _tokenizes_otherwise(*kinds: str) -> Where:
     """Whether the tokenizer is none of these kinds; metadata may name any other."""
     return lambda flags: (
-        bool(flags.tokenizer_type and flags.tokenizer_type not in kinds)
-        and not flags.tokenizer_metadata
+        bool(flags.tokenizer_type and flags.tokenizer_type not in kinds) and not flags.metadata_path
     )
 
 

@@ -215,8 +215,8 @@ def test_data_that_is_not_there_is_refused(corpus_prefix: Path, case: str) -> No
 def test_a_flag_that_nobody_knows_is_refused(corpus_prefix: Path) -> None:
     flags = tiny_gpt(corpus_prefix, "--no-such-flag", "4")
     with pytest.raises(ValueError, match=r"^--no-such-flag: must be a flag of Megatron's or"):
-        arguments.require_flags(flags)
-    arguments.require_flags(flags, script=True)
+        arguments.require_known(flags)
+    arguments.require_known(tiny_gpt(corpus_prefix))
 
 
 def test_a_dataset_without_its_index_is_refused(tmp_path: Path) -> None:
