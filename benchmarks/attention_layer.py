@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_helix.collectives import gather
 from megatron_helix.exchange.tokens import from_batch_share, to_batch_share
-from megatron_helix.layout import HelixLayout
+from megatron_helix.kernels.collectives import gather
+from megatron_helix.partition.layout import HelixLayout
 from megatron_helix.recording.comm_ledger import CommLedger, install
 
 STOCK = "stock"
@@ -123,9 +123,9 @@ def _build(shape: Shape, variant: Variant) -> tuple[Any, torch.Tensor, dist.Proc
     from megatron.core.transformer.spec_utils import build_module
     from megatron.core.transformer.transformer_config import TransformerConfig
 
+    from megatron_helix.exchange.plan import Plan
     from megatron_helix.exchange.strategy import Choice
-    from megatron_helix.exchange.traffic import Plan
-    from megatron_helix.layer_spec import helixify
+    from megatron_helix.layers.layer_spec import helixify
 
     layout = shape.layout()
     config = TransformerConfig(

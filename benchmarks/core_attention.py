@@ -24,7 +24,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from rich.console import Console
 
-from megatron_helix.flex_attention import FlexAttention
+from megatron_helix.kernels.flex_attention import FlexAttention
 
 
 def main(

@@ -17,10 +17,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from megatron_helix import corpus, generate, launch, pretrain_gpt
+from megatron_helix import corpus, generate, pretrain_gpt
 from megatron_helix.inference import measure
 from megatron_helix.inference.requests import Request
 from megatron_helix.inference.sampling import Sampling
+from megatron_helix.launching import fork_ranks
 from megatron_helix.run_config import ModelConfig, read_mapping
 
 WORLD_SIZE = 16
@@ -64,8 +65,8 @@ def main(
             microbatches=microbatches,
         )
         job = generate.prepare(checkpoint, request, flags, WORLD_SIZE)
-        launch.run(
-            launch.Ranks(
+        fork_ranks.run(
+            fork_ranks.Ranks(
                 target=generate.measure,
                 args=(job, Sampling(), out / name),
                 world_size=WORLD_SIZE,
@@ -99,7 +100,9 @@ def _checkpoint(config: ModelConfig, out: Path, positions: int) -> Path:
     ]
     flags = pretrain_gpt.prepare(flags, 1)
     logs = out / "logs"
-    launch.run(launch.Ranks(target=pretrain_gpt.train, args=(flags,), world_size=1, logs=logs))
+    fork_ranks.run(
+        fork_ranks.Ranks(target=pretrain_gpt.train, args=(flags,), world_size=1, logs=logs)
+    )
     return folder
 
 

@@ -19,9 +19,10 @@ from emulated_hosts import Hosts, emulated_hosts
 from rich.console import Console
 from rich.table import Table
 
-from megatron_helix import launch, pretrain_gpt
+from megatron_helix import pretrain_gpt
 from megatron_helix.experiment import metrics, results, runs
 from megatron_helix.experiment.config import ExperimentConfig
+from megatron_helix.launching import fork_ranks
 from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig
 
 MODEL = ModelConfig(
@@ -96,8 +97,8 @@ def main() -> int:
 def _turn(flags: list[str], hosts: Hosts, folder: Path) -> metrics.RunMetrics:
     """One training run on the emulated hosts."""
     ready = pretrain_gpt.prepare(flags, hosts.count)
-    launch.run(
-        launch.Ranks(
+    fork_ranks.run(
+        fork_ranks.Ranks(
             target=pretrain_gpt.train,
             args=(ready,),
             world_size=hosts.count,

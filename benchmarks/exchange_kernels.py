@@ -29,13 +29,13 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from megatron_helix.collectives import all_to_all, gather
 from megatron_helix.exchange.activations import context_to_segments, qkv_to_whole_heads
 from megatron_helix.exchange.shards import Ahead, GatheredWeight, Shards, StepWeight
 from megatron_helix.exchange.tokens import to_batch_share
 from megatron_helix.exchange.weights import column_linear, row_linear
-from megatron_helix.layout import HelixLayout
-from megatron_helix.process_groups import HelixGroups, carve
+from megatron_helix.kernels.collectives import all_to_all, gather
+from megatron_helix.partition.layout import HelixLayout
+from megatron_helix.partition.process_groups import HelixGroups, carve
 
 Step = Callable[[], Any]
 CHAIN = 8  # linears; the first gather of a chain is exposed in any case

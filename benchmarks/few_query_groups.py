@@ -30,7 +30,8 @@ from attention_layer import Layer, Shape, Variant
 from rich.console import Console
 from rich.table import Table
 
-from megatron_helix import compat, cpu_device, launch
+from megatron_helix.launching import fork_ranks
+from megatron_helix.upstream import cpu_device, patches
 
 # Of the largest element: roundings of single precision, for sums are in another order.
 TOLERANCE = 100 * torch.finfo(torch.float32).eps
@@ -72,7 +73,7 @@ def main(
         n=n,
     )
     cpu_device.enable()
-    compat.quieten_imports()
+    patches.quieten_imports()
     import megatron.core.transformer.attention  # noqa: F401  # slow: forked ranks inherit it
 
     torch.set_num_threads(1)  # a forked rank cannot use its parent's thread pool
@@ -85,14 +86,14 @@ def main(
 
             hosts = stack.enter_context(emulated_hosts(m * n, rate))
             where = {"address": hosts.address, "enter": hosts.enter}
-        ranks = launch.Ranks(
+        ranks = fork_ranks.Ranks(
             target=_rank,
             args=(shape, rounds, warmup, found),
             world_size=m * n,
             logs=out / "logs",
             **where,
         )
-        launch.run(ranks, timeout_s=3600)
+        fork_ranks.run(ranks, timeout_s=3600)
     rows = json.loads(found.read_text())
     found.unlink()
     result = {"shape": asdict(shape), "rounds": rounds, "rate": rate or None, "source": "measured"}

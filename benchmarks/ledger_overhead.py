@@ -23,10 +23,13 @@ import torch.distributed as dist
 from rich.console import Console
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
-from megatron_helix import compat, files, launch, pretrain_gpt
+from megatron_helix import pretrain_gpt
+from megatron_helix.basics import files
 from megatron_helix.experiment import config, runs
+from megatron_helix.launching import fork_ranks
 from megatron_helix.recording.comm_ledger import CommLedger, install
 from megatron_helix.run_config import LayoutConfig
+from megatron_helix.upstream import patches
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "experiments" / "quickstart.yaml"
 LIMIT = 0.02
@@ -52,10 +55,10 @@ def main() -> int:
     place = flags.index("--helix-metrics")  # its own observer would measure, too
     del flags[place : place + 2]
     ready = pretrain_gpt.prepare(flags, experiment.world_size)
-    ranks = launch.Ranks(
+    ranks = fork_ranks.Ranks(
         target=_train, args=(ready, asked.out), world_size=4, logs=asked.out / "logs"
     )
-    launch.run(ranks, timeout_s=1800)
+    fork_ranks.run(ranks, timeout_s=1800)
     found = [json.loads(file.read_text()) for file in files.of_ranks(asked.out, ".json")]
     overhead = {}
     for what in ("cpu_s", "wall_s"):
@@ -121,7 +124,7 @@ def _train(flags: list[str], out: Path) -> None:
         done += 1
         return result
 
-    compat.observe_train_step(observed)
+    patches.observe_train_step(observed)
     pretrain_gpt.train(flags)
     files.of_rank(out, int(os.environ["RANK"]), ".json").write_text(
         json.dumps({**times, "calls": calls})

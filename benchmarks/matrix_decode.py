@@ -8,9 +8,10 @@ from matrix_turns import LAUNCHER, Bench, initial_weights, program
 from rich.console import Console
 from rich.table import Table
 
-from megatron_helix.experiment import decode, launchers, runs
+from megatron_helix.experiment import decode, runs
 from megatron_helix.experiment.config import ExperimentConfig
-from megatron_helix.launch import RunFailed
+from megatron_helix.launching import launchers
+from megatron_helix.launching.fork_ranks import RunFailed
 
 Found = dict[str, Any]
 

@@ -14,9 +14,10 @@ from matrix_turns import Bench, Turn, one_by_one
 from rich.console import Console
 from rich.table import Table
 
-from megatron_helix import files
-from megatron_helix.experiment import execution, metrics, prediction, runs
+from megatron_helix.basics import files
+from megatron_helix.experiment import execution, metrics, runs
 from megatron_helix.experiment.config import ExperimentConfig
+from megatron_helix.report import prediction
 from megatron_helix.run_config import LayoutConfig
 
 

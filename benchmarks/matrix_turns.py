@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_helix.experiment import launchers, metrics, runs
-from megatron_helix.experiment.config import ExperimentConfig, LauncherConfig
-from megatron_helix.launch import RunFailed
+from megatron_helix.experiment import metrics, runs
+from megatron_helix.experiment.config import ExperimentConfig
+from megatron_helix.launching import launchers
+from megatron_helix.launching.fork_ranks import RunFailed
+from megatron_helix.launching.launcher_config import LauncherConfig
 from megatron_helix.run_config import LayoutConfig, ModelConfig
 
 Device = Literal["cpu", "cuda"]

@@ -8,7 +8,7 @@ All ranks are one dim group. For each weight, two ways to the same fp32 ``main_g
 
 * ``reduce-scatter``: summed in half precision by the collective, turned where the shard lies
   transposed, and added by the hook of Megatron's data parallelism;
-* ``parts``: exchanged by an all-to-all and added up by :mod:`megatron_helix.sums`, in fp32.
+* ``parts``: exchanged by an all-to-all and added up by :mod:`megatron_helix.kernels.sums`, in fp32.
 
 Measured, medians on the slowest rank: the way alone, its collective alone, the way begun beside the
 GEMM of the input gradient (what a linear's backward pass does) above that GEMM alone, the most
@@ -27,8 +27,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_helix import sums
-from megatron_helix.collectives import start_exchange, start_scatter_sum
+from megatron_helix.kernels import sums
+from megatron_helix.kernels.collectives import start_exchange, start_scatter_sum
 
 WEIGHTS = {  # features and channels of the head group's weight
     "8192 x 32768": (32768, 8192),

@@ -80,13 +80,16 @@ MADE = {
 AREAS = {
     "planner": "helix plan, helix calibrate",
     "experiment": "helix run, report, compare, dag and launch",
+    "verification": "helix run, report, compare, dag and launch",
+    "report": "helix run, report, compare, dag and launch",
+    "workflow": "helix run, report, compare, dag and launch",
     "fuzz": "helix fuzz",
     "run_config": "Model, hardware and experiment files",
     "inference": "helix generate",
     "generate": "helix generate",
     "corpus": "helix data",
-    "files": "Files and folders",
-    "launch": "Ranks",
+    "basics": "Files and folders",
+    "launching": "Ranks",
     "scripts": "Scripts",
 }
 FLAGS = "Flags of a run"
@@ -175,7 +178,7 @@ def _remedy(text: str) -> str | None:
 
 def flags() -> str:
     """The helix flags, from their parser."""
-    from megatron_helix.flags import add_helix_arguments
+    from megatron_helix.options.flags import add_helix_arguments
 
     parser = add_helix_arguments(argparse.ArgumentParser(add_help=False))
     rows = ["| flag | default | meaning |", "|---|---|---|"]

@@ -13,14 +13,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_helix.layer_spec import helixify
-    from megatron_helix.layout import HelixLayout
+    from megatron_helix.layers.layer_spec import helixify
+    from megatron_helix.partition.layout import HelixLayout
     from megatron_helix.plugin import enable
 
 __all__ = ["HelixLayout", "__version__", "enable", "helixify"]
 __version__ = "0.1.0"
 
-_MODULES = {"HelixLayout": "layout", "enable": "plugin", "helixify": "layer_spec"}
+_MODULES = {"HelixLayout": "partition.layout", "enable": "plugin", "helixify": "layers.layer_spec"}
 
 
 def __getattr__(name: str) -> Any:

@@ -4,9 +4,11 @@ from typing import Annotated
 
 import typer
 
-from megatron_helix import __version__, errors, launch, signals
+from megatron_helix import __version__
+from megatron_helix.basics import errors, signals
 from megatron_helix.commands import data, experiment, fuzz, generate, plan, pretrain
 from megatron_helix.commands import launch as launch_command
+from megatron_helix.launching import fork_ranks
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -58,7 +60,7 @@ def main() -> None:
     try:
         with errors.told():
             app()
-    except launch.RunFailed as error:
+    except fork_ranks.RunFailed as error:
         errors.leave(error, 1)
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_helix import compat, files
-from megatron_helix.errors import UserError
+from megatron_helix.basics import files
+from megatron_helix.basics.errors import UserError
+from megatron_helix.upstream import patches
 
 VOCAB_SIZE = 256
 TOKENIZER_FLAGS = (
@@ -57,7 +58,7 @@ def build(sources: Sequence[Path], prefix: Path, *, pattern: str = "*") -> Summa
             f"sources: need UTF-8 text, and found none in {', '.join(map(str, sources))};"
             f" name other files, or another --pattern than {pattern!r}"
         )
-    compat.quieten_imports()
+    patches.quieten_imports()
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
     from megatron.core.tokenizers.text.libraries import ByteLevelTokenizer
 

@@ -12,12 +12,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from megatron_helix import arguments, compat, pretrain_gpt
-from megatron_helix.errors import UserError
+from megatron_helix import pretrain_gpt
+from megatron_helix.basics.errors import UserError
 from megatron_helix.exchange.strategy import Choice, cache_split
 from megatron_helix.inference import saved_model
 from megatron_helix.inference.requests import Request, tokenizer_of
 from megatron_helix.inference.unserved import require_served
+from megatron_helix.options import arguments
+from megatron_helix.upstream import patches
 
 Emit = Callable[[int, int], Any]  # (sequence, token)
 
@@ -60,13 +62,13 @@ def prepare(
         UserError: for what this model or layout cannot serve.
     """
     saved_model.require_checkpoint(checkpoint)
-    compat.quieten_imports()
+    patches.quieten_imports()
     on_cpu = arguments.device(["--helix-device", device]) == "cpu"
     if on_cpu:
-        from megatron_helix import cpu_device
+        from megatron_helix.upstream import cpu_device
 
         cpu_device.enable()
-    compat.read_flag_help_once()
+    patches.read_flag_help_once()
     saved = saved_model.saved_arguments(checkpoint)
     require_served(saved_model.parsed(flags, saved), saved, flags, on_cpu=on_cpu)
     model = saved_model.as_flags(saved_model.of_model(saved))

@@ -10,15 +10,17 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
-from megatron_helix import arguments, checkpoint_reader, compat, vocabulary
-from megatron_helix.layer_spec import (
+from megatron_helix.layers import vocabulary
+from megatron_helix.layers.layer_spec import (
     helixify,
     swap_norms,
     with_flex_attention,
     with_sequence_parallel_norms,
 )
-from megatron_helix.layout import HelixLayout
-from megatron_helix.linear import finish_step, link
+from megatron_helix.layers.linear import finish_step, link
+from megatron_helix.options import arguments
+from megatron_helix.partition.layout import HelixLayout
+from megatron_helix.upstream import checkpoint_reader, patches
 
 
 def enable(
@@ -42,8 +44,8 @@ def enable(
     Raises:
         ValueError: for what cannot run beside helix; names flag or field, reason and remedy.
     """
-    compat.require_supported_megatron()
-    compat.load_into_torch_adam()
+    patches.require_supported_megatron()
+    patches.load_into_torch_adam()
     base = model_config.transformer_layer_spec or default_layer_spec
     layout = None
     if arguments.wants_helix(args):
@@ -72,7 +74,7 @@ def enable(
         _refuse_early(stock_spec, helix, model_config)
     model_config.transformer_layer_spec = layer_spec
     transformer = model_config.transformer
-    compat.map_mtp_spec(lambda spec: swap_norms(helix(spec), transformer) if spec else spec)
+    patches.map_mtp_spec(lambda spec: swap_norms(helix(spec), transformer) if spec else spec)
     if args.use_cpu_initialization:
         # Megatron's model builder leaves weights that were drawn on the CPU there.
         model_config.pre_wrap_hooks.append(lambda model: [chunk.cuda() for chunk in model])

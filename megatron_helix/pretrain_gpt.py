@@ -1,8 +1,9 @@
 """``torchrun -m megatron_helix.pretrain_gpt``: Megatron's training loop with the helix flags.
 
-Takes the flags of Megatron-LM's ``pretrain_gpt.py`` and those of :mod:`megatron_helix.flags`; what
-it cannot obey it refuses (:mod:`megatron_helix.unavailable`). Without ``--helix-m`` and
-``--helix-n`` it is stock Megatron: that is how baselines run.
+Takes the flags of Megatron-LM's ``pretrain_gpt.py`` and those of
+:mod:`megatron_helix.options.flags`; what it cannot obey it refuses
+(:mod:`megatron_helix.options.unavailable`). Without ``--helix-m`` and ``--helix-n`` it is stock
+Megatron: that is how baselines run.
 """
 
 import argparse
@@ -15,9 +16,11 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatron_helix import arguments, compat, errors, signals, unavailable
-from megatron_helix.flags import FlagParser, add_helix_arguments
+from megatron_helix.basics import errors, signals
+from megatron_helix.options import arguments, unavailable
+from megatron_helix.options.flags import FlagParser, add_helix_arguments
 from megatron_helix.recording import rank_files
+from megatron_helix.upstream import patches
 
 PROGRAM_START_S = time.time()  # before the imports that take seconds
 Provider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
@@ -71,15 +74,16 @@ def prepare(argv: Sequence[str], world_size: int, *, script: bool = False) -> li
     """
     argv = arguments.complete(argv, world_size)
     _require_free_metrics(argv)
-    compat.quieten_imports()
+    patches.quieten_imports()
     if arguments.device(argv) == "cpu":
-        from megatron_helix import cpu_device
+        from megatron_helix.upstream import cpu_device
 
         cpu_device.enable()
-        compat.skip_warm_up()
-    from megatron_helix import gpt_training, plugin  # noqa: F401  # slow: forked ranks inherit them
+        patches.skip_warm_up()
+    from megatron_helix import plugin  # noqa: F401  # slow: forked ranks inherit them
+    from megatron_helix.upstream import gpt_training  # noqa: F401  # slow: forked ranks inherit them
 
-    compat.read_flag_help_once()
+    patches.read_flag_help_once()
     args = arguments.require_flags(argv)
     if not script:
         unavailable.require_available(args, argv)
@@ -97,9 +101,9 @@ def _require_free_metrics(argv: Sequence[str]) -> None:
 
 def adapt_megatron(argv: Sequence[str]) -> None:
     """What of Megatron has no seam and must be touched before it parses these flags."""
-    compat.use_compiled_dataset_helpers()
+    patches.use_compiled_dataset_helpers()
     if arguments.want_helix(argv):
-        compat.relax_head_check()
+        patches.relax_head_check()
 
 
 def train(argv: Sequence[str]) -> None:
@@ -114,7 +118,7 @@ def train(argv: Sequence[str]) -> None:
     )
     from megatron.training.arguments import parse_and_validate_args
 
-    from megatron_helix import gpt_data, gpt_training
+    from megatron_helix.upstream import gpt_data, gpt_training
 
     adapt_megatron(argv)
     sys.argv = [sys.argv[0], *argv]  # Megatron's parser reads it there

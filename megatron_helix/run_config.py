@@ -9,7 +9,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, model_validator
 
-from megatron_helix.errors import UserError
+from megatron_helix.basics.errors import UserError
 
 
 class Config(BaseModel):

@@ -17,9 +17,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import build_module
 
-from megatron_helix.exchange.strategy import Choice, Plan
-from megatron_helix.layer_spec import helixify, with_sequence_parallel_norms
-from megatron_helix.layout import HelixLayout
+from megatron_helix.exchange.plan import Plan
+from megatron_helix.exchange.strategy import Choice
+from megatron_helix.layers.layer_spec import helixify, with_sequence_parallel_norms
+from megatron_helix.partition.layout import HelixLayout
 from tests.cpu_config import cpu_config
 from tests.distributed import model_parallel
 

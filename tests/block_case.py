@@ -12,8 +12,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_helix.exchange.strategy import Choice
-from megatron_helix.layer_spec import helixify, with_sequence_parallel_norms
-from megatron_helix.layout import HelixLayout
+from megatron_helix.layers.layer_spec import helixify, with_sequence_parallel_norms
+from megatron_helix.partition.layout import HelixLayout
 from tests.cpu_config import cpu_config
 
 

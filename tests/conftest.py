@@ -14,17 +14,18 @@ import torch
 from hypothesis import settings
 from rich.console import Console
 
-from megatron_helix import compat, corpus, cpu_device
+from megatron_helix import corpus
+from megatron_helix.upstream import cpu_device, patches
 
 cpu_device.enable()  # before Megatron is imported: some of its modules bind torch.cuda's names
-compat.quieten_imports()
+patches.quieten_imports()
 
 import megatron.training  # noqa: E402, F401
 
-from megatron_helix.experiment import workflow  # noqa: E402
+from megatron_helix import workflow  # noqa: E402
 from tests.experiment_case import Values, experiment  # noqa: E402
 
-compat.use_compiled_dataset_helpers()
+patches.use_compiled_dataset_helpers()
 torch.set_num_threads(1)  # a forked rank cannot use its parent's thread pool
 
 # The first example of a property pays for imports: how long one takes says nothing here.

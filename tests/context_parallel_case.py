@@ -13,7 +13,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_helix.collectives import all_gather, gather
+from megatron_helix.kernels.collectives import all_gather, gather
 from tests.local_spec import with_core_attention
 
 

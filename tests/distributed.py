@@ -16,9 +16,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from megatron_helix import launch, pretrain_gpt
+from megatron_helix import pretrain_gpt
 from megatron_helix.experiment import metrics
 from megatron_helix.fuzz.session import Session
+from megatron_helix.launching import fork_ranks
 
 TIMEOUT_S = 180.0  # of one distributed test; a hang becomes a failure instead of a stuck suite
 LOG_TAIL_LINES = 40
@@ -41,17 +42,17 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any) -> list
 
 def launch_ranks(target: Callable[..., Any], args: tuple, world_size: int, logs: Path) -> None:
     """Fork the ranks; when one fails, the test fails with the end of that rank's output."""
-    ranks = launch.Ranks(target=target, args=args, world_size=world_size, logs=logs)
+    ranks = fork_ranks.Ranks(target=target, args=args, world_size=world_size, logs=logs)
     try:
-        launch.run(ranks, timeout_s=TIMEOUT_S)
-    except launch.RankFailed as failure:
+        fork_ranks.run(ranks, timeout_s=TIMEOUT_S)
+    except fork_ranks.RankFailed as failure:
         raise AssertionError(f"{failure}\n{_log_tail(ranks, failure.rank)}") from None
     except TimeoutError as hang:
         tails = "\n".join(_log_tail(ranks, rank) for rank in range(world_size))
         raise AssertionError(f"{hang}\n{tails}") from None
 
 
-def _log_tail(ranks: launch.Ranks, rank: int) -> str:
+def _log_tail(ranks: fork_ranks.Ranks, rank: int) -> str:
     log = ranks.log(rank)
     lines = log.read_text(errors="replace").splitlines() if log and log.exists() else []
     # A fork's stack starts with pytest's own, which says nothing.

@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_block import (
 
 from megatron_helix.exchange.strategy import Choice
 from megatron_helix.exchange.tokens import chunk_positions
-from megatron_helix.layout import HelixLayout
+from megatron_helix.partition.layout import HelixLayout
 from tests import block_case
 from tests.distributed import model_parallel
 

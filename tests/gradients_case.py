@@ -15,15 +15,15 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel.schedules import custom_backward
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_helix import vocabulary
+from megatron_helix.exchange.plan import Plan
 from megatron_helix.exchange.strategy import Choice
-from megatron_helix.exchange.traffic import Plan
-from megatron_helix.layout import HelixLayout
-from megatron_helix.linear import finish_step
-from megatron_helix.transformer_layer import HelixLayer
+from megatron_helix.layers import vocabulary
+from megatron_helix.layers.linear import finish_step
+from megatron_helix.layers.transformer_layer import HelixLayer
+from megatron_helix.partition.layout import HelixLayout
 from tests import block_case
 from tests.block_case import Block
-from tests.test_layer_gradients import shard
+from tests.layers.test_layer_gradients import shard
 
 S, B = 16, 8  # tokens of a sequence, sequences of a micro-batch
 TABLES = ("output_layer.weight", "embedding.word_embeddings.weight")

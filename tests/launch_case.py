@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from megatron_helix import files, launch
+from megatron_helix.basics import files
+from megatron_helix.launching import fork_ranks
 
 ENDS_WITHIN_S = 60.0  # far more than GRACE_S, far less than the collectives' own timeout of minutes
 
@@ -42,14 +43,14 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def ranks(target: Callable[[], None], folder: Path, world_size: int = 3) -> launch.Ranks:
+def ranks(target: Callable[[], None], folder: Path, world_size: int = 3) -> fork_ranks.Ranks:
     """Ranks that leave their process ids and output in ``folder``, then run ``target``."""
 
     def run() -> None:
         write_pid(folder)
         target()
 
-    return launch.Ranks(target=run, world_size=world_size, logs=folder / "logs")
+    return fork_ranks.Ranks(target=run, world_size=world_size, logs=folder / "logs")
 
 
 @contextlib.contextmanager

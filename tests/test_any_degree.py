@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_helix import arguments, compat, pretrain_gpt
+from megatron_helix import pretrain_gpt
 from megatron_helix.experiment.metrics import RunMetrics
+from megatron_helix.options import arguments
+from megatron_helix.upstream import patches
 from tests.covering import covering
 from tests.distributed import pretrain, pretrain_launched, tiny_gpt
 
@@ -113,8 +115,8 @@ def test_the_head_check_is_relaxed_and_nothing_else_of_a_config() -> None:
     with pytest.raises(ValueError, match=r"num_attention_heads \(6\) must be a multiple"):
         TransformerConfig(num_attention_heads=6, **sizes)
     try:
-        compat.relax_head_check()
-        compat.relax_head_check()  # a second time changes nothing
+        patches.relax_head_check()
+        patches.relax_head_check()  # a second time changes nothing
         config = TransformerConfig(num_attention_heads=6, num_query_groups=3, **sizes)
         assert (config.num_attention_heads, config.num_query_groups) == (6, 3)
         assert type(config.num_attention_heads) is type(config.num_query_groups) is int
@@ -133,7 +135,7 @@ def test_a_megatron_that_checks_something_else_is_not_touched(
 
     monkeypatch.setattr(TransformerConfig, "__post_init__", another)
     with pytest.raises(ImportError, match=r"expected to refuse 3 heads on 2 tensor-parallel ranks"):
-        compat.relax_head_check()
+        patches.relax_head_check()
     assert TransformerConfig.__post_init__ is another
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_helix import corpus, files
+from megatron_helix import corpus
+from megatron_helix.basics import files
 
 TEXTS = {"b.txt": "two\n", "a.py": "x = 'é ∑'\n", "deep/c.txt": "three"}
 

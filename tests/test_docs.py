@@ -17,9 +17,10 @@ import pytest
 import typer.main
 from megatron.training.arguments import add_megatron_arguments
 
-from megatron_helix import arguments, cli, pretrain_gpt
+from megatron_helix import cli, pretrain_gpt
 from megatron_helix.experiment import config
-from megatron_helix.flags import add_helix_arguments
+from megatron_helix.options import arguments
+from megatron_helix.options.flags import add_helix_arguments
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -192,7 +193,8 @@ def prose(page: Path) -> str:
 def test_what_a_page_names_exists(page: Path) -> None:
     folders = "benchmarks|configs|docs|patches|requirements|scripts|tests"
     for name in re.findall(rf"`((?:{folders})/[\w./-]+)", prose(page)):
-        assert (ROOT / name).exists(), name
+        # The log is history, and names files as they were called then.
+        assert page.name == "log.md" or (ROOT / name).exists(), name
     parser = add_helix_arguments(argparse.ArgumentParser())
     known = {flag for action in parser._actions for flag in action.option_strings}
     assert set(re.findall(r"--helix-[a-z-]*[a-z]", page.read_text())) <= known

@@ -89,35 +89,52 @@ def test_the_wheel_installs_into_an_empty_environment(built: Path, tmp_path: Pat
 
 
 def imported(module: Path) -> set[str]:
-    """The modules and packages of ours, right below the top, that a module imports anywhere."""
+    """The modules and packages of ours, dotted, that a module imports anywhere."""
     names = set()
     for node in ast.walk(ast.parse(module.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module == "megatron_helix":
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("megatron_helix."):
-            names.add((node.module or "").split(".")[1])
+            inside = (node.module or "").partition(".")[2]
+            names |= {f"{inside}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
             ours = [a.name for a in node.names if a.name.startswith("megatron_helix.")]
-            names |= {name.split(".")[1] for name in ours}
+            names |= {name.partition(".")[2] for name in ours}
     return names - {"__version__"}
 
 
+def floor_of(parts: tuple[str, ...], floors: list[str]) -> str:
+    """The floor of a module: the longest path of a folder that the table names, or itself."""
+    paths = ["/".join(parts[: i + 1]).removesuffix(".py") for i in range(len(parts))]
+    return next((path for path in reversed(paths) if path in floors), paths[0])
+
+
 def test_a_module_imports_only_from_its_floor_and_those_below() -> None:
+    """A row of the table is a floor, so two folders cannot import each other."""
     package = ROOT / "megatron_helix"
     design = (ROOT / "docs" / "design.md").read_text()
     table = design.partition("| floor |")[2].splitlines()
-    rows = [re.findall(r"`([a-z_]+)/?`", row.split(" | ")[0]) for row in table if "` |" in row]
-    floor = {name: number for number, names in enumerate(rows) for name in names}
-    there = {path.stem for path in package.iterdir() if path.suffix == ".py" or path.is_dir()}
-    ours = {name for name in there if not name.startswith("_")}
-    assert set(floor) == ours, "the table of floors in docs/design.md names every module, once"
+    floors = [found[1] for row in table if (found := re.match(r"\| `([a-z_/]+?)/?` \|", row))]
+    there = {path.name for path in package.iterdir() if path.suffix == ".py" or path.is_dir()}
+    ours = {name.removesuffix(".py") for name in there if not name.startswith("_")}
+    top = [floor for floor in floors if "/" not in floor]
+    assert sorted(top) == sorted(ours), "docs/design.md's table names every floor, once"
     seen = 0
     for module in package.rglob("*.py"):
-        name = module.relative_to(package).parts[0].removesuffix(".py")
-        for other in imported(module) if name != "__init__" else ():
-            assert floor[other] <= floor[name], f"{module.relative_to(ROOT)} imports {other}"
+        here = floor_of(module.relative_to(package).parts, floors)
+        for other in imported(module) if here != "__init__" else ():
+            below = floor_of(tuple(other.split(".")), floors)
+            assert floors.index(below) <= floors.index(here), f"{module} imports {other}"
             seen += 1
     assert seen > 100
+
+
+def test_the_readmes_map_names_every_folder_and_door() -> None:
+    package = ROOT / "megatron_helix"
+    readme = (ROOT / "README.md").read_text().partition("## Map")[2].partition("\n## ")[0]
+    there = {path.stem for path in package.iterdir() if path.suffix == ".py" or path.is_dir()}
+    missing = [name for name in there if name[0] != "_" and not re.search(rf"\b{name}\b", readme)]
+    assert not missing
 
 
 def test_importing_the_package_loads_neither_torch_nor_megatron() -> None:
@@ -126,7 +143,9 @@ def test_importing_the_package_loads_neither_torch_nor_megatron() -> None:
 
 
 def test_the_public_names_are_there_and_no_others() -> None:
-    from megatron_helix import layer_spec, layout, plugin
+    from megatron_helix import plugin
+    from megatron_helix.layers import layer_spec
+    from megatron_helix.partition import layout
 
     assert megatron_helix.enable is plugin.enable
     assert megatron_helix.HelixLayout is layout.HelixLayout

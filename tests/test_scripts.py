@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_helix import arguments
 from megatron_helix.experiment import config, torchrun
+from megatron_helix.options import arguments
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "scripts"

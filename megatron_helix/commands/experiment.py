@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_helix.errors import UserError
+from megatron_helix.basics.errors import UserError
 
 Folder = Annotated[Path, typer.Argument(help="Folder of a finished experiment.")]
 
@@ -29,7 +29,9 @@ def run(
     """
     from rich.console import Console
 
-    from megatron_helix.experiment import config, results, terminal, workflow
+    from megatron_helix import workflow
+    from megatron_helix.experiment import config, results
+    from megatron_helix.report import terminal
 
     console = Console(stderr=as_json)
     chosen = config.load(experiment, hardware)
@@ -51,7 +53,7 @@ def run(
 
 def report(folder: Folder) -> None:
     """Write report.md, report.html and the plots once more."""
-    from megatron_helix.experiment import report
+    from megatron_helix.report import report
 
     for path in report.write(folder):
         typer.echo(path)
@@ -65,7 +67,7 @@ def compare(
     """Compare two experiments of equal models, data and batch."""
     from rich.console import Console
 
-    from megatron_helix.experiment import comparison
+    from megatron_helix.report import comparison
 
     if as_json:
         typer.echo(json.dumps(comparison.as_json(comparison.pairs(first, second)), indent=2))
@@ -84,7 +86,9 @@ def dag(
     layers: Annotated[int, typer.Option(min=1, help="Layers to draw, from the first.")] = 1,
 ) -> None:
     """Print the graph of an experiment, or of one micro-batch's forward pass on its devices."""
-    from megatron_helix.experiment import config, deployment_graph, drawing, workflow
+    from megatron_helix import workflow
+    from megatron_helix.experiment import config
+    from megatron_helix.report import deployment_graph, drawing
 
     if not deployment and (model or layout):
         raise UserError(

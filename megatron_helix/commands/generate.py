@@ -10,7 +10,7 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
-from megatron_helix import launch
+from megatron_helix.launching import fork_ranks
 
 
 def generate(
@@ -43,10 +43,10 @@ def generate(
     on the GPUs of torchrun's ranks. Flags after -- are the layout: Megatron's parallel sizes, or
     helix's. The model's come from the checkpoint.
     """
-    from megatron_helix import arguments
     from megatron_helix import generate as generation
     from megatron_helix.inference.requests import Request, read_prompts
     from megatron_helix.inference.sampling import Sampling
+    from megatron_helix.options import arguments
 
     request = Request(
         prompts=read_prompts(prompt or [], prompts),
@@ -68,7 +68,7 @@ def generate(
         ranks: dict[str, Any] = {"world_size": nproc_per_node, "logs": logs or Path(scratch)}
         if measure:
             args = (job, sampling, measure)
-            _run(launch.Ranks(target=generation.measure, args=args, **ranks))
+            _run(fork_ranks.Ranks(target=generation.measure, args=args, **ranks))
             _report(measure, sys.stdout)
             return
         here, there = mp.Pipe(duplex=False)
@@ -80,7 +80,7 @@ def generate(
 
         emit = there.send
         args = (job, sampling, lambda *token: emit(token))
-        _run(launch.Ranks(target=generation.serve, args=args, **ranks), poll=drain)
+        _run(fork_ranks.Ranks(target=generation.serve, args=args, **ranks), poll=drain)
         drain()
         printer.finish()
 
@@ -106,11 +106,11 @@ def _as_rank(job: Any, sampling: Any, measure: Path | None, out: TextIO) -> None
     dist.destroy_process_group()
 
 
-def _run(ranks: launch.Ranks, **options: Any) -> None:
+def _run(ranks: fork_ranks.Ranks, **options: Any) -> None:
     """Run the ranks; when one fails, show the end of its output before it is gone."""
     try:
-        launch.run(ranks, **options)
-    except launch.RankFailed as failure:
+        fork_ranks.run(ranks, **options)
+    except fork_ranks.RankFailed as failure:
         log = ranks.log(failure.rank)
         if log and log.exists():
             typer.echo("\n".join(log.read_text(errors="replace").splitlines()[-20:]), err=True)

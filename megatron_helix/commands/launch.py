@@ -27,8 +27,9 @@ def launch(
 
     Flags that are not its own go on to Megatron.
     """
-    from megatron_helix import arguments, signals
+    from megatron_helix.basics import signals
     from megatron_helix.experiment import config, torchrun
+    from megatron_helix.options import arguments
 
     chosen = config.load(experiment)
     words = torchrun.command(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from megatron_helix.errors import UserError
+from megatron_helix.basics.errors import UserError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -108,7 +108,7 @@ def calibrate(
     """
     from torch import cuda
 
-    from megatron_helix.argument_checks import require_one_of
+    from megatron_helix.options.checks import require_one_of
     from megatron_helix.planner import calibrate as measuring
 
     require_one_of("--device", device, ("auto", "cpu", "cuda"))
@@ -127,8 +127,8 @@ def calibrate(
 
 def _on_gpus(ranks: int, out: Path) -> str:
     """Measure with torchrun's ranks, a GPU each; one line that says what."""
-    from megatron_helix.experiment import launchers
-    from megatron_helix.experiment.config import LauncherConfig
+    from megatron_helix.launching import launchers
+    from megatron_helix.launching.launcher_config import LauncherConfig
     from megatron_helix.planner import calibrate as measuring
 
     torchrun = LauncherConfig(kind="torchrun")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_helix import launch
+from megatron_helix.launching import fork_ranks
 
 
 def pretrain(
@@ -20,6 +20,8 @@ def pretrain(
     from megatron_helix import pretrain_gpt
 
     flags = pretrain_gpt.prepare(["--helix-device", "cpu", *context.args], nproc_per_node)
-    launch.run(
-        launch.Ranks(target=pretrain_gpt.train, args=(flags,), world_size=nproc_per_node, logs=logs)
+    fork_ranks.run(
+        fork_ranks.Ranks(
+            target=pretrain_gpt.train, args=(flags,), world_size=nproc_per_node, logs=logs
+        )
     )

@@ -1,0 +1,1 @@
+"""What moves over the dim axis, in closed form and in deed."""

@@ -18,10 +18,10 @@ sends as many.
 import torch
 import torch.distributed as dist
 
-from megatron_helix.collectives import all_to_all
-from megatron_helix.copies import packed
 from megatron_helix.exchange.tokens import by_segment, in_sequence_order
-from megatron_helix.layout import HelixLayout
+from megatron_helix.kernels.collectives import all_to_all
+from megatron_helix.kernels.copies import packed
+from megatron_helix.partition.layout import HelixLayout
 
 
 def qkv_to_whole_heads(

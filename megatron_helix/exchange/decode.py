@@ -24,9 +24,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from megatron_helix.collectives import all_gather, all_to_all
 from megatron_helix.exchange.tokens import chunk_positions
-from megatron_helix.layout import HelixLayout
+from megatron_helix.kernels.collectives import all_gather, all_to_all
+from megatron_helix.partition.layout import HelixLayout
 
 
 class SequenceCache(NamedTuple):

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megatron_helix import sums
+from megatron_helix.kernels import sums
 
 
 def add(shard: torch.nn.Parameter, parts: torch.Tensor, *, turned: bool) -> torch.Tensor | None:

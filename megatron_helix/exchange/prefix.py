@@ -14,10 +14,10 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_helix.exchange.decode import attend_to_share, merge_shares
-from megatron_helix.exchange.traffic import Plan
-from megatron_helix.flex_attention import FlexAttention
-from megatron_helix.layout import HelixLayout
-from megatron_helix.process_groups import HelixGroups
+from megatron_helix.exchange.plan import Plan
+from megatron_helix.kernels.flex_attention import FlexAttention
+from megatron_helix.partition.layout import HelixLayout
+from megatron_helix.partition.process_groups import HelixGroups
 
 
 class _Prefixes(torch.autograd.Function):

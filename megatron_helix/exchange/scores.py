@@ -22,10 +22,10 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_helix.collectives import all_reduce
-from megatron_helix.errors import UserError
-from megatron_helix.layout import HelixLayout
-from megatron_helix.process_groups import HelixGroups
+from megatron_helix.basics.errors import UserError
+from megatron_helix.kernels.collectives import all_reduce
+from megatron_helix.partition.layout import HelixLayout
+from megatron_helix.partition.process_groups import HelixGroups
 
 
 class ScoresAttention(DotProductAttention):

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_helix.collectives import UnderWay, scatter_sum, start_exchange, start_gather
-from megatron_helix.copies import contiguous, packed
 from megatron_helix.exchange import main_grad
+from megatron_helix.kernels.collectives import UnderWay, scatter_sum, start_exchange, start_gather
+from megatron_helix.kernels.copies import contiguous, packed
 
 
 @dataclass(frozen=True, kw_only=True)

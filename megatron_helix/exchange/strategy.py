@@ -8,9 +8,10 @@ attention kernels.
 
 from dataclasses import dataclass, replace
 
-from megatron_helix.errors import UserError
-from megatron_helix.exchange.traffic import BlockShape, Plan, block_ends, layer, per_layer
-from megatron_helix.layout import HelixLayout
+from megatron_helix.basics.errors import UserError
+from megatron_helix.exchange.plan import Plan
+from megatron_helix.exchange.traffic import BlockShape, block_ends, layer, per_layer
+from megatron_helix.partition.layout import HelixLayout
 
 EXCHANGES = ("auto", "activations", "weights", "scores")
 SPLITS = ("auto", "batch", "sequence")

@@ -17,9 +17,9 @@ Elements a rank sends for one conversion: ``(m-1)/m * s * b * hidden / T``.
 import torch
 import torch.distributed as dist
 
-from megatron_helix.collectives import all_to_all
-from megatron_helix.copies import packed
-from megatron_helix.layout import HelixLayout
+from megatron_helix.kernels.collectives import all_to_all
+from megatron_helix.kernels.copies import packed
+from megatron_helix.partition.layout import HelixLayout
 
 
 def to_batch_share(

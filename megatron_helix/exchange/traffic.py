@@ -30,25 +30,10 @@ step: forward all_gather and backward reduce_scatter.
 from collections import Counter
 from dataclasses import dataclass
 
-from megatron_helix.layout import HelixLayout
+from megatron_helix.exchange.plan import Plan
+from megatron_helix.partition.layout import HelixLayout
 
 Elements = Counter[tuple[str, str]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What moves over the dim axis, which tokens a rank takes, and how often weights are gathered.
-
-    Attributes:
-        exchange: ``activations``, ``weights`` or ``scores``; ``partials`` in a decode step on a
-            cache that is split by position (:mod:`megatron_helix.exchange.decode`).
-        split: ``batch`` or ``sequence``; ``none`` for scores.
-        gather: ``microbatch`` or ``step``; of meaning for ``weights`` only.
-    """
-
-    exchange: str
-    split: str
-    gather: str = "microbatch"
 
 
 @dataclass(frozen=True, kw_only=True)

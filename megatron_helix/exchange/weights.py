@@ -27,15 +27,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_helix.collectives import (
+from megatron_helix.exchange import gemm
+from megatron_helix.exchange.shards import Ahead, GatheredWeight
+from megatron_helix.kernels.collectives import (
     UnderWay,
     gather,
     scatter_sum,
     start_gather,
     start_scatter_sum,
 )
-from megatron_helix.exchange import gemm
-from megatron_helix.exchange.shards import Ahead, GatheredWeight
 
 
 class _ColumnLinear(torch.autograd.Function):

@@ -10,7 +10,8 @@ from typing import Literal
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from megatron_helix import corpus
-from megatron_helix.errors import UserError
+from megatron_helix.basics.errors import UserError
+from megatron_helix.launching.launcher_config import LauncherConfig
 from megatron_helix.planner.deployment import ELEMENT_BYTES, Precision
 from megatron_helix.planner.hardware import Hardware
 from megatron_helix.run_config import (
@@ -34,17 +35,6 @@ class Tolerance(Config):
 
     loss: float = Field(default=1e-5, gt=0)
     grad_norm: float = Field(default=1e-4, gt=0)
-
-
-class LauncherConfig(Config):
-    """What starts the ranks.
-
-    ``fork`` forks them on this machine's CPUs, ``torchrun`` starts them on this machine, ``slurm``
-    starts one torchrun on each node of an allocation, which share the folder of the results.
-    """
-
-    kind: Literal["fork", "torchrun", "slurm"] = "fork"
-    nodes: PositiveInt = 1
 
 
 class Fp16Config(Config):

@@ -15,8 +15,8 @@ from typing import Any
 
 import networkx as nx
 
-from megatron_helix import files
-from megatron_helix.errors import UserError
+from megatron_helix.basics import files
+from megatron_helix.basics.errors import UserError
 
 _HASHED_BYTES = 64 << 20  # of a larger file the size has to do
 

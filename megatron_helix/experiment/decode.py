@@ -14,15 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_helix import files
+from megatron_helix.basics import files
 from megatron_helix.experiment import runs
-from megatron_helix.experiment.config import (
-    DecodeConfig,
-    ExperimentConfig,
-    VerificationConfig,
-)
-from megatron_helix.experiment.launchers import Program
+from megatron_helix.experiment.config import DecodeConfig, ExperimentConfig, VerificationConfig
 from megatron_helix.experiment.runs import Run
+from megatron_helix.launching.launchers import Program
 from megatron_helix.planner.deployment import Deployment
 from megatron_helix.planner.traffic import step_bytes
 from megatron_helix.run_config import BatchConfig

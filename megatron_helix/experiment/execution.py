@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import megatron_helix
-from megatron_helix import files
-from megatron_helix.experiment import decode, launchers, metrics, runs
+from megatron_helix.basics import files
+from megatron_helix.experiment import decode, metrics, runs
 from megatron_helix.experiment.config import ExperimentConfig
 from megatron_helix.experiment.progress import Steps
 from megatron_helix.experiment.runs import Run
+from megatron_helix.launching import launchers
 from megatron_helix.planner.flops import of_model
 
 Poll = Callable[[int], None]

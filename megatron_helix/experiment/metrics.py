@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy
 
-from megatron_helix import files
-from megatron_helix.errors import UserError
+from megatron_helix.basics import files
+from megatron_helix.basics.errors import UserError
 from megatron_helix.recording.comm_ledger import POINT_TO_POINT
 
 TAIL_BYTES = 1 << 20  # holds the last line of a rank, whatever it sent in the step

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_helix import files
-from megatron_helix.errors import UserError
+from megatron_helix.basics import files
+from megatron_helix.basics.errors import UserError
 from megatron_helix.experiment.config import ExperimentConfig
 from megatron_helix.experiment.dag import read_record
 from megatron_helix.run_config import validated

@@ -12,13 +12,14 @@ from typing import Any
 
 from rich.console import Console
 
-from megatron_helix import corpus, cpu_device
-from megatron_helix.errors import UserError
-from megatron_helix.experiment import launchers
+from megatron_helix import corpus
+from megatron_helix.basics.errors import UserError
 from megatron_helix.experiment.config import ExperimentConfig, Phase
 from megatron_helix.inference import saved_model
+from megatron_helix.launching import launchers
 from megatron_helix.planner.deployment import Precision
 from megatron_helix.run_config import LayoutConfig, ModelConfig
+from megatron_helix.upstream import cpu_device
 
 # One vocabulary for every layout: Megatron pads it to a multiple of this times the tensor-parallel
 # size, and 256 bytes need no padding up to 16 ranks.

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import megatron_helix
 
+_BESIDE_RUNS = ("commands", "planner", "report", "verification", "workflow.py")
 _PACKAGE = Path(megatron_helix.__file__).parent
-# Beside what ranks execute: how they are started, and how their lines are put together.
-_OF_RUNS = ("decode", "execution", "launchers", "metrics", "runs")
+# Beside what ranks execute: their flags, and how their lines are put together.
+_OF_RUNS = ("decode", "execution", "metrics", "runs")
 
 
 @cache
@@ -31,7 +32,7 @@ def of_runs() -> str:
     def matters(parts: tuple[str, ...]) -> bool:
         if parts[0] == "experiment":
             return Path(parts[-1]).stem in _OF_RUNS
-        return parts[0] not in ("commands", "planner")
+        return parts[0] not in _BESIDE_RUNS
 
     return _digest(matters)
 

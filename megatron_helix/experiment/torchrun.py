@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from megatron_helix.errors import UserError
+from megatron_helix.basics.errors import UserError
 from megatron_helix.experiment.config import ExperimentConfig
 from megatron_helix.experiment.runs import Run, layout_flags
-from megatron_helix.layout import require_divides
+from megatron_helix.partition.layout import require_divides
 
 ENTRY = "megatron_helix.pretrain_gpt"
 

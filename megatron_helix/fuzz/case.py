@@ -11,7 +11,7 @@ import shlex
 from dataclasses import dataclass, fields
 from typing import Any
 
-from megatron_helix.errors import UserError
+from megatron_helix.basics.errors import UserError
 
 STEPS = 2  # the second one sees what the first made of weights, norms and optimizer
 SAVED_STEP = 1
@@ -136,7 +136,7 @@ class Case:
 
     @property
     def tags(self) -> frozenset[str]:
-        """What the case has, in the words of :attr:`megatron_helix.features.Works.needs`."""
+        """What it has, in the words of :attr:`megatron_helix.options.features.rows.Works.needs`."""
         has = {
             "dense": not self.experts,
             "moe": bool(self.experts),

@@ -4,10 +4,10 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-from megatron_helix.errors import UserError
-from megatron_helix.features.rows import Works
-from megatron_helix.features.works import WORKS
+from megatron_helix.basics.errors import UserError
 from megatron_helix.fuzz.case import Case
+from megatron_helix.options.features.rows import Works
+from megatron_helix.options.features.works import WORKS
 
 FEATURES_OF_A_CASE = (0, 1, 2, 2, 3, 4)  # with these odds
 DEEP = 1 / 5  # of all cases: these save a checkpoint, and somebody else goes on from it

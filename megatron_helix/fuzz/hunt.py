@@ -8,12 +8,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_helix.features.rows import Works
 from megatron_helix.fuzz import report
 from megatron_helix.fuzz.case import Case
 from megatron_helix.fuzz.draw import draw
 from megatron_helix.fuzz.shrink import shrink
 from megatron_helix.fuzz.trial import Laboratory, Outcome
+from megatron_helix.options.features.rows import Works
 
 MOST_DRAWS = 10  # for one case that counts
 

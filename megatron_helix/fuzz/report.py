@@ -13,8 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from megatron_helix import files
-from megatron_helix.features.works import WORKS
+from megatron_helix.basics import files
 from megatron_helix.fuzz.case import Case
 from megatron_helix.fuzz.compare import TOLERANCES
 from megatron_helix.fuzz.trial import (
@@ -28,6 +27,7 @@ from megatron_helix.fuzz.trial import (
     STOCK_FAILED,
     Outcome,
 )
+from megatron_helix.options.features.works import WORKS
 
 MEANING = {
     EQUAL: "helix gave stock's numbers",

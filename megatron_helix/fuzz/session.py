@@ -26,8 +26,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_helix import launch
 from megatron_helix.fuzz.state import Snapshot, forget_models
+from megatron_helix.launching import fork_ranks
 
 SETTLE_S = 3.0  # at most, between the first rank that failed and taking what the others say
 SAID_LINES = 15  # of a rank's output
@@ -52,7 +52,7 @@ class Failure:
     functions: tuple[str, ...] = ()
 
 
-class CallFailed(launch.RunFailed):
+class CallFailed(fork_ranks.RunFailed):
     """A function did not return on every rank.
 
     Attributes:
@@ -136,7 +136,7 @@ class Session:
     def _fork(self) -> None:
         ends = [get_context("fork").Pipe() for _ in range(self.size)]
         self._pipes = [ours for ours, _ in ends]
-        ranks = launch.Ranks(
+        ranks = fork_ranks.Ranks(
             target=_serve,
             args=([theirs for _, theirs in ends],),
             world_size=self.size,
@@ -145,7 +145,7 @@ class Session:
         gc.collect()
         gc.freeze()  # what is there now the ranks need not look through again and again
         try:
-            self._processes, _ = self._life.enter_context(launch.forked(ranks))
+            self._processes, _ = self._life.enter_context(fork_ranks.forked(ranks))
         finally:
             gc.unfreeze()
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_helix import compat, corpus, pretrain_gpt
+from megatron_helix import corpus, pretrain_gpt
+from megatron_helix.upstream import patches
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def train(argv: Sequence[str]) -> list[Step]:
         )
         return result
 
-    compat.observe_train_step(observed)
+    patches.observe_train_step(observed)
     pretrain_gpt.train(argv)
     return steps
 
@@ -64,7 +65,7 @@ def ready(folder: Path) -> list[str]:
         letters = dice.choices(f"{string.ascii_lowercase}    ", k=dice.randrange(8, 80))
         (texts / f"{number:03d}.txt").write_text("".join(letters))
     pretrain_gpt.prepare(["--helix-device", "cpu"], 1)
-    compat.use_compiled_dataset_helpers()
+    patches.use_compiled_dataset_helpers()
     import torch
     from megatron.core.dist_checkpointing import gpt_checkpoint_interop  # noqa: F401
     from megatron.core.models import mimo  # noqa: F401

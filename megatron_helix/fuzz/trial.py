@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_helix import pretrain_gpt
-from megatron_helix.errors import UserError
+from megatron_helix.basics.errors import UserError
 from megatron_helix.fuzz import compare
 from megatron_helix.fuzz.case import SAVED_STEP, Case, given
 from megatron_helix.fuzz.compare import Difference, Run

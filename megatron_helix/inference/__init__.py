@@ -1,0 +1,1 @@
+"""Prefill and decode on a KV cache that is cut m x n."""

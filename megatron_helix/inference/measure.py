@@ -23,8 +23,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_helix import files
-from megatron_helix.errors import UserError
+from megatron_helix.basics import files
+from megatron_helix.basics.errors import UserError
 from megatron_helix.recording.clocks import HostClock, StreamClock
 from megatron_helix.recording.comm_ledger import CommLedger, install
 

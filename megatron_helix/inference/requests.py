@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_helix.basics.errors import UserError
 from megatron_helix.corpus import VOCAB_SIZE
-from megatron_helix.errors import UserError
 
 
 class Tokenizer(Protocol):

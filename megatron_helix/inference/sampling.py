@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_helix.errors import UserError
+from megatron_helix.basics.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,9 +21,9 @@ from typing import Any
 
 from torch.nn.functional import gelu
 
-from megatron_helix.errors import UserError
-from megatron_helix.flags import FlagParser, add_helix_arguments
+from megatron_helix.basics.errors import UserError
 from megatron_helix.inference.run_fields import RUN_FIELDS
+from megatron_helix.options.flags import FlagParser, add_helix_arguments
 
 # Names that earlier versions of Megatron saved.
 _FORMER = {
@@ -203,11 +203,13 @@ def load(flags: Sequence[str], saved: argparse.Namespace) -> Any:
     from megatron.training.checkpointing import load_checkpoint
     from megatron.training.initialize import initialize_megatron
 
-    from megatron_helix import arguments, compat, plugin
+    from megatron_helix import plugin
+    from megatron_helix.options import arguments
+    from megatron_helix.upstream import patches
 
-    compat.use_compiled_dataset_helpers()
+    patches.use_compiled_dataset_helpers()
     if arguments.want_helix(flags):
-        compat.relax_head_check()
+        patches.relax_head_check()
     sys.argv = [sys.argv[0], *flags]  # Megatron's parser reads it there
     args = parse_and_validate_args(extra_args_provider=on_top_of(saved, flags))
     model_config = plugin.enable(args, config_of(args, saved), training=False)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_helix.errors import UserError
+from megatron_helix.basics.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

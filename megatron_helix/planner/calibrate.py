@@ -29,8 +29,8 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from megatron_helix import errors, files, signals
-from megatron_helix.errors import UserError
+from megatron_helix.basics import errors, files, signals
+from megatron_helix.basics.errors import UserError
 from megatron_helix.planner.book import share
 from megatron_helix.planner.hardware import crossing, hops
 
@@ -46,13 +46,13 @@ def on_cpu(ranks: int, out: Path) -> str:
     Raises:
         UserError: when ``out`` is a folder, or none can be made for it.
     """
-    from megatron_helix import launch
+    from megatron_helix.launching import fork_ranks
 
     prepare(out)
     with tempfile.TemporaryDirectory(prefix="helix-calibrate-") as name:
         found = Path(name) / "measured.json"
-        launch.run(
-            launch.Ranks(
+        fork_ranks.run(
+            fork_ranks.Ranks(
                 target=_cpu_rank, args=(found,), world_size=ranks, logs=found.with_name("logs")
             )
         )

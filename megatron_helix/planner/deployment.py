@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from megatron_helix.errors import UserError
+from megatron_helix.basics.errors import UserError
+from megatron_helix.exchange.plan import Plan
 from megatron_helix.exchange.strategy import Choice, cache_split, decode_plan, resolve
-from megatron_helix.exchange.traffic import BlockShape, Plan
-from megatron_helix.layout import HelixLayout, require_divides
+from megatron_helix.exchange.traffic import BlockShape
+from megatron_helix.partition.layout import HelixLayout, require_divides
 from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig
 
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -225,7 +226,7 @@ class Deployment:
 
     @cached_property
     def embeds_in_block_order(self) -> bool:
-        """Whether embedding and head work on 1/m of the tokens, as `megatron_helix.vocabulary`."""
+        """Whether embedding and head work on 1/m of the tokens, as `layers.vocabulary` has it."""
         if self.plan.exchange != "weights" or self.plan.split != "batch" or self.phase != "train":
             return False
         return self.tokens > self.vocabulary // self.cut.n

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import Field, PositiveInt, ValidationInfo, field_validator
 
-from megatron_helix.errors import UserError
+from megatron_helix.basics.errors import UserError
 from megatron_helix.planner.deployment import ELEMENT_BYTES, Precision
 from megatron_helix.run_config import Config, read_config
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from megatron_helix.errors import UserError
+from megatron_helix.basics.errors import UserError
 from megatron_helix.planner.deployment import Deployment, require_phase
 from megatron_helix.planner.hardware import Hardware
 from megatron_helix.planner.time import Prediction, predict, require_kernels

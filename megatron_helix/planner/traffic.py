@@ -13,7 +13,7 @@ Per micro-batch, with N tokens, T tensor-parallel ranks, ``c = N D / T``, V voca
   whole stream: fwd all_reduce of ``N D``.
 * head: fwd all_gather, bwd all_gather and reduce_scatter of ``c`` over T; the cross entropy three
   fp32 all_reduces of N (largest logit, logit of the label, sum of exponentials). Both move to the
-  head and dim axes as :mod:`megatron_helix.vocabulary` says.
+  head and dim axes as :mod:`megatron_helix.layers.vocabulary` says.
 * experts (``r = k N / T`` rows a rank after routing to k experts, ``k N`` in decode): all_to_all
   over ep of rows there and back and of their probabilities there; over etp all_gather there
   and reduce_scatter back. What a rank receives depends on routing. Counted is the mean, exact for a
@@ -31,7 +31,7 @@ fp16 whether a gradient overflowed.
 from collections import Counter
 
 from megatron_helix.exchange import traffic
-from megatron_helix.exchange.traffic import Plan
+from megatron_helix.exchange.plan import Plan
 from megatron_helix.planner import parameters
 from megatron_helix.planner.book import AXES, FP32, INT64, Book, Transfer
 from megatron_helix.planner.deployment import Deployment, Precision

@@ -2,7 +2,7 @@
 
 Nothing here is taken from a layout file. A rank says its device, its place in every process group,
 the shape of every parameter, and a fingerprint of each attention weight it holds, by which
-:mod:`megatron_helix.experiment.verify` finds out which part of the model's weight that is.
+:mod:`megatron_helix.verification.verify` finds out which part of the model's weight that is.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from megatron_helix import cpu_device
+from megatron_helix.upstream import cpu_device
 
 ATTENTION_WEIGHTS = ("linear_qkv", "linear_proj")
 

@@ -9,8 +9,8 @@ import os
 from pathlib import Path
 from typing import IO
 
-from megatron_helix import files
-from megatron_helix.errors import UserError
+from megatron_helix.basics import files
+from megatron_helix.basics.errors import UserError
 
 
 def require_free(folder: Path, rank: int) -> None:

@@ -25,10 +25,11 @@ from megatron.core.num_microbatches_calculator import get_current_global_batch_s
 from megatron.training import get_args
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_helix import compat, cpu_device, files
+from megatron_helix.basics import files
 from megatron_helix.recording import placement, profile, rank_files
 from megatron_helix.recording.clocks import Call, HostClock, StreamClock
 from megatron_helix.recording.comm_ledger import POINT_TO_POINT, CommLedger, install, totals
+from megatron_helix.upstream import cpu_device, patches
 
 Phase = Literal["train", "prefill"]
 
@@ -110,7 +111,7 @@ def record(recording: Recording) -> None:
         first = False
         return result
 
-    compat.observe_train_step(observed)
+    patches.observe_train_step(observed)
 
 
 class _FlopCounter(FlopCounterMode):

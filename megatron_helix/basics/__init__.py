@@ -1,0 +1,1 @@
+"""What everything stands on: a user's mistakes, files in one piece, signals."""

@@ -1,0 +1,1 @@
+"""Operations without a layout: collectives with gradients, copies, sums, attention."""

@@ -1,0 +1,170 @@
+"""Collectives with their gradients. The group is an argument; each docstring names its dual.
+
+Every tensor that goes into a collective is made contiguous first: ``torch.empty_like`` of a
+permuted tensor keeps its strides, and a collective into such a buffer scrambles silently.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_helix.kernels import sums
+from megatron_helix.kernels.copies import contiguous
+
+
+class _AllToAll(torch.autograd.Function):
+    """Forward: ``y[k]`` on rank j is ``x[j]`` of rank k. Backward: itself. Saves nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return start_exchange(x, group, early=False).wait()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return start_exchange(grad, ctx.group, early=False).wait(), None
+
+
+def all_to_all(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Exchange equal chunks over ``group``; its own dual.
+
+    Args:
+        x: ``[p, ...]`` with p the group's size; chunk k goes to rank k.
+        group: the ranks that exchange.
+
+    Returns:
+        ``[p, ...]``: chunk k came from rank k. Contiguous.
+    """
+    return _AllToAll.apply(x, group)
+
+
+class _AllGather(torch.autograd.Function):
+    """Forward: the ranks' tensors one after the other. Backward: reduce-scatter. Saves nothing.
+
+    The backward sends each part of the sum to where it is added up: rounded once, not at every hop.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return gather(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        parts = grad.view(ctx.group.size(), -1, *grad.shape[1:])
+        return sums.total(start_exchange(parts, ctx.group, early=False).wait()), None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    """Forward: the sum over ranks, one chunk each. Backward: all-gather. Saves nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return scatter_sum(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gather(grad, ctx.group), None
+
+
+class _AllReduce(torch.autograd.Function):
+    """Forward: the sum over ranks, on all of them. Backward: itself. Saves nothing.
+
+    The backward sums because every rank uses the sum for its own part of what follows.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return _sum(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _sum(grad, ctx.group), None
+
+
+def all_gather(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """``[a, ...] -> [p * a, ...]`` in rank order; dual of :func:`reduce_scatter`."""
+    return _AllGather.apply(x, group)
+
+
+def reduce_scatter(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """``[p * a, ...] -> [a, ...]``: rank k keeps chunk k of the sum; dual of :func:`all_gather`."""
+    return _ReduceScatter.apply(x, group)
+
+
+def all_reduce(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """The sum of ``x`` over ``group`` on every rank; its own dual."""
+    return _AllReduce.apply(x, group)
+
+
+def gather(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """:func:`all_gather` without a gradient, for use inside a backward pass."""
+    return start_gather(x, group, early=False).wait()
+
+
+def scatter_sum(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """:func:`reduce_scatter` without a gradient, for use inside a backward pass."""
+    return start_scatter_sum(x, group, early=False).wait()
+
+
+@dataclass
+class UnderWay:
+    """A collective that has begun; its result must not be touched before :meth:`wait`."""
+
+    result: torch.Tensor
+    work: Any
+
+    def wait(self) -> torch.Tensor:
+        """The result. On a GPU the stream waits, not the process."""
+        if self.work is not None:
+            self.work.wait()
+        return self.result
+
+
+def start_gather(x: torch.Tensor, group: dist.ProcessGroup, *, early: bool) -> UnderWay:
+    """:func:`gather`, begun.
+
+    Args:
+        x: ``[a, ...]``.
+        group: p ranks.
+        early: whether to come back before it is through. NCCL then works on a stream of its own,
+            beside the compute that follows.
+
+    Returns:
+        ``[p * a, ...]`` once waited for; of a rank alone, ``x`` itself.
+    """
+    x = contiguous(x)
+    if group.size() == 1:
+        return UnderWay(x, None)
+    y = torch.empty((group.size() * x.size(0), *x.shape[1:]), dtype=x.dtype, device=x.device)
+    return UnderWay(y, dist.all_gather_into_tensor(y, x, group=group, async_op=early))
+
+
+def start_scatter_sum(x: torch.Tensor, group: dist.ProcessGroup, *, early: bool) -> UnderWay:
+    """:func:`scatter_sum`, begun; ``[p * a, ...] -> [a, ...]``. ``early`` as in `start_gather`."""
+    assert x.size(0) % group.size() == 0, (x.shape, group.size())
+    x = contiguous(x)
+    if group.size() == 1:
+        return UnderWay(x, None)
+    y = torch.empty((x.size(0) // group.size(), *x.shape[1:]), dtype=x.dtype, device=x.device)
+    return UnderWay(y, dist.reduce_scatter_tensor(y, x, group=group, async_op=early))
+
+
+def start_exchange(x: torch.Tensor, group: dist.ProcessGroup, *, early: bool) -> UnderWay:
+    """:func:`all_to_all` without a gradient, begun; ``early`` as in `start_gather`."""
+    assert x.size(0) == group.size(), (x.shape, group.size())
+    x = contiguous(x)
+    if group.size() == 1:
+        return UnderWay(x, None)
+    y = torch.empty_like(x)
+    return UnderWay(y, dist.all_to_all_single(y, x, group=group, async_op=early))
+
+
+def _sum(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    y = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(y, group=group)
+    return y

@@ -1,0 +1,260 @@
+"""Megatron's parallel linears with helix shards, and the exchange at their head-side end.
+
+The linear classes of a layer spec (local or TransformerEngine) are subclassed, not wrapped:
+parameter names, sequence parallelism and delayed weight gradients stay Megatron's. A shard is
+contiguous in a reordering of the canonical weight, so the tensor-parallel linear runs on it as it
+stands; only the initialisation, the checkpoint and the exchange know of the order.
+
+What a forward does follows ``plan``, which the layer sets for every micro-batch: under ``weights``
+the gathered linear of :mod:`megatron_helix.exchange.weights`, else Megatron's own, with the
+``activations`` exchange behind the QKV projection and before the output projection.
+"""
+
+from collections.abc import Callable
+from functools import cache, cached_property
+from typing import Any
+
+import torch
+
+from megatron_helix.exchange.activations import context_to_segments, qkv_to_whole_heads
+from megatron_helix.exchange.decode import qkv_to_every_rank
+from megatron_helix.exchange.plan import Plan
+from megatron_helix.exchange.shards import Ahead, GatheredWeight, Shards, StepWeight, whole
+from megatron_helix.exchange.weights import column_linear, row_linear
+from megatron_helix.layers import lookahead
+from megatron_helix.layers.norm import Norm, input_norm
+from megatron_helix.partition.checkpoint import tile_in_canonical_order
+from megatron_helix.partition.layout import HelixLayout
+from megatron_helix.partition.process_groups import HelixGroups, register
+
+Init = Callable[[torch.Tensor], Any]
+
+
+def in_tile_order(init_method: Init, order: torch.Tensor, dim: int) -> Init:
+    """``init_method`` followed by a reordering of the whole weight into tile order.
+
+    With ``--use-cpu-initialization`` every rank draws the whole weight and keeps its shard: drawing
+    the canonical weight first makes the global weights equal stock's. A shard drawn on its own (GPU
+    initialisation) is as random in any order and is left as drawn.
+    """
+
+    def init(weight: torch.Tensor) -> None:
+        init_method(weight)
+        if weight.size(dim) == order.numel():
+            with torch.no_grad():
+                weight.copy_(weight.index_select(dim, order.to(weight.device)))
+
+    return init
+
+
+class _HelixLinear(torch.nn.Module):
+    """What all four share: the shards of the whole tensor-parallel group, and the plan.
+
+    Comes before a linear class of Megatron's, which it extends.
+    """
+
+    weight: torch.nn.Parameter
+    bias: torch.nn.Parameter | None
+    plan = Plan(exchange="activations", split="batch")
+    shards: Shards
+    neighbours = lookahead.Neighbours()
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        layout: HelixLayout,
+        groups: HelixGroups | None = None,
+        tp_group: Any = None,  # attention passes its head group; shards span the whole group
+        **kwargs: Any,
+    ):
+        groups = groups or register(layout, tp_group)
+        super().__init__(input_size, output_size, tp_group=groups.tp, **kwargs)  # type: ignore[call-arg]
+        self.helix_layout, self.helix_groups = layout, groups
+
+    @cached_property
+    def _weight(self) -> GatheredWeight:
+        return GatheredWeight(self.weight, self.shards, self.helix_groups.dim)
+
+    @cached_property
+    def step_weight(self) -> StepWeight:
+        """The weight as ``--helix-gather step`` keeps it over a training step's micro-batches."""
+        return StepWeight(self.weight, self.shards, self.helix_groups.dim)
+
+    @cached_property
+    def _input_norm(self) -> Norm:
+        return input_norm(self)
+
+    def _gathered_weight(self, plan: Plan) -> GatheredWeight:
+        """The head group's weight; kept over a training step's micro-batches if the plan says."""
+        return self.step_weight if plan.gather == "step" and self.training else self._weight
+
+    def _use_weight(self) -> tuple[GatheredWeight, Ahead]:
+        """The weight, and those to begin gathering for: all linears of a block share a plan."""
+        following, preceding = self.neighbours.of_this_pass()
+        ahead = Ahead(
+            forward=following and following._gathered_weight(self.plan),
+            backward=preceding and preceding._gathered_weight(self.plan),
+        )
+        return self._gathered_weight(self.plan), ahead
+
+    def _column(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Gathered column-parallel linear, with Megatron's contract about the bias."""
+        groups = self.helix_groups
+        weight, ahead = self._use_weight()
+        y = column_linear(self._input_norm(x), weight, groups.head, ahead)
+        if self.bias is None or not self.bias.numel():
+            return y, None
+        bias = whole(GatheredWeight(self.bias, self.shards, groups.dim))
+        return (y, bias) if _skips_bias(self) else (y + bias, None)
+
+    def _row(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Gathered row-parallel linear, with Megatron's contract about the bias."""
+        weight, ahead = self._use_weight()
+        y = row_linear(x, weight, self.helix_groups.head, ahead)
+        if self.bias is None or not self.bias.numel():
+            return y, None
+        return (y, self.bias) if _skips_bias(self) else (y + self.bias, None)
+
+
+def finish_step(model: list[torch.nn.Module]) -> None:
+    """Bring home the gradients of weights that were gathered for a step (`StepWeight`)."""
+    for chunk in model:
+        for module in chunk.modules():
+            if isinstance(module, _HelixLinear):
+                module.step_weight.finish()
+
+
+def _skips_bias(linear: Any) -> bool:
+    """Whether the bias is returned instead of added (Megatron's and TransformerEngine's names)."""
+    return bool(getattr(linear, "skip_bias_add", False) or getattr(linear, "te_return_bias", False))
+
+
+class _Tiled(_HelixLinear):
+    """A linear of attention: its shards are tiles, in memory and in checkpoints."""
+
+    tiled: tuple[str, ...]  # the parameters that are cut along the shards' axis
+    heads: Callable[[HelixLayout], int]  # heads of a head group that are packed along it
+    canonical_order: Callable[[HelixLayout], torch.Tensor]
+    axis: int
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        layout: HelixLayout,
+        groups: HelixGroups,
+        init_method: Init,
+        **kwargs: Any,
+    ):
+        order = self.canonical_order(layout)
+        super().__init__(
+            input_size,
+            output_size,
+            layout=layout,
+            groups=groups,
+            init_method=in_tile_order(init_method, order, self.axis),
+            **kwargs,
+        )
+        self.tile_order = order
+        self.shards = Shards(axis=self.axis, outer=self.heads(layout) * layout.segment_blocks)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """Megatron's, with every tile described by its canonical rows or columns."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
+        for name in self.tiled:
+            if f"{prefix}{name}" in state:
+                state[f"{prefix}{name}"] = tile_in_canonical_order(
+                    state[f"{prefix}{name}"],
+                    self.tile_order,
+                    layout=self.helix_layout,
+                    rank=self.helix_groups.tp.rank(),
+                    axis=self.axis,
+                    sharded_offsets=sharded_offsets,
+                )
+        return state
+
+
+class _QKV(_Tiled):
+    """``linear_qkv``: all tokens of the stream in, whole heads for 1/m of the tokens out.
+
+    The output is what stock attention expects on a tensor-parallel group of n ranks: ``[s, b/m,
+    ...]`` or ``[s/m, b, K/n * slots * d]`` by the split; under ``scores`` it is ``[s, b, K/n *
+    slots * d/m]``.
+    """
+
+    axis = 0
+    tiled = ("weight", "bias")
+    heads = staticmethod(lambda layout: layout.num_query_groups // layout.n * layout.slots)
+    canonical_order = staticmethod(HelixLayout.qkv_rows)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.plan.exchange == "weights":
+            return self._column(x)
+        qkv, bias = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        if self.plan.exchange == "activations":
+            qkv = qkv_to_whole_heads(qkv, self.helix_layout, self.helix_groups.dim, self.plan.split)
+        elif self.plan.exchange == "partials":
+            qkv = qkv_to_every_rank(qkv, self.helix_layout, self.helix_groups.dim)
+        return qkv, bias
+
+
+class _Proj(_Tiled):
+    """``linear_proj``: the context of my tokens in, the stream out; inverse of :class:`_QKV`."""
+
+    axis = 1
+    tiled = ("weight",)
+    heads = staticmethod(lambda layout: layout.num_attention_heads // layout.n)
+    canonical_order = staticmethod(HelixLayout.proj_columns)
+
+    def forward(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.plan.exchange == "weights":
+            return self._row(context)
+        if self.plan.exchange == "activations":
+            context = context_to_segments(
+                context, self.helix_layout, self.helix_groups.dim, self.plan.split
+            )
+        return super().forward(context, *args, **kwargs)  # type: ignore[misc]
+
+
+class _FC1(_HelixLinear):
+    """``linear_fc1`` of a dense MLP: stock shards; under ``weights``, F/n features of my tokens."""
+
+    def __init__(self, input_size: int, output_size: int, *, config: Any, **kwargs: Any):
+        super().__init__(input_size, output_size, config=config, **kwargs)
+        self.shards = Shards(axis=0, outer=2 if config.gated_linear_unit else 1)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.plan.exchange == "weights":
+            return self._column(x)
+        return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+
+
+class _FC2(_HelixLinear):
+    """``linear_fc2`` of a dense MLP; inverse of :class:`_FC1`."""
+
+    shards = Shards(axis=1)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.plan.exchange == "weights":
+            return self._row(x)
+        return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+
+
+# In the order in which a layer uses them.
+_ENDS = {"linear_qkv": _QKV, "linear_proj": _Proj, "linear_fc1": _FC1, "linear_fc2": _FC2}
+
+
+def link(model: list[torch.nn.Module], *, forward_early: bool = True) -> list[torch.nn.Module]:
+    """Tell the linears of a model which weight each pass needs next (:mod:`lookahead`)."""
+    return lookahead.link(model, tuple(_ENDS.values()), forward_early=forward_early)
+
+
+@cache
+def helix_linear(name: str, linear: type) -> type:
+    """The spec's class for submodule ``name`` (``linear_qkv`` and so on), with helix shards."""
+    return type(f"Helix{linear.__name__}", (_ENDS[name], linear), {})

@@ -1,0 +1,1 @@
+"""The flags: their parser, what follows from them, and what is refused beside them."""

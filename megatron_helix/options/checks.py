@@ -1,0 +1,192 @@
+"""Checks of flags that parse: each raises the one error that the user must read.
+
+``args`` are the helix flags and those of Megatron's that :mod:`megatron_helix.options.arguments`
+reads.
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron_helix.basics.errors import UserError
+from megatron_helix.exchange import strategy, traffic
+from megatron_helix.partition.layout import HelixLayout
+
+CORE_ATTENTIONS = ("spec", "flex")
+
+
+def require_one_of(flag: str, value: Any, allowed: Sequence[str]) -> None:
+    """Check that a flag has one of the values it knows."""
+    if value not in allowed:
+        raise UserError(f"{flag}: must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def require_plan(args: argparse.Namespace, asked: strategy.Choice, cut: HelixLayout) -> None:
+    """Check that the micro-batches of the run can be exchanged and split as ``asked``."""
+    if asked.exchange == "scores" and not cut.pairs_are_whole:
+        raise UserError(
+            "--helix-exchange: scores needs both channels of a rotary pair in one segment, got"
+            f" --kv-channels {cut.kv_channels}, {cut.rotary_dim} of them rotary, --helix-m {cut.m};"
+            " use another --helix-m or --rotary-percent, or --helix-exchange activations"
+        )
+    if asked.gather == "step" and args.overlap_grad_reduce:
+        raise UserError(
+            "--helix-gather: step brings gradients home at the end of a step, and"
+            " --overlap-grad-reduce sends them before; leave one of the two away"
+        )
+    if cut.m > 1 and args.seq_length and args.micro_batch_size:
+        resolve = partial(
+            strategy.resolve,
+            asked,
+            cut,
+            traffic.BlockShape(
+                hidden=args.hidden_size,
+                ffn=0 if args.num_experts else args.ffn_hidden_size or 4 * args.hidden_size,
+                gated=args.swiglu,
+                num_layers=args.num_layers,
+            ),
+            sequence=args.seq_length // args.context_parallel_size,
+            sequence_parallel=args.sequence_parallel,
+        )
+        resolve(batch=args.micro_batch_size)
+        for flag, batch, remedy in _validated(args, cut):
+            try:
+                resolve(batch=batch)
+            except ValueError as error:
+                cause = str(error).partition(";")[0]
+                raise UserError(
+                    f"{flag}: validation reads micro-batches of {batch}, which no rank can take a"
+                    f" part of: {cause}; {remedy}"
+                ) from None
+
+
+def _validated(args: argparse.Namespace, cut: HelixLayout) -> Iterator[tuple[str, int, str]]:
+    """Micro-batches of validation: the flag they come from, their size, and what else to give."""
+    if args.eval_micro_batch_size:
+        flag = "--eval-micro-batch-size"
+        yield flag, args.eval_micro_batch_size, f"use a multiple of --helix-m ({cut.m})"
+    if args.full_validation:
+        yield "--full-validation", 1, "leave it away, or use another --seq-length"
+
+
+def require_core_attention(args: argparse.Namespace, on_cpu: bool) -> None:
+    """Check that FlexAttention can do what the run asks of it."""
+    require_one_of("--helix-core-attention", args.helix_core_attention, CORE_ATTENTIONS)
+    if args.helix_core_attention != "flex":
+        return
+    if args.attention_dropout:
+        raise UserError(
+            "--helix-core-attention: flex needs --attention-dropout 0, since its kernel has no"
+            f" dropout, got {args.attention_dropout}; set it to 0"
+        )
+    if args.helix_exchange == "scores":
+        raise UserError(
+            "--helix-core-attention: flex never has the scores that --helix-exchange scores moves,"
+            " got both; use --helix-exchange activations or weights"
+        )
+    if args.context_parallel_size > 1:
+        raise UserError(
+            "--helix-core-attention: flex attends within one rank and needs --context-parallel-size"
+            f" 1, got {args.context_parallel_size}; leave one of the two away"
+        )
+    if args.multi_latent_attention:
+        raise UserError(
+            "--helix-core-attention: flex takes the place of Megatron's SelfAttention's, and"
+            " --multi-latent-attention has none; leave one of the two away"
+        )
+    if on_cpu:
+        raise UserError(
+            "--helix-core-attention: flex needs a GPU, since torch's FlexAttention has no backward"
+            " pass on a CPU, got --helix-device cpu; leave one of the two away"
+        )
+
+
+def require_data(args: argparse.Namespace) -> None:
+    """Check that what the data flags name is there."""
+    words = [
+        word
+        for paths in (
+            args.data_path,
+            args.train_data_path,
+            args.valid_data_path,
+            args.test_data_path,
+        )
+        for word in paths or ()
+    ]
+    for word in words:
+        if _is_number(word) or "://" in word:  # a blend's weight, another machine's
+            continue
+        if args.sft:
+            if not Path(word).exists():
+                raise UserError(
+                    f"--data-path: {word} must be a file of conversations under --sft, one a line"
+                    " as JSON, and does not exist; give one"
+                )
+            continue
+        for suffix in (".bin", ".idx"):
+            if not Path(word + suffix).exists():
+                raise UserError(
+                    f"--data-path: {word} must be the prefix of a Megatron dataset, and"
+                    f" {word}{suffix} does not exist; make one with"
+                    f" `helix data FILES --out {word}`"
+                )
+
+
+def require_loadable(args: argparse.Namespace) -> None:
+    """Check that what a run loads is described by canonical rows, which any layout can read.
+
+    Checkpoints of Megatron's that are not hold memory as it lay on a rank: under another layout
+    they would load without a word, in a wrong order.
+    """
+    loaded = [
+        ("--load", args.load, args.ckpt_step),
+        ("--pretrained-checkpoint", args.pretrained_checkpoint, args.ckpt_step),
+    ]
+    if args.non_persistent_ckpt_type:
+        folder = args.non_persistent_global_ckpt_dir
+        folder = folder or (args.load and Path(args.load, "non_persistent"))
+        loaded.append(("--non-persistent-ckpt-type", folder, None))
+    for flag, folder, step in loaded:
+        checkpoint = folder and _checkpoint(Path(folder), step)
+        if not checkpoint or not checkpoint.is_dir():
+            continue  # nothing to load: Megatron's to judge
+        if not (checkpoint / "metadata.json").exists():
+            raise UserError(
+                f"{flag}: a checkpoint under --helix-m > 1 must be in torch_dist format, and"
+                f" {checkpoint} is not; load it with the stock layout that saved it, and save it"
+                " with --ckpt-format torch_dist"
+            )
+        if args.use_distributed_optimizer and not (args.no_load_optim or args.finetune):
+            _require_canonical_optimizer(flag, checkpoint)
+
+
+def _checkpoint(folder: Path, step: int | None) -> Path | None:
+    """The checkpoint in ``folder`` that Megatron would load, if it says so."""
+    if step:
+        return folder / f"iter_{step:07d}"
+    tracker = folder / "latest_checkpointed_iteration.txt"
+    last = tracker.read_text().strip() if tracker.exists() else ""
+    return folder / (f"iter_{int(last):07d}" if last.isdigit() else last) if last else None
+
+
+def _require_canonical_optimizer(flag: str, checkpoint: Path) -> None:
+    from megatron.core.dist_checkpointing import load_content_metadata
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    found = (load_content_metadata(str(checkpoint)) or {}).get("distrib_optim_sharding_type")
+    if found and found not in DistributedOptimizer.checkpoint_fully_reshardable_formats:
+        raise UserError(
+            f"{flag}: the optimizer state must be fully_reshardable under --helix-m > 1, and in"
+            f" {checkpoint} it is {found}, in the order of a rank's memory; save with"
+            " --dist-ckpt-optim-fully-reshardable, or load with --no-load-optim"
+        )
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True

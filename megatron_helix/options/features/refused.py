@@ -1,0 +1,253 @@
+"""What is refused: attention of another kind, and models, rows and precisions that follow from it.
+
+What is refused of the run around the model stands in :mod:`.refused_runs`.
+"""
+
+from megatron_helix.options.features.refused_runs import RUNS
+from megatron_helix.options.features.rows import Refused, RefusedByLayer
+
+_PACKED = "sequences packed into one cannot be dealt out by batch, nor by equal chunks"
+_SCALES = "gathered weights and exchanged heads have no FP8 scaling factors"
+_CAPTURED = "exchanges have not been captured yet"
+_NOT_RUN = "it has not been run beside helix"
+
+_ATTENTION = (
+    Refused(
+        feature="Multi-latent attention",
+        asks="--multi-latent-attention",
+        field="multi_latent_attention",
+        reason="its keys and values come from a latent that all heads share, which has no head"
+        " dimension to cut",
+        parts="--q-lora-rank --kv-lora-rank --qk-head-dim --qk-pos-emb-head-dim --v-head-dim"
+        " --cache-mla-latents --mla-down-proj-fusion",
+    ),
+    Refused(
+        feature="Linear and sparse attention variants",
+        asks="--experimental-attention-variant",
+        field="experimental_attention_variant",
+        reason="it replaces the self-attention that helix cuts",
+        parts="--linear-attention-freq --linear-conv-kernel-dim --linear-key-head-dim"
+        " --linear-value-head-dim --linear-num-key-heads --linear-num-value-heads"
+        " --dsa-indexer-n-heads --dsa-indexer-head-dim --dsa-indexer-topk --dsa-indexer-topk-freq"
+        " --dsa-indexer-skip-topk-offset --dsa-indexer-loss-coeff --dsa-indexer-use-sparse-loss"
+        " --dsa-kernel-backend --dsa-indexer-rope-interleaved --no-dsa-indexer-rotate-activation"
+        " --no-dsa-indexer-scoring-relu --dsa-indexer-k-norm-epsilon --dsa-indexer-k-norm-fp32"
+        " experimental_attention_variant_loss_scale_func",
+    ),
+    Refused(
+        feature="Kitchen's attention",
+        asks="--use-kitchen-attention",
+        field="use_kitchen_attention",
+        reason=_NOT_RUN,
+        parts="--kitchen-attention-backend",
+    ),
+    Refused(feature="Kitchen's linears", asks="use_kitchen", field="use_kitchen", reason=_NOT_RUN),
+    Refused(
+        feature="QK clipping",
+        asks="--qk-clip",
+        field="qk_clip",
+        reason="it scales the rows of whole heads, of which a rank holds a segment",
+        parts="--qk-clip-alpha --qk-clip-threshold",
+    ),
+    Refused(
+        feature="Largest attention logit in the log",
+        asks="--log-max-attention-logit",
+        field="log_max_attention_logit",
+        reason="it is the largest of the tokens that one rank attends for",
+    ),
+    Refused(
+        feature="Positions of three axes, and relative ones",
+        asks="--position-embedding-type",
+        field="position_embedding_type",
+        values=("mrope", "relative"),
+        reason="they belong to multimodal models and to T5",
+        parts="--mrope-section --relative-attention-num-buckets --relative-attention-max-distance",
+    ),
+    Refused(
+        feature="Batch-invariant kernels",
+        asks="--batch-invariant-mode",
+        field="batch_invariant_mode",
+        reason="gathered weights are multiplied by other kernels",
+    ),
+    Refused(
+        feature="Residual and norm in one kernel",
+        asks="--fused-residual-rmsnorm",
+        field="fused_residual_rmsnorm",
+        reason=_NOT_RUN,
+    ),
+)
+
+_PACKING = (
+    Refused(feature="Packed sequences (THD)", asks="--sft", field="sft", reason=_PACKED),
+    Refused(
+        feature="Masking between documents in the data loader",
+        asks="--dataloader-inter-document-masking",
+        field="dataloader_inter_document_masking",
+        reason=_PACKED,
+    ),
+    Refused(
+        feature="Packed sequences in reinforcement learning",
+        asks="--rl-use-sequence-packing",
+        field="rl_use_sequence_packing",
+        reason=_PACKED,
+        parts="--rl-sequence-packing-max-sequences-per-bin --rl-sequence-packing-algo",
+    ),
+    Refused(
+        feature="Hybrid context parallelism",
+        asks="--hybrid-context-parallel",
+        field="hybrid_context_parallel",
+        reason="it packs sequences, which cannot be dealt out by batch, nor by equal chunks",
+        parts="--max-seqlen-per-dp-cp-rank",
+    ),
+    Refused(
+        feature="Hierarchical context parallelism",
+        asks="--hierarchical-context-parallel-sizes",
+        field="hierarchical_context_parallel_sizes",
+        reason=_NOT_RUN,
+    ),
+)
+
+_NARROW = (
+    Refused(
+        feature="FP8",
+        asks="--fp8-format",
+        field="fp8",
+        reason=_SCALES,
+        parts="--fp8-recipe --fp8-quantizer-factory --fp8-margin --fp8-interval"
+        " --fp8-amax-history-len --fp8-amax-compute-algo --no-fp8-wgrad --fp8-output-proj"
+        " --first-last-layers-bf16 --num-layers-at-start-in-bf16 --num-layers-at-end-in-bf16"
+        " --fp8-param-gather --keep-fp8-transpose-cache --reuse-grad-buf-for-mxfp8-param-ag"
+        " --moe-router-padding-for-fp8 --moe-router-padding-for-quantization"
+        " --use-grouped-gemm-for-dense-mlp --no-stream-ckpt-dequant fp8_param tp_only_amax_red"
+        " activation_func_fp8_input_store disable_parameter_transpose_cache",
+    ),
+    Refused(
+        feature="FP8 attention",
+        asks="fp8_dot_product_attention",
+        field="fp8_dot_product_attention",
+        reason=_SCALES,
+        parts="fp8_multi_head_attention",
+    ),
+    Refused(
+        feature="FP4",
+        asks="--fp4-format",
+        field="fp4",
+        reason="gathered weights and exchanged heads have no FP4 scaling factors",
+        parts="--fp4-recipe --fp4-quantizer-factory --fp4-param-gather fp4_param",
+    ),
+    Refused(
+        feature="Precision by layer",
+        asks="--te-precision-config-file",
+        field="te_precision_config_file",
+        reason=_SCALES,
+    ),
+    Refused(
+        feature="Quantization by recipe",
+        asks="quant_recipe",
+        field="quant_recipe",
+        reason=_SCALES,
+    ),
+)
+
+_GRAPHS = (
+    Refused(
+        feature="CUDA graphs",
+        asks="--cuda-graph-impl",
+        field="cuda_graph_impl",
+        values=("local", "transformer_engine", "full_iteration"),
+        reason=_CAPTURED,
+        parts="--cuda-graph-warmup-steps --cuda-graph-scope --cuda-graph-modules cuda_graph_scope"
+        " cuda_graph_use_single_mempool cuda_graph_retain_backward_graph",
+    ),
+    Refused(
+        feature="CUDA graphs (old flag)",
+        asks="--enable-cuda-graph",
+        field="enable_cuda_graph",
+        reason=_CAPTURED,
+    ),
+    Refused(
+        feature="CUDA graphs of TransformerEngine (old flag)",
+        asks="--external-cuda-graph",
+        field="external_cuda_graph",
+        reason=_CAPTURED,
+    ),
+    Refused(
+        feature="CUDA graphs in reinforcement learning",
+        asks="--rl-training-cuda-graphs",
+        field="rl_training_cuda_graphs",
+        reason=_CAPTURED,
+    ),
+)
+
+_OTHER_MODELS = (
+    Refused(
+        feature="Heterogeneous layers",
+        asks="--heterogeneous-layers-config-path",
+        field="heterogeneous_layers_config_path",
+        reason="every layer is cut alike",
+        parts="hetereogenous_dist_checkpoint",
+    ),
+    Refused(
+        feature="Heterogeneous layers, encoded",
+        asks="--heterogeneous-layers-config-encoded-json",
+        field="heterogeneous_layers_config_encoded_json",
+        reason="every layer is cut alike",
+    ),
+    Refused(
+        feature="Heterogeneous layers of a config",
+        asks="heterogeneous_block_specs",
+        field="heterogeneous_block_specs",
+        reason="every layer is cut alike",
+    ),
+    Refused(
+        feature="Hybrid (Mamba) models",
+        asks="--hybrid-layer-pattern",
+        field="hybrid_layer_pattern",
+        reason="only GPT's decoder block is cut",
+        parts="--mtp-hybrid-override-pattern --mamba-state-dim --mamba-head-dim --mamba-num-groups"
+        " --mamba-num-heads --disable-mamba-mem-eff-path --mamba-training-ssm-states-dtype"
+        " --mamba-inference-conv-states-dtype --mamba-inference-ssm-states-dtype",
+    ),
+    Refused(
+        feature="Hybrid (Mamba) models, old flag",
+        asks="--hybrid-override-pattern",
+        field="hybrid_override_pattern",
+        reason="only GPT's decoder block is cut",
+    ),
+    Refused(
+        feature="Hybrid (Mamba) models of a config",
+        asks="--is-hybrid-model",
+        field="is_hybrid_model",
+        reason="only GPT's decoder block is cut",
+    ),
+)
+
+REFUSED = (*_ATTENTION, *_PACKING, *_NARROW, *_GRAPHS, *_OTHER_MODELS, *RUNS)
+
+REFUSED_BY_LAYER = (
+    RefusedByLayer(
+        feature="Cross attention",
+        where="helixify() on a spec that has it (T5's decoder)",
+        reason="its keys and values come from another stream, whose tokens are not dealt out",
+        test="tests/layers/test_layer_refusals.py::test_cross_attention_is_refused",
+    ),
+    RefusedByLayer(
+        feature="Packed sequences (THD) from an entry point of your own",
+        where="the first forward that is given packed_seq_params",
+        reason=_PACKED,
+        test="tests/layers/test_layer_refusals.py::test_packed_sequences_are_refused_in_a_layer",
+    ),
+    RefusedByLayer(
+        feature="A mask of padding, for MoE layers under weights with a batch split",
+        where="the first forward that is given padding_mask",
+        reason="it speaks of stock's tokens of a rank, and the block has others there",
+        test="tests/layers/test_layer_refusals.py"
+        "::test_a_mask_of_padding_is_refused_in_the_order_of_the_block",
+    ),
+    RefusedByLayer(
+        feature="Self-attention of a class of one's own",
+        where="helixify() on a spec that has it (--spec)",
+        reason="only megatron-core's SelfAttention is cut, whatever a class derived from it does",
+        test="tests/layers/test_layer_refusals.py::test_a_self_attention_of_ones_own_is_refused",
+    ),
+)

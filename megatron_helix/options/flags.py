@@ -1,0 +1,98 @@
+"""The helix flags, as Megatron's parser gets them."""
+
+import argparse
+from pathlib import Path
+from typing import NoReturn
+
+from megatron_helix.basics.errors import UserError
+from megatron_helix.exchange import strategy
+from megatron_helix.options.checks import CORE_ATTENTIONS
+
+DEVICES = ("auto", "cpu", "cuda")
+PHASES = ("train", "prefill")
+
+
+class FlagParser(argparse.ArgumentParser):
+    """Reads some flags beside which there are others, before Megatron's parser reads all."""
+
+    def __init__(self) -> None:
+        super().__init__(allow_abbrev=False, add_help=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse a value of the wrong kind in one line, where argparse prints all flags first.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(f"{message.removeprefix('argument ')}; correct that flag")
+
+
+def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the helix flags; an ``extra_args_provider`` of Megatron's parser."""
+    group = parser.add_argument_group(title="helix")
+    group.add_argument(
+        "--helix-m",
+        type=int,
+        metavar="M",
+        help="Segments every head's dimension is cut into. The tensor-parallel size is M * N.",
+    )
+    group.add_argument(
+        "--helix-n",
+        type=_count_or_auto,
+        metavar="N",
+        help="Head groups the attention heads are cut into. With --tensor-model-parallel-size, one"
+        " of M and N follows from the other; auto takes the largest N the heads allow, and is what"
+        " --helix-exchange, --helix-split or --helix-gather mean without M and N.",
+    )
+    group.add_argument(
+        "--helix-exchange",
+        default="auto",
+        help=f"What moves over the M segments of a head: {', '.join(strategy.EXCHANGES)}. auto"
+        " takes what sends the fewest bytes.",
+    )
+    group.add_argument(
+        "--helix-split",
+        default="auto",
+        help=f"Which tokens a rank attends for: {', '.join(strategy.SPLITS)}.",
+    )
+    group.add_argument(
+        "--helix-gather",
+        default=strategy.GATHERS[0],
+        help=f"How often the exchange weights gathers a weight: {', '.join(strategy.GATHERS)}."
+        " step keeps the gathered weights of a step over its micro-batches, 1/N of all weights.",
+    )
+    group.add_argument(
+        "--helix-core-attention",
+        default=CORE_ATTENTIONS[0],
+        help=f"What computes softmax(QK)V: {', '.join(CORE_ATTENTIONS)}. spec is that of the layer"
+        " spec, TransformerEngine's or the local one; flex is torch's FlexAttention, which keeps"
+        " scores out of memory at any head dimension. Works without M and N as well.",
+    )
+    group.add_argument(
+        "--helix-device",
+        default="auto",
+        help=f"{', '.join(DEVICES)}. auto is cuda; cpu runs Megatron on gloo ranks and fills in the"
+        " flags a CPU needs.",
+    )
+    group.add_argument(
+        "--helix-metrics",
+        type=Path,
+        metavar="DIR",
+        help="Write one JSON line a step and rank to DIR: loss, gradient norm, times, traffic.",
+    )
+    group.add_argument(
+        "--helix-phase",
+        default=PHASES[0],
+        help=f"What a step is: {', '.join(PHASES)}. prefill is the forward pass alone; needs"
+        " --helix-metrics.",
+    )
+    group.add_argument(
+        "--helix-profile",
+        action="store_true",
+        help="Run the last step under torch's profiler, for --helix-metrics.",
+    )
+    return parser
+
+
+def _count_or_auto(word: str) -> int | str:
+    return word if word == "auto" else int(word)

@@ -1,0 +1,1 @@
+"""The m x n partition: its arithmetic, its process groups, its tiles in checkpoints."""

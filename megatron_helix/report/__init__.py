@@ -1,0 +1,1 @@
+"""What is read of a finished experiment: tables, plots, graphs, comparison."""

@@ -1,0 +1,29 @@
+"""What the planner says of a run, to stand beside what was measured."""
+
+from dataclasses import replace
+from typing import Any
+
+from megatron_helix.experiment.config import ExperimentConfig
+from megatron_helix.experiment.runs import Run
+from megatron_helix.planner.time import predict
+from megatron_helix.verification import expectation
+
+
+def of_run(experiment: ExperimentConfig, run: Run) -> dict[str, Any] | None:
+    """TPS and TPOT of a run on the experiment's hardware, nothing hidden; None without hardware."""
+    if experiment.hardware is None:
+        return None
+    machine = experiment.hardware.scaled(experiment.world_size)
+    here = replace(expectation.deployment(experiment, run), phase=run.phase).check()
+    found = predict(here, machine)
+    return {
+        "tokens_per_s": found.tokens_per_s,
+        "tpot_ms": found.tpot_ms,
+        "source": "predicted",
+        "hardware": machine.name,
+    }
+
+
+def error(result: dict[str, Any], key: str) -> float:
+    """How far the prediction of a figure is off, relative to the measurement."""
+    return result["predicted"][key] / result[key] - 1 if result[key] else 0.0

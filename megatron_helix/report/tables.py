@@ -1,0 +1,277 @@
+"""The report's tables: headings and cells, formatted.
+
+Figures are measured, predicted or claimed; each table says which in its heading, and none stands in
+another's column.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_helix.experiment import decode
+from megatron_helix.experiment.config import ExperimentConfig
+from megatron_helix.experiment.metrics import PARTS
+from megatron_helix.experiment.results import (
+    Result,
+    baseline_of,
+    change,
+    decoded,
+    largest_difference,
+    significant,
+    trained,
+)
+from megatron_helix.experiment.runs import Run
+from megatron_helix.report import prediction
+from megatron_helix.verification import expectation
+
+Page = dict[str, Any]
+
+
+def of_report(experiment: ExperimentConfig, results: Sequence[Result]) -> list[Page]:
+    """All but the bytes, as the templates want them."""
+    loops, requests = trained(results), decoded(results)
+    return [
+        _source_table(experiment, results),
+        _layout_table(experiment),
+        *([_exactness_table(loops), _time_table(loops), _rate_table(loops)] if loops else []),
+        *([_decode_table(experiment, requests)] if requests else []),
+    ]
+
+
+def _source_table(experiment: ExperimentConfig, results: Sequence[Result]) -> Page:
+    """TPS and TPOT of every run, and beside them what is claimed and what was predicted."""
+    claims = {(claim.model, claim.layout, claim.phase): claim for claim in experiment.claims}
+    machine = experiment.hardware
+    heads = ["model", "layout", "phase"]
+    for figure in ("TPS", "TPOT ms"):
+        heads += [f"{figure}, claimed"] if claims else []
+        heads += [f"{figure}, predicted"] if machine else []
+        heads.append(f"{figure}, measured")
+        heads += ["prediction's error"] if machine else []
+    rows = []
+    for result in results:
+        base = baseline_of(result, results)
+        claimed, first = (
+            claims.get((one["model"], one["layout"], one["phase"])) for one in (result, base)
+        )
+        row = [result["model"], result["layout"], result["phase"]]
+        for key in ("tokens_per_s", "tpot_ms"):
+            if claims:
+                row.append(
+                    _claimed(getattr(claimed, key), getattr(first or claimed, key))
+                    if claimed
+                    else "-"
+                )
+            if machine:
+                row.append(_beside(result["predicted"][key], base["predicted"][key]))
+            row.append(_beside(result[key], base[key]))
+            if machine:
+                row.append(f"{prediction.error(result, key):+.0%}")
+        rows.append(row)
+    note = "In brackets: against the first layout."
+    if machine:
+        note = f"Predicted for {machine.name}, with no communication hidden. {note}"
+    if claims:
+        of = "; ".join(sorted({claim.of for claim in experiment.claims}))
+        note = f"Claimed figures are those of {of}. {note}"
+    return {"title": "Throughput and overhead", "note": note, "heads": heads, "rows": rows}
+
+
+def _beside(value: float, baseline: float) -> str:
+    return f"{significant(value)}{change(value, baseline)}"
+
+
+def _claimed(value: float, baseline: float) -> str:
+    """With the digits that were claimed."""
+    return f"{value:,.12g}{change(value, baseline)}"
+
+
+def _layout_table(experiment: ExperimentConfig) -> Page:
+    """What the names of the layouts stand for, with what ``auto`` takes in training."""
+    rows = []
+    for model in experiment.models:
+        for layout in experiment.layouts:
+            run = Run(model=model, layout=layout, phase="train", precision=experiment.precision)
+            here = expectation.deployment(experiment, run)
+            rows.append(
+                [
+                    model.name,
+                    layout.name,
+                    f"m={layout.m}, n={layout.n}" if layout.is_helix else f"TP={layout.tp}",
+                    f"{here.plan.exchange}, {here.plan.split} split" if here.cut.m > 1 else "-",
+                    *(str(size) for size in (layout.pp, here.batch_ranks, layout.cp)),
+                    str(layout.ep) if model.num_experts else "-",
+                    f"{layout.micro_batch} x {here.microbatches}",
+                ]
+            )
+    shapes = [
+        f"{model.name}: {model.num_layers} layers, hidden {model.hidden_size},"
+        f" {model.num_attention_heads} heads of {model.kv_channels} and {model.query_groups} query"
+        f" groups, MLP {model.ffn_hidden_size}"
+        + (
+            f", {model.num_experts} experts of which {model.moe_router_topk} a token"
+            if model.num_experts
+            else ""
+        )
+        for model in experiment.models
+    ]
+    return {
+        "title": "What is compared",
+        "note": "; ".join(shapes) + ". The layouts train from the same weights on the same data."
+        " Exchange: what is asked for or `auto` takes in training.",
+        "heads": [
+            *("model", "layout", "a layer's ranks", "exchange", "PP", "DP", "CP", "EP"),
+            "micro-batch x number",
+        ],
+        "rows": rows,
+    }
+
+
+def _exactness_table(results: Sequence[Result]) -> Page:
+    rows = []
+    for result in results:
+        base = baseline_of(result, results)
+        norms = largest_difference(result["grad_norms"], base["grad_norms"])
+        rows.append(
+            [
+                result["name"],
+                f"{result['losses'][0]:.6f}",
+                f"{result['losses'][-1]:.6f}",
+                *(
+                    ["baseline", "baseline"]
+                    if result is base
+                    else [
+                        f"{largest_difference(result['losses'], base['losses']):.1e}",
+                        f"{norms:.1e}" if result["grad_norms"] else "-",
+                    ]
+                ),
+            ]
+        )
+    return {
+        "title": "Same training",
+        "note": "Measured. Largest relative difference to the first layout over all steps.",
+        "heads": ["run", "first loss", "last loss", "loss differs by", "gradient norm differs by"],
+        "rows": rows,
+    }
+
+
+def _time_table(results: Sequence[Result]) -> Page:
+    rows = []
+    for result in results:
+        low, high = result["step_ms_spread"]
+        rows.append(
+            [
+                result["name"],
+                f"{result['step_ms']:,.1f} ({low:,.1f} to {high:,.1f})",
+                *(f"{milliseconds:,.1f}" for milliseconds in result["breakdown_ms"].values()),
+                "-" if result["hidden_ms"] is None else f"{result['hidden_ms']:,.1f}",
+            ]
+        )
+    return {
+        "title": "Where a step's time goes",
+        "note": "Measured, ms. Step: slowest rank, median (shortest to longest) of the steps after"
+        " the first. Parts: means over ranks and steps. Hidden: communication beside which the"
+        " rank computes, in no other column; of one step, by the profiler.",
+        "heads": ["run", "step", *(part.replace("_", " ") for part in PARTS), "hidden"],
+        "rows": rows,
+    }
+
+
+def _rate_table(results: Sequence[Result]) -> Page:
+    rows = []
+    for result in results:
+        slow, fast = (
+            result["tokens_per_s"] * result["step_ms"] / edge
+            for edge in reversed(result["step_ms_spread"])
+        )
+        rows.append(
+            [
+                result["name"],
+                f"{result['tokens_per_s']:,.0f} ({slow:,.0f} to {fast:,.0f})",
+                *(
+                    significant(result[key])
+                    for key in ("tpot_mean_ms", "tpot_ms", "tpot_p99_ms", "tpot_slowest_rank_ms")
+                ),
+                f"{result['tokens_per_s'] / result['world_size']:,.0f}",
+                f"{result['tflops_per_device']:.3g}",
+                "-" if result["mfu"] is None else f"{result['mfu']:.1%}",
+                f"{result['peak_memory_bytes'] / 1e6:,.0f}",
+            ]
+        )
+    on_cpu = results[0]["device"] == "cpu"
+    memory = (
+        "resident in a process, what it shares with others included"
+        if on_cpu
+        else "of the GPU's allocator"
+    )
+    return {
+        "title": "Rates and memory",
+        "note": "Measured. TPS: median over steps (slowest to fastest). TPOT: over steps; of the"
+        " slowest rank, the median. TFLOP/s and MFU: by the formula below. Peak memory: of the"
+        f" rank with most, {memory}.",
+        "heads": [
+            *("run", "TPS", "TPOT ms, mean", "TPOT ms, p50", "TPOT ms, p99"),
+            *("TPOT ms, slowest rank", "tokens/s/device", "TFLOP/s/device", "MFU"),
+            "peak memory, MB",
+        ],
+        "rows": rows,
+    }
+
+
+def _decode_table(experiment: ExperimentConfig, results: Sequence[Result]) -> Page:
+    request = decode.asked(experiment)
+    rows = [
+        [
+            result["name"],
+            f"{result['tokens_per_s']:,.0f}",
+            f"{result['ttft_ms']:,.1f}",
+            f"{result['itl_ms']:,.1f} / {result['itl_p50_ms']:,.1f} / {result['itl_p99_ms']:,.1f}",
+            significant(result["tpot_ms"]),
+            f"{max(result['kv_bytes']) / 1024:,.1f}",
+            f"{sum(result['sent_bytes'].values()) / 1024:,.1f}",
+            f"{sum(result['prefill_sent_bytes'].values()) / 1024:,.1f}",
+            f"{result['microbatches']}",
+        ]
+        for result in results
+    ]
+    return {
+        "title": "Decode",
+        "note": f"Measured: {request.sequences} sequences, prompts of {request.prompt_length}"
+        f" tokens, {request.output_length} new tokens of each, the first one by the prefill. TTFT:"
+        " from the start of the prefill to a sequence's first new token, mean over sequences."
+        " Inter-token latency: between two tokens of a sequence. KV cache: of the rank with most.",
+        "heads": [
+            *("run", "TPS", "TTFT ms", "inter-token latency ms, mean / p50 / p99", "TPOT ms"),
+            *("KV cache, KiB a rank", "sent in a decode step, KiB a rank"),
+            *("sent in the prefill, KiB a rank", "micro-batches"),
+        ],
+        "rows": rows,
+    }
+
+
+def of_bytes(results: Sequence[Result], cuts: dict[str, Any]) -> Page:
+    """Predicted and measured, by axis and kind; ``cuts`` have the predicted bytes of every run."""
+    rows = []
+    for result in results:
+        ranks = cuts[result["name"]]["ranks"] if cuts[result["name"]] else []
+        predicted: dict[str, float] = {}
+        for rank in ranks:
+            for key, value in rank["predicted_bytes"].items():
+                predicted[key] = predicted.get(key, 0) + value / len(ranks)
+        for key in sorted({*predicted, *result["sent_bytes"]}):
+            want, got = predicted.get(key, 0), result["sent_bytes"].get(key, 0)
+            if want or got:
+                axis, kind = key.split("/")
+                axis = (
+                    axis.replace("default_pg", "world")
+                    .removesuffix("_GROUP")
+                    .replace("_", " ")
+                    .lower()
+                )
+                cells = [result["name"], axis, kind.replace("_", " ")]
+                rows.append([*cells, f"{want:,.0f}", f"{got:,.0f}"])
+    return {
+        "title": "Bytes a rank sends in a step",
+        "note": "Mean over ranks.",
+        "heads": ["run", "axis", "collective", "predicted", "measured"],
+        "rows": rows,
+    }

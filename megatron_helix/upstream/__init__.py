@@ -1,0 +1,1 @@
+"""Every place where Megatron or torch is touched or stood in for."""

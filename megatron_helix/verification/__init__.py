@@ -1,0 +1,1 @@
+"""What a layout must be, before a run and after: expected, and checked."""

@@ -1,0 +1,122 @@
+"""The two ends of the ``activations`` exchange, by direct indexing of one canonical global tensor.
+
+Everything here is a copy of numbers, never arithmetic on them, so all comparisons are exact.
+"""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_helix.exchange.activations import context_to_segments, qkv_to_whole_heads
+from megatron_helix.partition.layout import HelixLayout
+from tests.distributed import run_distributed
+
+S, B = 8, 4  # tokens of a sequence, sequences
+
+HEADS = {
+    "mha": {"num_attention_heads": 4, "num_query_groups": 4},
+    "gqa": {"num_attention_heads": 8, "num_query_groups": 2},
+    "gqa_with_output_gate": {"num_attention_heads": 4, "num_query_groups": 2, "output_gate": True},
+}
+ROTARY = {
+    "no_rotary": {},
+    "rotary": {"rotary_dim": 16},
+    "partial_rotary": {"rotary_dim": 8},
+    "interleaved_rotary": {"rotary_dim": 16, "rotary_interleaved": True},
+}
+
+
+class Seen(NamedTuple):
+    """What one rank computed."""
+
+    qkv: torch.Tensor
+    qkv_grad: torch.Tensor
+    context: torch.Tensor
+    context_grad: torch.Tensor
+
+
+def numbered(*shape: int) -> torch.Tensor:
+    """A tensor in which every element is another integer (exact in double precision)."""
+    return torch.arange(torch.Size(shape).numel(), dtype=torch.float64).view(shape)
+
+
+def widths(layout: HelixLayout) -> tuple[int, int]:
+    """Columns of the whole QKV and of the whole context."""
+    d = layout.kv_channels
+    return layout.num_query_groups * layout.slots * d, layout.num_attention_heads * d
+
+
+def tile(whole: torch.Tensor, order: torch.Tensor, layout: HelixLayout, rank: int) -> torch.Tensor:
+    """A rank's stored columns of the canonical ``[s, b, width]``."""
+    return whole[..., order.chunk(layout.size)[rank]]
+
+
+def share(whole: torch.Tensor, layout: HelixLayout, rank: int, split: str) -> torch.Tensor:
+    """Whole heads of a rank's head group for its 1/m of the tokens."""
+    i, j = layout.coordinates(rank)
+    heads = whole.chunk(layout.n, dim=-1)[i]
+    if split == "batch":
+        return heads.chunk(layout.m, dim=1)[j]
+    return torch.cat(heads.chunk(layout.size)[j :: layout.m])  # every m-th chunk of the sequence
+
+
+def dim_group_of(layout: HelixLayout, rank: int) -> dist.ProcessGroup:
+    """A rank's dim group; every rank makes all of them, in one order."""
+    groups = [dist.new_group(layout.dim_group(i * layout.m)) for i in range(layout.n)]
+    return groups[layout.coordinates(rank)[0]]
+
+
+@pytest.mark.parametrize("split", ["batch", "sequence"])
+@pytest.mark.parametrize("rotary", ROTARY)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize(("m", "n"), [(2, 2), (4, 1)])
+def test_exchange_is_indexing_of_the_canonical_tensor(
+    m: int, n: int, heads: str, rotary: str, split: str
+) -> None:
+    layout = HelixLayout(m=m, n=n, kv_channels=16, **HEADS[heads], **ROTARY[rotary])
+    qkv, context = (numbered(S, B, width) for width in widths(layout))
+
+    def exchange() -> Seen:
+        rank = dist.get_rank()
+        dim_group = dim_group_of(layout, rank)
+
+        stored = tile(qkv, layout.qkv_rows(), layout, rank).requires_grad_()
+        whole = qkv_to_whole_heads(stored, layout, dim_group, split)
+        # Gradients arrive permuted in training: they have been through views of [s, b, heads, d].
+        gradient = share(-qkv, layout, rank, split)
+        whole.backward(gradient.transpose(0, 2).contiguous().transpose(0, 2))
+
+        mine = share(context, layout, rank, split).contiguous().requires_grad_()
+        segments = context_to_segments(mine, layout, dim_group, split)
+        gradient = tile(-context, layout.proj_columns(), layout, rank)
+        segments.backward(gradient.transpose(0, 2).contiguous().transpose(0, 2))
+        return Seen(whole.detach(), stored.grad, segments.detach(), mine.grad)
+
+    for rank, seen in enumerate(run_distributed(exchange, layout.size)):
+        assert torch.equal(seen.qkv, share(qkv, layout, rank, split))
+        assert torch.equal(seen.qkv_grad, tile(-qkv, layout.qkv_rows(), layout, rank))
+        assert torch.equal(seen.context, tile(context, layout.proj_columns(), layout, rank))
+        assert torch.equal(seen.context_grad, share(-context, layout, rank, split))
+
+
+@pytest.mark.parametrize("split", ["batch", "sequence"])
+@pytest.mark.parametrize("rotary", ROTARY)
+@pytest.mark.parametrize(("m", "n"), [(2, 2), (4, 1)])
+def test_the_two_ends_undo_each_other(m: int, n: int, rotary: str, split: str) -> None:
+    # As many packed heads in one's QKV (4 groups of 3 queries, key, value) as the other has heads.
+    shape = {"m": m, "n": n, "kv_channels": 16, **ROTARY[rotary]}
+    at_qkv = HelixLayout(num_attention_heads=12, num_query_groups=4, **shape)
+    at_context = HelixLayout(num_attention_heads=20, num_query_groups=20, **shape)
+    whole = numbered(S, B, 20 * 16)
+
+    def there_and_back() -> torch.Tensor:
+        rank = dist.get_rank()
+        dim_group = dim_group_of(at_qkv, rank)
+        mine = share(whole, at_context, rank, split).contiguous()
+        there = context_to_segments(mine, at_context, dim_group, split)
+        return qkv_to_whole_heads(there, at_qkv, dim_group, split)
+
+    for rank, back in enumerate(run_distributed(there_and_back, m * n)):
+        assert torch.equal(back, share(whole, at_context, rank, split))

@@ -1,0 +1,118 @@
+"""A slice of what ``helix fuzz`` tries, the same cases every time: helix gives stock's numbers."""
+
+from collections.abc import Iterator
+from functools import cache
+
+import pytest
+
+from megatron_helix.fuzz import report, trial
+from megatron_helix.fuzz.case import Case, parse
+from megatron_helix.fuzz.draw import draw
+from megatron_helix.fuzz.trial import Laboratory, Outcome
+from megatron_helix.options import arguments
+from megatron_helix.options.features.works import WORKS
+
+SEED, STREAM, CASES = 0, 400, 44
+WORLDS = (2, 4, 4, 6)  # of eight ranks one case costs as much as three of four
+
+# A layer spec may have no norm where the flags ask for one; then the scores exchange had one.
+FOUND = ("exchange=scores; --qk-l2-norm", "exchange=scores biasless experts=2 sp; --qk-l2-norm")
+
+ROWS = {example: row.feature for row in WORKS for example in row.examples}
+
+
+def aspects(case: Case) -> set[str]:
+    """What a case stands for."""
+    split = f", split {case.split}" if case.exchange != "scores" else ""
+    exchange = f"{case.exchange}{split}"
+    return {
+        exchange,
+        f"gather {case.gather}, {case.exchange}",
+        f"cut {case.m}x{case.n}",
+        f"stages {case.pp}, {exchange}",
+        f"replicas {case.dp > 1}, {case.exchange}",
+        f"checkpoint {case.deep}",
+        f"checkpoint {case.deep}, {case.exchange}",
+        f"experts {case.experts > 0}, {exchange}",
+        f"expert ranks {case.ep > 1} {case.etp > 1}",
+        f"stock on fewer ranks {case.stock_tp < case.tp}",
+        f"sequence parallel {case.sp}, {case.exchange}",
+        f"positions {case.positions}",
+        *(ROWS[feature] for feature in case.features),
+    }
+
+
+def runs(case: Case) -> bool:
+    """Whether helix takes the case."""
+    try:
+        arguments.complete(case.helix(), case.ranks(case.tp))
+    except ValueError:
+        return False
+    return True
+
+
+@cache
+def chosen() -> tuple[Case, ...]:
+    """Of the stream of draws those that show most for their cost, first what none shows yet."""
+    draws = [draw(SEED, number, worlds=WORLDS) for number in range(STREAM)]
+    left = {case: aspects(case) for case in draws}
+    picked: list[Case] = []
+    missing: set[str] = set()
+    while len(picked) < CASES:
+        missing = missing or set().union(*left.values())
+        best = max(left, key=lambda case: len(left[case] & missing) / cost(case))
+        if runs(best):
+            missing -= left[best]
+            picked.append(best)
+        del left[best]
+        if not any(shown & missing for shown in left.values()):
+            missing = set()
+    return tuple(picked)
+
+
+def cost(case: Case) -> float:
+    """Of its runs: what they set up, and what they train."""
+    ranks = case.ranks(case.tp) + case.ranks(case.stock_tp)
+    return ranks * (2 + 0.2 * case.layers * case.batches) * (2 if case.deep else 1)
+
+
+@pytest.fixture(scope="module")
+def laboratory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Laboratory]:
+    with Laboratory(tmp_path_factory.mktemp("slice") / "laboratory", max(WORLDS), 180.0) as here:
+        yield here
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[Case, Outcome]:
+    return {}
+
+
+@pytest.mark.parametrize("number", range(CASES))
+def test_helix_gives_stocks_numbers(
+    laboratory: Laboratory, outcomes: dict[Case, Outcome], number: int
+) -> None:
+    case = chosen()[number]
+    outcomes[case] = laboratory.attempt(case)
+    assert not outcomes[case].failed, report.describe(outcomes[case])
+    assert outcomes[case].status != trial.REFUSED
+
+
+@pytest.mark.parametrize("line", FOUND)
+def test_what_a_hunt_has_found_stays_mended(laboratory: Laboratory, line: str) -> None:
+    outcome = laboratory.attempt(parse(line))
+    assert outcome.status == trial.EQUAL, report.describe(outcome)
+
+
+def test_the_slice_shows_every_exchange_split_and_feature(outcomes: dict[Case, Outcome]) -> None:
+    equal = [case for case, outcome in outcomes.items() if outcome.status == trial.EQUAL]
+    assert len(equal) > CASES * 3 / 4
+    shown = set().union(*map(aspects, equal))
+    splits = ("auto", "batch", "sequence")
+    for exchange in ("auto", "activations", "weights"):
+        assert {f"{exchange}, split {split}" for split in splits} <= shown
+    assert {"scores", "gather step, weights"} <= shown
+    assert {f"checkpoint {deep}" for deep in ("stock", "helix", "turned")} <= shown
+    assert {f"experts True, weights, split {split}" for split in splits} & shown
+    assert {f"cut {cut}" for cut in ("2x1", "2x2", "4x1", "3x1", "3x2", "2x3", "6x1")} <= shown
+    features = {row.feature for row in WORKS if row.examples}
+    assert len(features & shown) >= 0.9 * len(features), features - shown

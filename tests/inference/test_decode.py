@@ -1,0 +1,400 @@
+"""Prefill and decode on a cache that is cut m x n: stock's tokens and logits, 1/T of its memory."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_helix.exchange import decode, strategy, traffic
+from megatron_helix.exchange.strategy import Choice
+from megatron_helix.inference.engine import Engine, cache_bytes, micro_batches
+from megatron_helix.inference.sampling import Sampling
+from megatron_helix.layers import vocabulary
+from megatron_helix.layers.layer_spec import (
+    helixify,
+    with_flex_attention,
+    with_sequence_parallel_norms,
+)
+from megatron_helix.layers.transformer_layer import block_shape
+from megatron_helix.partition.layout import HelixLayout
+from megatron_helix.recording.comm_ledger import CommLedger, install
+from tests.covering import covering
+from tests.cpu_config import cpu_config
+from tests.distributed import model_parallel, run_distributed
+
+VOCABULARY, NEW_TOKENS, POSITIONS = 256, 6, 64
+BATCHES = (1, 3, 8)
+# Logits are of order one; a roundoff of 6e-8 and sums over a hundred terms in another order.
+LOGIT_TOLERANCE = 1e-5
+
+AXES = {"TENSOR_MODEL_PARALLEL_GROUP": "tp", "HELIX_DIM_GROUP": "dim"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """Heads, and what else there is of attention."""
+
+    heads: int = 4
+    groups: int = 4
+    channels: int = 16
+    position: str = "rope"
+    more: dict[str, Any] = field(default_factory=dict)  # of TransformerConfig
+
+
+MODELS = {
+    "mha": Model(),
+    "gqa": Model(groups=2),
+    "mqa": Model(groups=1),
+    "gqa_16_2": Model(heads=16, groups=2),
+    "gated": Model(more={"attention_output_gate": True, "qk_layernorm": True}),
+    "sink": Model(position="learned_absolute", more={"softmax_type": "learnable"}),
+    "off_by_one": Model(groups=2, more={"softmax_type": "off-by-one"}),
+    # One layer with a window that is shorter than the prompts, and one without.
+    "window": Model(groups=2, more={"window_size": (3, 0), "window_attn_skip_freq": 2}),
+    "moe": Model(
+        more={
+            "num_moe_experts": 4,
+            "moe_ffn_hidden_size": 96,
+            "moe_router_topk": 2,
+            "moe_router_load_balancing_type": "none",
+            "moe_token_dispatcher_type": "alltoall",
+        }
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How ranks share the model; stock without m and n."""
+
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+    m: int = 0
+    n: int = 0
+    exchange: str = "auto"
+    split: str = "auto"
+    sequence_parallel: bool = False
+    microbatches: int = 1
+    flex: bool = False
+    batches: tuple[int, ...] = BATCHES
+
+    def partition(self, model: Model) -> HelixLayout:
+        return HelixLayout(
+            m=self.m or 1,
+            n=self.n or self.tp,
+            num_attention_heads=model.heads,
+            num_query_groups=model.groups,
+            kv_channels=model.channels,
+            rotary_dim=model.channels if model.position == "rope" else 0,
+            output_gate="attention_output_gate" in model.more,
+        )
+
+
+def helix(m: int, n: int, **how: Any) -> Layout:
+    """A helix layout."""
+    return Layout(tp=m * n, m=m, n=n, **how)
+
+
+@dataclass(kw_only=True)
+class Result:
+    """What one rank saw of one batch."""
+
+    tokens: torch.Tensor  # [b, total]
+    logits: list[torch.Tensor | None]
+    cache_bytes: int
+    step_bytes: list[dict[tuple[str, str], int]]  # of each decode step
+
+
+def prompts(batch: int) -> list[list[int]]:
+    """Prompts of unequal length, the shortest not a multiple of any number of ranks."""
+    generator = torch.Generator().manual_seed(batch)
+    lengths = [5 + 7 * i % 4 for i in range(batch)]
+    return [torch.randint(1, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
+
+
+def _draw(weight: torch.Tensor) -> torch.Tensor:
+    """A weight by its whole shape alone: the same whatever was drawn before it on this rank.
+
+    Large enough for tokens to depend on all that stands before them. Offsets are set below.
+    """
+    if weight.dim() == 1:
+        return weight
+    generator = torch.Generator().manual_seed(1000 * weight.size(0) + weight.size(1))
+    return torch.nn.init.normal_(weight, std=0.2, generator=generator)
+
+
+def _draw_embedding(weight: torch.Tensor) -> torch.Tensor:
+    """Not that of the LM head, which has the same shape."""
+    return torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(1))
+
+
+def _build(model: Model, layout: Layout) -> GPTModel:
+    """This rank's part of a model; the whole is the same for every layout."""
+    config = cpu_config(
+        num_layers=2,
+        hidden_size=64,
+        ffn_hidden_size=128,
+        num_attention_heads=model.heads,
+        num_query_groups=model.groups,
+        kv_channels=model.channels,
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=1,
+        pipeline_dtype=torch.float32,
+        sequence_parallel=layout.sequence_parallel,
+        add_bias_linear=False,
+        init_method=_draw,
+        output_layer_init_method=_draw,
+        embedding_init_method=_draw_embedding,
+        **model.more,
+    )
+    spec: Any = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm
+    )
+    if layout.flex:
+        spec = with_flex_attention(spec)
+    if layout.m:
+        choice = Choice(exchange=layout.exchange, split=layout.split)
+        spec = helixify(spec, layout.partition(model), choice)
+    spec = with_sequence_parallel_norms(spec, config)
+    gpt = GPTModel(
+        config,
+        spec,
+        VOCABULARY,
+        POSITIONS,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        position_embedding_type=model.position,
+    )
+    for name, offset in gpt.named_parameters():
+        if name.endswith("softmax_offset"):  # a head's number, whichever rank has it
+            heads = offset.numel()
+            first = parallel_state.get_tensor_model_parallel_rank() // (layout.m or 1) * heads
+            offset.data = torch.arange(first, first + heads, dtype=torch.float32) - 1
+    if layout.m > 1:
+        vocabulary.extend([gpt])
+    return gpt
+
+
+def _generate(model: Model, layout: Layout, batches: tuple[int, ...]) -> list[Result]:
+    """Greedy tokens for each batch, on this rank."""
+    results = []
+    with model_parallel(tp=layout.tp, pp=layout.pp, ep=layout.ep):
+        gpt = _build(model, layout)
+        engine = Engine(gpt, Sampling().sampler(torch.device("cpu"), VOCABULARY))
+        for batch in batches:
+            parts = micro_batches(prompts(batch), NEW_TOKENS, count=layout.microbatches, size=16)
+            steps = list(engine.prefill(parts))
+            ledger = CommLedger()
+            uninstall = install(ledger)
+            sent = []
+            for step in engine.decode(parts):
+                steps.append(step)
+                taken = ledger.take().items()
+                sent.append({(AXES.get(a, a), kind): t.sent_bytes for (a, kind), t in taken})
+            uninstall()
+            results.append(
+                Result(
+                    tokens=torch.cat([part.tokens for part in parts]),
+                    logits=[step.logits for step in steps],
+                    cache_bytes=cache_bytes(parts),
+                    step_bytes=sent,
+                )
+            )
+    return results
+
+
+Stock = Callable[[str], list[Result]]
+
+
+@pytest.fixture(scope="module")
+def stock() -> Stock:
+    """One stock rank, once for each model."""
+    runs: dict[str, list[Result]] = {}
+
+    def run(name: str) -> list[Result]:
+        if name not in runs:
+            (runs[name],) = run_distributed(_generate, 1, MODELS[name], Layout(), BATCHES)
+        return runs[name]
+
+    return run
+
+
+def _cases() -> list[tuple[str, Layout]]:
+    sp = {"sequence_parallel": True}
+    cases = [
+        (name, helix(m, n, split=split))
+        for name, m, n in [("mha", 2, 2), ("mha", 4, 1), ("gqa", 2, 2), ("mqa", 4, 1)]
+        for split in ("auto", "sequence")
+    ]
+    return [
+        *cases,
+        ("mha", helix(1, 4)),
+        ("mha", helix(2, 2, exchange="scores")),
+        ("mqa", helix(4, 1, exchange="scores", **sp)),
+        ("mha", helix(2, 2, exchange="weights", **sp)),
+        ("mha", helix(4, 1, exchange="weights", split="sequence", **sp)),
+        ("mqa", helix(4, 1, exchange="auto", **sp)),
+        ("gated", helix(2, 2)),
+        ("gated", helix(4, 1, split="sequence", **sp)),
+        ("sink", helix(2, 2)),
+        ("sink", helix(2, 2, split="sequence", **sp)),
+        ("off_by_one", helix(2, 2, split="sequence")),
+        *(("window", helix(2, 2, split=split)) for split in ("sequence", "auto")),
+        ("window", helix(4, 1, exchange="scores")),
+        ("window", helix(2, 2, split="sequence", flex=True, **sp)),
+        ("gqa", helix(2, 2, flex=True, **sp)),
+        ("gqa_16_2", helix(8, 2)),
+        ("gqa_16_2", helix(8, 2, exchange="weights", **sp)),
+        ("gqa_16_2", helix(8, 2, exchange="scores", batches=(3,))),
+    ]
+
+
+def _name(value: Any) -> str | None:
+    if not isinstance(value, Layout):
+        return None
+    sp = "-sp" if value.sequence_parallel else ""
+    flex = "-flex" if value.flex else ""
+    return f"{value.m}x{value.n}-{value.exchange}-{value.split}{sp}{flex}"
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(("name", "layout"), covering(_cases(), of=(0,)), ids=_name)
+def test_decode_is_as_stock(stock: Stock, name: str, layout: Layout) -> None:
+    """Tokens, logits at every step, the memory of the cache, and the bytes of every step."""
+    model = MODELS[name]
+    whole = [stock(name)[BATCHES.index(batch)] for batch in layout.batches]
+    ranks = run_distributed(_generate, layout.tp, model, layout, layout.batches)
+    for batch, expected, *found in zip(layout.batches, whole, *ranks, strict=True):
+        split = layout.split
+        if layout.exchange == "scores":
+            split = "none"
+        elif split == "auto":
+            split = strategy.cache_split(Choice(), layout.partition(model), batch)
+        for rank, result in enumerate(found):
+            where = f"batch {batch}, rank {rank}"
+            assert torch.equal(result.tokens, expected.tokens), where
+            assert_close(result.logits, expected.logits, where)
+            assert result.cache_bytes * layout.tp == expected.cache_bytes, where
+            if "qk_layernorm" not in model.more or split != "none":
+                assert_sends(result, model, layout, split, batch)
+
+
+def assert_close(found: list[Any], expected: list[Any], where: str) -> None:
+    """Logits of every step."""
+    assert len(found) == len(expected)
+    for step, (logits, reference) in enumerate(zip(found, expected, strict=True)):
+        error = (logits - reference).abs().max() / reference.abs().max()
+        assert error <= LOGIT_TOLERANCE, f"{where}, step {step}: off by {error:.1e}"
+
+
+def assert_sends(result: Result, model: Model, layout: Layout, split: str, batch: int) -> None:
+    """The closed form at every step: of the context it depends for scores only."""
+    shape = block_shape(
+        TransformerConfig(
+            num_layers=2, hidden_size=64, ffn_hidden_size=128, num_attention_heads=model.heads
+        )
+    )
+    start = min(map(len, prompts(batch)))
+    if split != "none":
+        assert all(sent == result.step_bytes[0] for sent in result.step_bytes)
+    for step, sent in enumerate(result.step_bytes):
+        expected = traffic.decode_bytes(
+            split,
+            layout.partition(model),
+            shape,
+            batch=batch,
+            vocabulary=VOCABULARY,
+            element_bytes=4,
+            positions=start + step + 1,
+        )
+        assert {key: count for key, count in sent.items() if count} == expected
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_say_something(stock: Stock, name: str) -> None:
+    """A model that repeats one token, or what another model says, would agree with too much."""
+    said = [tuple(row[-NEW_TOKENS:].tolist()) for row in stock(name)[-1].tokens]
+    assert len(set(said)) == len(said)
+    assert len({token for row in said for token in row}) > NEW_TOKENS
+    others = [other for other in MODELS if other != name]
+    assert all(not torch.equal(stock(name)[-1].tokens, stock(o)[-1].tokens) for o in others)
+
+
+@pytest.mark.parametrize("batch", [0, 1], ids=["one", "three"])
+def test_stock_keeps_replicas_where_there_are_fewer_groups_than_ranks(
+    stock: Stock, batch: int
+) -> None:
+    """What helix does away with: a stock rank holds 1/K of the cache, not 1/T."""
+    ranks = run_distributed(_generate, 4, MODELS["gqa"], Layout(tp=4), BATCHES[:2])
+    for found in ranks:
+        assert torch.equal(found[batch].tokens, stock("gqa")[batch].tokens)
+        assert found[batch].cache_bytes * 2 == stock("gqa")[batch].cache_bytes
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(tp=2, pp=2),
+        Layout(tp=2, pp=2, microbatches=4, sequence_parallel=True),
+        Layout(tp=1, pp=2, microbatches=2),
+        Layout(tp=2, pp=2, m=2, n=1, microbatches=2),
+        Layout(tp=2, pp=2, m=2, n=1, microbatches=8, sequence_parallel=True),
+    ],
+    ids=lambda layout: f"tp{layout.tp}-m{layout.m}-{layout.microbatches}",
+)
+def test_a_pipeline_says_the_same(stock: Stock, layout: Layout) -> None:
+    ranks = run_distributed(_generate, layout.tp * layout.pp, MODELS["mha"], layout, (8,))
+    for rank, (found,) in enumerate(ranks):
+        if rank < layout.tp or rank >= layout.tp * (layout.pp - 1):
+            assert torch.equal(found.tokens, stock("mha")[-1].tokens), f"rank {rank}"
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(tp=4, ep=4, sequence_parallel=True), helix(2, 2, ep=4, sequence_parallel=True)],
+    ids=["stock", "helix"],
+)
+def test_experts_on_all_ranks_say_the_same(stock: Stock, layout: Layout) -> None:
+    ranks = run_distributed(_generate, 4, MODELS["moe"], layout, BATCHES)
+    for found in ranks:
+        for result, expected in zip(found, stock("moe"), strict=True):
+            assert torch.equal(result.tokens, expected.tokens)
+            assert_close(result.logits, expected.logits, "moe")
+
+
+def _layouts() -> list[HelixLayout]:
+    heads: dict[str, int] = {"num_attention_heads": 4, "num_query_groups": 4, "kv_channels": 16}
+    return [HelixLayout(m=m, n=n, **heads) for m, n in [(2, 2), (4, 1), (4, 2), (2, 1)]]
+
+
+@pytest.mark.parametrize("layout", _layouts(), ids=lambda layout: f"{layout.m}x{layout.n}")
+def test_every_position_is_cached_once_and_evenly(layout: HelixLayout) -> None:
+    for prefilled in (layout.size, 3 * layout.size):
+        capacity = 5 * layout.size
+        shares = [
+            decode.cached_positions(layout, j, prefilled=prefilled, capacity=capacity)
+            for j in range(layout.m)
+        ]
+        assert torch.equal(torch.cat(shares).sort().values, torch.arange(capacity))
+        assert {len(share) for share in shares} == {capacity // layout.m}
+        assert all(torch.equal(share, share.sort().values) for share in shares)
+
+
+def test_a_cache_knows_its_rows() -> None:
+    positions = torch.tensor([1, 2, 6, 8])
+    cache = decode.SequenceCache(torch.zeros(4, 1, 1, 1), torch.zeros(4, 1, 1, 1), positions)
+    assert [cache.held(end) for end in (0, 1, 2, 7, 9)] == [0, 0, 1, 3, 4]
+    cache.write(5, torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1))
+    assert not cache.key.any()  # another rank's
+    cache.write(6, torch.ones(1, 1, 1, 1), 2 * torch.ones(1, 1, 1, 1))
+    assert cache.key.flatten().tolist() == [0, 0, 1, 0]
+    assert cache.value.flatten().tolist() == [0, 0, 2, 0]

@@ -1,0 +1,172 @@
+"""FlexAttention against stock ``DotProductAttention``: the same module, the same numbers.
+
+Forward only: torch has no backward pass of it on a CPU.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.utils import GlobalMemoryBuffer
+
+from megatron_helix.kernels.flex_attention import FlexAttention
+from megatron_helix.options import arguments
+from tests.cpu_config import cpu_config
+from tests.distributed import pretrain_launched, tiny_gpt
+
+S, B, H, D = 12, 3, 4, 16
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What Megatron makes with its process groups, and stock attention asks for."""
+    monkeypatch.setattr(parallel_state, "_GLOBAL_MEMORY_BUFFER", GlobalMemoryBuffer())
+    tracker = get_cuda_rng_tracker()
+    tracker.reset()
+    tracker.add("model-parallel-rng", 1)
+    yield
+    tracker.reset()
+
+
+def build(cls: Any, mask_type: AttnMaskType, **options: Any) -> Any:
+    """A core attention on one rank."""
+    config = cpu_config(
+        **{
+            **{"num_layers": 2, "hidden_size": H * D, "num_attention_heads": H},
+            **{"attention_dropout": 0.0, "masked_softmax_fusion": False},
+            **{"params_dtype": torch.float64, "attention_softmax_in_fp32": True},
+            **options,
+        }
+    )
+    alone = SimpleNamespace(tp=SimpleNamespace(size=lambda: 1))
+    return cls(config, 2, mask_type, "self", pg_collection=alone)
+
+
+def tensors(queries: int, keys: int, groups: int) -> list[torch.Tensor]:
+    """Query, key and value."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(queries, B, H, D), (keys, B, groups, D), (keys, B, groups, D)]
+    return [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def hidden(batch: int, queries: int, keys: int) -> torch.Tensor:
+    """A mask that leaves every query something to see."""
+    generator = torch.Generator().manual_seed(2)
+    mask = torch.rand(batch, 1, queries, keys, generator=generator) > 0.5
+    mask[..., 0] = False
+    return mask
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "causal": {},
+    "full": {"mask_type": AttnMaskType.no_mask},
+    "grouped queries": {"num_query_groups": 2},
+    "one query group": {"num_query_groups": 1},
+    "a mask for each sequence": {"mask": B, "mask_type": AttnMaskType.padding},
+    "a mask for all sequences": {"mask": 1, "mask_type": AttnMaskType.padding},
+    "one query": {"queries": 1},
+    "sliding window": {"window_size": (3, 0)},
+    "sliding window, fewer queries": {"window_size": (3, 0), "queries": 4},
+    "scaling by layer": {
+        "apply_query_key_layer_scaling": True,
+    },
+    "off-by-one softmax": {"softmax_type": "off-by-one"},
+    "learnable offset": {"softmax_type": "learnable", "num_query_groups": 2},
+}
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@torch.no_grad()
+def test_flex_is_stock(case: dict[str, Any]) -> None:
+    options = dict(case)
+    queries, masks = options.pop("queries", S), options.pop("mask", 0)
+    mask_type = options.pop("mask_type", AttnMaskType.causal)
+    stock, flex = build(DotProductAttention, mask_type, **options), None
+    flex = build(FlexAttention, mask_type, **options)
+    if options.get("softmax_type") == "learnable":
+        flex.load_state_dict(stock.state_dict())
+        assert stock.softmax_offset.abs().sum() > 0
+    inputs = tensors(queries, S, options.get("num_query_groups", H))
+    mask = hidden(masks, queries, S) if masks else None
+    expected = stock(*inputs, mask, attn_mask_type=mask_type)
+    actual = flex(*inputs, mask, attn_mask_type=mask_type)
+    assert actual.shape == expected.shape == (queries, B, H * D)
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.usefixtures("alone")
+@torch.no_grad()
+def test_a_chunk_sees_its_prefix() -> None:
+    """Bottom-right causal, which a sequence split asks for: the last rows of the whole."""
+    flex = build(FlexAttention, AttnMaskType.causal)
+    query, key, value = tensors(S, S, H)
+    whole = flex(query, key, value, None, attn_mask_type=AttnMaskType.causal)
+    kind = AttnMaskType.causal_bottom_right
+    chunk = flex(query[4:8], key[:8], value[:8], None, attn_mask_type=kind)
+    torch.testing.assert_close(chunk, whole[4:8])
+
+
+@pytest.mark.usefixtures("alone")
+def test_dropout_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^--attention-dropout: must be 0 .* got 0.1; set it"):
+        build(FlexAttention, AttnMaskType.causal, attention_dropout=0.1)
+
+
+@pytest.mark.usefixtures("alone")
+def test_packed_sequences_and_biases_are_refused() -> None:
+    flex = build(FlexAttention, AttnMaskType.causal)
+    with pytest.raises(ValueError, match=r"^--helix-core-attention: flex takes neither packed"):
+        flex(*tensors(S, S, H), None, attention_bias=torch.zeros(1))
+    with pytest.raises(ValueError, match=r"^--helix-core-attention: flex takes neither packed"):
+        flex(*tensors(S, S, H), None, packed_seq_params=object())
+
+
+def test_the_flag_puts_it_into_every_layer(
+    corpus_prefix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, where torch cannot train with it, the layers that asked for it run stock's."""
+    used = tmp_path / "used"
+
+    def asked(self: FlexAttention, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with used.open("a") as lines:
+            lines.write(f"{self.layer_number}\n")
+        return DotProductAttention.forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(FlexAttention, "forward", asked)  # ranks are forks
+    monkeypatch.setattr(arguments, "require_core_attention", lambda *args: None)
+    flags = tiny_gpt(corpus_prefix, "--helix-m", "2", "--helix-n", "1", train_iters=1)
+    pretrain_launched([*flags, "--helix-core-attention", "flex"], 2, tmp_path)
+    assert set(used.read_text().split()) == {"1", "2"}
+
+
+@pytest.mark.usefixtures("alone")
+@torch.no_grad()
+def test_an_offset_rounds_no_more_than_stock() -> None:
+    """In half precision, against stock in double; the formula has two roundings, as stock's."""
+    options = {"softmax_type": "learnable"}
+    half = {**options, "params_dtype": torch.bfloat16}
+    stock = build(DotProductAttention, AttnMaskType.causal, **half)
+    flex = build(FlexAttention, AttnMaskType.causal, **half)
+    exact = build(DotProductAttention, AttnMaskType.causal, **options)
+    for core in (flex, exact):
+        core.load_state_dict(stock.state_dict())
+    inputs = [x.bfloat16() for x in tensors(S, S, H)]
+    expected = exact(*(x.double() for x in inputs), None, attn_mask_type=AttnMaskType.causal)
+
+    def error(core: Any) -> float:
+        found = core(*inputs, None, attn_mask_type=AttnMaskType.causal)
+        assert found.dtype == torch.bfloat16
+        return float((found.double() - expected).norm() / expected.norm())
+
+    assert 0 < error(flex) <= 1.1 * error(stock)

@@ -1,0 +1,104 @@
+"""Every weight's gradient in half precision, exchange by exchange, against a rank in double.
+
+What is asked for is no difference from stock, whose sums are in another order, but that nothing is
+further from the truth than stock is: activations rounded on the way make most of either error.
+"""
+
+import dataclasses
+import math
+import re
+from collections import defaultdict
+from itertools import product
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_helix.exchange.plan import Plan
+from megatron_helix.exchange.strategy import Choice
+from megatron_helix.partition.layout import HelixLayout
+from tests import gradients_case
+from tests.block_case import Block
+from tests.covering import covering
+from tests.distributed import model_parallel, run_distributed
+from tests.gradients_case import Model, Tensors
+
+RANKS, MICRO_BATCHES = 8, 2
+PLANS = (
+    Plan(exchange="activations", split="batch"),
+    Plan(exchange="activations", split="sequence"),
+    Plan(exchange="weights", split="batch"),
+    Plan(exchange="weights", split="sequence"),
+    Plan(exchange="weights", split="batch", gather="step"),
+    Plan(exchange="scores", split="none"),
+)
+BLOCK = Block(
+    hidden=64,
+    ffn=128,
+    heads=8,
+    groups=8,
+    kv_channels=16,
+    bias=True,
+    more={"qk_layernorm": True, "softmax_type": "learnable"},
+)
+# As Megatron has it by default: main_grad of fp32 in bfloat16, of fp16 in fp16.
+DDP = {torch.bfloat16: {"grad_reduce_in_fp32": True}, torch.float16: {}}
+Errors = dict[str, float]
+
+
+def errors(dtype: torch.dtype, m: int) -> tuple[Errors, dict[str, Errors]]:
+    """Of stock, and of every plan: relative, by weight, over all layers and ranks."""
+    plain = Model(block=dataclasses.replace(BLOCK, dtype=torch.float64))
+    model = Model(block=dataclasses.replace(BLOCK, dtype=dtype), ddp=DDP[dtype])
+    layout, uncut = BLOCK.layout(m, RANKS // m), BLOCK.layout(1, RANKS)
+    with model_parallel(tp=RANKS):
+        alone = [dist.new_group([rank]) for rank in range(RANKS)][dist.get_rank()]
+        one = ProcessGroupCollection(tp=alone, cp=alone, pp=alone, embd=alone)
+        all_ranks = ProcessGroupCollection.use_mpu_process_groups()
+        whole = plain.build(one)
+        weights = model.drawn(whole, dtype)
+        plain.load(whole, weights, None)
+        exact = gradients_case.reference(whole, MICRO_BATCHES, model.words)
+
+        def found(plans: tuple[Plan | None, ...], cut: HelixLayout | None) -> dict[str, Errors]:
+            exchange = plans[0].exchange if plans[0] else "auto"
+            built = model.build(all_ranks, cut, Choice(exchange=exchange))
+            model.load(built, weights, cut or uncut)
+            wrapped = model.in_ddp(built)
+            results = {}
+            for plan in plans:
+                actual = gradients_case.step(wrapped, [plan] * MICRO_BATCHES, model.words)
+                expected = {name: model.part(name, exact[name], cut or uncut) for name in actual}
+                results[str(plan)] = _relative(actual, expected)
+            return results
+
+        (stock,) = found((None,), None).values()
+        scores = tuple(plan for plan in PLANS if plan.exchange == "scores")
+        others = tuple(plan for plan in PLANS if plan.exchange != "scores")
+        return stock, found(others, layout) | found(scores, layout)
+
+
+def _relative(actual: Tensors, expected: Tensors) -> Errors:
+    squares = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
+    for name, gradient in actual.items():
+        off, size = (gradient.double() - expected[name]).square().sum(), expected[name].square()
+        squares[re.sub(r"layers\.\d+", "layers", name)] += torch.stack([off, size.sum()])
+    for pair in squares.values():
+        dist.all_reduce(pair)
+    return {name: math.sqrt(off / size) for name, (off, size) in squares.items()}
+
+
+@pytest.mark.parametrize(("dtype", "m"), covering(product(DDP, [2, 4, 8])))
+def test_every_weights_gradient_is_as_near_to_the_truth_as_stocks(
+    dtype: torch.dtype, m: int
+) -> None:
+    stock, plans = run_distributed(errors, RANKS, dtype, m)[0]
+    assert len(plans) == len(PLANS)
+    for plan, of_plan in plans.items():
+        assert of_plan.keys() == stock.keys()
+        for weight, error in of_plan.items():
+            assert 0 < stock[weight] < 0.1, f"{weight}: rounding would be less"
+            assert error <= 2 * stock[weight], (
+                f"{plan}, {weight}: {error / stock[weight]:.2f} times"
+            )

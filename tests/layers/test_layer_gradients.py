@@ -1,0 +1,156 @@
+"""Transformer layers cut m x n on four ranks against Megatron's own on one, in double precision.
+
+Output, input gradient and the gradient of every weight of a block of two layers (a first and a last
+one, with what lies between), put together again from the shards.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel.schedules import custom_backward
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_helix.exchange.strategy import Choice
+from megatron_helix.layers.linear import finish_step
+from megatron_helix.partition.layout import HelixLayout
+from tests import block_case
+from tests.attention_case import OFFSET, TILED
+from tests.block_case import Block
+from tests.distributed import model_parallel, run_distributed
+
+S = 8
+BLOCKS = {
+    "plain": Block(bias=True, dtype=torch.float64),
+    "gated_gqa": Block(gated=True, heads=8, groups=2, dtype=torch.float64),
+    "gated_bias": Block(gated=True, bias=True, rope=False, dtype=torch.float64),
+    "qk_layer_norm": Block(bias=True, dtype=torch.float64, more={"qk_layernorm": True}),
+    "qk_rms_norm": Block(
+        dtype=torch.float64, more={"qk_layernorm": True, "normalization": "RMSNorm"}
+    ),
+    "learnable_softmax": Block(dtype=torch.float64, more={"softmax_type": "learnable"}),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """How four ranks share a block, and how many sequences they get."""
+
+    m: int
+    n: int
+    choice: Choice
+    batch: int = 4
+
+    def __str__(self) -> str:
+        words = [self.choice.exchange, self.choice.split, self.choice.gather]
+        return "-".join([f"{self.m}x{self.n}", *words, f"b{self.batch}"])
+
+
+CUTS = [
+    Cut(m=m, n=n, choice=Choice(exchange=exchange, split=split, gather=gather), batch=batch)
+    for m, n in ((2, 2), (4, 1))
+    for exchange, split, gather, batch in (
+        ("activations", "batch", "microbatch", 4),
+        ("activations", "sequence", "microbatch", 3),
+        ("weights", "batch", "microbatch", 4),
+        ("weights", "batch", "step", 4),
+        ("weights", "sequence", "microbatch", 3),
+        ("scores", "auto", "microbatch", 1),
+    )
+]
+Tensors = dict[str, torch.Tensor]
+
+
+def shard(whole: torch.Tensor, name: str, layout: HelixLayout, rank: int, gated: bool):
+    """A rank's part of a layer's weight."""
+    of_attention = name.partition("self_attention.")[2]
+    if of_attention in TILED:
+        axis, order = TILED[of_attention]
+        return whole.index_select(axis, order(layout).chunk(layout.size)[rank])
+    if of_attention == OFFSET:
+        return whole.chunk(layout.n)[layout.coordinates(rank)[0]]
+    if "linear_fc1" in name:
+        projections = whole.chunk(2) if gated else [whole]
+        return torch.cat([projection.chunk(layout.size)[rank] for projection in projections])
+    if "linear_fc2.weight" in name:
+        return whole.chunk(layout.size, dim=1)[rank]
+    return whole
+
+
+def summed_over_ranks(name: str, weight: torch.nn.Parameter) -> bool:
+    """The rule of megatron.core.distributed.finalize_model_grads."""
+    return getattr(weight, "sequence_parallel", False) or any(
+        norm in name for norm in ("q_layernorm", "k_layernorm")
+    )
+
+
+def compare(cut: Cut) -> dict[str, tuple[Tensors, Tensors]]:
+    """(expected, actual) by what it is, for every block; what a rank has. Runs in four ranks."""
+    results = {}
+    with model_parallel(tp=4):
+        rank = dist.get_rank()
+        alone = [dist.new_group([other]) for other in range(4)][rank]
+        one = ProcessGroupCollection(tp=alone, cp=alone, pp=alone)
+        four = ProcessGroupCollection.use_mpu_process_groups()
+        for name, block in BLOCKS.items():
+            layout = block.layout(cut.m, cut.n)
+            if block.groups % cut.n:
+                continue
+            whole = block_case.build(block, one)
+            part = block_case.build(block, four, layout, cut.choice)
+            mine = dict(part.named_parameters())
+            assert mine.keys() == dict(whole.named_parameters()).keys()
+            with torch.no_grad():
+                for key, weight in whole.named_parameters():
+                    weight.copy_(_random(sum(map(ord, key)), *weight.shape) / block.hidden**0.5)
+                    mine[key].copy_(shard(weight, key, layout, rank, block.gated))
+            x, y_grad = (_random(seed, S, cut.batch, block.hidden) for seed in (1, 2))
+            expected = _step(whole, block, x, y_grad)
+            actual = _step(part, block, x.chunk(4)[rank], y_grad.chunk(4)[rank])
+            for key in ("output", "input"):
+                expected[key] = expected[key].chunk(4)[rank]
+            for key, weight in mine.items():
+                if summed_over_ranks(key, weight):
+                    dist.all_reduce(actual[key])
+                expected[key] = shard(expected[key], key, layout, rank, block.gated)
+            results[name] = expected, actual
+    return results
+
+
+def _step(layers: torch.nn.ModuleList, block: Block, x: torch.Tensor, y_grad: torch.Tensor):
+    x = x.clone().requires_grad_()
+    y = block_case.run(layers, block, x, S)
+    custom_backward((y * y_grad).sum(), None)  # as Megatron's schedules call it
+    finish_step([layers])
+    grads = {name: weight.grad for name, weight in layers.named_parameters()}
+    return {"output": y.detach(), "input": x.grad, **grads}
+
+
+def _random(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@cache
+def results_of(cut: Cut) -> list[dict[str, tuple[Tensors, Tensors]]]:
+    """Of every rank and block, run together: forking ranks costs more than what they do."""
+    return run_distributed(compare, 4, cut)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+def test_cut_layers_are_whole_layers(cut: Cut, name: str) -> None:
+    # Two layers, a dozen sums of some hundred products: some thousand times the unit roundoff. It
+    # is that of double precision; `scores` keeps scores and statistics of norms in single.
+    single = cut.choice.exchange == "scores"
+    tolerance = 2000 * torch.finfo(torch.float32 if single else torch.float64).eps
+    for rank, of_rank in enumerate(results_of(cut)):
+        expected, actual = of_rank[name]
+        assert expected.keys() == actual.keys()
+        for key, tensor in expected.items():
+            assert actual[key].shape == tensor.shape, key
+            scale = tensor.abs().max()
+            assert scale > 0, f"{key}: nothing to compare"
+            error = (actual[key] - tensor).abs().max() / scale
+            assert error <= tolerance, f"rank {rank}, {key}: off by {error:.1e} of its largest"

@@ -1,0 +1,257 @@
+"""Predicted bytes against what the ledger counts in Megatron's own loop: every rank, every byte."""
+
+import dataclasses
+import json
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from megatron_helix import corpus
+from megatron_helix.exchange import traffic
+from megatron_helix.experiment import config
+from megatron_helix.planner.deployment import VOCAB_MULTIPLE, Deployment, Precision
+from megatron_helix.planner.traffic import AXES, step_bytes
+from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig
+from tests.covering import covering
+from tests.distributed import pretrain, run_distributed
+from tests.inference import test_decode
+
+QUICKSTART = config.load(Path("configs/experiments/quickstart.yaml"))
+
+TINY = {
+    "num_layers": 2,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "kv_channels": 16,
+    "ffn_hidden_size": 256,
+}
+EXPERTS = {"num_experts": 4, "moe_router_topk": 4}  # every token to every expert: nothing is routed
+MODELS = {
+    "dense": ModelConfig(name="dense", **TINY),
+    "swiglu": ModelConfig(name="swiglu", swiglu=True, **TINY),
+    "gqa": ModelConfig(name="gqa", num_query_groups=2, **TINY),
+    "learned": ModelConfig(name="learned", position_embedding_type="learned_absolute", **TINY),
+    "moe": ModelConfig(name="moe", **EXPERTS, **TINY),
+    "routed": ModelConfig(name="routed", num_experts=4, **TINY),
+}
+BATCH = BatchConfig(sequences=16, sequence_length=32)
+CUT = {"m": 2, "n": 2, "micro_batch": 4}
+WEIGHTS = {**CUT, "exchange": "weights", "split": "batch"}
+# With micro-batches of 8 embedding and head keep the block's token order: 256 > 256 / n tokens.
+WIDE = {**WEIGHTS, "micro_batch": 8}
+CASES = [
+    ("dense", 4, {"tp": 4, "micro_batch": 4}),
+    ("learned", 4, {"tp": 2, "pp": 2, "micro_batch": 4}),
+    ("dense", 4, {"tp": 2, "micro_batch": 4}),
+    ("dense", 8, {"tp": 2, "pp": 2, "micro_batch": 4, "distributed_optimizer": True}),
+    ("dense", 4, {**CUT, "exchange": "activations", "split": "batch"}),
+    ("dense", 4, {**CUT, "m": 1, "n": 4, "exchange": "activations", "split": "batch"}),
+    ("gqa", 4, {**CUT, "exchange": "activations", "split": "sequence"}),
+    ("dense", 4, {**CUT, "exchange": "scores"}),
+    ("dense", 4, {**WEIGHTS}),
+    ("gqa", 4, {**WEIGHTS, "split": "sequence", "gather": "step"}),
+    ("swiglu", 4, {**WIDE}),
+    ("dense", 4, {**WIDE, "m": 4, "n": 1, "gather": "step"}),
+    ("dense", 4, {**WEIGHTS, "m": 1, "n": 4}),
+    ("dense", 8, {**WIDE, "pp": 2}),
+    ("gqa", 8, {**WIDE, "pp": 2, "split": "sequence", "gather": "step"}),
+    ("dense", 8, {**WIDE, "distributed_optimizer": True}),
+    ("dense", 4, {**WEIGHTS, "m": 4, "n": 1, "split": "sequence", "micro_batch": 2}),
+    ("swiglu", 4, {**CUT, "m": 4, "n": 1, "exchange": "activations", "split": "batch"}),
+    ("moe", 4, {**CUT, "ep": 4, "exchange": "activations", "split": "sequence"}),
+    ("moe", 4, {**CUT, "ep": 4, "exchange": "scores"}),
+    ("moe", 4, {**WEIGHTS, "split": "sequence", "ep": 4}),
+    ("moe", 8, {"tp": 2, "pp": 2, "ep": 4, "micro_batch": 4}),
+    ("moe", 8, {"tp": 4, "ep": 2, "etp": 2, "micro_batch": 4, "distributed_optimizer": True}),
+    ("moe", 4, {"tp": 2, "etp": 2, "micro_batch": 4}),
+    ("moe", 4, {**WIDE, "ep": 4}),
+    ("moe", 8, {**WIDE, "ep": 4, "gather": "step", "distributed_optimizer": True}),
+]
+# Gradients are as wide as weights in fp16, and in fp32 in bf16; fp16 asks for overflows.
+HALF = [
+    ("dense", 4, {**WIDE, "m": 4, "n": 1, "gather": "step"}),
+    ("dense", 8, {"tp": 2, "pp": 2, "micro_batch": 4, "distributed_optimizer": True}),
+    ("dense", 8, {**WEIGHTS, "pp": 2}),
+    ("moe", 8, {"tp": 2, "pp": 2, "ep": 4, "micro_batch": 4}),
+    ("moe", 8, {"tp": 4, "ep": 2, "etp": 2, "micro_batch": 4, "distributed_optimizer": True}),
+]
+PRECISE = [
+    *((*case, "fp32") for case in CASES),
+    *((*case, precision) for case in HALF for precision in ("fp16", "bf16")),
+]
+Sent = dict[tuple[str, str], float]
+
+
+def _run(
+    model: ModelConfig,
+    layout: LayoutConfig,
+    batch: BatchConfig,
+    world_size: int,
+    prefix: Path,
+    folder: Path,
+    precision: Precision = "fp32",
+) -> list[Sent]:
+    """What each rank sent in the second step, from its ledger; the first one also sets up."""
+    length = str(batch.sequence_length)
+    flags = [
+        *("--helix-device", "cpu", *model.flags(), *layout.flags(model), *corpus.TOKENIZER_FLAGS),
+        *("--make-vocab-size-divisible-by", str(VOCAB_MULTIPLE)),
+        *("--seq-length", length, "--max-position-embeddings", length),
+        *("--global-batch-size", str(batch.sequences), "--train-iters", "2", "--lr", "1e-3"),
+        *("--data-path", str(prefix), "--split", "100,0,0", "--num-workers", "0"),
+        *("--eval-iters", "0", "--eval-interval", "1000"),
+        "--no-create-attention-mask-in-dataloader",
+        *{"fp32": [], "bf16": ["--bf16"], "fp16": ["--fp16", "--initial-loss-scale", "1024"]}[
+            precision
+        ],
+    ]
+    pretrain(flags, world_size, folder)
+    lines = [
+        json.loads((folder / "metrics" / f"rank{rank:02d}.jsonl").read_text().splitlines()[-1])
+        for rank in range(world_size)
+    ]
+    return [
+        {(e["axis"], e["kind"]): e["sent_bytes"] for e in line["traffic"] if e["sent_bytes"]}
+        for line in lines
+    ]
+
+
+def _predicted(
+    model: ModelConfig,
+    layout: LayoutConfig,
+    batch: BatchConfig,
+    world_size: int,
+    precision: Precision = "fp32",
+) -> list[Sent]:
+    return [
+        step_bytes(model, layout, batch, world_size=world_size, rank=rank, precision=precision)
+        for rank in range(world_size)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("model", "world_size", "layout", "precision"),
+    covering(PRECISE, of=(0, 1, 3)),
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else str(value),
+)
+def test_a_step_sends_what_is_predicted(
+    corpus_prefix: Path,
+    tmp_path: Path,
+    model: str,
+    world_size: int,
+    layout: dict,
+    precision: Precision,
+) -> None:
+    cut = LayoutConfig(name="case", **layout)
+    sent = _run(MODELS[model], cut, BATCH, world_size, corpus_prefix, tmp_path, precision)
+    assert sent == _predicted(MODELS[model], cut, BATCH, world_size, precision)
+
+
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    covering(product(QUICKSTART.models, QUICKSTART.layouts)),
+    ids=lambda value: value.name,
+)
+def test_the_quickstart_sends_what_is_predicted(
+    corpus_prefix: Path, tmp_path: Path, model: ModelConfig, layout: LayoutConfig
+) -> None:
+    batch, world_size = QUICKSTART.batch, QUICKSTART.world_size
+    sent = _run(model, layout, batch, world_size, corpus_prefix, tmp_path)
+    predicted = _predicted(model, layout, batch, world_size)
+    if model.num_experts:
+        _take_routed(sent, predicted)
+    assert sent == predicted
+
+
+def test_routing_moves_bytes_between_ranks_only(corpus_prefix: Path, tmp_path: Path) -> None:
+    layout = LayoutConfig(name="routed", tp=4, ep=4, micro_batch=4)
+    sent = _run(MODELS["routed"], layout, BATCH, 4, corpus_prefix, tmp_path)
+    predicted = _predicted(MODELS["routed"], layout, BATCH, 4)
+    _take_routed(sent, predicted)
+    assert sent == predicted
+
+
+def _take_routed(sent: list[Sent], predicted: list[Sent]) -> None:
+    """Check what depends on routing, and take it out.
+
+    How many rows a rank gets for its experts is up to the router, but every row comes from a rank
+    and goes back: summed over the ranks the bytes are what is predicted, and what a rank sends of
+    its own rows is half of its mean. The ledger rounds calls.
+    """
+    key = AXES["ep"], "all_to_all"
+    routed, expected = ([rank.pop(key) for rank in ranks] for ranks in (sent, predicted))
+    assert sum(routed) == pytest.approx(sum(expected), rel=1e-5)
+    assert min(routed) >= expected[0] / 2 * (1 - 1e-5)
+
+
+@pytest.mark.parametrize("model", ["dense", "gqa"])
+@pytest.mark.parametrize(
+    ("layout", "split"),
+    [
+        ({"tp": 2, "micro_batch": 4}, "batch"),
+        ({**CUT, "micro_batch": 4}, "batch"),
+        ({**CUT, "micro_batch": 1}, "sequence"),
+        ({"m": 4, "n": 1, "micro_batch": 2}, "sequence"),
+        ({**CUT, "exchange": "scores"}, "none"),
+    ],
+)
+def test_a_decode_step_is_the_closed_form_that_generation_is_held_to(
+    model: str, layout: dict, split: str
+) -> None:
+    """tests/inference/test_decode.py holds the same closed form against live decode steps."""
+    cut = LayoutConfig(name="case", **layout)
+    ranks = cut.tensor_parallel_size
+    batch = BatchConfig(sequences=cut.micro_batch, sequence_length=24)
+    here = Deployment(MODELS[model], cut, batch, ranks, "decode").check()
+    form = traffic.decode_bytes(
+        split,
+        here.cut,
+        here.block,
+        batch=cut.micro_batch,
+        vocabulary=here.vocabulary,
+        element_bytes=4,
+        positions=batch.sequence_length,
+    )
+    known = {"phase": "decode", "precision": "fp32"}
+    predicted = step_bytes(MODELS[model], cut, batch, world_size=ranks, rank=0, **known)
+    assert predicted == {(AXES[axis], kind): sent for (axis, kind), sent in form.items()}
+
+
+@pytest.mark.parametrize(
+    "layout", [test_decode.Layout(tp=4), test_decode.helix(2, 2)], ids=["stock", "helix"]
+)
+def test_in_decode_every_rank_sends_every_token_to_its_experts(layout: test_decode.Layout) -> None:
+    """Without sequence parallelism Megatron routes a token on each rank of a group anew."""
+    layout = dataclasses.replace(layout, ep=4, sequence_parallel=True)
+    routed = test_decode.MODELS["moe"]
+    model = ModelConfig(
+        name="moe",
+        num_layers=2,
+        hidden_size=64,
+        num_attention_heads=routed.heads,
+        kv_channels=routed.channels,
+        ffn_hidden_size=routed.more["moe_ffn_hidden_size"],
+        num_experts=routed.more["num_moe_experts"],
+        vocab_size=test_decode.VOCABULARY,
+    )
+    how = {"m": layout.m, "n": layout.n} if layout.m else {"tp": layout.tp}
+    cut = LayoutConfig(name="case", ep=4, micro_batch=8, **how)
+    batch = BatchConfig(sequences=8, sequence_length=16)
+    ranks = run_distributed(test_decode._generate, 4, routed, layout, (8,))
+    predicted = [
+        step_bytes(model, cut, batch, world_size=4, rank=rank, phase="decode", precision="fp32")
+        for rank in range(4)
+    ]
+    axes = {AXES[axis]: axis for axis in ("tp", "dim")}
+    wanted = [{(axes.get(a, a), k): sent for (a, k), sent in one.items()} for one in predicted]
+    for step in range(test_decode.NEW_TOKENS - 1):
+        sent = [
+            {key: count for key, count in found.step_bytes[step].items() if count}
+            for (found,) in ranks
+        ]
+        _take_routed(sent, [dict(one) for one in wanted])
+        assert sent == [
+            {key: count for key, count in one.items() if key != (AXES["ep"], "all_to_all")}
+            for one in wanted
+        ]

@@ -1,0 +1,139 @@
+"""What is read of a finished experiment: report, tables in a terminal, progress, comparison."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from megatron_helix.experiment import progress, results
+from megatron_helix.report import comparison, report, terminal
+from tests.experiment_case import DOCUMENT, Values, experiment
+
+
+def copied(source: Path, target: Path) -> None:
+    """What ``results.read`` needs."""
+    target.mkdir()
+    for name in ("experiment.json", "results.json", "verification.json"):
+        (target / name).write_bytes((source / name).read_bytes())
+
+
+def test_names_stay_whole_in_a_terminal_of_80_columns(finished: tuple[Path, Values]) -> None:
+    found = finished[1]["result_collection"]
+    for table in terminal.tables(found):
+        shown = io.StringIO()
+        Console(width=80, file=shown).print(table)
+        lines = [line.split() for line in shown.getvalue().splitlines()]
+        phases = [word for word in ("train", "prefill", "decode") if word in str(table.title)]
+        own = [one for one in found if one["phase"] in (phases or [one["phase"]])]
+        assert {one["layout"] for one in own} <= {line[0] for line in lines if line}
+
+
+def test_three_digits_say_what_a_figure_is() -> None:
+    printed = [results.significant(value) for value in (0.0, 0.00517, 0.188, 9.876, 52.34, 39426.4)]
+    assert printed == ["0", "0.00517", "0.188", "9.88", "52.3", "39,426"]
+
+
+def test_a_log_gets_lines_and_no_bars() -> None:
+    log = io.StringIO()
+    totals = {"execution_monitoring/a": 3}
+    with progress.shown(Console(file=log, width=40), totals) as (notify, advance):
+        assert advance is None
+        notify("input_preparation", "kept")
+        notify("execution_monitoring/a", "started")
+        notify("execution_monitoring/a", "done")
+    assert log.getvalue().splitlines() == [
+        "input_preparation: kept",
+        "execution_monitoring/a: 3 steps",
+        "execution_monitoring/a: done in 0 s",
+    ]
+
+
+def test_the_report_stands_alone_and_separates_claims(
+    finished: tuple[Path, Values], tmp_path: Path
+) -> None:
+    out, _ = finished
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 5
+    assert "http" not in page
+    assert "Verified:" in page
+    assert "context switches" in page  # what times on shared cores are worth
+    text = (out / "report.md").read_text()
+    assert "TPS, claimed | TPS, predicted | TPS, measured | prediction's error" in text
+    assert "| tiny | tp2_pp2 | train | 100,000 |" in text
+    assert "| tiny | helix_2x2 | train | 123,456 (+23.5%) |" in text
+    assert " | 0.5 (-37.5%) | " in text
+    assert "| tiny | helix_2x2 | prefill | - |" in text  # claimed is training
+    assert "| tiny | tp2_pp2 | TP=2 | - | 2 | 1 | 1 | - | 4 x 2 |" in text
+    assert "| tiny | helix_2x2 | m=2, n=2 | weights, batch split | 1 | 1 | 1 | - | 4 x 2 |" in text
+    assert "peak memory, MB" in text
+    assert "experiment.json (" in text
+    assert "Predicted for four slow ranks" in text
+    assert "inter-token latency ms, mean / p50 / p99" in text
+    assert "Claimed figures are those of another machine." in text
+    assert all((out / "plots" / name).exists() for name in ("tps_tpot.png", "losses.png"))
+
+
+def test_without_claims_there_is_no_column_of_them(
+    finished: tuple[Path, Values], tmp_path: Path
+) -> None:
+    out, _ = finished
+    copy = tmp_path / "copy"
+    copied(out, copy)
+    shutil.copytree(out / "nodes", copy / "nodes")
+    (copy / "experiment.json").write_text(experiment(claims=[], hardware=None).model_dump_json())
+    report.write(copy)
+    text = (copy / "report.md").read_text()
+    assert "| model | layout | phase | TPS, measured | TPOT ms, measured |" in text
+    assert "laimed figures" not in text
+
+
+def test_comparing_with_itself_finds_no_change(finished: tuple[Path, Values]) -> None:
+    out, _ = finished
+    made = comparison.table(out, out)
+    assert made.row_count == 6
+    assert "(4 cpu ranks, fp32)" in str(made.title)
+    for row in comparison.as_json(comparison.pairs(out, out)):
+        assert row["source"] == "measured"
+        for figure in ("tokens_per_s", "tpot_ms", "sent_bytes", "last_loss"):
+            assert row[figure][0] == row[figure][1]
+
+
+@pytest.mark.parametrize("what", ["models", "batch", "decode", "steps", "learning_rate"])
+def test_unequal_experiments_are_not_compared(
+    finished: tuple[Path, Values], tmp_path: Path, what: str
+) -> None:
+    other = {
+        "models": [{**DOCUMENT["models"][0], "ffn_hidden_size": 128}],
+        "batch": {"sequences": 16, "sequence_length": 32},
+        "decode": {**DOCUMENT["decode"], "output_length": 5},
+        "steps": 5,
+        "learning_rate": 0.5,
+    }
+    out = tmp_path / "other"
+    copied(finished[0], out)
+    (out / "experiment.json").write_text(experiment(**{what: other[what]}).model_dump_json())
+    with pytest.raises(ValueError, match=f"compare: {what} must be equal, got"):
+        comparison.pairs(finished[0], out)
+
+
+def test_unequal_or_unknown_data_are_not_compared(
+    finished: tuple[Path, Values], tmp_path: Path
+) -> None:
+    out = tmp_path / "other"
+    copied(finished[0], out)
+    with pytest.raises(ValueError, match=r"other must say what it was trained on"):
+        comparison.pairs(finished[0], out)
+    (out / "nodes").mkdir()
+    record = json.loads((finished[0] / "nodes" / "input_preparation.json").read_text())
+    record["files"]["data/python_stdlib.bin"][1] = "0"
+    (out / "nodes" / "input_preparation.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"the data of .* must be equal, and differ"):
+        comparison.pairs(finished[0], out)
+
+
+def test_an_unfinished_experiment_has_no_report(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"experiment\.json is missing; call `helix run"):
+        results.read(tmp_path)
