@@ -18,7 +18,7 @@ from megatron_helix.layers.layer_spec import (
     with_sequence_parallel_norms,
 )
 from megatron_helix.layers.linear import finish_step, link
-from megatron_helix.options import arguments
+from megatron_helix.options import arguments, parsed
 from megatron_helix.partition.layout import HelixLayout
 from megatron_helix.upstream import checkpoint_reader, patches
 
@@ -49,7 +49,7 @@ def enable(
     base = model_config.transformer_layer_spec or default_layer_spec
     layout = None
     if arguments.wants_helix(args):
-        layout = arguments.require_run(args, model_config, training=training)
+        layout = parsed.require_run(args, model_config, training=training)
         _prepare_checkpoints(args, layout)
         if layout.m == 1 and args.rank == 0:
             said = f"helix 1x{layout.n}: the heads divide; this is plain tensor parallelism"

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_helix.basics import errors, signals
-from megatron_helix.options import arguments, unavailable
+from megatron_helix.options import arguments, parsed, unavailable
 from megatron_helix.options.flags import FlagParser, add_helix_arguments
 from megatron_helix.recording import rank_files
 from megatron_helix.upstream import patches
@@ -84,10 +84,10 @@ def prepare(argv: Sequence[str], world_size: int, *, script: bool = False) -> li
     from megatron_helix.upstream import gpt_training  # noqa: F401  # slow: forked ranks inherit them
 
     patches.read_flag_help_once()
-    args = arguments.require_flags(argv)
+    args = parsed.require_flags(argv)
     if not script:
         unavailable.require_available(args, argv)
-        arguments.require_known(argv)
+        parsed.require_known(argv)
     arguments.require_data(argv)
     return argv
 

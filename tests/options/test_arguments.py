@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_helix import pretrain_gpt
-from megatron_helix.options import arguments
+from megatron_helix.options import arguments, parsed
 from tests.distributed import tiny_gpt
 
 TP = "--tensor-model-parallel-size"
@@ -216,8 +216,8 @@ def test_data_that_is_not_there_is_refused(corpus_prefix: Path, case: str) -> No
 def test_a_flag_that_nobody_knows_is_refused(corpus_prefix: Path) -> None:
     flags = tiny_gpt(corpus_prefix, "--no-such-flag", "4")
     with pytest.raises(ValueError, match=r"^--no-such-flag: must be a flag of Megatron's or"):
-        arguments.require_known(flags)
-    arguments.require_known(tiny_gpt(corpus_prefix))
+        parsed.require_known(flags)
+    parsed.require_known(tiny_gpt(corpus_prefix))
 
 
 def test_a_dataset_without_its_index_is_refused(tmp_path: Path) -> None:

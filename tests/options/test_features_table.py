@@ -17,7 +17,7 @@ from megatron.training.arguments import add_megatron_arguments
 from megatron.training.models.gpt import GPTModelConfig
 
 from megatron_helix import pretrain_gpt
-from megatron_helix.options import arguments
+from megatron_helix.options import arguments, parsed
 from megatron_helix.options.features import apart, page
 from megatron_helix.options.features.check import needs_order, require_compatible
 from megatron_helix.options.features.models import MODELS
@@ -103,7 +103,7 @@ def test_what_the_table_refuses_is_refused(row: Refused, corpus_prefix: Path) ->
     for flags in flags_of(row):
         argv = tiny_gpt(corpus_prefix, "--helix-m", "2", "--helix-n", "2", *flags)
         with pytest.raises(ValueError, match=rf"^{row.asks}.*: is refused .*; leave it away, or"):
-            arguments.require_flags(arguments.complete(argv, 4))
+            parsed.require_flags(arguments.complete(argv, 4))
 
 
 @pytest.mark.parametrize("row", FLAGGED, ids=lambda row: row.feature)
@@ -111,7 +111,7 @@ def test_nothing_is_refused_to_stock_megatron(row: Refused, corpus_prefix: Path)
     for flags in flags_of(row):
         for layout in ((), ("--helix-m", "1", "--helix-n", "4")):
             argv = tiny_gpt(corpus_prefix, *layout, *flags)
-            arguments.require_flags(arguments.complete(argv, 4))
+            parsed.require_flags(arguments.complete(argv, 4))
 
 
 def test_a_refusal_comes_before_any_rank_is_started(corpus_prefix: Path) -> None:
@@ -233,10 +233,10 @@ def test_another_entry_point_is_checked_as_well() -> None:
     transformer.fp8_dot_product_attention = True
     config = SimpleNamespace(transformer=transformer)
     with pytest.raises(ValueError, match=r"^fp8_dot_product_attention: is refused"):
-        arguments.require_run(argparse.Namespace(**vars(args)), config)
+        parsed.require_run(argparse.Namespace(**vars(args)), config)
     args.tensor_model_parallel_size = 2
     with pytest.raises(ValueError, match=r"must be --helix-m x --helix-n, got 2 and 2 x 2; give"):
-        arguments.require_run(argparse.Namespace(**vars(args)), config)
+        parsed.require_run(argparse.Namespace(**vars(args)), config)
 
 
 def test_the_page_is_the_table() -> None:

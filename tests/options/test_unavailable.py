@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_helix.options import arguments, unavailable
+from megatron_helix.options import parsed, unavailable
 from tests.distributed import tiny_gpt
 
 PACKED = ("--spec", "tests.packed_case", "layer_spec")
@@ -88,7 +88,7 @@ def said(*flags: str) -> str:
     """What is said of flags, in no words where they are taken."""
     argv = tiny_gpt(Path("corpus"), *flags)
     try:
-        unavailable.require_available(arguments.require_flags(argv), argv)
+        unavailable.require_available(parsed.require_flags(argv), argv)
     except ValueError as refusal:
         return str(refusal)
     return ""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_helix import corpus
-from megatron_helix.options import arguments
+from megatron_helix.options import parsed
 from megatron_helix.upstream import gpt_data
 from tests.distributed import pretrain, pretrain_launched, tiny_gpt
 
@@ -108,8 +108,7 @@ def test_a_flag_of_the_data_reaches_the_datasets(flag: str) -> None:
     plain, asked = (
         gpt_data._config(argparse.Namespace(**vars(args), rank=0, data_parallel_size=1))
         for args in (
-            arguments.require_flags(tiny_gpt(Path("corpus"), *words))
-            for words in ((), flag.split())
+            parsed.require_flags(tiny_gpt(Path("corpus"), *words)) for words in ((), flag.split())
         )
     )
     assert getattr(plain, field) != value
