@@ -21,7 +21,7 @@ from megatron_helix.experiment.config import ExperimentConfig
 from megatron_helix.experiment.dag import Made, Node, seen
 from megatron_helix.experiment.runs import Run
 from megatron_helix.launching import launchers
-from megatron_helix.report import prediction
+from megatron_helix.report import outlook, prediction
 from megatron_helix.run_config import ModelConfig
 from megatron_helix.verification import expectation
 
@@ -79,6 +79,7 @@ def check(experiment: ExperimentConfig) -> None:
             arguments.complete(runs.layout_flags(experiment, one), experiment.world_size)
         except UserError as error:
             raise UserError(f"{one.model.name}, layout {one.layout.name}: {error}") from None
+    outlook.rows(experiment)
 
 
 def nodes(
@@ -242,7 +243,8 @@ def _collect(
             result |= execution.utilisation(experiment, one, result["step_ms"])
         results.append({**result, "predicted": prediction.of_run(experiment, one)})
     path = out / "results.json"
-    files.write(path, json.dumps({"runs": results}, indent=2) + "\n")
+    document = {"runs": results, "outlook": outlook.rows(experiment)}
+    files.write(path, json.dumps(document, indent=2) + "\n")
     asked = out / "experiment.json"
     files.write(asked, experiment.model_dump_json(indent=1) + "\n")
     return Made(value=results, files=[path, asked])

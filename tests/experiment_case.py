@@ -61,6 +61,21 @@ DOCUMENT: dict[str, Any] = {
     # Ranks that are short of cores are held up long after the profiler has seen the end of a call.
     "verification": {"time_factor": 10.0, "busy_balance": 3.0},
 }
+DOCUMENT["outlook"] = {
+    "experiment": {
+        **{key: DOCUMENT[key] for key in ("models", "world_size", "claims")},
+        "name": "elsewhere",
+        "layouts": [
+            *({**layout, "micro_batch": 8} for layout in DOCUMENT["layouts"]),
+            {"name": "tp4", "tp": 4, "micro_batch": 8},
+        ],
+        "batch": {"sequences": 64, "sequence_length": 32},
+        "phases": ["train", "prefill"],
+        "steps": 1,
+        "device": "cpu",
+    },
+    "hardware": [DOCUMENT["hardware"], {**DOCUMENT["hardware"], "name": "four others"}],
+}
 Values = dict[str, Any]
 
 
@@ -68,6 +83,8 @@ def experiment(**changed: Any) -> ExperimentConfig:
     """The small experiment, changed; without its request where it has no phase for it."""
     if "decode" not in changed.get("phases", ["decode"]):
         changed["decode"] = None
+    if "layouts" in changed:  # the outlook has none of their names
+        changed.setdefault("outlook", None)
     return ExperimentConfig.model_validate({**DOCUMENT, **changed})
 
 

@@ -31,7 +31,7 @@ def run(
 
     from megatron_helix import workflow
     from megatron_helix.experiment import config, results
-    from megatron_helix.report import terminal
+    from megatron_helix.report import outlook, terminal
 
     console = Console(stderr=as_json)
     chosen = config.load(experiment, hardware)
@@ -40,9 +40,10 @@ def run(
     wrong = [f"not exact: {line}" for line in results.departures(chosen, found)]
     wrong += [f"not verified: {line}" for line in results.failures(checks)]
     if as_json:
-        typer.echo(json.dumps({"runs": found, "checks": checks, "wrong": wrong}, indent=2))
+        said = {"runs": found, "outlook": outlook.rows(chosen), "checks": checks, "wrong": wrong}
+        typer.echo(json.dumps(said, indent=2))
     else:
-        for table in terminal.tables(found):
+        for table in terminal.tables(chosen, found):
             console.print(table)
     for line in wrong or [f"verified: {results.verdict(chosen, found, checks)}"]:
         console.print(line, highlight=False)

@@ -5,7 +5,7 @@ An error names the file and the path of the key.
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
@@ -108,6 +108,7 @@ class ExperimentConfig(Config):
             hold for decode runs too.
         hardware: what to predict the runs for, beside measuring them; null predicts nothing.
         peak_tflops: of one device at that precision, for MFU; the device's datasheet says it.
+        outlook: what to predict beside, of layouts that run here, for what cannot run here.
     """
 
     name: str
@@ -129,6 +130,7 @@ class ExperimentConfig(Config):
     tolerance: Tolerance = Tolerance()
     verification: VerificationConfig = VerificationConfig()
     claims: tuple[Claim, ...] = ()
+    outlook: "OutlookConfig | None" = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> "ExperimentConfig":
@@ -146,6 +148,7 @@ class ExperimentConfig(Config):
             raise UserError(f"phases: must differ, got {', '.join(self.phases)}")
         self._require_decode()
         self._require_hardware()
+        self._require_outlook()
         if self.device == "cuda" and self.launcher.kind == "fork":
             raise UserError(
                 "launcher.kind: must be torchrun or slurm on cuda, got fork; a process that has"
@@ -196,6 +199,25 @@ class ExperimentConfig(Config):
                 " shorten one of the two"
             )
 
+    def _require_outlook(self) -> None:
+        if self.outlook is None:
+            return
+        other = self.outlook.experiment
+        there = {layout.name: layout for layout in other.layouts}
+        shared = [layout for layout in self.layouts if layout.name in there]
+        if not shared:
+            raise UserError(
+                "outlook.experiment: must have a layout of the same name, and has"
+                f" {', '.join(there)}; rename one"
+            )
+        for layout in shared:
+            changed = {"micro_batch": layout.micro_batch, "gather": layout.gather}
+            if there[layout.name].model_copy(update=changed) != layout:
+                raise UserError(
+                    f"outlook.experiment: {layout.name} must be the same layout there, but for"
+                    f" micro_batch and gather, and {other.name} has another one; rename it"
+                )
+
     def _require_hardware(self) -> None:
         machine = self.hardware
         if machine is None:
@@ -214,10 +236,23 @@ class ExperimentConfig(Config):
             )
 
 
+class OutlookConfig(Config):
+    """Another experiment, whose models and batch this one's layouts are predicted for.
+
+    Attributes:
+        experiment: with the layouts of the same names, and claims to stand beside.
+        hardware: machines to predict for, one after the other.
+    """
+
+    experiment: ExperimentConfig
+    hardware: list[Hardware] = Field(min_length=1)
+
+
 def load(path: Path, hardware: Path | None = None) -> ExperimentConfig:
     """Read an experiment file.
 
-    Models and hardware may be given by the path of their file, relative to it, as the data is.
+    Models, hardware and outlook may be given by the paths of their files, relative to it, as the
+    data is.
 
     Args:
         path: of the file.
@@ -228,15 +263,22 @@ def load(path: Path, hardware: Path | None = None) -> ExperimentConfig:
     """
     document = read_mapping(path)
     if isinstance(document.get("models"), list):
-        document["models"] = [
-            read_mapping(path.parent / model) if isinstance(model, str) else model
-            for model in document["models"]
-        ]
+        document["models"] = _read_all(path, document["models"])
     if hardware:
         document["hardware"] = read_mapping(hardware)
     elif isinstance(document.get("hardware"), str):
         document["hardware"] = read_mapping(path.parent / document["hardware"])
+    if isinstance(outlook := document.get("outlook"), dict):
+        if isinstance(outlook.get("experiment"), str):
+            outlook["experiment"] = load(path.parent / outlook["experiment"])
+        if isinstance(machines := outlook.get("hardware"), list):
+            outlook["hardware"] = _read_all(path, machines)
     if isinstance(document.get("data"), str):
         document["data"] = path.parent / document["data"]
         corpus.require_dataset(document["data"], f"{path}: data")
     return validated(ExperimentConfig, document, path)
+
+
+def _read_all(path: Path, items: list[Any]) -> list[Any]:
+    """The items, and what is in their files where they are paths relative to ``path``."""
+    return [read_mapping(path.parent / one) if isinstance(one, str) else one for one in items]

@@ -50,6 +50,7 @@ class RunMetrics:
             step; None without one.
         peak_memory_bytes: most that a rank has held: of a GPU's allocator, or resident of the
             process, which counts what forked ranks share.
+        weight_bytes: of the weights that the rank with most of them holds.
         sent_bytes: by axis and kind, sent by one rank in one step; mean over ranks.
         loss_scales: of every step; None without loss scaling.
         skipped_steps: updates that overflowed and were left out.
@@ -69,6 +70,7 @@ class RunMetrics:
     breakdown_ms: dict[str, float]
     hidden_ms: float | None
     peak_memory_bytes: int
+    weight_bytes: int
     sent_bytes: dict[str, float]
     loss_scales: list[float | None]
     skipped_steps: int
@@ -124,6 +126,10 @@ def read(folder: Path) -> RunMetrics:
         breakdown_ms=_breakdown(counted),
         hidden_ms=statistics.mean(hidden) * 1e3 if hidden else None,
         peak_memory_bytes=max(lines[-1].get("peak_memory_bytes", 0) for lines in ranks),
+        weight_bytes=max(
+            (json.loads(f.read_text())["weight_bytes"] for f in files.of_ranks(folder, ".json")),
+            default=0,
+        ),
         sent_bytes=_mean_of([_sent(line) for line in counted[-1]]),
         loss_scales=[_said(step, "loss_scale") for step in steps],
         skipped_steps=sum(any(line["skipped"] for line in step) for step in steps),

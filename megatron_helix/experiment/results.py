@@ -9,11 +9,23 @@ from megatron_helix.basics import files
 from megatron_helix.basics.errors import UserError
 from megatron_helix.experiment.config import ExperimentConfig
 from megatron_helix.experiment.dag import read_record
+from megatron_helix.planner.book import AXES
 from megatron_helix.run_config import validated
 
 Result = dict[str, Any]
 
 _OF_RUNS = {"name", "model", "layout", "phase", "tokens_per_s", "tpot_ms", "sent_bytes", "commit"}
+# The ledger's axes, as a reader knows them; what is rare, or over all ranks, is one.
+AXIS_NAMES = {
+    AXES["dim"]: "dim",
+    AXES["head"]: "head",
+    AXES["tp"]: "tensor",
+    AXES["cp"]: "context",
+    AXES["pp"]: "pipeline",
+    AXES["ep"]: "experts",
+    AXES["dp"]: "data",
+    "": "other",
+}
 _OF_CHECKS = {"check", "run", "passed", "detail"}
 
 
@@ -85,6 +97,16 @@ def trained(results: Sequence[Result]) -> list[Result]:
 def decoded(results: Sequence[Result]) -> list[Result]:
     """Those of the decode phase."""
     return [result for result in results if result["phase"] == "decode"]
+
+
+def by_axis(result: Result) -> dict[str, float]:
+    """Bytes that a rank sent in a step, by :data:`AXIS_NAMES`; axes that sent none are left out."""
+    sums: dict[str, float] = {}
+    for key, sent in result["sent_bytes"].items():
+        if sent:
+            name = AXIS_NAMES.get(key.split("/")[0], AXIS_NAMES[""])
+            sums[name] = sums.get(name, 0.0) + sent
+    return sums
 
 
 def largest_difference(values: list[float], baseline: list[float]) -> float:

@@ -32,6 +32,11 @@ def describe(model: list[torch.nn.Module]) -> dict[str, Any]:
             for chunk, part in enumerate(model)
             for name, parameter in part.named_parameters()
         },
+        "weight_bytes": sum(
+            parameter.numel() * parameter.element_size()
+            for part in model
+            for parameter in part.parameters()
+        ),
         "attention": [
             {
                 "layer": layer,

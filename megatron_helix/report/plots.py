@@ -2,13 +2,14 @@
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from megatron_helix.experiment.metrics import PARTS
-from megatron_helix.experiment.results import decoded, significant, trained
+from megatron_helix.experiment.results import AXIS_NAMES, by_axis, decoded, significant, trained
+from megatron_helix.report import outlook
 
 _COLOURS = ("#0072b2", "#e69f00", "#56b4e9", "#999999", "#009e73", "#cc79a7", "#d55e00", "#f0e442")
 _WIDTH = 8.0
@@ -17,38 +18,56 @@ _HATCHES = ("", "///", "...", "xx")  # where there is no colour in print
 _READABLE = 8  # figures in a row of a heat map that stand apart
 _DARK = 0.45  # luminance of a tile on which white is read better than black
 
-Pictures = list[tuple[str, Path]]
 
+class Picture(NamedTuple):
+    """A picture in a file.
 
-def draw(found: dict[str, Any], folder: Path) -> Pictures:
-    """Draw everything that :func:`report.read` has found.
-
-    Returns:
-        Titles and files.
+    Attributes:
+        title: what it shows.
+        path: of the file.
+        is_timed: whether it shows what clocks said.
     """
+
+    title: str
+    path: Path
+    is_timed: bool
+
+
+def draw(found: dict[str, Any], folder: Path) -> list[Picture]:
+    """Draw everything that :func:`report.read` has found."""
     logging.getLogger("matplotlib").setLevel(logging.WARNING)  # its cache of fonts is no news
     folder.mkdir(parents=True, exist_ok=True)
     results, checks = found["results"], found["verification"]
-    pictures = [("TPS and TPOT, measured", "tps_tpot.png", _bars(results))]
-    if loops := trained(results):
-        pictures += [
-            ("Where a step's time goes, measured", "breakdown.png", _breakdown(loops)),
-            ("Loss of every step", "losses.png", _losses(loops)),
-        ]
-    if requests := decoded(results):
-        title = "Time to the first token and between tokens, measured"
-        pictures.append((title, "decode.png", _latencies(requests)))
+    drawn: list[Picture] = []
+
+    def add(title: str, name: str, figure: Figure, *, is_timed: bool) -> None:
+        figure.savefig(folder / name, dpi=_DPI)
+        drawn.append(Picture(title, folder / name, is_timed))
+
+    loops, requests = trained(results), decoded(results)
+    if loops:
+        title = "Bytes that a rank sends in a step, counted"
+        add(title, "bytes.png", _sent(loops), is_timed=False)
+    if rows := outlook.claimed(outlook.rows(found["experiment"])):
+        title = "The same layouts on GPUs: predicted, and claimed by others"
+        add(title, "outlook.png", _outlook(rows), is_timed=False)
+    if loops:
+        add("Loss of every step", "losses.png", _losses(loops), is_timed=False)
     helix = [
         (check, found["cuts"][check["run"]])
         for check in checks
         if check["check"] == "load" and found["cuts"][check["run"]]["m"]
     ]
     if helix:
-        pictures.append(("Load of every rank, over the mean", "load.png", _load(helix)))
-    drawn = []
-    for title, name, figure in pictures:
-        figure.savefig(folder / name, dpi=_DPI)
-        drawn.append((title, folder / name))
+        title = "Load of every rank, over the mean"
+        add(title, "load.png", _load(helix), is_timed=False)
+    add("TPS and TPOT, measured", "tps_tpot.png", _bars(results), is_timed=True)
+    if loops:
+        title = "Where a step's time goes, measured"
+        add(title, "breakdown.png", _breakdown(loops), is_timed=True)
+    if requests:
+        title = "Time to the first token and between tokens, measured"
+        add(title, "decode.png", _latencies(requests), is_timed=True)
     return drawn
 
 
@@ -121,6 +140,82 @@ def _breakdown(results: list[dict[str, Any]]) -> Figure:
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=len(PARTS), frameon=False, fontsize=9)
     return figure
+
+
+def _sent(results: list[dict[str, Any]]) -> Figure:
+    """A bar a run, with a piece for each axis."""
+    figure, ((axes,),) = _figure(1, 1, 0.55 * len(results) + 1.6)
+    sent = [by_axis(result) for result in results]
+    left = [0.0] * len(results)
+    places = range(len(results))
+    for name, colour in zip(AXIS_NAMES.values(), _COLOURS, strict=True):
+        values = [own.get(name, 0.0) / 1e6 for own in sent]
+        if any(values):
+            look = {"label": name, "color": colour, "edgecolor": "white", "lw": 0.5}
+            axes.barh(places, values, left=left, **look)
+            left = [a + b for a, b in zip(left, values, strict=True)]
+    for place, value in zip(places, left, strict=True):
+        axes.text(value, place, f" {significant(value)}", va="center", fontsize=8)
+    axes.set_yticks(places, [_label(result) for result in results], fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set_xlabel("MB, mean over ranks")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=len(AXIS_NAMES), frameon=False, fontsize=9)
+    return figure
+
+
+def _outlook(rows: list[outlook.Row]) -> Figure:
+    """A panel for each model and phase: what is predicted for each machine, and what is claimed."""
+    cases = list(dict.fromkeys((row["model"], row["phase"]) for row in rows))
+    machines = list(dict.fromkeys(row["hardware"] for row in rows))
+    layouts = list(dict.fromkeys(row["layout"] for row in rows))
+    figure, grid = _figure(len(cases), 2, 0.36 * len(layouts) * (len(machines) + 1) + 1.6)
+    looks = [*((f"predicted, {name}", name) for name in machines), ("claimed", None)]
+    thickness = 0.8 / len(looks)
+    for panels, case in zip(grid, cases, strict=True):
+        own = [row for row in rows if (row["model"], row["phase"]) == case]
+        for axes, key, unit in (
+            (panels[0], "tokens_per_s", "TPS (tokens/s), more is better"),
+            (panels[1], "tpot_ms", "TPOT (ms), less is better"),
+        ):
+            for number, (label, machine) in enumerate(looks):
+                values = [_figure_of(own, layout, machine, key) for layout in layouts]
+                places = [place + number * thickness for place in range(len(layouts))]
+                hatch = "" if machine else "///"
+                bars = axes.barh(
+                    places,
+                    values,
+                    thickness,
+                    label=label,
+                    color=_COLOURS[number] if machine else "white",
+                    edgecolor="black",
+                    hatch=hatch,
+                    lw=0.5,
+                )
+                words = [significant(value) if value else "" for value in values]
+                axes.bar_label(bars, words, padding=3, fontsize=7)
+            middle = thickness * (len(looks) - 1) / 2
+            ticks = [place + middle for place in range(len(layouts))]
+            axes.set_yticks(ticks, layouts if axes is panels[0] else [""] * len(layouts), size=8)
+            axes.invert_yaxis()
+            axes.margins(x=0.25)
+            axes.locator_params(axis="x", nbins=4)
+            axes.xaxis.set_major_formatter("{x:,.12g}")
+            axes.set_xlabel(unit, fontsize=8)
+            axes.spines[["top", "right"]].set_visible(False)
+        panels[0].set_title(" ".join(case), fontsize=10, loc="left")
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+    return figure
+
+
+def _figure_of(rows: list[outlook.Row], layout: str, machine: str | None, key: str) -> float:
+    """A machine's prediction; without a machine what is claimed, 0 for nothing."""
+    own = [row for row in rows if row["layout"] == layout]
+    if machine is None:
+        return (own[0]["claimed"] or {}).get(key, 0.0) if own else 0.0
+    return next((row[key] for row in own if row["hardware"] == machine), 0.0)
 
 
 def _losses(results: list[dict[str, Any]]) -> Figure:

@@ -11,7 +11,7 @@ from megatron_helix.experiment.config import ExperimentConfig
 from megatron_helix.experiment.dag import digest
 from megatron_helix.experiment.results import Result, departures, failures, read, verdict
 from megatron_helix.planner.flops import FORMULA
-from megatron_helix.report import tables
+from megatron_helix.report import counted, plots, timed
 from megatron_helix.report.terminal import CPU_NOTE
 
 
@@ -21,11 +21,8 @@ def write(out: Path) -> list[Path]:
     Returns:
         The files.
     """
-    from megatron_helix.report import plots
-
     found = read(out)
-    pictures = plots.draw(found, out / "plots")
-    content = _content(found)
+    content = _content(found, plots.draw(found, out / "plots"), out)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("megatron_helix.report"),
         trim_blocks=True,
@@ -33,26 +30,26 @@ def write(out: Path) -> list[Path]:
         autoescape=jinja2.select_autoescape(["html.j2"]),
         undefined=jinja2.StrictUndefined,
     )
-    embedded = [
-        {
-            "title": title,
-            "path": path.relative_to(out),
-            "base64": base64.b64encode(path.read_bytes()).decode(),
-        }
-        for title, path in pictures
-    ]
     written = []
     for name in ("report.md", "report.html"):
-        page = environment.get_template(f"{name}.j2").render(**content, pictures=embedded)
+        page = environment.get_template(f"{name}.j2").render(**content)
         files.write(out / name, page)
         written.append(out / name)
-    return [*written, *(path for _, path in pictures)]
+    return [*written, *sorted((out / "plots").glob("*.png"))]
 
 
-def _content(found: dict[str, Any]) -> dict[str, Any]:
-    """What the templates print: headings and cells, formatted."""
+def _content(found: dict[str, Any], pictures: list[plots.Picture], out: Path) -> dict[str, Any]:
+    """What the templates print: headings and cells, formatted; what the device can show first."""
     experiment: ExperimentConfig = found["experiment"]
     results: list[Result] = found["results"]
+    of_counts, of_clocks = (
+        [
+            *room.tables(experiment, results),
+            *(_embedded(picture, out) for picture in pictures if picture.is_timed is is_timed),
+        ]
+        for room, is_timed in ((counted, False), (timed, True))
+    )
+    on_cpu = experiment.device == "cpu"
     wrong = departures(experiment, results) + failures(found["verification"])
     return {
         "experiment": experiment,
@@ -60,13 +57,22 @@ def _content(found: dict[str, Any]) -> dict[str, Any]:
         "commits": sorted({result["commit"] for result in results}),
         "configuration": f"experiment.json ({digest(experiment.model_dump(mode='json'))})",
         "verdict": verdict(experiment, results, found["verification"]),
-        "cpu_note": CPU_NOTE if experiment.device == "cpu" else "",
+        "cpu_note": CPU_NOTE if on_cpu else "",
         "wrong": wrong,
         "formula": FORMULA,
-        "tables": tables.of_report(experiment, results),
-        "bytes": tables.of_bytes(results, found["cuts"]),
+        "first": of_counts if on_cpu else of_clocks,
+        "last": of_clocks if on_cpu else of_counts,
+        "bytes": counted.bytes_sent(results, found["cuts"]),
         "checks": [
             {**check, "verdict": {True: "pass", False: "FAIL", None: "-"}[check["passed"]]}
             for check in found["verification"]
         ],
+    }
+
+
+def _embedded(picture: plots.Picture, out: Path) -> dict[str, Any]:
+    return {
+        "title": picture.title,
+        "path": picture.path.relative_to(out),
+        "base64": base64.b64encode(picture.path.read_bytes()).decode(),
     }

@@ -5,75 +5,134 @@ from collections.abc import Sequence
 from rich import box
 from rich.table import Table
 
+from megatron_helix.experiment.config import ExperimentConfig
 from megatron_helix.experiment.results import (
+    AXIS_NAMES,
     Result,
     baseline_of,
+    by_axis,
     change,
     decoded,
     largest_difference,
     significant,
     trained,
 )
-from megatron_helix.report import prediction
+from megatron_helix.report import outlook, prediction
 
 CPU_NOTE = (
-    "The ranks share this machine's cores: TPS and TPOT count context switches here, not a link."
-    " Bytes and losses are what they are on GPUs."
+    "The ranks share this machine's cores: times count context switches here, not a link, and say"
+    " nothing about GPUs. Losses, gradients, bytes and weights are what they are on GPUs."
 )
 
 
-def tables(results: Sequence[Result]) -> list[Table]:
-    """What the terminal shows of an experiment: a table a phase, predictions."""
+def tables(experiment: ExperimentConfig, results: Sequence[Result]) -> list[Table]:
+    """What the terminal shows of an experiment: what the device can show of it comes first.
+
+    On a CPU that is what was compared and counted, then what is predicted; times come last.
+    """
     phases = dict.fromkeys(result["phase"] for result in trained(results))
-    made = [_trained([one for one in results if one["phase"] == phase]) for phase in phases]
-    if made:
-        made[-1].caption = _caption(results[0]["device"])
-    if decoded(results):
-        made.append(_decoded(decoded(results)))
-    if any(result["predicted"] for result in results):
-        made.append(_predicted([result for result in results if result["predicted"]]))
-    return made
+    loops = [[one for one in results if one["phase"] == phase] for phase in phases]
+    counted = [_counted(own) for own in loops]
+    times = [_times(own) for own in loops]
+    times += [_decoded(decoded(results))] if decoded(results) else []
+    with_prediction = [result for result in results if result["predicted"]]
+    times += [_predicted(with_prediction)] if with_prediction else []
+    on_cpu = experiment.device == "cpu"
+    return [*counted, *_outlook(experiment), *times] if on_cpu else [*times, *counted]
 
 
-def _trained(results: list[Result]) -> Table:
-    """One line a run. All figures are measured, on the device the title names."""
+def _counted(results: list[Result]) -> Table:
+    """One line a run: how far it leaves the baseline, what a rank sends and holds."""
     first = results[0]
     made = Table(
-        title=f"{first['phase']}, measured on {first['world_size']} {first['device']} ranks",
+        title=f"{first['phase']}: exact or not (compared), sent and held by a rank (counted), MB",
+        caption="Largest relative difference of all steps to the first layout. Sent: in a step,"
+        " mean over ranks, by the axis of the collective; experts: tokens to and from them.",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
     )
     made.add_column("model, layout", overflow="fold")  # names give way to figures
-    for heading in ("TPS", "TPOT\nms", "MB", "last\nloss", "diff."):
+    sent = [by_axis(result) for result in results]
+    axes = [axis for axis in AXIS_NAMES.values() if any(axis in one for one in sent)]
+    heads = ("loss\ndiffers", "grad norm\ndiffers", "weights\nheld", "sent,\nall", *axes)
+    for heading in heads:
         made.add_column(heading, justify="right", no_wrap=True)
-    for result in results:
+    for result, own in zip(results, sent, strict=True):
         baseline = baseline_of(result, results)
-        difference = largest_difference(result["losses"], baseline["losses"])
         if result is baseline:
             made.add_row(result["model"])
         made.add_row(
             f"  {result['layout']}",
-            *(
-                f"{significant(result[key])}{change(result[key], baseline[key], digits=0)}"
-                for key in ("tokens_per_s", "tpot_ms")
-            ),
-            significant(sum(result["sent_bytes"].values()) / 1e6),
-            f"{result['losses'][-1]:.4f}",
-            "-" if result is baseline else f"{difference:.1e}",
+            *(_difference(result, baseline, key) for key in ("losses", "grad_norms")),
+            significant(result["weight_bytes"] / 1e6),
+            significant(sum(own.values()) / 1e6),
+            *(significant(own[axis] / 1e6) if axis in own else "-" for axis in axes),
             end_section=result is results[-1] or _next(result, results)["model"] != result["model"],
         )
     return made
 
 
-def _caption(device: str) -> str:
-    """What the headings of :func:`_trained` mean."""
-    said = (
-        "TPS: tokens a second. TPOT: communication and waiting time of a rank, mean over ranks, for"
-        " as many tokens as the batch has sequences. MB: sent by a rank in a step. Diff.: of the"
-        " loss to the baseline's, relative, largest of all steps. In brackets: against the first"
-        " layout."
+def _difference(result: Result, baseline: Result, key: str) -> str:
+    if result is baseline or not result[key]:
+        return "-"
+    return f"{largest_difference(result[key], baseline[key]):.1e}"
+
+
+def _outlook(experiment: ExperimentConfig) -> list[Table]:
+    """Predicted for machines that are not here, beside what others claim."""
+    found = outlook.rows(experiment)
+    if experiment.outlook is None:
+        return []
+    made = Table(
+        title="The same layouts on GPUs: predicted, and claimed by others",
+        caption=outlook.note(experiment.outlook),
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
     )
-    return f"{said} {CPU_NOTE}" if device == "cpu" else said
+    made.add_column("machine, model, layout", overflow="fold")
+    for figure in ("TPS\npredicted", "\nclaimed", "TPOT ms\npredicted", "\nclaimed"):
+        made.add_column(figure, justify="right", no_wrap=True)
+    for row in outlook.claimed(found):
+        if row is outlook.first(row, found):
+            made.add_row(f"{row['hardware']}: {row['model']} {row['phase']}")
+        *cells, _ = outlook.cells(row, found, digits=0)
+        made.add_row(f"  {row['layout']}", *cells)
+    return [made]
+
+
+def _times(results: list[Result]) -> Table:
+    """One line a run. All figures are measured, on the device the title names."""
+    first = results[0]
+    on_cpu = first["device"] == "cpu"
+    where = f"{first['world_size']} {first['device']} ranks"
+    made = Table(
+        title=f"{first['phase']}: times of shared cores, {where}"
+        if on_cpu
+        else f"{first['phase']}, measured on {where}",
+        caption="TPS: tokens a second. TPOT: communication and waiting time of a rank, mean over"
+        " ranks, for as many tokens as the batch has sequences."
+        + (f" {CPU_NOTE}" if on_cpu else " In brackets: against the first layout."),
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    made.add_column("model, layout", overflow="fold")
+    for heading in ("TPS", "TPOT ms", "last loss"):
+        made.add_column(heading, justify="right", no_wrap=True)
+    for result in results:
+        baseline = baseline_of(result, results)
+        if result is baseline:
+            made.add_row(result["model"])
+        made.add_row(
+            f"  {result['layout']}",
+            *(
+                significant(result[key])
+                + ("" if on_cpu else change(result[key], baseline[key], digits=0))
+                for key in ("tokens_per_s", "tpot_ms")
+            ),
+            f"{result['losses'][-1]:.4f}",
+            end_section=result is results[-1] or _next(result, results)["model"] != result["model"],
+        )
+    return made
 
 
 def _next(result: Result, results: list[Result]) -> Result:

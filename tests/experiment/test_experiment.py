@@ -100,12 +100,14 @@ def test_predictions_stand_beside_measurements(finished: tuple[Path, Values]) ->
         assert (predicted["source"], predicted["hardware"]) == ("predicted", "four slow ranks")
         error = prediction.error(result, "tokens_per_s")
         assert result["tokens_per_s"] * (1 + error) == pytest.approx(predicted["tokens_per_s"])
-    *_, table = terminal.tables(found)
+    *_, table = terminal.tables(experiment(), found)
     assert table.title == "Predicted for four slow ranks, and measured"
     cases = {(result["model"], result["phase"]) for result in found}
     assert table.row_count == len(found) + len(cases)  # a heading each
     plain = [{**result, "predicted": None} for result in found]
-    assert len(terminal.tables(plain)) == len(experiment().phases)
+    loops = len(experiment().phases) - 1
+    without = terminal.tables(experiment(outlook=None), plain)
+    assert len(without) == 2 * loops + 1  # what is counted and what is timed, and the decode
 
 
 def test_flops_of_live_ranks_are_the_formulas(finished: tuple[Path, Values]) -> None:

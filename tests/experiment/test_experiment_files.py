@@ -107,6 +107,18 @@ def test_what_this_machine_has_not_is_named_before_anything_is_made(
             r"layouts.0: exchange: must be left out of a stock layout \(tp\), got weights; say m",
         ),
         ({"data": "own"}, "data: must be the prefix of a dataset .*own.bin does not exist; make"),
+        (
+            {"layouts": [{**DOCUMENT["layouts"][0], "name": "other"}], "claims": []},
+            "outlook.experiment: must have a layout of the same name, and has tp2_pp2, helix_2x2",
+        ),
+        (
+            {"layouts": [{**DOCUMENT["layouts"][0], "tp": 4, "pp": 1}], "claims": []},
+            "outlook.experiment: tp2_pp2 must be the same layout there, but for micro_batch",
+        ),
+        (
+            {"outlook": {**DOCUMENT["outlook"], "hardware": []}},
+            "outlook.hardware: List should have at least 1 item",
+        ),
         ({"color": "red"}, "color: Extra inputs are not permitted, got 'red'"),
         ({"batch": {"sequences": 0, "sequence_length": 8}}, "batch.sequences: Input should be"),
     ],

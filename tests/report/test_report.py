@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from megatron_helix.experiment import progress, results
-from megatron_helix.report import comparison, report, terminal
+from megatron_helix.report import comparison, outlook, report, terminal
 from tests.experiment_case import DOCUMENT, Values, experiment
 
 
@@ -22,13 +23,67 @@ def copied(source: Path, target: Path) -> None:
 
 def test_names_stay_whole_in_a_terminal_of_80_columns(finished: tuple[Path, Values]) -> None:
     found = finished[1]["result_collection"]
-    for table in terminal.tables(found):
+    for table in terminal.tables(experiment(), found):
         shown = io.StringIO()
         Console(width=80, file=shown).print(table)
         lines = [line.split() for line in shown.getvalue().splitlines()]
         phases = [word for word in ("train", "prefill", "decode") if word in str(table.title)]
         own = [one for one in found if one["phase"] in (phases or [one["phase"]])]
         assert {one["layout"] for one in own} <= {line[0] for line in lines if line}
+
+
+def test_a_cpu_shows_what_it_can_first_and_its_clocks_last(finished: tuple[Path, Values]) -> None:
+    found = finished[1]["result_collection"]
+    asked = experiment()
+
+    def shown(on: str) -> list[str]:
+        device = asked.model_copy(update={"device": on})
+        return [str(table.title) for table in terminal.tables(device, found)]
+
+    on_cpu = shown("cpu")
+    assert [title.split(":")[0] for title in on_cpu[:3]] == [
+        *("train", "prefill", "The same layouts on GPUs")
+    ]
+    assert [i for i, title in enumerate(on_cpu) if "times of shared cores" in title] == [3, 4]
+    assert "(counted)" in on_cpu[0]
+    assert "(counted)" in shown("cuda")[-1]
+
+
+def test_the_first_table_counts_bytes_by_axis_and_weights(finished: tuple[Path, Values]) -> None:
+    found = finished[1]["result_collection"]
+    for result in found[:2]:
+        by_axis = results.by_axis(result)
+        assert sum(by_axis.values()) == pytest.approx(sum(result["sent_bytes"].values()))
+    assert results.by_axis(found[0]).keys() >= {"tensor", "pipeline"}
+    assert results.by_axis(found[1]).keys() >= {"dim", "head"}
+    shapes = json.loads((finished[0] / "runs/tiny-helix_2x2/metrics/rank00.json").read_text())
+    held = sum(math.prod(shape) * 4 for shape, _ in shapes["parameters"].values())
+    assert found[1]["weight_bytes"] == held
+    shown = io.StringIO()
+    experiment_now = experiment()
+    Console(width=80, file=shown).print(terminal.tables(experiment_now, found)[0])
+    line = next(line for line in shown.getvalue().splitlines() if "helix_2x2" in line)
+    assert results.significant(held / 1e6) in line.split()
+
+
+def test_the_outlook_predicts_the_same_layouts_beside_claims(
+    finished: tuple[Path, Values],
+) -> None:
+    rows = outlook.rows(experiment())
+    assert [(row["hardware"], row["phase"], row["layout"]) for row in rows] == [
+        (machine, phase, layout)
+        for machine in ("four slow ranks", "four others")
+        for phase in ("train", "prefill")
+        for layout in ("tp2_pp2", "helix_2x2")
+    ]
+    assert {row["source"] for row in rows} == {"predicted"}
+    assert {row["phase"] for row in outlook.claimed(rows)} == {"train"}
+    assert rows[1]["claimed"] == {"tokens_per_s": 123456, "tpot_ms": 0.5, "of": "another machine"}
+    cells = outlook.cells(rows[1], rows)
+    assert cells[1] == "123,456 (+23.5%)"
+    assert cells[3] == "0.5 (-37.5%)"
+    assert json.loads((finished[0] / "results.json").read_text())["outlook"] == rows
+    assert outlook.rows(experiment(outlook=None)) == []
 
 
 def test_three_digits_say_what_a_figure_is() -> None:
@@ -56,11 +111,13 @@ def test_the_report_stands_alone_and_separates_claims(
 ) -> None:
     out, _ = finished
     page = (out / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 5
+    assert page.count("data:image/png;base64,") == 7
     assert "http" not in page
     assert "Verified:" in page
     assert "context switches" in page  # what times on shared cores are worth
     text = (out / "report.md").read_text()
+    order = ("Same training", "holds and sends", "layouts on GPUs: predicted", "checks", "measured")
+    assert sorted(order, key=text.index) == list(order)
     assert "TPS, claimed | TPS, predicted | TPS, measured | prediction's error" in text
     assert "| tiny | tp2_pp2 | train | 100,000 |" in text
     assert "| tiny | helix_2x2 | train | 123,456 (+23.5%) |" in text
@@ -83,7 +140,8 @@ def test_without_claims_there_is_no_column_of_them(
     copy = tmp_path / "copy"
     copied(out, copy)
     shutil.copytree(out / "nodes", copy / "nodes")
-    (copy / "experiment.json").write_text(experiment(claims=[], hardware=None).model_dump_json())
+    plain = experiment(claims=[], hardware=None, outlook=None)
+    (copy / "experiment.json").write_text(plain.model_dump_json())
     report.write(copy)
     text = (copy / "report.md").read_text()
     assert "| model | layout | phase | TPS, measured | TPOT ms, measured |" in text

@@ -1,7 +1,7 @@
-"""The report's tables: headings and cells, formatted.
+"""Tables of what the clocks of a device say.
 
-Figures are measured, predicted or claimed; each table says which in its heading, and none stands in
-another's column.
+Headings and cells, formatted. Figures are measured, predicted or claimed; each table says which in
+its heading, and none stands in another's column.
 """
 
 from collections.abc import Sequence
@@ -15,24 +15,20 @@ from megatron_helix.experiment.results import (
     baseline_of,
     change,
     decoded,
-    largest_difference,
     significant,
     trained,
 )
-from megatron_helix.experiment.runs import Run
 from megatron_helix.report import prediction
-from megatron_helix.verification import expectation
 
 Page = dict[str, Any]
 
 
-def of_report(experiment: ExperimentConfig, results: Sequence[Result]) -> list[Page]:
-    """All but the bytes, as the templates want them."""
+def tables(experiment: ExperimentConfig, results: Sequence[Result]) -> list[Page]:
+    """What the clocks of the device say."""
     loops, requests = trained(results), decoded(results)
     return [
         _source_table(experiment, results),
-        _layout_table(experiment),
-        *([_exactness_table(loops), _time_table(loops), _rate_table(loops)] if loops else []),
+        *([_time_table(loops), _rate_table(loops)] if loops else []),
         *([_decode_table(experiment, requests)] if requests else []),
     ]
 
@@ -83,75 +79,6 @@ def _beside(value: float, baseline: float) -> str:
 def _claimed(value: float, baseline: float) -> str:
     """With the digits that were claimed."""
     return f"{value:,.12g}{change(value, baseline)}"
-
-
-def _layout_table(experiment: ExperimentConfig) -> Page:
-    """What the names of the layouts stand for, with what ``auto`` takes in training."""
-    rows = []
-    for model in experiment.models:
-        for layout in experiment.layouts:
-            run = Run(model=model, layout=layout, phase="train", precision=experiment.precision)
-            here = expectation.deployment(experiment, run)
-            rows.append(
-                [
-                    model.name,
-                    layout.name,
-                    f"m={layout.m}, n={layout.n}" if layout.is_helix else f"TP={layout.tp}",
-                    f"{here.plan.exchange}, {here.plan.split} split" if here.cut.m > 1 else "-",
-                    *(str(size) for size in (layout.pp, here.batch_ranks, layout.cp)),
-                    str(layout.ep) if model.num_experts else "-",
-                    f"{layout.micro_batch} x {here.microbatches}",
-                ]
-            )
-    shapes = [
-        f"{model.name}: {model.num_layers} layers, hidden {model.hidden_size},"
-        f" {model.num_attention_heads} heads of {model.kv_channels} and {model.query_groups} query"
-        f" groups, MLP {model.ffn_hidden_size}"
-        + (
-            f", {model.num_experts} experts of which {model.moe_router_topk} a token"
-            if model.num_experts
-            else ""
-        )
-        for model in experiment.models
-    ]
-    return {
-        "title": "What is compared",
-        "note": "; ".join(shapes) + ". The layouts train from the same weights on the same data."
-        " Exchange: what is asked for or `auto` takes in training.",
-        "heads": [
-            *("model", "layout", "a layer's ranks", "exchange", "PP", "DP", "CP", "EP"),
-            "micro-batch x number",
-        ],
-        "rows": rows,
-    }
-
-
-def _exactness_table(results: Sequence[Result]) -> Page:
-    rows = []
-    for result in results:
-        base = baseline_of(result, results)
-        norms = largest_difference(result["grad_norms"], base["grad_norms"])
-        rows.append(
-            [
-                result["name"],
-                f"{result['losses'][0]:.6f}",
-                f"{result['losses'][-1]:.6f}",
-                *(
-                    ["baseline", "baseline"]
-                    if result is base
-                    else [
-                        f"{largest_difference(result['losses'], base['losses']):.1e}",
-                        f"{norms:.1e}" if result["grad_norms"] else "-",
-                    ]
-                ),
-            ]
-        )
-    return {
-        "title": "Same training",
-        "note": "Measured. Largest relative difference to the first layout over all steps.",
-        "heads": ["run", "first loss", "last loss", "loss differs by", "gradient norm differs by"],
-        "rows": rows,
-    }
 
 
 def _time_table(results: Sequence[Result]) -> Page:
@@ -244,34 +171,5 @@ def _decode_table(experiment: ExperimentConfig, results: Sequence[Result]) -> Pa
             *("KV cache, KiB a rank", "sent in a decode step, KiB a rank"),
             *("sent in the prefill, KiB a rank", "micro-batches"),
         ],
-        "rows": rows,
-    }
-
-
-def of_bytes(results: Sequence[Result], cuts: dict[str, Any]) -> Page:
-    """Predicted and measured, by axis and kind; ``cuts`` have the predicted bytes of every run."""
-    rows = []
-    for result in results:
-        ranks = cuts[result["name"]]["ranks"] if cuts[result["name"]] else []
-        predicted: dict[str, float] = {}
-        for rank in ranks:
-            for key, value in rank["predicted_bytes"].items():
-                predicted[key] = predicted.get(key, 0) + value / len(ranks)
-        for key in sorted({*predicted, *result["sent_bytes"]}):
-            want, got = predicted.get(key, 0), result["sent_bytes"].get(key, 0)
-            if want or got:
-                axis, kind = key.split("/")
-                axis = (
-                    axis.replace("default_pg", "world")
-                    .removesuffix("_GROUP")
-                    .replace("_", " ")
-                    .lower()
-                )
-                cells = [result["name"], axis, kind.replace("_", " ")]
-                rows.append([*cells, f"{want:,.0f}", f"{got:,.0f}"])
-    return {
-        "title": "Bytes a rank sends in a step",
-        "note": "Mean over ranks.",
-        "heads": ["run", "axis", "collective", "predicted", "measured"],
         "rows": rows,
     }
