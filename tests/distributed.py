@@ -2,11 +2,13 @@
 
 import atexit
 import contextlib
+import dataclasses
 import faulthandler
 import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from megatron_helix import pretrain_gpt
 from megatron_helix.experiment import metrics
 from megatron_helix.fuzz.session import Session
 from megatron_helix.launching import fork_ranks
+from megatron_helix.recording import record
+from megatron_helix.upstream import patches
 
 TIMEOUT_S = 180.0  # of one distributed test; a hang becomes a failure instead of a stuck suite
 LOG_TAIL_LINES = 40
@@ -95,14 +99,63 @@ def living_ranks() -> Session:
     return session
 
 
-def pretrain(flags: Sequence[str], world_size: int, folder: Path) -> metrics.RunMetrics:
-    """Train with these flags on :func:`living_ranks`; the ranks' measurements.
+@dataclass
+class Curve:
+    """What the steps of a training said: to a rank, or to all of them together.
+
+    Attributes:
+        losses: of every step; on ranks before the last pipeline stage none.
+        grad_norms: of every step that was not skipped.
+        loss_scales: after every step; None without loss scaling.
+        skipped_steps: updates that overflowed and were left out.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    loss_scales: list[float | None] = field(default_factory=list)
+    skipped_steps: int = 0
+
+
+def pretrain(flags: Sequence[str], world_size: int) -> Curve:
+    """Train with these flags on :func:`living_ranks`.
 
     More ranks than live are started for it alone.
     """
+    argv = pretrain_gpt.prepare(flags, world_size)
     if world_size > RANKS:
-        return pretrain_launched(flags, world_size, folder)
-    argv = _prepared(flags, world_size, folder)
+        return _together(run_distributed(_curve, world_size, argv))
+    ranks = living_ranks().call(_curve, argv, ranks=world_size, timeout_s=TIMEOUT_S)
+    return _together(ranks)
+
+
+def _curve(argv: list[str]) -> Curve:
+    curve = Curve()
+
+    def observed(train_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = train_step(*args, **kwargs)
+        losses, skipped, *_, grad_norm, _zeros, _logit = result
+        curve.losses += [float(losses["lm loss"])] if "lm loss" in losses else []
+        curve.grad_norms += [] if grad_norm is None else [float(grad_norm)]
+        curve.loss_scales.append(record.loss_scale(args[3]))
+        curve.skipped_steps += bool(skipped)
+        return result
+
+    patches.observe_train_step(observed)
+    pretrain_gpt.train(argv)
+    return curve
+
+
+def _together(ranks: list[Curve]) -> Curve:
+    """With the losses of a rank that has them, and the other figures, on which all agree."""
+    curve = ranks[-1]
+    for one in ranks:
+        assert one == curve or one == dataclasses.replace(curve, losses=[])
+    return curve
+
+
+def measured(flags: Sequence[str], world_size: int, folder: Path) -> metrics.RunMetrics:
+    """The same with a ledger; what it counted lies in ``folder / "metrics"``."""
+    argv = _recorded(flags, world_size, folder)
     living_ranks().call(pretrain_gpt.train, argv, ranks=world_size, timeout_s=TIMEOUT_S)
     return metrics.read(folder / "metrics")
 
@@ -112,17 +165,17 @@ def pretrain_launched(flags: Sequence[str], world_size: int, folder: Path) -> me
 
     Their output is in ``folder / "logs"``.
     """
-    argv = _prepared(flags, world_size, folder)
+    argv = _recorded(flags, world_size, folder)
     launch_ranks(pretrain_gpt.train, (argv,), world_size, folder / "logs")
     return metrics.read(folder / "metrics")
 
 
-def _prepared(flags: Sequence[str], world_size: int, folder: Path) -> list[str]:
-    measured = ("--helix-metrics", str(folder / "metrics"))
-    return pretrain_gpt.prepare([*flags, *measured], world_size)
+def _recorded(flags: Sequence[str], world_size: int, folder: Path) -> list[str]:
+    recorded = ("--helix-metrics", str(folder / "metrics"))
+    return pretrain_gpt.prepare([*flags, *recorded], world_size)
 
 
-def tiny_gpt(corpus_prefix: Path, *extra: str, train_iters: int = 5) -> list[str]:
+def tiny_gpt(corpus_prefix: Path, *extra: str, train_iters: int = 3) -> list[str]:
     """Flags of the smallest GPT that every layout of four ranks can cut, and of its training."""
     return [
         *("--helix-device", "cpu", "--num-layers", "2", "--hidden-size", "64"),

@@ -7,11 +7,10 @@ import pytest
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_helix import pretrain_gpt
-from megatron_helix.experiment.metrics import RunMetrics
 from megatron_helix.options import arguments
 from megatron_helix.upstream import patches
 from tests.covering import covering
-from tests.distributed import pretrain, pretrain_launched, tiny_gpt
+from tests.distributed import Curve, pretrain, pretrain_launched, tiny_gpt
 
 LOSS_TOLERANCE, GRAD_NORM_TOLERANCE = 1e-5, 1e-4  # see tests/test_parity.py
 
@@ -39,18 +38,16 @@ DEGREES = [
     (6, 3, 8, 1, 4, (4, 1)),
 ]
 
-Train = Callable[..., RunMetrics]
+Train = Callable[..., Curve]
 
 
 @pytest.fixture
-def train(corpus_prefix: Path, tmp_path: Path) -> Train:
+def train(corpus_prefix: Path) -> Train:
     """Train the tiny GPT with these flags, on as many ranks as the tensor-parallel size."""
 
-    def run(size: int, *flags: str) -> RunMetrics:
-        folder = tmp_path / f"{size}-{len(list(tmp_path.iterdir()))}"
-        folder.mkdir()
+    def run(size: int, *flags: str) -> Curve:
         parallel = (TP, str(size), *(("--sequence-parallel",) if size > 1 else ()))
-        return pretrain(tiny_gpt(corpus_prefix, *parallel, *flags), size, folder)
+        return pretrain(tiny_gpt(corpus_prefix, *parallel, *flags), size)
 
     return run
 

@@ -1,13 +1,12 @@
-"""Megatron's features beside helix, one by one: five optimizer steps, the numbers of stock."""
+"""Megatron's features beside helix, one by one: the numbers of stock."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from megatron_helix.experiment.metrics import RunMetrics
 from tests.covering import fast
-from tests.distributed import pretrain, pretrain_launched, tiny_gpt
+from tests.distributed import Curve, pretrain, pretrain_launched, tiny_gpt
 
 LOSS_TOLERANCE, GRAD_NORM_TOLERANCE = 1e-5, 1e-4  # see tests/test_parity.py
 
@@ -63,7 +62,16 @@ RANKS = {"virtual pipeline": 8, "overlapped data parallelism": 8}  # else 4
 # The roundoff of a type shows in how far apart two stock degrees are; helix, whose sums run in
 # again another order, may be as far from either, and no more than a few times that.
 # So large that the first updates overflow and are left out, then it doubles again.
-DYNAMIC = ("--initial-loss-scale", "262144", "--hysteresis", "1", "--loss-scale-window", "2")
+DYNAMIC = (
+    "--train-iters",
+    "5",
+    "--initial-loss-scale",
+    "262144",
+    "--hysteresis",
+    "1",
+    "--loss-scale-window",
+    "2",
+)
 PRECISIONS = {
     "bf16": ("--bf16",),
     "fp16": ("--fp16", *DYNAMIC),
@@ -72,17 +80,15 @@ PRECISIONS = {
 }
 TIMES_STOCKS_OWN_DIFFERENCE = 4
 
-Train = Callable[..., RunMetrics]
+Train = Callable[..., Curve]
 
 
 @pytest.fixture
-def train(corpus_prefix: Path, tmp_path: Path) -> Train:
+def train(corpus_prefix: Path) -> Train:
     """Train the tiny GPT with these flags on so many ranks."""
 
-    def run(world_size: int, *flags: str) -> RunMetrics:
-        folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        folder.mkdir()
-        return pretrain(tiny_gpt(corpus_prefix, SP, *flags), world_size, folder)
+    def run(world_size: int, *flags: str) -> Curve:
+        return pretrain(tiny_gpt(corpus_prefix, SP, *flags), world_size)
 
     return run
 
@@ -153,6 +159,6 @@ def test_context_parallelism_gives_the_same_numbers(train: Train) -> None:
         assert found.grad_norms == norms
 
 
-def _difference(a: RunMetrics, b: RunMetrics) -> float:
+def _difference(a: Curve, b: Curve) -> float:
     """Largest relative difference of a loss."""
     return max(abs(x - y) / abs(x) for x, y in zip(a.losses, b.losses, strict=True))

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_helix.experiment.metrics import RunMetrics
-from tests.distributed import pretrain, tiny_gpt
+from tests.distributed import Curve, measured, pretrain, tiny_gpt
 from tests.test_parity import GRAD_NORM_TOLERANCE, LOSS_TOLERANCE
 
 MOE = (
@@ -21,26 +20,27 @@ DROPPING = (
     *("--position-embedding-type", "learned_absolute", "--moe-expert-capacity-factor"),
 )
 
+CUTS = {
+    "stock": ("--tensor-model-parallel-size", "4"),
+    "auto": ("--helix-m", "2", "--helix-n", "2"),
+    "weights": ("--helix-m", "4", "--helix-n", "1", "--helix-exchange", "weights"),
+}
 
-def assert_first_step_is_stocks(corpus_prefix: Path, folder: Path, *flags: str) -> list[RunMetrics]:
+
+def assert_first_step_is_stocks(corpus_prefix: Path, *flags: str) -> Curve:
     """Of `auto`, which takes `weights` for this model, and of `weights` with the split left open.
 
     The first step only: a token near a tie between two experts may turn by roundoff later.
     """
-    cuts = {
-        "stock": ("--tensor-model-parallel-size", "4"),
-        "auto": ("--helix-m", "2", "--helix-n", "2"),
-        "weights": ("--helix-m", "4", "--helix-n", "1", "--helix-exchange", "weights"),
-    }
     runs = {
-        name: pretrain(tiny_gpt(corpus_prefix, *flags, *cut, train_iters=1), 4, folder / name)
-        for name, cut in cuts.items()
+        name: pretrain(tiny_gpt(corpus_prefix, *flags, *cut, train_iters=1), 4)
+        for name, cut in CUTS.items()
     }
     stock = runs.pop("stock")
     for run in runs.values():
         assert run.losses == pytest.approx(stock.losses, rel=LOSS_TOLERANCE, abs=0)
         assert run.grad_norms == pytest.approx(stock.grad_norms, rel=GRAD_NORM_TOLERANCE, abs=0)
-    return [stock, *runs.values()]
+    return stock
 
 
 @pytest.mark.parametrize(
@@ -51,17 +51,17 @@ def assert_first_step_is_stocks(corpus_prefix: Path, folder: Path, *flags: str) 
     ],
 )
 def test_tokens_are_dropped_as_stock_drops_them(
-    corpus_prefix: Path, tmp_path: Path, dropping: tuple[str, ...]
+    corpus_prefix: Path, dropping: tuple[str, ...]
 ) -> None:
-    runs = assert_first_step_is_stocks(corpus_prefix, tmp_path, *DROPPING, *dropping)
+    stock = assert_first_step_is_stocks(corpus_prefix, *DROPPING, *dropping)
     flags = (*DROPPING, "100", "--tensor-model-parallel-size", "4")
-    everything = pretrain(tiny_gpt(corpus_prefix, *flags, train_iters=1), 4, tmp_path / "all")
-    assert runs[0].grad_norms != pytest.approx(everything.grad_norms, rel=GRAD_NORM_TOLERANCE)
+    everything = pretrain(tiny_gpt(corpus_prefix, *flags, train_iters=1), 4)
+    assert stock.grad_norms != pytest.approx(everything.grad_norms, rel=GRAD_NORM_TOLERANCE)
 
 
-def test_sinkhorn_balances_the_tokens_of_a_rank(corpus_prefix: Path, tmp_path: Path) -> None:
+def test_sinkhorn_balances_the_tokens_of_a_rank(corpus_prefix: Path) -> None:
     sinkhorn = (*MOE, BALANCING, "sinkhorn", "--moe-router-topk", "1")
-    assert_first_step_is_stocks(corpus_prefix, tmp_path, *sinkhorn)
+    assert_first_step_is_stocks(corpus_prefix, *sinkhorn)
 
 
 @pytest.mark.parametrize("balancing", ["global_aux_loss", "quantile_balancing"])
@@ -70,5 +70,7 @@ def test_what_counts_the_tokens_of_all_ranks_minds_no_order(
 ) -> None:
     aux = ("--moe-aux-loss-coeff", "0.1") if balancing == "global_aux_loss" else ()
     flags = (*MOE, BALANCING, balancing, *aux, "--moe-router-topk", "2")
-    runs = assert_first_step_is_stocks(corpus_prefix, tmp_path, *flags)
-    assert any(key.startswith("HELIX_DIM") and "all_to_all" in key for key in runs[2].sent_bytes)
+    assert_first_step_is_stocks(corpus_prefix, *flags)
+    argv = tiny_gpt(corpus_prefix, *flags, *CUTS["weights"], train_iters=1)
+    sent = measured(argv, 4, tmp_path).sent_bytes
+    assert any(key.startswith("HELIX_DIM") and "all_to_all" in key for key in sent)

@@ -94,7 +94,7 @@ def record(recording: Recording) -> None:
             "first": first,
             **_line(recording, calls, step_s, result),
             "busy_s": step_s - sum(call.time_s for call in calls) if on_gpu else busy,
-            "loss_scale": _loss_scale(optimizer),
+            "loss_scale": loss_scale(optimizer),
             "peak_memory_bytes": _peak_memory_bytes(on_gpu),
         }
         if flops:
@@ -195,7 +195,7 @@ def _line(recording: Recording, calls: list[Call], step_s: float, result: Any) -
     }
 
 
-def _loss_scale(optimizer: Any) -> float | None:
+def loss_scale(optimizer: Any) -> float | None:
     """The loss scale after the step; None where nothing is scaled."""
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     scalers = [getattr(part, "grad_scaler", None) for part in parts]

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_helix.basics import files
 from megatron_helix.experiment import metrics
-from tests.distributed import pretrain, tiny_gpt
+from tests.distributed import measured, tiny_gpt
 
 
 def line(**known: Any) -> dict[str, Any]:
@@ -175,7 +175,7 @@ def test_progress_is_that_of_the_slowest_rank(tmp_path: Path) -> None:
 
 def test_a_real_run_writes_what_its_collectives_moved(corpus_prefix: Path, tmp_path: Path) -> None:
     flags = ("--helix-m", "2", "--helix-n", "1", "--helix-exchange", "activations")
-    found = pretrain(tiny_gpt(corpus_prefix, *flags, train_iters=2), 2, tmp_path)
+    found = measured(tiny_gpt(corpus_prefix, *flags, train_iters=2), 2, tmp_path)
     assert len(found.losses) == 2
     assert found.step_ms > 0
     assert 0 < found.tpot_ms < found.step_ms * 8 / 256  # a part of the step is communication

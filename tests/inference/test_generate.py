@@ -37,7 +37,7 @@ def checkpoint(corpus_prefix: Path, tmp_path_factory: pytest.TempPathFactory) ->
         *("--save", str(folder / "checkpoint"), "--save-interval", "10", "--no-save-optim"),
         train_iters=10,
     )
-    pretrain(flags, 2, folder)
+    pretrain(flags, 2)
     return folder / "checkpoint"
 
 

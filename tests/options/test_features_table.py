@@ -196,7 +196,7 @@ def test_what_a_checkpoint_asks_for_is_refused_too(corpus_prefix: Path, tmp_path
     saved = tmp_path / "one_group"
     model = ("--group-query-attention", "--num-query-groups", "1")
     save = ("--save", str(saved), "--save-interval", "1")
-    pretrain(tiny_gpt(corpus_prefix, *model, *save, train_iters=1), 1, tmp_path / "run")
+    pretrain(tiny_gpt(corpus_prefix, *model, *save, train_iters=1), 1)
     flags = (
         *("--helix-device", "cpu", "--helix-m", "2", "--helix-n", "2", "--sequence-parallel"),
         *("--use-checkpoint-args", "--load", str(saved), "--micro-batch-size", "4", "--mock-data"),

@@ -17,12 +17,12 @@ from megatron.core.dist_checkpointing import load_plain_tensors
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from megatron_helix import pretrain_gpt
-from megatron_helix.experiment.metrics import RunMetrics
 from megatron_helix.fuzz.session import CallFailed
 from megatron_helix.launching import fork_ranks
 from megatron_helix.options import arguments
 from tests.covering import THOROUGH, fast
 from tests.distributed import (
+    Curve,
     living_ranks,
     pretrain,
     pretrain_launched,
@@ -63,41 +63,41 @@ LAYOUTS = {
     "helix_2x1_pp2": (SP, "--helix-m", "2", "--helix-n", "1", *PP2),
 }
 
-Saved = Callable[..., tuple[RunMetrics, Path]]
-Resume = Callable[..., RunMetrics]
+Saved = Callable[..., tuple[Curve, Path]]
+Resume = Callable[..., Curve]
 
 
 @pytest.fixture(scope="module")
 def saved(corpus_prefix: Path, tmp_path_factory: pytest.TempPathFactory) -> Saved:
     """A run that saves on the way and at its end, and goes on; once for each layout and model."""
-    runs: dict[tuple[str, ...], tuple[RunMetrics, Path]] = {}
+    runs: dict[tuple[str, ...], tuple[Curve, Path]] = {}
 
-    def run(layout: str, *more: str) -> tuple[RunMetrics, Path]:
+    def run(layout: str, *more: str) -> tuple[Curve, Path]:
         if (layout, *more) not in runs:
             folder = tmp_path_factory.mktemp("saved")
             save = ("--save", str(folder / "checkpoint"), "--save-interval", str(SAVED_STEP))
             flags = tiny_gpt(
                 corpus_prefix, *MODEL, *LAYOUTS[layout], *more, *save, train_iters=STEPS
             )
-            runs[(layout, *more)] = pretrain(flags, 4, folder), folder / "checkpoint"
+            runs[(layout, *more)] = pretrain(flags, 4), folder / "checkpoint"
         return runs[(layout, *more)]
 
     return run
 
 
 @pytest.fixture
-def resume(corpus_prefix: Path, tmp_path: Path) -> Resume:
+def resume(corpus_prefix: Path) -> Resume:
     """A run that goes on from a checkpoint, by default from the one at :data:`SAVED_STEP`."""
 
-    def run(checkpoint: Path, layout: str, *more: str, step: int = SAVED_STEP) -> RunMetrics:
+    def run(checkpoint: Path, layout: str, *more: str, step: int = SAVED_STEP) -> Curve:
         load = ("--load", str(checkpoint), "--ckpt-step", str(step))
         flags = tiny_gpt(corpus_prefix, *MODEL, *LAYOUTS[layout], *load, *more, train_iters=STEPS)
-        return pretrain(flags, 4, tmp_path / layout)
+        return pretrain(flags, 4)
 
     return run
 
 
-def assert_goes_on(resumed: RunMetrics, uninterrupted: RunMetrics) -> None:
+def assert_goes_on(resumed: Curve, uninterrupted: Curve) -> None:
     """The steps after loading are the uninterrupted run's."""
     assert len(resumed.losses) == STEPS - SAVED_STEP
     losses, norms = uninterrupted.losses[SAVED_STEP:], uninterrupted.grad_norms[SAVED_STEP:]
@@ -249,11 +249,11 @@ def test_a_checkpoint_of_other_heads_in_the_same_shapes_is_refused(
     )
     save = ("--save", checkpoint, "--save-interval", "1")
     argv = tiny_gpt(corpus_prefix, *saving, *save, train_iters=1)
-    pretrain(argv, 1, tmp_path / "first")
+    pretrain(argv, 1)
     argv = tiny_gpt(corpus_prefix, *LAYOUTS["helix_2x2"], *loading, "--load", checkpoint)
     message = r"num_attention_heads value from checkpoint \(4\) is not equal .*\(8\)"
     with pytest.raises(CallFailed, match=message):
-        pretrain(argv, 4, tmp_path / "then")
+        pretrain(argv, 4)
 
 
 def test_what_another_layout_would_read_wrongly_is_refused(

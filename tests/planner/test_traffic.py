@@ -14,7 +14,7 @@ from megatron_helix.planner.deployment import VOCAB_MULTIPLE, Deployment, Precis
 from megatron_helix.planner.traffic import AXES, step_bytes
 from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig
 from tests.covering import covering
-from tests.distributed import pretrain, run_distributed
+from tests.distributed import measured, run_distributed
 from tests.inference import test_decode
 
 QUICKSTART = config.load(Path("configs/experiments/quickstart.yaml"))
@@ -106,7 +106,7 @@ def _run(
             precision
         ],
     ]
-    pretrain(flags, world_size, folder)
+    measured(flags, world_size, folder)
     lines = [
         json.loads((folder / "metrics" / f"rank{rank:02d}.jsonl").read_text().splitlines()[-1])
         for rank in range(world_size)

@@ -66,17 +66,13 @@ def tokenizer(tmp_path: Path) -> tuple[str, ...]:
     )
 
 
-def test_middles_are_filled_in_alike(
-    corpus_prefix: Path, tokenizer: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_middles_are_filled_in_alike(corpus_prefix: Path, tokenizer: tuple[str, ...]) -> None:
     stock, helix = ("--tensor-model-parallel-size", "4"), ("--helix-m", "2", "--helix-n", "2")
     runs = {"text": stock, "seldom": (*stock, "--fim-data", "--fim-rate", "1e-9")}
     often = ("--fim-data", "--fim-rate", "1.0")
     runs |= {"stock": (*stock, *often), "helix": (*helix, *often)}
     losses = {
-        name: pretrain(
-            tiny_gpt(corpus_prefix, *tokenizer, *flags, train_iters=2), 4, tmp_path / name
-        ).losses
+        name: pretrain(tiny_gpt(corpus_prefix, *tokenizer, *flags, train_iters=2), 4).losses
         for name, flags in runs.items()
     }
     assert losses["seldom"] == losses["text"]
@@ -126,9 +122,7 @@ def notes(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def test_documents_that_are_packed_train_as_documents_that_are_masked(
-    notes: Path, tmp_path: Path
-) -> None:
+def test_documents_that_are_packed_train_as_documents_that_are_masked(notes: Path) -> None:
     """Stock, whose rotary positions are relative: those of a document need no beginning."""
     packed = ("--dataloader-inter-document-masking", "--spec", "tests.packed_case", "layer_spec")
     runs = {"through": (), "masked": ("--reset-attention-mask",), "packed": packed}
@@ -136,7 +130,6 @@ def test_documents_that_are_packed_train_as_documents_that_are_masked(
         name: pretrain(
             tiny_gpt(notes, "--tensor-model-parallel-size", "2", *flags, train_iters=3),
             2,
-            tmp_path / name,
         ).losses
         for name, flags in runs.items()
     }
