@@ -17,7 +17,7 @@ FIRST = (
     *("index", "getting_started", "method", "flags", "exactness", "planner", "performance"),
     "measuring",
 )
-LAST = ("design", "log", "changelog")
+LAST = ("design", "contributing", "log", "changelog")
 sys.path.insert(0, str(ROOT))
 
 # What to do where a message ends without saying so. Keys are the starts of messages.

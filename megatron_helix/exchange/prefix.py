@@ -2,8 +2,8 @@
 
 Rank (i, j) holds the queries of sequence chunks ``j, m + j, 2m + j, ...`` of T and, gathered over
 the dim group, the keys and values of the whole sequence. A causal chunk needs only keys up to its
-own end: ``[0, (c + 1) s/T)`` for chunk c. Every rank has early and late chunks, so the work is
-shared out evenly.
+own end: ``[0, (c + 1) s/T)`` for chunk c. How evenly that shares the
+work: :mod:`megatron_helix.exchange.tokens`.
 """
 
 from typing import Any

@@ -8,8 +8,8 @@ sequence chunk t of T. Attention on whole heads needs whole sequences, for 1/m o
   all-to-all over the dim group converts on entry, its inverse on exit; chunks i*m .. i*m + m-1 of
   the m ranks are together chunk i of n.
 * **sequence split**: rank (i, j) takes chunks ``j, m + j, 2m + j, ...`` of T of all sequences: what
-  an all-gather over the head group yields from the stream as it is. Every rank has early and late
-  chunks, so the causal triangle is shared out evenly.
+  an all-gather over the head group yields from the stream as it is. The rank with most of the
+  causal triangle, j = m - 1, has ``1 + (m-1)/T`` times the mean of it: twice, nearly, with n = 1.
 
 Elements a rank sends for one conversion: ``(m-1)/m * s * b * hidden / T``.
 """
