@@ -141,7 +141,10 @@ def _curve(argv: list[str]) -> Curve:
         return result
 
     patches.observe_train_step(observed)
-    pretrain_gpt.train(argv)
+    try:
+        pretrain_gpt.train(argv)
+    except SystemExit as ended:  # --exit-interval
+        assert not ended.code
     return curve
 
 
@@ -155,6 +158,8 @@ def _together(ranks: list[Curve]) -> Curve:
 
 def measured(flags: Sequence[str], world_size: int, folder: Path) -> metrics.RunMetrics:
     """The same with a ledger; what it counted lies in ``folder / "metrics"``."""
+    if world_size > RANKS:
+        return pretrain_launched(flags, world_size, folder)
     argv = _recorded(flags, world_size, folder)
     living_ranks().call(pretrain_gpt.train, argv, ranks=world_size, timeout_s=TIMEOUT_S)
     return metrics.read(folder / "metrics")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.covering import fast
+from tests.covering import THOROUGH, fast
 from tests.distributed import Curve, pretrain, pretrain_launched, tiny_gpt
 
 LOSS_TOLERANCE, GRAD_NORM_TOLERANCE = 1e-5, 1e-4  # see tests/test_parity.py
@@ -120,6 +120,7 @@ def test_half_precision_is_as_near_to_stock_as_stock_to_itself(
     assert (0 < stock.skipped_steps < len(stock.losses)) == ("--fp16" in flags)
 
 
+@THOROUGH
 def test_deterministic_mode_gives_the_same_numbers(
     corpus_prefix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

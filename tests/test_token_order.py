@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.covering import THOROUGH, fast
 from tests.distributed import Curve, measured, pretrain, tiny_gpt
 from tests.test_parity import GRAD_NORM_TOLERANCE, LOSS_TOLERANCE
 
@@ -46,7 +47,7 @@ def assert_first_step_is_stocks(corpus_prefix: Path, *flags: str) -> Curve:
 @pytest.mark.parametrize(
     "dropping",
     [
-        ("0.75",),
+        pytest.param(("0.75",), marks=THOROUGH),
         ("0.5", "--moe-token-drop-policy", "position", "--moe-pad-expert-input-to-capacity"),
     ],
 )
@@ -64,7 +65,9 @@ def test_sinkhorn_balances_the_tokens_of_a_rank(corpus_prefix: Path) -> None:
     assert_first_step_is_stocks(corpus_prefix, *sinkhorn)
 
 
-@pytest.mark.parametrize("balancing", ["global_aux_loss", "quantile_balancing"])
+@pytest.mark.parametrize(
+    "balancing", fast(["global_aux_loss"], ["global_aux_loss", "quantile_balancing"])
+)
 def test_what_counts_the_tokens_of_all_ranks_minds_no_order(
     corpus_prefix: Path, tmp_path: Path, balancing: str
 ) -> None:

@@ -93,7 +93,7 @@ def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    ("fused", "tied", "overlapped"), covering(product([False, True], repeat=3), together=2)
+    ("fused", "tied", "overlapped"), covering(product([False, True], repeat=3))
 )
 def test_a_step_of_changing_plans_has_every_gradient(
     fused: bool, tied: bool, overlapped: bool

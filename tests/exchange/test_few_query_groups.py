@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from tests.covering import THOROUGH
+
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "few_query_groups.py"
 # The counts' ratios depend on heads, groups and ranks alone: tokens and channels cancel.
 SMALL = ("--head-dim", "16", "--hidden", "32", "--sequence", "16", "--rounds", "1", "--warmup", "0")
@@ -27,6 +29,7 @@ def variants(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
     return {row["variant"]: row for row in result["variants"]}
 
 
+@THOROUGH
 @pytest.mark.parametrize("suffix", ["", "-sp"])
 def test_the_exchange_sends_nine_times_fewer_bytes_than_stocks_gathered_qkv(
     variants: dict[str, dict[str, Any]], suffix: str
@@ -39,12 +42,14 @@ def test_the_exchange_sends_nine_times_fewer_bytes_than_stocks_gathered_qkv(
     )
 
 
+@THOROUGH
 def test_stock_gathers_the_whole_qkv_over_all_ranks(variants: dict[str, dict[str, Any]]) -> None:
     """And reduce-scatters its gradient: (T - 1) / T of all of it, twice, in single precision."""
     tokens, rows = 8 * 16, (16 + 2 * 2) * 16
     assert variants["stock"]["exchange_bytes"] == 2 * 15 * tokens * rows // 16 * 4
 
 
+@THOROUGH
 def test_every_variant_is_measured_and_is_the_same_attention(
     variants: dict[str, dict[str, Any]],
 ) -> None:

@@ -4,6 +4,7 @@ Measured in live ranks: the most bytes that tensors of a forward and backward pa
 """
 
 import weakref
+from itertools import product
 from typing import Any
 
 import pytest
@@ -16,11 +17,13 @@ from megatron_helix.exchange.strategy import Choice
 from megatron_helix.layers.linear import finish_step
 from tests import block_case
 from tests.block_case import Block
+from tests.covering import covering
 from tests.distributed import model_parallel, run_distributed
 
 S, B = 32, 4
 BLOCK = Block(layers=4, hidden=64, ffn=256, kv_channels=16)
 GATED = Block(layers=4, hidden=64, ffn=256, kv_channels=16, gated=True)
+CASES = ["2-plain", "2-gated", "4-plain", "4-gated"]
 
 
 class LiveBytes(TorchDispatchMode):
@@ -71,8 +74,7 @@ def peak_bytes(block: Block, m: int, choice: Choice | None) -> int:
     return live.peak
 
 
-@pytest.mark.parametrize("block", [BLOCK, GATED], ids=["plain", "gated"])
-@pytest.mark.parametrize("m", [2, 4])
+@pytest.mark.parametrize(("m", "block"), covering(product([2, 4], [BLOCK, GATED])), ids=CASES)
 def test_weights_needs_at_most_one_layers_gathered_weights_more(m: int, block: Block) -> None:
     n = 4 // m
     attention = (block.heads + 2 * block.groups + block.heads) * block.kv_channels * block.hidden

@@ -24,6 +24,7 @@ from megatron_helix.partition.layout import HelixLayout
 from megatron_helix.recording.comm_ledger import CommLedger, install
 from tests import block_case
 from tests.block_case import Block
+from tests.covering import THOROUGH
 from tests.cpu_config import cpu_config
 from tests.distributed import model_parallel, run_distributed
 
@@ -239,6 +240,7 @@ BARS = [  # m, n, tokens a hidden channel, training step, stock (m, n, pp), larg
 ]
 
 
+@THOROUGH
 def test_sixteen_ranks_send_less_than_stock() -> None:
     """Counted on 16 live ranks. Stock's sends between its pipeline stages do not count here."""
 

@@ -252,6 +252,7 @@ def _cases() -> list[tuple[str, Layout]]:
         ("window", helix(4, 1, exchange="scores")),
         ("window", helix(2, 2, split="sequence", flex=True, **sp)),
         ("gqa", helix(2, 2, flex=True, **sp)),
+        ("gqa_16_2", helix(4, 2)),  # the fast suite's
         ("gqa_16_2", helix(8, 2)),
         ("gqa_16_2", helix(8, 2, exchange="weights", **sp)),
         ("gqa_16_2", helix(8, 2, exchange="scores", batches=(3,))),

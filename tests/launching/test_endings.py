@@ -13,6 +13,7 @@ import pytest
 from megatron_helix.basics import signals
 from megatron_helix.launching import fork_ranks, launchers
 from megatron_helix.launching.launcher_config import LauncherConfig
+from tests.covering import THOROUGH, fast
 from tests.launch_case import ENDS_WITHIN_S, ctrl_c, is_alive, pids, ranks, wait_for
 
 ROOT = Path(__file__).parents[2]
@@ -156,7 +157,7 @@ fork_ranks.run(fork_ranks.Ranks(target=run, world_size=2))
     wait_for(lambda: not any(is_alive(pid) for pid in pids(tmp_path)))
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("how", fast([signal.SIGTERM], [signal.SIGTERM, signal.SIGKILL]))
 def test_ranks_of_torchrun_do_not_outlive_what_started_it(
     tmp_path: Path, how: signal.Signals
 ) -> None:
@@ -253,6 +254,7 @@ def test_a_torchrun_that_is_killed_leaves_no_rank_behind(
     wait_for(lambda: not any(is_alive(pid) for pid in pids(tmp_path)))
 
 
+@THOROUGH
 def test_ranks_do_not_outlive_a_torchrun_of_the_users_own(tmp_path: Path) -> None:
     """That is killed, and whose ranks do not end on SIGTERM."""
     (tmp_path / "deaf.py").write_text(f"""
@@ -277,6 +279,7 @@ pretrain_gpt.main([])
     wait_for(lambda: not any(is_alive(pid) for pid in pids(tmp_path)))
 
 
+@THOROUGH
 def test_a_second_ctrl_c_kills_what_torchrun_has_started(
     tmp_path: Path, saver: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,6 +40,7 @@ def test_finished_ranks_leave_their_output_and_their_environment_is_torchruns(
         print("err", file=sys.stderr)
         dist.init_process_group("gloo")
         assert dist.get_world_size() == 3
+        dist.barrier()  # one that left would be missed by one that still connects
 
     described = ranks(run, tmp_path)
     fork_ranks.run(described, timeout_s=ENDS_WITHIN_S)

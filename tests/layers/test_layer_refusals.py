@@ -54,7 +54,7 @@ def test_a_self_attention_of_ones_own_is_refused() -> None:
     spec = dataclasses.replace(layer, submodules=submodules)
     message = (
         r"^--spec: under --helix-m 2 the self-attention of a layer must be megatron-core's"
-        r" SelfAttention, .*, got tests\.test_layer_refusals\.Gated; use .* --helix-m 1"
+        r" SelfAttention, .*, got tests\.layers\.test_layer_refusals\.Gated; use .* --helix-m 1"
     )
     with pytest.raises(ValueError, match=message):
         helixify(spec, layout)

@@ -87,13 +87,15 @@ def test_a_restart_writes_on_behind_whole_lines(tmp_path: Path) -> None:
 
 
 def test_a_restart_keeps_what_the_run_before_measured(corpus_prefix: Path, tmp_path: Path) -> None:
-    whole = pretrain_launched(tiny_gpt(corpus_prefix), 2, tmp_path / "whole")
+    whole = pretrain_launched(tiny_gpt(corpus_prefix, train_iters=5), 2, tmp_path / "whole")
     saved = ("--save", str(tmp_path / "saved"), "--save-interval", "2")
     parts = tmp_path / "parts"
     # It ends behind its checkpoint of step 2, as a run that dies does.
-    pretrain_launched(tiny_gpt(corpus_prefix, *saved, "--exit-interval", "3"), 2, parts)
+    pretrain_launched(
+        tiny_gpt(corpus_prefix, *saved, "--exit-interval", "3", train_iters=5), 2, parts
+    )
     load = ("--load", str(tmp_path / "saved"), "--ckpt-step", "2", "--helix-profile")
-    gone_on = pretrain_launched(tiny_gpt(corpus_prefix, *load), 2, parts)
+    gone_on = pretrain_launched(tiny_gpt(corpus_prefix, *load, train_iters=5), 2, parts)
     assert gone_on.losses == whole.losses
     assert gone_on.grad_norms == whole.grad_norms
     for rank in (0, 1):
