@@ -281,14 +281,8 @@ def test_a_deployment_that_is_not_as_planned_is_said_to_be_so(
         # The LM head is work for the last stage alone.
         "layouts": [{"name": "helix_2x1_pp2", "m": 2, "n": 1, "pp": 2, "micro_batch": 4}],
         "verification": {**DOCUMENT["verification"], "fp16": None},
-        **{
-            "phases": ["train"],
-            "steps": 2,
-            "claims": [],
-            "hardware": None,
-            "decode": None,
-            "outlook": None,
-        },
+        **{"phases": ["train"], "steps": 2, "claims": []},
+        **{"hardware": None, "decode": None, "outlook": None},
     }
     file = tmp_path / "wrong.yaml"
     file.write_text(json.dumps({**DOCUMENT, **changed}))
