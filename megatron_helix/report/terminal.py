@@ -7,7 +7,6 @@ from rich.table import Table
 
 from megatron_helix.experiment.config import ExperimentConfig
 from megatron_helix.experiment.results import (
-    AXIS_NAMES,
     Result,
     baseline_of,
     by_axis,
@@ -51,22 +50,21 @@ def _counted(results: list[Result]) -> Table:
         caption_justify="left",
         box=box.SIMPLE_HEAD,
     )
-    made.add_column("model, layout", overflow="fold")  # names give way to figures
-    sent = [by_axis(result) for result in results]
-    axes = [axis for axis in AXIS_NAMES.values() if any(axis in one for one in sent)]
-    heads = ("loss\ndiffers", "grad norm\ndiffers", "weights\nheld", "sent,\nall", *axes)
-    for heading in heads:
+    made.add_column("model, layout", no_wrap=True)
+    for heading in ("loss\ndiffers", "grad norm\ndiffers", "weights\nheld", "sent"):
         made.add_column(heading, justify="right", no_wrap=True)
-    for result, own in zip(results, sent, strict=True):
-        baseline = baseline_of(result, results)
+    made.add_column("of it over", overflow="fold")
+    for result in results:
+        baseline, sent = baseline_of(result, results), by_axis(result)
         if result is baseline:
             made.add_row(result["model"])
+        most_first = sorted(sent, key=sent.__getitem__, reverse=True)
         made.add_row(
             f"  {result['layout']}",
             *(_difference(result, baseline, key) for key in ("losses", "grad_norms")),
             significant(result["weight_bytes"] / 1e6),
-            significant(sum(own.values()) / 1e6),
-            *(significant(own[axis] / 1e6) if axis in own else "-" for axis in axes),
+            significant(sum(sent.values()) / 1e6),
+            ", ".join(f"{axis} {significant(sent[axis] / 1e6)}" for axis in most_first),
             end_section=result is results[-1] or _next(result, results)["model"] != result["model"],
         )
     return made

@@ -20,8 +20,9 @@ from megatron_helix.launching import launchers
 from megatron_helix.launching.fork_ranks import RankFailed
 from megatron_helix.launching.launcher_config import LauncherConfig
 from megatron_helix.planner.traffic import step_bytes, transfers
-from megatron_helix.report import deployment_graph, prediction, terminal
+from megatron_helix.report import deployment_graph, outlook, prediction, terminal
 from megatron_helix.verification import expectation
+from tests.covering import THOROUGH
 from tests.experiment_case import DOCUMENT, Values, experiment, of
 
 QUIET = Console(quiet=True)
@@ -254,6 +255,7 @@ def test_a_finished_experiment_is_printed_as_json(
     assert told.exit_code == 0, told.output
     assert json.loads(told.stdout) == {
         "runs": values["result_collection"],
+        "outlook": outlook.rows(experiment()),
         "checks": values["deployment_verification"],
         "wrong": [],
     }
@@ -334,6 +336,7 @@ def test_the_deployment_graph_sends_what_is_predicted(layout: str) -> None:
         assert sent == pytest.approx(predicted), (rank, sent, predicted)
 
 
+@THOROUGH
 def test_torchrun_runs_the_same_training(finished: tuple[Path, Values], tmp_path: Path) -> None:
     out, values = finished
     layouts = [{"name": "helix_2x2", "m": 2, "n": 2, "micro_batch": 4}]

@@ -17,7 +17,7 @@ import torch
 from megatron_helix import generate, pretrain_gpt
 from megatron_helix.inference.requests import Request
 from megatron_helix.inference.sampling import Sampling
-from tests.covering import covering
+from tests.covering import THOROUGH
 from tests.distributed import launch_ranks, tiny_gpt
 
 TEXTS = ("import", "from os import path as", "class Reader(object):\n", "def f(x, y, z=None):\n")
@@ -103,6 +103,8 @@ CASES = [
     *(("bf16", layout) for layout in ("tp1", "2x1", "pp2")),
     *(("odd", layout) for layout in ("tp1", "tp3", "2x3")),
 ]
+SOON = [("windows", "tp1"), ("rotary", "2x1"), ("experts", "tp1"), ("bf16", "2x1")]
+ROWS = [pytest.param(*case, marks=() if case in SOON else THOROUGH) for case in CASES]
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,7 @@ def known(found: Found, texts: Sequence[str]) -> Iterator[tuple[int, int, torch.
                 yield row, position - 1, logits[row]
 
 
-@pytest.mark.parametrize(("name", "layout"), covering(CASES, of=(0,)))
+@pytest.mark.parametrize(("name", "layout"), ROWS)
 def test_logits_are_those_of_the_model_that_trained(
     trained: Callable[[str], Trained], name: str, layout: str, tmp_path: Path
 ) -> None:

@@ -13,7 +13,7 @@ from megatron_helix.experiment import config
 from megatron_helix.planner.deployment import VOCAB_MULTIPLE, Deployment, Precision
 from megatron_helix.planner.traffic import AXES, step_bytes
 from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig
-from tests.covering import covering
+from tests.covering import THOROUGH, covering
 from tests.distributed import measured, run_distributed
 from tests.inference import test_decode
 
@@ -148,9 +148,10 @@ def test_a_step_sends_what_is_predicted(
     assert sent == _predicted(MODELS[model], cut, BATCH, world_size, precision)
 
 
+@THOROUGH
 @pytest.mark.parametrize(
     ("model", "layout"),
-    covering(product(QUICKSTART.models, QUICKSTART.layouts)),
+    list(product(QUICKSTART.models, QUICKSTART.layouts)),
     ids=lambda value: value.name,
 )
 def test_the_quickstart_sends_what_is_predicted(
