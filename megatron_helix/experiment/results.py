@@ -24,8 +24,10 @@ AXIS_NAMES = {
     AXES["pp"]: "pipeline",
     AXES["ep"]: "experts",
     AXES["dp"]: "data",
+    AXES["expert_dp"]: "data",
     "": "other",
 }
+AXES_SHOWN = tuple(dict.fromkeys(AXIS_NAMES.values()))
 _OF_CHECKS = {"check", "run", "passed", "detail"}
 
 

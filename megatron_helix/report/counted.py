@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_helix.experiment.config import ExperimentConfig, OutlookConfig
 from megatron_helix.experiment.results import (
-    AXIS_NAMES,
+    AXES_SHOWN,
     Result,
     baseline_of,
     by_axis,
@@ -106,7 +106,7 @@ def _exactness_table(results: Sequence[Result]) -> Page:
 def _held_table(results: Sequence[Result]) -> Page:
     """Weights of a rank, and what it sends by axis."""
     sent = [by_axis(result) for result in results]
-    axes = [axis for axis in AXIS_NAMES.values() if any(axis in one for one in sent)]
+    axes = [axis for axis in AXES_SHOWN if any(axis in one for one in sent)]
     rows = [
         [
             result["name"],

@@ -82,12 +82,17 @@ def first(row: Row, found: Sequence[Row]) -> Row:
     return next(one for one in found if all(one[key] == row[key] for key in keys))
 
 
-def cells(row: Row, found: Sequence[Row], *, digits: int = 1) -> list[str]:
-    """TPS and TPOT, each predicted and claimed, and the memory of the fullest rank in GB."""
+def cells(row: Row, found: Sequence[Row], *, narrow: bool = False) -> list[str]:
+    """TPS and TPOT, each predicted and claimed, and the memory of the fullest rank in GB.
+
+    ``narrow`` has whole per cents, and none beside a claim.
+    """
+    digits = 0 if narrow else 1
     base = first(row, found)
     made = []
     for key in ("tokens_per_s", "tpot_ms"):
         made.append(f"{significant(row[key])}{change(row[key], base[key], digits)}")
         mine, other = ((one["claimed"] or {}).get(key) for one in (row, base))
-        made.append(f"{mine:,.12g}{change(mine, other or mine, digits)}" if mine else "-")
+        beside = "" if narrow else change(mine or 0, other or 0, digits)
+        made.append(f"{mine:,.12g}{beside}" if mine else "-")
     return [*made, f"{row['memory_bytes'] / 1e9:.0f}"]

@@ -8,7 +8,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from megatron_helix.experiment.metrics import PARTS
-from megatron_helix.experiment.results import AXIS_NAMES, by_axis, decoded, significant, trained
+from megatron_helix.experiment.results import AXES_SHOWN, by_axis, decoded, significant, trained
 from megatron_helix.report import outlook
 
 _COLOURS = ("#0072b2", "#e69f00", "#56b4e9", "#999999", "#009e73", "#cc79a7", "#d55e00", "#f0e442")
@@ -148,7 +148,7 @@ def _sent(results: list[dict[str, Any]]) -> Figure:
     sent = [by_axis(result) for result in results]
     left = [0.0] * len(results)
     places = range(len(results))
-    for name, colour in zip(AXIS_NAMES.values(), _COLOURS, strict=True):
+    for name, colour in zip(AXES_SHOWN, _COLOURS, strict=True):
         values = [own.get(name, 0.0) / 1e6 for own in sent]
         if any(values):
             look = {"label": name, "color": colour, "edgecolor": "white", "lw": 0.5}
@@ -161,7 +161,7 @@ def _sent(results: list[dict[str, Any]]) -> Figure:
     axes.margins(x=0.12)
     axes.set_xlabel("MB, mean over ranks")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=len(AXIS_NAMES), frameon=False, fontsize=9)
+    figure.legend(loc="outside upper center", ncols=len(AXES_SHOWN), frameon=False, fontsize=9)
     return figure
 
 

@@ -18,6 +18,8 @@ from megatron_helix.experiment.results import (
 )
 from megatron_helix.report import outlook, prediction
 
+_SHOWN = 0.01  # of what is sent; axes with less stand in the report
+
 CPU_NOTE = (
     "The ranks share this machine's cores: times count context switches here, not a link, and say"
     " nothing about GPUs. Losses, gradients, bytes and weights are what they are on GPUs."
@@ -44,9 +46,9 @@ def _counted(results: list[Result]) -> Table:
     """One line a run: how far it leaves the baseline, what a rank sends and holds."""
     first = results[0]
     made = Table(
-        title=f"{first['phase']}: exact or not (compared), sent and held by a rank (counted), MB",
-        caption="Largest relative difference of all steps to the first layout. Sent: in a step,"
-        " mean over ranks, by the axis of the collective; experts: tokens to and from them.",
+        title=f"{first['phase']}: exact or not (compared), held and sent by a rank (counted)",
+        caption="Differs: from the first layout, relative, largest of all steps. Held and sent: MB;"
+        " sent in a step, mean over ranks, over the axes of the layout.",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
     )
@@ -59,6 +61,7 @@ def _counted(results: list[Result]) -> Table:
         if result is baseline:
             made.add_row(result["model"])
         most_first = sorted(sent, key=sent.__getitem__, reverse=True)
+        most_first = [axis for axis in most_first if sent[axis] > _SHOWN * sum(sent.values())]
         made.add_row(
             f"  {result['layout']}",
             *(_difference(result, baseline, key) for key in ("losses", "grad_norms")),
@@ -77,25 +80,28 @@ def _difference(result: Result, baseline: Result, key: str) -> str:
 
 
 def _outlook(experiment: ExperimentConfig) -> list[Table]:
-    """Predicted for machines that are not here, beside what others claim."""
-    found = outlook.rows(experiment)
-    if experiment.outlook is None:
-        return []
-    made = Table(
-        title="The same layouts on GPUs: predicted, and claimed by others",
-        caption=outlook.note(experiment.outlook),
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-    )
-    made.add_column("machine, model, layout", overflow="fold")
-    for figure in ("TPS\npredicted", "\nclaimed", "TPOT ms\npredicted", "\nclaimed"):
-        made.add_column(figure, justify="right", no_wrap=True)
-    for row in outlook.claimed(found):
-        if row is outlook.first(row, found):
-            made.add_row(f"{row['hardware']}: {row['model']} {row['phase']}")
-        *cells, _ = outlook.cells(row, found, digits=0)
-        made.add_row(f"  {row['layout']}", *cells)
-    return [made]
+    """Predicted for machines that are not here, a table each, beside what others claim."""
+    found = outlook.claimed(outlook.rows(experiment))
+    made = []
+    for machine in dict.fromkeys(row["hardware"] for row in found):
+        own = [row for row in found if row["hardware"] == machine]
+        table = Table(
+            title=f"predicted for {machine}, and claimed",
+            caption_justify="left",
+            box=box.SIMPLE_HEAD,
+        )
+        table.add_column("model, layout", no_wrap=True)
+        for figure in ("TPS\npredicted", "\nclaimed", "TPOT ms\npredicted", "\nclaimed"):
+            table.add_column(figure, justify="right", no_wrap=True)
+        for row in own:
+            if row is outlook.first(row, own):
+                table.add_row(f"{row['model']} {row['phase']}")
+            *cells, _ = outlook.cells(row, own, narrow=True)
+            table.add_row(f"  {row['layout']}", *cells)
+        made.append(table)
+    if experiment.outlook:
+        made[-1].caption = outlook.note(experiment.outlook)
+    return made
 
 
 def _times(results: list[Result]) -> Table:

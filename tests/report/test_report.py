@@ -42,9 +42,9 @@ def test_a_cpu_shows_what_it_can_first_and_its_clocks_last(finished: tuple[Path,
 
     on_cpu = shown("cpu")
     assert [title.split(":")[0] for title in on_cpu[:3]] == [
-        *("train", "prefill", "The same layouts on GPUs")
+        *("train", "prefill", "predicted for four slow ranks, and claimed")
     ]
-    assert [i for i, title in enumerate(on_cpu) if "times of shared cores" in title] == [3, 4]
+    assert [i for i, title in enumerate(on_cpu) if "times of shared cores" in title] == [4, 5]
     assert "(counted)" in on_cpu[0]
     assert "(counted)" in shown("cuda")[-1]
 
