@@ -14,6 +14,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.pipeline_parallel.schedules import custom_backward
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import build_module
 
@@ -117,6 +118,14 @@ def run(models: dict[str, Model], cut: Cut) -> dict[str, tuple[Result, Result]]:
             results[name] = _step(whole, model, None), _step(part, model, cut)
             parallel_state.get_global_memory_buffer().buffer.clear()
     return results
+
+
+def counts_offset(model: Model, cut: Cut) -> bool:
+    """Whether Megatron counts this rank's softmax offset in the gradient norm."""
+    with model_parallel(tp=4):
+        four = ProcessGroupCollection.use_mpu_process_groups(["tp", "cp", "pp"])
+        offset = dict(_build(model, cut, four).named_parameters())[OFFSET]
+        return param_is_not_tensor_parallel_duplicate(offset, four.tp)
 
 
 def _build(model: Model, cut: Cut | None, groups: ProcessGroupCollection) -> torch.nn.Module:

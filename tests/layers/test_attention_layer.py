@@ -8,7 +8,17 @@ from functools import cache
 import pytest
 import torch
 
-from tests.attention_case import OFFSET, TILED, Cut, Model, Result, layout_of, run, stream_part
+from tests.attention_case import (
+    OFFSET,
+    TILED,
+    Cut,
+    Model,
+    Result,
+    counts_offset,
+    layout_of,
+    run,
+    stream_part,
+)
 from tests.distributed import run_distributed
 
 MODELS = {
@@ -129,3 +139,9 @@ def test_copies_of_a_weight_get_equal_gradients(cut: Cut, model_name: str) -> No
         for rank, part in enumerate(parts):
             first = layout.dim_group(rank)[0] if name == OFFSET else 0
             assert torch.equal(part.weight_grads[name], parts[first].weight_grads[name]), name
+
+
+@pytest.mark.parametrize("cut", [Cut(m=2, n=2), Cut(m=4, n=1)], ids=name_of)
+def test_every_softmax_offset_counts_once_in_the_gradient_norm(cut: Cut) -> None:
+    counted = run_distributed(counts_offset, 4, MODELS["softmax_learnable_offset"], cut)
+    assert sum(counted) == cut.n  # a copy of each head group's
