@@ -115,6 +115,14 @@ class Curve:
     loss_scales: list[float | None] = field(default_factory=list)
     skipped_steps: int = 0
 
+    def note(self, result: Any, optimizer: Any) -> None:
+        """What Megatron's ``train_step`` returned on this rank."""
+        losses, skipped, *_, grad_norm, _zeros, _logit = result
+        self.losses += [float(losses["lm loss"])] if "lm loss" in losses else []
+        self.grad_norms += [] if grad_norm is None else [float(grad_norm)]
+        self.loss_scales.append(record.loss_scale(optimizer))
+        self.skipped_steps += bool(skipped)
+
 
 def pretrain(flags: Sequence[str], world_size: int) -> Curve:
     """Train with these flags on :func:`living_ranks`.
@@ -133,11 +141,7 @@ def _curve(argv: list[str]) -> Curve:
 
     def observed(train_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = train_step(*args, **kwargs)
-        losses, skipped, *_, grad_norm, _zeros, _logit = result
-        curve.losses += [float(losses["lm loss"])] if "lm loss" in losses else []
-        curve.grad_norms += [] if grad_norm is None else [float(grad_norm)]
-        curve.loss_scales.append(record.loss_scale(args[3]))
-        curve.skipped_steps += bool(skipped)
+        curve.note(result, optimizer=args[3])
         return result
 
     patches.observe_train_step(observed)

@@ -10,24 +10,21 @@ from megatron.core import parallel_state
 from megatron.training import training
 
 from megatron_helix import pretrain_gpt
-from tests.distributed import TIMEOUT_S, living_ranks
+from megatron_helix.upstream import patches
+from tests.distributed import TIMEOUT_S, Curve, living_ranks
 
 
 @dataclass(kw_only=True)
-class Trained:
-    """What a rank has at the end of a training.
+class Trained(Curve):
+    """What a rank has at the end of a training, beside what its steps said.
 
     Attributes:
-        losses: of every step; on the last pipeline stage, elsewhere none.
-        grad_norms: of every step.
         copied: parameters of which every rank of the tensor-parallel group has a copy.
         cut: the others.
         cuda_state: of CUDA's generator.
         tp, pp, dp: the rank's numbers.
     """
 
-    losses: list[float] = field(default_factory=list)
-    grad_norms: list[float] = field(default_factory=list)
     copied: dict[str, torch.Tensor] = field(default_factory=dict)
     cut: dict[str, torch.Tensor] = field(default_factory=dict)
     cuda_state: torch.Tensor = field(default_factory=lambda: torch.empty(0))
@@ -46,12 +43,9 @@ def train(runs: Mapping[str, Sequence[str]], world_size: int) -> dict[str, list[
 
 
 def _train(argv: list[str]) -> Trained:
-    trained, step = Trained(), training.train_step
-    training.train_step = partial(_observed, trained, step)
-    try:
-        pretrain_gpt.train(argv)
-    finally:
-        training.train_step = step
+    trained = Trained()
+    patches.observe_train_step(partial(_observed, trained))
+    pretrain_gpt.train(argv)
     trained.cuda_state = torch.cuda.get_rng_state()
     trained.tp = parallel_state.get_tensor_model_parallel_rank()
     trained.pp = parallel_state.get_pipeline_model_parallel_rank()
@@ -62,9 +56,7 @@ def _train(argv: list[str]) -> Trained:
 
 def _observed(trained: Trained, step: Any, *args: Any, **kwargs: Any) -> Any:
     result = step(*args, **kwargs)
-    losses, grad_norm = result[0], result[-3]
-    trained.losses += [float(losses["lm loss"])] if losses else []
-    trained.grad_norms.append(float(grad_norm))
+    trained.note(result, optimizer=args[3])
     for chunk in args[2]:
         for name, weight in chunk.named_parameters():
             of_expert = not getattr(weight, "allreduce", True)
