@@ -15,7 +15,7 @@ from megatron_helix.planner.traffic import AXES, step_bytes
 from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig
 from tests.covering import THOROUGH, covering
 from tests.distributed import measured, run_distributed
-from tests.inference import test_decode
+from tests.inference import decode_case
 
 QUICKSTART = config.load(Path("configs/experiments/quickstart.yaml"))
 
@@ -220,12 +220,12 @@ def test_a_decode_step_is_the_closed_form_that_generation_is_held_to(
 
 
 @pytest.mark.parametrize(
-    "layout", [test_decode.Layout(tp=4), test_decode.helix(2, 2)], ids=["stock", "helix"]
+    "layout", [decode_case.Layout(tp=4), decode_case.helix(2, 2)], ids=["stock", "helix"]
 )
-def test_in_decode_every_rank_sends_every_token_to_its_experts(layout: test_decode.Layout) -> None:
+def test_in_decode_every_rank_sends_every_token_to_its_experts(layout: decode_case.Layout) -> None:
     """Without sequence parallelism Megatron routes a token on each rank of a group anew."""
     layout = dataclasses.replace(layout, ep=4, sequence_parallel=True)
-    routed = test_decode.MODELS["moe"]
+    routed = decode_case.MODELS["moe"]
     model = ModelConfig(
         name="moe",
         num_layers=2,
@@ -234,19 +234,19 @@ def test_in_decode_every_rank_sends_every_token_to_its_experts(layout: test_deco
         kv_channels=routed.channels,
         ffn_hidden_size=routed.more["moe_ffn_hidden_size"],
         num_experts=routed.more["num_moe_experts"],
-        vocab_size=test_decode.VOCABULARY,
+        vocab_size=decode_case.VOCABULARY,
     )
     how = {"m": layout.m, "n": layout.n} if layout.m else {"tp": layout.tp}
     cut = LayoutConfig(name="case", ep=4, micro_batch=8, **how)
     batch = BatchConfig(sequences=8, sequence_length=16)
-    ranks = run_distributed(test_decode._generate, 4, routed, layout, (8,))
+    ranks = run_distributed(decode_case.generate, 4, routed, layout, (8,))
     predicted = [
         step_bytes(model, cut, batch, world_size=4, rank=rank, phase="decode", precision="fp32")
         for rank in range(4)
     ]
     axes = {AXES[axis]: axis for axis in ("tp", "dim")}
     wanted = [{(axes.get(a, a), k): sent for (a, k), sent in one.items()} for one in predicted]
-    for step in range(test_decode.NEW_TOKENS - 1):
+    for step in range(decode_case.NEW_TOKENS - 1):
         sent = [
             {key: count for key, count in found.step_bytes[step].items() if count}
             for (found,) in ranks
