@@ -49,6 +49,7 @@ setup(
             "pytest>=9",
             "pytest-xdist>=3.8",
             "hypothesis",
+            "cloudpickle",  # a test's closure for ranks that live already
             "tiktoken",  # a tokenizer with special tokens, for tests of the data that asks for one
             "ruff==0.17.6",
             "pyright[nodejs]==1.1.414",

@@ -74,22 +74,27 @@ def prepare(argv: Sequence[str], world_size: int, *, script: bool = False) -> li
     """
     argv = arguments.complete(argv, world_size)
     _require_free_metrics(argv)
-    patches.quieten_imports()
-    if arguments.device(argv) == "cpu":
-        from megatron_helix.upstream import cpu_device
-
-        cpu_device.enable()
-        patches.skip_warm_up()
-    from megatron_helix import plugin  # noqa: F401  # slow: forked ranks inherit them
-    from megatron_helix.upstream import gpt_training  # noqa: F401  # slow: forked ranks inherit them
-
-    patches.read_flag_help_once()
+    make_ready(arguments.device(argv))
     args = parsed.require_flags(argv)
     if not script:
         unavailable.require_available(args, argv)
         parsed.require_known(argv)
     arguments.require_data(argv)
     return argv
+
+
+def make_ready(device: str | None) -> None:
+    """The device, and imports that take seconds: ranks that are forked later have both."""
+    patches.quieten_imports()
+    if device == "cpu":
+        from megatron_helix.upstream import cpu_device
+
+        cpu_device.enable()
+        patches.skip_warm_up()
+    from megatron_helix import plugin  # noqa: F401
+    from megatron_helix.upstream import gpt_training  # noqa: F401
+
+    patches.read_flag_help_once()
 
 
 def _require_free_metrics(argv: Sequence[str]) -> None:

@@ -3,9 +3,7 @@
 import atexit
 import contextlib
 import dataclasses
-import faulthandler
 import shutil
-import signal
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -27,21 +26,29 @@ from megatron_helix.upstream import patches
 
 TIMEOUT_S = 180.0  # of one distributed test; a hang becomes a failure instead of a stuck suite
 LOG_TAIL_LINES = 40
-RANKS = 8  # the most that a test trains on
+RANKS = 8  # the most that nearly every test wants
 
 
 def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
-    """``fn(*args)`` on ``world_size`` ranks of a gloo world; its results in rank order.
+    """``fn(*args)`` on ``world_size`` of :func:`living_ranks`; its results in rank order.
 
-    ``fn`` may be a closure (ranks are forks); what it returns goes through ``torch.save``.
+    ``fn`` may be a closure. Random numbers start from one state on every rank. More ranks than
+    live are started for it alone.
     """
+    call = cloudpickle.dumps((fn, args))
+    if world_size <= RANKS:
+        return living_ranks().call(_call, call, ranks=world_size, timeout_s=TIMEOUT_S)
     with tempfile.TemporaryDirectory(prefix="helix-test-") as name:
-        folder = Path(name)
-        launch_ranks(_call, (fn, args, folder), world_size, folder)
-        return [
-            torch.load(folder / f"result{rank:02d}.pt", weights_only=False)
-            for rank in range(world_size)
-        ]
+        with Session(world_size, Path(name)) as session:
+            return session.call(_call, call, ranks=world_size, timeout_s=TIMEOUT_S)
+
+
+def _call(call: bytes) -> Any:
+    fn, args = cloudpickle.loads(call)
+    torch.manual_seed(0)
+    result = fn(*args)
+    dist.barrier()  # no rank is done while another still talks to it
+    return result
 
 
 def launch_ranks(target: Callable[..., Any], args: tuple, world_size: int, logs: Path) -> None:
@@ -64,15 +71,6 @@ def _log_tail(ranks: fork_ranks.Ranks, rank: int) -> str:
     return "\n".join([f"--- rank {rank} ---", *lines[-LOG_TAIL_LINES:]])
 
 
-def _call(fn: Callable[..., Any], args: tuple, folder: Path) -> None:
-    # The launcher ends ranks that hang with SIGTERM: their logs then say where they hung.
-    faulthandler.register(signal.SIGTERM, chain=True)
-    dist.init_process_group("gloo")
-    result = fn(*args)
-    torch.save(result, folder / f"result{dist.get_rank():02d}.pt")
-    dist.barrier()  # no rank leaves while another still talks to it
-
-
 @contextlib.contextmanager
 def model_parallel(tp: int = 1, pp: int = 1, ep: int = 1) -> Iterator[None]:
     """Megatron's ``parallel_state`` and random states inside a rank of :func:`run_distributed`."""
@@ -92,6 +90,7 @@ def model_parallel(tp: int = 1, pp: int = 1, ep: int = 1) -> Iterator[None]:
 @cache
 def living_ranks() -> Session:
     """Ranks that live as long as this process: a call costs a fraction of a launch."""
+    pretrain_gpt.make_ready("cpu")
     folder = tempfile.mkdtemp(prefix="helix-test-ranks-")
     session = Session(RANKS, Path(folder))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -125,15 +124,9 @@ class Curve:
 
 
 def pretrain(flags: Sequence[str], world_size: int) -> Curve:
-    """Train with these flags on :func:`living_ranks`.
-
-    More ranks than live are started for it alone.
-    """
+    """Train with these flags, on ranks as :func:`run_distributed` has them."""
     argv = pretrain_gpt.prepare(flags, world_size)
-    if world_size > RANKS:
-        return _together(run_distributed(_curve, world_size, argv))
-    ranks = living_ranks().call(_curve, argv, ranks=world_size, timeout_s=TIMEOUT_S)
-    return _together(ranks)
+    return _together(run_distributed(_curve, world_size, argv))
 
 
 def _curve(argv: list[str]) -> Curve:

@@ -302,6 +302,7 @@ def test_a_second_ctrl_c_kills_what_torchrun_has_started(
     assert not list(tmp_path.glob("saved*"))
 
 
+@THOROUGH
 def test_a_rank_of_torchrun_that_fails_ends_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

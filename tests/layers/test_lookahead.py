@@ -8,6 +8,7 @@ import pytest
 from megatron_helix.exchange import shards
 from megatron_helix.exchange.shards import GatheredWeight
 from megatron_helix.experiment.metrics import RunMetrics
+from tests.covering import THOROUGH
 from tests.distributed import pretrain_launched, tiny_gpt
 
 FULL = (
@@ -34,9 +35,9 @@ def _run(corpus: Path, folder: Path, *flags: str) -> RunMetrics:
     ("flags", "late", "early"),
     [
         pytest.param((), 1 + 1, 7 + 7, id="plain"),
-        pytest.param(FULL, 1 + 2 * (1 + 1), 7 + 2 * (3 + 3), id="full-recompute"),
+        pytest.param(FULL, 1 + 2 * (1 + 1), 7 + 2 * (3 + 3), id="full-recompute", marks=THOROUGH),
         pytest.param(MLP, 1 + 2 * (1 + 1), 7 + 2 * (1 + 3), id="mlp-recompute"),
-        pytest.param(STEP, 1, 7, id="step"),
+        pytest.param(STEP, 1, 7, id="step", marks=THOROUGH),
         # Megatron brings the shards up to date as the forward pass reaches them.
         pytest.param(OVERLAP, 8 + 1, 7, id="overlapped-parameter-gather"),
     ],
