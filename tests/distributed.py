@@ -38,9 +38,11 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any) -> list
     call = cloudpickle.dumps((fn, args))
     if world_size <= RANKS:
         return living_ranks().call(_call, call, ranks=world_size, timeout_s=TIMEOUT_S)
-    with tempfile.TemporaryDirectory(prefix="helix-test-") as name:
-        with Session(world_size, Path(name)) as session:
-            return session.call(_call, call, ranks=world_size, timeout_s=TIMEOUT_S)
+    with (
+        tempfile.TemporaryDirectory(prefix="helix-test-") as name,
+        Session(world_size, Path(name)) as session,
+    ):
+        return session.call(_call, call, ranks=world_size, timeout_s=TIMEOUT_S)
 
 
 def _call(call: bytes) -> Any:
