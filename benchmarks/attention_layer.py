@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_helix.exchange.tokens import from_batch_share, to_batch_share
+from megatron_helix.exchange.tokens import from_block_order, to_block_order
 from megatron_helix.kernels.collectives import gather
 from megatron_helix.partition.layout import HelixLayout
 from megatron_helix.recording.comm_ledger import CommLedger, install
@@ -93,22 +93,22 @@ class Layer:
 
     def _converted(self, part: torch.Tensor, convert: Any) -> torch.Tensor:
         """``convert``, where the stream has another token order than stock's."""
-        if (self.variant.exchange, self.variant.split) != ("weights", "batch"):
+        if self.variant.exchange == STOCK or not self.module.plan.has_own_order:
             return part
-        return convert(part, self.shape.layout(), self.module.helix_groups.dim)
+        return convert(part, self.module.plan, self.shape.layout(), self.module.helix_groups.dim)
 
     def _mine(self, whole: torch.Tensor) -> torch.Tensor:
         """A rank's tokens of the stream."""
         if not self.variant.sequence_parallel:
             return whole
         part = whole.chunk(dist.get_world_size())[dist.get_rank()]
-        return self._converted(part, to_batch_share)
+        return self._converted(part, to_block_order)
 
     def _all(self, part: torch.Tensor) -> torch.Tensor:
         """The inverse of :meth:`_mine`."""
         if not self.variant.sequence_parallel:
             return part
-        part = self._converted(part, from_batch_share).contiguous()
+        part = self._converted(part, from_block_order).contiguous()
         return gather(part, self.tp)
 
 

@@ -30,14 +30,16 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_helix.exchange.activations import context_to_segments, qkv_to_whole_heads
+from megatron_helix.exchange.plan import Plan
 from megatron_helix.exchange.shards import Ahead, GatheredWeight, Shards, StepWeight
-from megatron_helix.exchange.tokens import to_batch_share
+from megatron_helix.exchange.tokens import to_block_order
 from megatron_helix.exchange.weights import column_linear, row_linear
 from megatron_helix.kernels.collectives import all_to_all, gather
 from megatron_helix.partition.layout import HelixLayout
 from megatron_helix.partition.process_groups import HelixGroups, carve
 
 Step = Callable[[], Any]
+SPLIT = Plan(exchange="weights", split="batch")
 CHAIN = 8  # linears; the first gather of a chain is exposed in any case
 
 
@@ -170,7 +172,7 @@ class Bench:
         swapped: list[tuple[str, torch.Tensor, Step]] = [
             ("QKV", qkv, lambda: qkv_to_whole_heads(qkv, layout, dim)),
             ("context", context, lambda: context_to_segments(context, layout, dim)),
-            ("token order", stream, lambda: to_batch_share(stream, layout, dim)),
+            ("token order", stream, lambda: to_block_order(stream, SPLIT, layout, dim)),
         ]
         rows = []
         for name, tensor, step in swapped:

@@ -88,8 +88,11 @@ def stream_part(cut: Cut, rank: int, whole: torch.Tensor) -> torch.Tensor:
     """A rank's part of the residual stream ``[s, b, hidden]``, as attention gets and gives it."""
     if not cut.sequence_parallel:
         return whole
+    i, j = divmod(rank, cut.m)
+    if (cut.exchange, cut.split) == ("weights", "sequence") and cut.m > 1:
+        chunk = whole.chunk(cut.n)[i].chunk(2 * cut.m)
+        return torch.cat([chunk[j], chunk[-1 - j]])
     if (cut.exchange, cut.split) == ("weights", "batch"):
-        i, j = divmod(rank, cut.m)
         return whole.chunk(cut.n)[i].chunk(cut.m, dim=1)[j]
     return whole.chunk(cut.m * cut.n)[rank]
 

@@ -100,8 +100,6 @@ AS_STOCK = [
     Run("activations-batch", True, "none", 2, HIDDEN_ALONE),
     Run("activations-sequence", False, "none", 2, HIDDEN_ALONE),
     Run("activations-sequence", True, "none", 1, HIDDEN_ALONE),
-    Run("weights-sequence", True, "none", 1, HIDDEN_ALONE),
-    Run("weights-sequence", True, "none", 2, HIDDEN_ALONE),
     Run("scores", False, "none", 1, HIDDEN_ALONE),
     Run("scores", True, "none", 2, HIDDEN_ALONE),
 ]

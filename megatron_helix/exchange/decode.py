@@ -54,7 +54,7 @@ class SequenceCache(NamedTuple):
 
 
 def cached_positions(
-    layout: HelixLayout, segment: int, *, prefilled: int, capacity: int
+    layout: HelixLayout, segment: int, *, prefilled: int, capacity: int, balanced: bool = True
 ) -> torch.Tensor:
     """Positions that dim rank ``segment`` caches, ``[capacity/m]``, ascending.
 
@@ -66,9 +66,10 @@ def cached_positions(
         segment: j.
         prefilled: tokens of the prefill, a multiple of T.
         capacity: positions of the whole cache, a multiple of m.
+        balanced: of the prefill's plan.
     """
     later = torch.arange(prefilled, capacity)[segment :: layout.m]
-    return torch.cat([chunk_positions(layout, segment, prefilled), later])
+    return torch.cat([chunk_positions(layout, segment, prefilled, balanced=balanced), later])
 
 
 def qkv_to_every_rank(

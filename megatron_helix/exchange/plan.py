@@ -12,8 +12,16 @@ class Plan:
             cache that is split by position (:mod:`megatron_helix.exchange.decode`).
         split: ``batch`` or ``sequence``; ``none`` for scores.
         gather: ``microbatch`` or ``step``; of meaning for ``weights`` only.
+        balanced: whether a sequence split deals out pieces of equal causal work
+            (:mod:`megatron_helix.exchange.tokens`), or the chunks as the stream has them.
     """
 
     exchange: str
     split: str
     gather: str = "microbatch"
+    balanced: bool = True
+
+    @property
+    def has_own_order(self) -> bool:
+        """Whether the stream inside the block is in another order than stock's."""
+        return self.exchange == "weights" and (self.split == "batch" or self.balanced)

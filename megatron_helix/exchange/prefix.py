@@ -1,9 +1,8 @@
-"""Core attention for the sequence split: every chunk of queries attends to its own prefix.
+"""Core attention for the sequence split: every piece of queries attends to its own prefix.
 
-Rank (i, j) holds the queries of sequence chunks ``j, m + j, 2m + j, ...`` of T and, gathered over
-the dim group, the keys and values of the whole sequence. A causal chunk needs only keys up to its
-own end: ``[0, (c + 1) s/T)`` for chunk c. How evenly that shares the
-work: :mod:`megatron_helix.exchange.tokens`.
+Rank (i, j) holds the queries of some pieces of the sequence (:mod:`megatron_helix.exchange.tokens`
+says which) and, gathered over the dim group, the keys and values of the whole sequence. A causal
+piece needs only keys up to its own end.
 """
 
 from typing import Any
@@ -15,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_helix.exchange.decode import attend_to_share, merge_shares
 from megatron_helix.exchange.plan import Plan
+from megatron_helix.exchange.tokens import Piece, pieces
 from megatron_helix.kernels.flex_attention import FlexAttention
 from megatron_helix.partition.layout import HelixLayout
 from megatron_helix.partition.process_groups import HelixGroups
@@ -41,8 +41,8 @@ class _Prefixes(torch.autograd.Function):
         return total.to(one.dtype), None
 
 
-class PrefixChunks(torch.nn.Module):
-    """Mixin before a core attention class: chunk by chunk under a sequence split."""
+class PrefixPieces(torch.nn.Module):
+    """Mixin before a core attention class: piece by piece under a sequence split."""
 
     plan: Plan
     helix_layout: HelixLayout
@@ -66,26 +66,28 @@ class PrefixChunks(torch.nn.Module):
             return attend(
                 query, key, value, attention_mask, attn_mask_type=attn_mask_type, **kwargs
             )
-        layout = self.helix_layout
-        length = key.size(0) // layout.size
+        layout, segment = self.helix_layout, self.helix_groups.segment
+        mine = pieces(layout, segment, key.size(0), balanced=self.plan.balanced)
         causal = attn_mask_type == AttnMaskType.causal
-        starts = [(i * layout.m + self.helix_groups.segment) * length for i in range(layout.n)]
-        ends = [start + length if causal else key.size(0) for start in starts]
-        seen = zip(_Prefixes.apply(key, ends), _Prefixes.apply(value, ends), strict=True)
-        contexts = []
-        for chunk, start, end, (keys, values) in zip(
-            query.chunk(layout.n), starts, ends, seen, strict=True
-        ):
-            contexts.append(
-                attend(
-                    chunk,
-                    keys,
-                    values,
-                    self._rows(attention_mask, start, length, end, causal, query.device),
-                    attn_mask_type=AttnMaskType.causal_bottom_right if causal else attn_mask_type,
-                    **kwargs,
-                )
+        ends = [piece.end if causal else key.size(0) for piece in mine]
+        parts = zip(
+            query.split([piece.length for piece in mine]),
+            _Prefixes.apply(key, ends),
+            _Prefixes.apply(value, ends),
+            mine,
+            strict=True,
+        )
+        contexts = [
+            attend(
+                queries,
+                keys,
+                values,
+                self._rows(attention_mask, piece, len(keys), causal, query.device),
+                attn_mask_type=AttnMaskType.causal_bottom_right if causal else attn_mask_type,
+                **kwargs,
             )
+            for queries, keys, values, piece in parts
+        ]
         return torch.cat(contexts)
 
     def _merged(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -102,21 +104,20 @@ class PrefixChunks(torch.nn.Module):
     def _rows(
         self,
         mask: torch.Tensor | None,
-        start: int,
-        length: int,
+        piece: Piece,
         end: int,
         causal: bool,
         device: torch.device,
     ) -> torch.Tensor | None:
-        """The mask of one chunk, ``[b or 1, 1, length, end]``, True where hidden.
+        """The mask of one piece, ``[b or 1, 1, length, end]``, True where hidden.
 
         TransformerEngine and FlexAttention align a causal mask to the bottom right by its type; the
         local implementation makes masks for square scores only and is given this one.
         """
         if mask is not None:
-            return mask[..., start : start + length, :end]
+            return mask[..., piece.start : piece.end, :end]
         local = isinstance(self, DotProductAttention) and not isinstance(self, FlexAttention)
         if not causal or not local:
             return None
-        hidden = torch.ones(length, end, dtype=torch.bool, device=device).triu(start + 1)
-        return hidden[None, None]
+        hidden = torch.ones(piece.length, end, dtype=torch.bool, device=device)
+        return hidden.triu(piece.start + 1)[None, None]

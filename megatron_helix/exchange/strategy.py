@@ -28,8 +28,9 @@ class Choice:
         gather: one of :data:`GATHERS`.
         microbatches: micro-batches of a step; what is gathered once a step is shared by them.
         keeps_sequences: the sequence is cut by context parallelism already: no sequence split.
-        keeps_order: what needs stock's token order in every layer, which ``weights`` with a batch
-            split leaves: the flag that asks for it (a loss per sequence, say).
+        keeps_order: what needs stock's token order in every layer, which ``weights`` leaves with a
+            batch split, and with a sequence split that is balanced: the flag that asks for it (a
+            loss per sequence, say).
     """
 
     exchange: str = "auto"
@@ -86,7 +87,12 @@ def resolve(
     if choice.exchange != "auto":
         exchanges = [choice.exchange]
     plans = [
-        Plan(exchange=exchange, split=split, gather=choice.gather)
+        Plan(
+            exchange=exchange,
+            split=split,
+            gather=choice.gather,
+            balanced=not (choice.keeps_order and exchange == "weights"),
+        )
         for exchange in exchanges
         for split in splits
         if not (choice.keeps_order and exchange == "weights" and split == "batch")

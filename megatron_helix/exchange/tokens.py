@@ -1,63 +1,247 @@
 """Which tokens a rank of the dim axis takes, and the order of tokens inside the decoder block.
 
 Under sequence parallelism the residual stream is ``[s/T, b, hidden]``: rank t = i * m + j holds
-sequence chunk t of T. Attention on whole heads needs whole sequences, for 1/m of the tokens:
+sequence chunk t of T. The m chunks of head group i together are chunk i of n. Attention on whole
+heads needs whole sequences, for 1/m of the tokens:
 
 * **batch split**: rank (i, j) takes sequences ``[j * b/m, (j+1) * b/m)``. Inside the decoder block
   the stream is kept as ``[s/n, b/m, hidden]``: sequence chunk i of n, for its own sequences. One
-  all-to-all over the dim group converts on entry, its inverse on exit; chunks i*m .. i*m + m-1 of
-  the m ranks are together chunk i of n.
-* **sequence split**: rank (i, j) takes chunks ``j, m + j, 2m + j, ...`` of T of all sequences: what
-  an all-gather over the head group yields from the stream as it is. The rank with most of the
-  causal triangle, j = m - 1, has ``1 + (m-1)/T`` times the mean of it: twice, nearly, with n = 1.
+  all-to-all over the dim group converts on entry, its inverse on exit.
+* **sequence split**: every chunk of n is cut into 2m pieces, and rank (i, j) takes pieces j and
+  2m - 1 - j of all of them. A token attends to those before it, so the rank that has an early piece
+  has a late one: all ranks have the same causal work, for any m and n. Under ``weights`` the stream
+  is dealt out within the dim group, each rank its two pieces of chunk i; an all-gather over the
+  head group then yields them for all chunks. Where tokens enter by an embedding and leave by a
+  loss, it is word ids, labels and losses that are put in order, and no stream is sent for it.
 
-Elements a rank sends for one conversion: ``(m-1)/m * s * b * hidden / T``.
+What needs stock's order in every layer takes the chunks as the stream has them, ``j, m + j, 2m + j,
+...`` of T (``balanced`` false): the rank with most causal work, j = m - 1, then has ``1 + (m-1)/T``
+times the mean of it.
+
+Elements a rank sends for one conversion, as the ledger counts an all-to-all:
+``(m-1)/m * s * b * hidden / T``.
 """
+
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from megatron_helix.kernels.collectives import all_to_all
+from megatron_helix.exchange.plan import Plan
+from megatron_helix.kernels.collectives import all_to_all, exchange_uneven
 from megatron_helix.kernels.copies import packed
 from megatron_helix.partition.layout import HelixLayout
 
 
-def to_batch_share(
-    hidden: torch.Tensor, layout: HelixLayout, dim_group: dist.ProcessGroup
+class Piece(NamedTuple):
+    """Neighbouring tokens of a sequence.
+
+    Attributes:
+        start: position of the first one.
+        length: how many; 1 or more.
+    """
+
+    start: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        """The position after the last one."""
+        return self.start + self.length
+
+
+def to_block_order(
+    hidden: torch.Tensor, plan: Plan, layout: HelixLayout, dim_group: dist.ProcessGroup
 ) -> torch.Tensor:
-    """``[s/T, b, hidden] -> [s/n, b/m, hidden]``; its dual is :func:`from_batch_share`."""
+    """The stream as stock has it -> as a plan has it that has its own order.
+
+    ``[s/T, b, hidden] -> [s/n, b/m, hidden]`` (batch split), the same shape (sequence split). Its
+    dual is :func:`from_block_order`.
+    """
+    if plan.split == "sequence":
+        return _Dealt.apply(hidden, layout, dim_group)
     chunk, b, width = hidden.shape
     sent = hidden.view(chunk, layout.m, b // layout.m, width).transpose(0, 1)
     received = all_to_all(sent, dim_group)  # [m, s/T, b/m, hidden]: chunk k of my sequences
     return received.view(layout.m * chunk, b // layout.m, width)
 
 
-def from_batch_share(
-    hidden: torch.Tensor, layout: HelixLayout, dim_group: dist.ProcessGroup
+def from_block_order(
+    hidden: torch.Tensor, plan: Plan, layout: HelixLayout, dim_group: dist.ProcessGroup
 ) -> torch.Tensor:
-    """``[s/n, b/m, hidden] -> [s/T, b, hidden]``; its dual is :func:`to_batch_share`."""
+    """Undoes :func:`to_block_order`, its dual."""
+    if plan.split == "sequence":
+        return _TakenBack.apply(hidden, layout, dim_group)
     rows, share, width = hidden.shape
     sent = hidden.view(layout.m, rows // layout.m, share, width)
     received = all_to_all(sent, dim_group)  # [m, s/T, b/m, hidden]: my chunk of rank k's sequences
     return packed(received.transpose(0, 1)).view(rows // layout.m, layout.m * share, width)
 
 
-def chunk_positions(layout: HelixLayout, segment: int, sequence: int) -> torch.Tensor:
-    """Positions in the sequence of the tokens of dim rank ``segment``, ``[s/m]``, ascending."""
-    chunks = torch.arange(sequence).view(layout.n, layout.m, sequence // layout.size)
-    return chunks[:, segment].reshape(-1)
+class _Dealt(torch.autograd.Function):
+    """Forward: :func:`_deal`. Backward: :func:`_take_back`. Saves nothing."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, layout: HelixLayout, dim_group: dist.ProcessGroup
+    ) -> torch.Tensor:
+        ctx.among = layout, dim_group
+        return _deal(hidden, layout, dim_group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _take_back(grad, *ctx.among), None, None
 
 
-def in_sequence_order(gathered: torch.Tensor, layout: HelixLayout) -> torch.Tensor:
-    """What an all-gather over the dim group makes of the chunks, put in order.
+class _TakenBack(torch.autograd.Function):
+    """Forward: :func:`_take_back`. Backward: :func:`_deal`. Saves nothing."""
 
-    ``[m * s/m, ...]`` (rank after rank, each its n chunks) -> ``[s, ...]``.
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, layout: HelixLayout, dim_group: dist.ProcessGroup
+    ) -> torch.Tensor:
+        ctx.among = layout, dim_group
+        return _take_back(hidden, layout, dim_group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _deal(grad, *ctx.among), None, None
+
+
+def _deal(hidden: torch.Tensor, layout: HelixLayout, dim_group: dist.ProcessGroup) -> torch.Tensor:
+    """My chunk ``[s/T, ...]`` -> my two pieces of the dim group's m chunks, in order."""
+    hand = _hand(layout.m, dim_group.rank(), hidden.size(0), hidden.device)
+    sent = hidden.index_select(0, hand.order.there)
+    return exchange_uneven(sent, hand.given, hand.taken, dim_group)
+
+
+def _take_back(
+    pieces: torch.Tensor, layout: HelixLayout, dim_group: dist.ProcessGroup
+) -> torch.Tensor:
+    """Undoes :func:`_deal`."""
+    hand = _hand(layout.m, dim_group.rank(), pieces.size(0), pieces.device)
+    back = exchange_uneven(pieces, hand.taken, hand.given, dim_group)
+    return back.index_select(0, hand.order.back)
+
+
+class Order(NamedTuple):
+    """A permutation: ``x[there]`` puts x in order, ``[back]`` undoes it."""
+
+    there: torch.Tensor
+    back: torch.Tensor
+
+    @classmethod
+    def of(cls, there: torch.Tensor, device: torch.device) -> "Order":
+        """The permutation on a device."""
+        return cls(there.to(device), there.argsort().to(device))
+
+
+class _Hand(NamedTuple):
+    """What a rank gives each segment and takes from each, in tokens; its own tokens by taker."""
+
+    order: Order
+    given: list[int]
+    taken: list[int]
+
+
+@lru_cache(maxsize=64)
+def _hand(m: int, segment: int, length: int, device: torch.device) -> _Hand:
+    takers = torch.empty(m * length, dtype=torch.long)
+    for j in range(m):
+        for piece in _pair(m, j, length):
+            takers[piece.start : piece.end] = j
+    chunks = takers.view(m, length)
+    given = [int((chunks[segment] == j).sum()) for j in range(m)]
+    taken = [int((chunk == segment).sum()) for chunk in chunks]
+    return _Hand(Order.of(chunks[segment].argsort(stable=True), device), given, taken)
+
+
+def _pair(m: int, segment: int, length: int) -> list[Piece]:
+    """Pieces ``segment`` and ``2m - 1 - segment`` of m chunks of ``length`` tokens.
+
+    Of an odd length the m early pieces have a token less than the m late ones.
     """
-    chunks = gathered.view(layout.m, layout.n, -1, *gathered.shape[1:])
-    return packed(chunks.transpose(0, 1)).view(gathered.shape)
+    early = length // 2
+    late = length - early
+    found = [
+        Piece(segment * early, early),
+        Piece(m * early + (m - 1 - segment) * late, late),
+    ]
+    return [piece for piece in found if piece.length]
 
 
-def by_segment(x: torch.Tensor, layout: HelixLayout) -> torch.Tensor:
+def pieces(
+    layout: HelixLayout, segment: int, sequence: int, *, balanced: bool = True
+) -> list[Piece]:
+    """What dim rank ``segment`` attends for, in the order of the sequence: ``s/m`` tokens."""
+    m, length = layout.m, sequence // layout.size
+    chunk = _pair(m, segment, length) if balanced else [Piece(segment * length, length)]
+    starts = range(0, sequence, m * length)
+    return [Piece(start + piece.start, piece.length) for start in starts for piece in chunk]
+
+
+@lru_cache(maxsize=256)
+def chunk_positions(
+    layout: HelixLayout, segment: int, sequence: int, *, balanced: bool = True
+) -> torch.Tensor:
+    """Positions in the sequence of the tokens of dim rank ``segment``, ``[s/m]``, ascending."""
+    mine = pieces(layout, segment, sequence, balanced=balanced)
+    return torch.cat([torch.arange(piece.start, piece.end) for piece in mine])
+
+
+@lru_cache(maxsize=64)
+def stream_order(layout: HelixLayout, sequence: int, device: torch.device) -> Order:
+    """Of a sequence's tokens into the dealt stream, rank t after rank t."""
+    positions = [chunk_positions(layout, j, sequence).view(layout.n, -1) for j in range(layout.m)]
+    return Order.of(torch.stack(positions, dim=1).reshape(-1), device)  # [n, m, s/T]
+
+
+@lru_cache(maxsize=64)
+def _segment_order(
+    layout: HelixLayout, sequence: int, balanced: bool, device: torch.device
+) -> Order:
+    each = [chunk_positions(layout, j, sequence, balanced=balanced) for j in range(layout.m)]
+    return Order.of(torch.cat(each), device)
+
+
+class _Reordered(torch.autograd.Function):
+    """Forward: ``x[there]`` along a dimension. Backward: ``[back]``; nothing is added up."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, there: torch.Tensor, back: torch.Tensor, dim: int
+    ) -> torch.Tensor:
+        ctx.back, ctx.dim = back, dim
+        return x.index_select(dim, there)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return grad.index_select(ctx.dim, ctx.back), None, None, None
+
+
+def in_order(x: torch.Tensor, order: Order, dim: int = 0) -> torch.Tensor:
+    """``x`` with a dimension put in order."""
+    return _Reordered.apply(x, order.there, order.back, dim)
+
+
+def out_of_order(x: torch.Tensor, order: Order, dim: int = 0) -> torch.Tensor:
+    """Undoes :func:`in_order`."""
+    return _Reordered.apply(x, order.back, order.there, dim)
+
+
+def in_sequence_order(
+    gathered: torch.Tensor, layout: HelixLayout, *, balanced: bool = True
+) -> torch.Tensor:
+    """What an all-gather over the dim group makes of the ranks' tokens, put in order.
+
+    ``[m * s/m, ...]`` (rank after rank) -> ``[s, ...]``.
+    """
+    order = _segment_order(layout, len(gathered), balanced, gathered.device)
+    return out_of_order(gathered, order)
+
+
+def by_segment(x: torch.Tensor, layout: HelixLayout, *, balanced: bool = True) -> torch.Tensor:
     """``[s, ...] -> [m, s/m, ...]``, dim rank by dim rank; undoes `in_sequence_order`."""
-    chunks = x.view(layout.n, layout.m, -1, *x.shape[1:])
-    return packed(chunks.transpose(0, 1)).view(layout.m, -1, *x.shape[1:])
+    taken = in_order(x, _segment_order(layout, len(x), balanced, x.device))
+    return taken.view(layout.m, -1, *x.shape[1:])

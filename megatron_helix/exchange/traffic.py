@@ -22,8 +22,9 @@ dim all_reduce                                                                  
 with ``R = 2 (m-1)/m b H/n s^2`` in fp32. The first factor of the token terms counts linears: four
 of them, two where the MLP is not dense (half of each figure). A sequence split adds the gathering
 of keys and values over dim, fwd all_gather and bwd all_to_all of ``(m-1) N 2 K d / T`` each.
-``weights`` with a batch split converts the stream at the block's two ends: ``2 (m-1)/m c`` of dim
-all_to_all in all, forward and as much backward. With ``gather="step"`` the weight terms come once a
+``weights`` converts the stream at the block's two ends: ``2 (m-1)/m c`` of dim all_to_all in all,
+forward and as much backward; with a sequence split only where embedding or head cannot be given
+their tokens in the block's order. With ``gather="step"`` the weight terms come once a
 step: forward all_gather and backward reduce_scatter.
 """
 
@@ -112,7 +113,7 @@ def block_ends(
     plan: Plan, layout: HelixLayout, shape: BlockShape, *, sequence: int, batch: int
 ) -> Elements:
     """Elements of converting the stream at the block's ends, forward; backward as many."""
-    if plan.exchange != "weights" or plan.split != "batch":
+    if not plan.has_own_order:
         return Counter()
     chunk = sequence * batch * shape.hidden // layout.size
     return Counter({("dim", "all_to_all"): 2 * (layout.m - 1) * chunk // layout.m})
@@ -134,6 +135,8 @@ def per_layer(
     """
     forward, backward = layer(plan, layout, shape, sequence=sequence, batch=batch)
     ends = block_ends(plan, layout, shape, sequence=sequence, batch=batch)
+    if plan.split == "sequence":  # the embedding is given word ids, and the head labels, in order
+        ends.clear()
     sent = forward.total() + backward.total() + 2 * ends.total() / shape.num_layers
     if plan.exchange == "weights" and plan.gather == "step":
         once = 2 * (layout.m - 1) * shape.weights(layout) // layout.size

@@ -96,6 +96,26 @@ def reduce_scatter(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     return _ReduceScatter.apply(x, group)
 
 
+def exchange_uneven(
+    x: torch.Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
+) -> torch.Tensor:
+    """All-to-all of parts of unequal length, without a gradient.
+
+    Args:
+        x: ``[sum(sent), ...]``: for rank 0, then for rank 1, ...
+        sent: rows for each rank.
+        received: rows from each rank.
+        group: the ranks that exchange.
+
+    Returns:
+        ``[sum(received), ...]``, from rank 0, then from rank 1, ...
+    """
+    x = contiguous(x)
+    y = x.new_empty(sum(received), *x.shape[1:])
+    dist.all_to_all_single(y, x, received, sent, group=group)
+    return y
+
+
 def all_reduce(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """The sum of ``x`` over ``group`` on every rank; its own dual."""
     return _AllReduce.apply(x, group)

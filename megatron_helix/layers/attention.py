@@ -16,7 +16,7 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from megatron_helix.basics.errors import UserError
 from megatron_helix.exchange.decode import SequenceCache, cached_positions
 from megatron_helix.exchange.plan import Plan
-from megatron_helix.exchange.prefix import PrefixChunks
+from megatron_helix.exchange.prefix import PrefixPieces
 from megatron_helix.exchange.scores import ScoresAttention, SegmentNorm, segment_frequencies
 from megatron_helix.exchange.strategy import Choice
 from megatron_helix.exchange.tokens import chunk_positions, in_sequence_order
@@ -68,7 +68,7 @@ class HelixSelfAttention(SelfAttention):
                 linear_qkv=partial(helix_linear("linear_qkv", submodules.linear_qkv), **tiles),
                 linear_proj=partial(helix_linear("linear_proj", submodules.linear_proj), **tiles),
                 core_attention=partial(
-                    _on_head_axis, core or _prefix_chunks(submodules.core_attention), layout.n
+                    _on_head_axis, core or _prefix_pieces(submodules.core_attention), layout.n
                 ),
             ),
             layer_number,
@@ -131,7 +131,8 @@ class HelixSelfAttention(SelfAttention):
             gate = [whole[..., channels.to(whole.device)] for whole in gate]
         elif self.plan.split == "sequence":
             both = all_gather(torch.cat([key, value], dim=-1), self.helix_groups.dim)
-            key, value = in_sequence_order(both, self.helix_layout).chunk(2, dim=-1)
+            whole = in_sequence_order(both, self.helix_layout, balanced=self.plan.balanced)
+            key, value = whole.chunk(2, dim=-1)
             key, value = key.contiguous(), value.contiguous()
         return query, key, value, *gate
 
@@ -172,7 +173,7 @@ class HelixSelfAttention(SelfAttention):
         if self.plan.exchange != "partials":
             assert start == 0, "a prefill in parts"
             length = key.size(0)
-            mine = chunk_positions(layout, segment, length)
+            mine = chunk_positions(layout, segment, length, balanced=self.plan.balanced)
             cache = SequenceCache(
                 *(
                     super(HelixSelfAttention, self)._allocate_memory(
@@ -186,6 +187,7 @@ class HelixSelfAttention(SelfAttention):
                     layout,
                     segment,
                     prefilled=length,
+                    balanced=self.plan.balanced,
                     capacity=inference_context.max_sequence_length,
                 ),
             )
@@ -231,7 +233,9 @@ class HelixSelfAttention(SelfAttention):
         segment = self.helix_groups.segment
         if self.plan.exchange == "scores":
             return tuple(segment_frequencies(f, self.helix_layout, segment) for f in (query, key))
-        positions = chunk_positions(self.helix_layout, segment, query.size(0))
+        positions = chunk_positions(
+            self.helix_layout, segment, query.size(0), balanced=self.plan.balanced
+        )
         return query[positions.to(query.device)], key
 
     def _keep_segments(self, config: TransformerConfig) -> None:
@@ -266,9 +270,9 @@ def _is_centered(norm: torch.nn.Module) -> bool:
 
 
 @cache
-def _prefix_chunks(core_attention: type) -> type:
+def _prefix_pieces(core_attention: type) -> type:
     """The spec's core attention class, able to run a sequence split."""
-    return type(f"Helix{core_attention.__name__}", (PrefixChunks, core_attention), {})
+    return type(f"Helix{core_attention.__name__}", (PrefixPieces, core_attention), {})
 
 
 def _on_head_axis(

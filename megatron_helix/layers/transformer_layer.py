@@ -18,7 +18,7 @@ from megatron_helix.exchange.strategy import (
     prefill_plan,
     resolve,
 )
-from megatron_helix.exchange.tokens import from_batch_share, to_batch_share
+from megatron_helix.exchange.tokens import from_block_order, to_block_order
 from megatron_helix.exchange.traffic import BlockShape
 from megatron_helix.layers.attention import HelixSelfAttention
 from megatron_helix.partition.layout import HelixLayout
@@ -45,10 +45,10 @@ class BlockEnds:
 class HelixLayer(torch.nn.Module):
     """Mixin before a ``TransformerLayer`` class.
 
-    Between layers the residual stream has Megatron's shape ``[s/T, b, hidden]``. Where the plan is
-    ``weights`` with a batch split, its memory is ``[s/n, b/m, hidden]`` in the block's own token
-    order: the first layer of the model converts on entry and the last one on exit (a
-    multi-token-prediction layer does both), the others and the pipeline stages between them only
+    Between layers the residual stream has Megatron's shape ``[s/T, b, hidden]``. Under ``weights``
+    it is in the block's own token order, which with a batch split is memory of ``[s/n, b/m,
+    hidden]``: the first layer of the model converts on entry and the last one on exit (a
+    multi-token-prediction layer does both), the others and the pipeline stages between them at most
     view it.
     """
 
@@ -72,26 +72,28 @@ class HelixLayer(torch.nn.Module):
         plan = self._plan(hidden_states, kwargs.get("inference_context"))
         for module in self.helix_modules:
             module.plan = plan  # type: ignore[assignment]
-        if plan.exchange != "weights" or plan.split != "batch":
+        if not plan.has_own_order:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         layout, dim = self.helix_layout, self.helix_groups.dim
         outside = hidden_states.shape
-        inside = (outside[0] * layout.m, outside[1] // layout.m, outside[2])
+        inside = outside
+        if plan.split == "batch":
+            inside = (outside[0] * layout.m, outside[1] // layout.m, outside[2])
         if self.is_moe_layer and kwargs.get("padding_mask") is not None:
             raise UserError(
                 "padding_mask: must speak of the tokens that an MoE layer has, and under"
-                " --helix-exchange weights with --helix-split batch a rank has others than stock,"
-                " got one; use --helix-split sequence, or --helix-exchange activations"
+                " --helix-exchange weights a rank has others than stock, got one; use"
+                " --helix-exchange activations"
             )
         first = self.layer_number == 1 and not self.helix_ends.entered
         if first or self.is_mtp_layer:
-            hidden_states = to_batch_share(hidden_states, layout, dim)
+            hidden_states = to_block_order(hidden_states, plan, layout, dim)
         else:
             hidden_states = hidden_states.view(inside)
         hidden_states, context = super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         last = self.layer_number == self.config.num_layers and not self.helix_ends.stays
         if last or self.is_mtp_layer:
-            hidden_states = from_batch_share(hidden_states, layout, dim)
+            hidden_states = from_block_order(hidden_states, plan, layout, dim)
         else:
             hidden_states = hidden_states.view(outside)
         # Pipeline schedules free the memory of what a stage sent, and refuse to for a view.

@@ -1,8 +1,10 @@
 """Embedding and LM head beside a decoder block that keeps its own token order.
 
-Stock, both span all T ranks: the embedding reduce-scatters the stream, the head gathers it. Where
-the plan is ``weights`` with a batch split and the micro-batch has more tokens than a head group has
-vocabulary, they do as the linears of the block do: each rank works on its own sequences with the
+Stock, both span all T ranks: the embedding reduce-scatters the stream, the head gathers it. With a
+sequence split they stay stock and are given word ids and labels in the order of the block; the
+losses are put back in order, and nothing moves for it. Where the plan is ``weights`` with a batch
+split and the micro-batch has more tokens than a head group has vocabulary, they do as the linears
+of the block do: each rank works on its own sequences with the
 vocabulary of its head group, whose m shards are gathered. The stream then enters and leaves the
 block in the block's own order, without the conversions at its ends; what is gathered in the end are
 the losses.
@@ -34,6 +36,7 @@ from megatron.core.config_logger import has_config_logger_enabled
 from megatron.core.models.gpt import GPTModel
 
 from megatron_helix.exchange.shards import GatheredWeight, Shards, whole
+from megatron_helix.exchange.tokens import Order, in_order, out_of_order, stream_order
 from megatron_helix.exchange.weights import column_linear
 from megatron_helix.kernels.collectives import gather, reduce_scatter
 from megatron_helix.layers.transformer_layer import BlockEnds, HelixLayer
@@ -55,10 +58,21 @@ class _Vocabulary:
 
     def moves(self, sequence: int, batch: int) -> bool:
         """Whether micro-batches of this shape keep the block's order beyond its ends."""
-        plan = self.layer.plan_for(sequence, batch)
-        if plan.exchange != "weights" or plan.split != "batch":
+        if not self.layer.plan_for(sequence, batch).has_own_order:
             return False
-        return sequence * batch > self.size // self.groups.head.size()
+        fewer_bytes = sequence * batch > self.size // self.groups.head.size()
+        return fewer_bytes or self.deals(sequence, batch)
+
+    def order(self, tokens: torch.Tensor) -> Order | None:
+        """Of ``[b, s]`` tokens into the dealt stream; None with a batch split."""
+        batch, sequence = tokens.shape
+        if not self.deals(sequence, batch):
+            return None
+        return stream_order(self.layer.helix_layout, sequence, tokens.device)
+
+    def deals(self, sequence: int, batch: int) -> bool:
+        """Whether micro-batches of this shape are split by sequence."""
+        return self.layer.plan_for(sequence, batch).split == "sequence"
 
 
 def extend(model: list[Any]) -> list[Any]:
@@ -149,6 +163,10 @@ class _Model(torch.nn.Module):
         if not self.helix_vocabulary.ends.stays:
             return super().compute_language_model_loss(labels, logits)  # type: ignore[misc]
         groups = self.helix_vocabulary.groups
+        if order := self.helix_vocabulary.order(labels):
+            dealt = in_order(labels, order, dim=1)
+            losses = super().compute_language_model_loss(dealt, logits)  # type: ignore[misc]
+            return out_of_order(losses, order, dim=1)
         on_head: Any = copy.copy(self)  # stock cross entropy, over the ranks of my sequences
         on_head.tp_group = groups.head
         on_head.pg_collection = on_head_axis(self.pg_collection, groups)
@@ -165,9 +183,11 @@ class _Embedding(torch.nn.Module):
     weight: torch.nn.Parameter
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """``[b, s] -> [s/T, b, D]``; in the block's order it is memory of ``[s/n, b/m, D]``."""
+        """``[b, s] -> [s/T, b, D]``; with a batch split it is memory of ``[s/n, b/m, D]``."""
         if not self.helix_vocabulary.ends.entered:
             return super().forward(tokens)
+        if order := self.helix_vocabulary.order(tokens):
+            return super().forward(in_order(tokens, order, dim=1))
         groups = self.helix_vocabulary.groups
         m = groups.dim.size()
         table = whole(GatheredWeight(self.weight, Shards(axis=0), groups.dim))  # [V/n, D]
@@ -195,6 +215,8 @@ class _Head(torch.nn.Module):
             return super().forward(stream, weight=weight, **kwargs)
         groups = self.helix_vocabulary.groups
         rows, b, width = stream.shape
+        if self.helix_vocabulary.deals(rows * groups.tp.size(), b):
+            return super().forward(stream, weight=weight, **kwargs)
         m = groups.dim.size()
         shard: Any = self.weight if weight is None else weight
         table = GatheredWeight(shard, Shards(axis=0), groups.dim)

@@ -230,3 +230,17 @@ class Deployment:
         if self.plan.exchange != "weights" or self.plan.split != "batch" or self.phase != "train":
             return False
         return self.tokens > self.vocabulary // self.cut.n
+
+    def converts(self, *, first: bool, last: bool) -> int:
+        """How often a micro-batch's stream changes its order on a stage, at the block's ends.
+
+        Args:
+            first: whether the stage has the embedding.
+            last: whether it has the head.
+        """
+        if not self.plan.has_own_order or self.embeds_in_block_order:
+            return 0
+        if self.plan.split == "batch" or self.phase != "train":
+            return first + last
+        # Word ids and labels come in order; learned positions are added to whole sequences.
+        return int(first and self.model.position_embedding_type == "learned_absolute")

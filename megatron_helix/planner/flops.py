@@ -101,9 +101,10 @@ def _attention(here: Deployment, fused_channels: int) -> list[Work]:
     Unfused, scores are written, read for the softmax, its result written, and read. Those kernels
     are short (their inner dimension is d) and run one after the other, so their arithmetic and
     their memory traffic add up: two parts, of which each has one of them. Under a sequence split a
-    chunk attends to its own prefix, ``(T + 1) / 2 T`` of the keys; the other splits compute the
-    whole square. ``scores`` holds those of all tokens, in fp32; its fp32 products are counted at
-    the rate of half precision, which makes it look faster than it is.
+    piece, one of 2T, attends to its own prefix, on every rank ``(2T + 1) / 4T`` of the keys in the
+    mean; the other splits compute the whole square. ``scores`` holds those of all
+    tokens, in fp32; its fp32 products are counted at the rate of half precision, which makes it
+    look faster than it is.
     """
     model, T, element_bytes = here.model, here.tp, here.element_bytes
     channels = model.num_attention_heads * model.kv_channels
@@ -115,7 +116,8 @@ def _attention(here: Deployment, fused_channels: int) -> list[Work]:
     if is_fused(here, fused_channels):
         causal = 1.0 if here.phase == "decode" else 0.5
         return [Work(what="attention", flops=flops * causal, memory_bytes=moved)]
-    prefix = (T + 1) / (2 * T) if here.plan.split == "sequence" and here.phase != "decode" else 1.0
+    in_pieces = here.plan.split == "sequence" and here.phase != "decode"
+    prefix = (2 * T + 1) / (4 * T) if in_pieces else 1.0
     passes = 4 * here.layers * prefix * score_bytes(here)
     return [
         Work(what="attention, unfused: products", flops=flops * prefix, memory_bytes=moved),

@@ -127,10 +127,10 @@ def _layers(book: Book, first: bool, last: bool) -> None:
         book.sent("weights", "dim", "all_gather", "step", wide * here.element_bytes, number)
         book.sent("weights", "dim", "reduce_scatter", "step", wide * here.gradient_bytes, number)
     ends = traffic.block_ends(plan, here.cut, here.block, **size)["dim", "all_to_all"]
-    if ends and not here.embeds_in_block_order:
-        converted = ends // 2 * (first + last) * here.microbatches * here.element_bytes
-        for when in ("forward", "backward") if first or last else ():
-            number = (first + last) * here.microbatches
+    if ends and (times := here.converts(first=first, last=last)):
+        converted = ends // 2 * times * here.microbatches * here.element_bytes
+        for when in ("forward", "backward"):
+            number = times * here.microbatches
             book.sent("token order", "dim", "all_to_all", when, converted, number)
 
 

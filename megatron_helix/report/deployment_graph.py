@@ -162,12 +162,10 @@ def layer_steps(here: Deployment, element: int) -> list[Step]:
     ]
 
 
-def _token_order(here: Deployment, element: int) -> list[Step]:
-    """The conversion of the stream at either end of the block, where there is one."""
-    plan, m = here.plan, here.layout.m or 1
-    if plan.exchange != "weights" or plan.split != "batch" or here.embeds_in_block_order:
-        return []
-    return [Step("token order", "dim", (m - 1) / m * _chunk(here) * element)]
+def _token_order(here: Deployment, element: int) -> tuple[Step, str]:
+    """The conversion of the stream at either end of the block."""
+    m = here.layout.m or 1
+    return Step("token order", "dim", (m - 1) / m * _chunk(here) * element), ""
 
 
 def _chain(
@@ -181,10 +179,10 @@ def _chain(
         return []
     steps = layer_steps(here, element)
     named = [(Step("received" if place["stage"] else "embedding"), "")]
-    named += [(step, "") for step in _token_order(here, element) if not first]
+    named += [_token_order(here, element)] * here.converts(first=not first, last=False)
     named += [(step, f", layer {layer}") for layer in layers for step in steps]
     last = layers[-1] == here.model.num_layers - 1
-    named += [(step, "") for step in _token_order(here, element) if last]
+    named += [_token_order(here, element)] * here.converts(first=False, last=last)
     tile = f", tile {place['head_group']},{place['segment']}" if "segment" in place else ""
     column = first * len(steps) + 2 * place["stage"]
     chain = []

@@ -59,7 +59,8 @@ def share(whole: torch.Tensor, layout: HelixLayout, rank: int, split: str) -> to
     heads = whole.chunk(layout.n, dim=-1)[i]
     if split == "batch":
         return heads.chunk(layout.m, dim=1)[j]
-    return torch.cat(heads.chunk(layout.size)[j :: layout.m])  # every m-th chunk of the sequence
+    pieces = [part.chunk(2 * layout.m) for part in heads.chunk(layout.n)]
+    return torch.cat([part for early in pieces for part in (early[j], early[-1 - j])])
 
 
 def dim_group_of(layout: HelixLayout, rank: int) -> dist.ProcessGroup:

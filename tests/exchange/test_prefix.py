@@ -8,7 +8,7 @@ import torch
 from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_helix.exchange.plan import Plan
-from megatron_helix.exchange.prefix import PrefixChunks
+from megatron_helix.exchange.prefix import PrefixPieces
 from megatron_helix.partition.layout import HelixLayout
 
 S, B, H, D = 128, 2, 4, 32
@@ -27,10 +27,10 @@ class _Core(torch.nn.Module):
         return (weights @ value).permute(2, 0, 1, 3).reshape(-1, B, H * D)
 
 
-class _InChunks(PrefixChunks, _Core):
+class _InChunks(PrefixPieces, _Core):
     def __init__(self, chunks: int):
         super().__init__()
-        self.plan = Plan(exchange="weights", split="sequence")
+        self.plan = Plan(exchange="weights", split="sequence", balanced=False)
         heads = {"num_attention_heads": 8, "num_query_groups": 8}
         self.helix_layout = HelixLayout(m=1, n=chunks, kv_channels=D, **heads)
         self.helix_groups: Any = SimpleNamespace(segment=0)

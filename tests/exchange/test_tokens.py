@@ -6,12 +6,14 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_helix.exchange.plan import Plan
 from megatron_helix.exchange.tokens import (
     by_segment,
     chunk_positions,
-    from_batch_share,
+    from_block_order,
     in_sequence_order,
-    to_batch_share,
+    pieces,
+    to_block_order,
 )
 from megatron_helix.partition.layout import HelixLayout
 from tests.distributed import run_distributed
@@ -24,43 +26,84 @@ def layout_of(m: int, n: int) -> HelixLayout:
     return HelixLayout(m=m, n=n, num_attention_heads=n, num_query_groups=n, kv_channels=8 * m)
 
 
-@pytest.mark.parametrize(("m", "n"), [(2, 2), (4, 1)])
-def test_batch_share_converts_the_stream_and_back(m: int, n: int) -> None:
-    layout = layout_of(m, n)
-    whole = torch.arange(S * B * HIDDEN, dtype=torch.float32).view(S, B, HIDDEN)
+SPLITS = {
+    "batch": Plan(exchange="weights", split="batch"),
+    "sequence": Plan(exchange="weights", split="sequence"),
+}
 
-    def inside(rank: int, tensor: torch.Tensor) -> torch.Tensor:
-        i, j = layout.coordinates(rank)
-        return tensor.chunk(n)[i].chunk(m, dim=1)[j]
+
+def inside(split: str, layout: HelixLayout, rank: int, whole: torch.Tensor) -> torch.Tensor:
+    """A rank's part of ``[s, b, hidden]`` in the block's order."""
+    i, j = layout.coordinates(rank)
+    chunk = whole.chunk(layout.n)[i]
+    if split == "batch":
+        return chunk.chunk(layout.m, dim=1)[j]
+    pieces = chunk.chunk(2 * layout.m)
+    return torch.cat([pieces[j], pieces[2 * layout.m - 1 - j]])
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize(("m", "n"), [(2, 2), (4, 1)])
+def test_the_stream_is_put_in_order_and_back(m: int, n: int, split: str) -> None:
+    layout, plan = layout_of(m, n), SPLITS[split]
+    whole = torch.arange(S * B * HIDDEN, dtype=torch.float32).view(S, B, HIDDEN)
 
     def convert() -> tuple[torch.Tensor, ...]:
         rank = dist.get_rank()
         groups = [dist.new_group(layout.dim_group(i * m)) for i in range(n)]
         dim_group = groups[layout.coordinates(rank)[0]]
         outside = whole.chunk(4)[rank].clone().requires_grad_()
-        share = to_batch_share(outside, layout, dim_group)
-        share.backward(-inside(rank, whole))
-        mine = inside(rank, whole).clone().requires_grad_()
-        back = from_batch_share(mine, layout, dim_group)
+        share = to_block_order(outside, plan, layout, dim_group)
+        share.backward(-inside(split, layout, rank, whole))
+        mine = inside(split, layout, rank, whole).clone().requires_grad_()
+        back = from_block_order(mine, plan, layout, dim_group)
         back.backward(-whole.chunk(4)[rank])
         return share.detach(), outside.grad, back.detach(), mine.grad
 
     for rank, (share, share_grad, back, back_grad) in enumerate(run_distributed(convert, 4)):
-        assert torch.equal(share, inside(rank, whole))
+        assert torch.equal(share, inside(split, layout, rank, whole))
         assert torch.equal(share_grad, -whole.chunk(4)[rank])
         assert torch.equal(back, whole.chunk(4)[rank])
-        assert torch.equal(back_grad, -inside(rank, whole))
+        assert torch.equal(back_grad, -inside(split, layout, rank, whole))
 
 
-@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 3))
-def test_chunks_of_all_segments_are_the_sequence(m: int, n: int, length: int) -> None:
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 5), st.booleans())
+def test_pieces_of_all_segments_are_the_sequence(
+    m: int, n: int, length: int, balanced: bool
+) -> None:
     layout = layout_of(m, n)
     tokens = m * n * length
-    positions = [chunk_positions(layout, j, tokens) for j in range(m)]
+    positions = [chunk_positions(layout, j, tokens, balanced=balanced) for j in range(m)]
     sequence = torch.arange(tokens)
     assert torch.equal(torch.cat(positions).sort().values, sequence)
     for j, mine in enumerate(positions):
         assert torch.equal(mine, mine.sort().values)  # ascending, as a causal mask needs
-        assert set((mine // length % m).tolist()) == {j}  # chunks j, m + j, 2m + j, ...
-    assert torch.equal(by_segment(sequence, layout), torch.stack(positions))
-    assert torch.equal(in_sequence_order(torch.cat(positions), layout), sequence)
+        listed = [
+            range(piece.start, piece.end) for piece in pieces(layout, j, tokens, balanced=balanced)
+        ]
+        assert mine.tolist() == [position for piece in listed for position in piece]
+        if not balanced:
+            assert set((mine // length % m).tolist()) == {j}  # chunks j, m + j, 2m + j, ...
+    assert torch.equal(by_segment(sequence, layout, balanced=balanced), torch.stack(positions))
+    gathered = torch.cat(positions)
+    assert torch.equal(in_sequence_order(gathered, layout, balanced=balanced), sequence)
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+@pytest.mark.parametrize("m", [2, 3, 4, 8, 16])
+def test_every_segment_has_the_same_causal_work(m: int, n: int) -> None:
+    """Of a kernel that skips what is hidden, and of one that computes whole prefixes."""
+    layout, tokens = layout_of(m, n), 64 * m * n
+
+    def work(balanced: bool) -> list[tuple[int, int]]:
+        return [
+            (
+                sum(int(p) + 1 for p in chunk_positions(layout, j, tokens, balanced=balanced)),
+                sum(p.length * p.end for p in pieces(layout, j, tokens, balanced=balanced)),
+            )
+            for j in range(m)
+        ]
+
+    assert len(set(work(True))) == 1
+    causal = [skipping for skipping, _ in work(False)]
+    assert max(causal) * m / sum(causal) == pytest.approx(1 + (m - 1) / (m * n), rel=0.01)

@@ -82,7 +82,7 @@ def test_a_mask_of_padding_is_refused_in_the_order_of_the_block(exchange: str) -
             return weight.grad
 
     layout = block_case.Block().layout(2, 2)
-    message = r"padding_mask: must speak of the tokens .*; use --helix-split sequence, or"
+    message = r"padding_mask: must speak of the tokens .*; use --helix-exchange activations"
     if exchange == "weights":
         with pytest.raises(CallFailed, match=message):
             run_distributed(gradient, 4, layout, 4)
