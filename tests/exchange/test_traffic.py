@@ -97,7 +97,9 @@ def _elements(ledger: CommLedger) -> Counter:
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize(("m", "n", "groups"), [(2, 2, 4), (2, 2, 2), (4, 1, 1)])
-@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: f"{plan.exchange}_{plan.split}_{plan.gather}")
+@pytest.mark.parametrize(
+    "plan", PLANS, ids=lambda plan: f"{plan.exchange}_{plan.split}_{plan.gather}"
+)
 def test_a_layer_sends_what_the_closed_form_says(
     plan: Plan, m: int, n: int, groups: int, gated: bool
 ) -> None:

@@ -28,9 +28,11 @@ HEAD, TABLE, NORM = (
 )
 
 
-def _model(groups: ProcessGroupCollection, layout, tied: bool, vocab: int) -> GPTModel:
+def _model(
+    groups: ProcessGroupCollection, layout, tied: bool, vocab: int, split: str = "batch"
+) -> GPTModel:
     torch.manual_seed(1)  # the first weights are then the same for every layout
-    choice = Choice(exchange="weights", split="batch")
+    choice = Choice(exchange="weights", split=split)
     config, spec = block_case.describe(BLOCK, groups, layout, choice)
     model = GPTModel(
         config,
@@ -55,7 +57,7 @@ def _losses(model: GPTModel, vocab: int) -> torch.Tensor:
     return losses.detach()
 
 
-def compare(m: int, n: int, tied: bool, vocab: int) -> tuple[bool, dict]:
+def compare(m: int, n: int, split: str, tied: bool, vocab: int) -> tuple[bool, dict]:
     """Whether the block's order was kept beyond its ends; (expected, actual) by what it is."""
     with model_parallel(tp=4):
         rank = dist.get_rank()
@@ -64,7 +66,7 @@ def compare(m: int, n: int, tied: bool, vocab: int) -> tuple[bool, dict]:
         four = ProcessGroupCollection.use_mpu_process_groups()
         layout = BLOCK.layout(m, n)
         whole = _model(one, None, tied, vocab)
-        part = _model(four, layout, tied, vocab)
+        part = _model(four, layout, tied, vocab, split)
         vocabulary.extend([part])
         results = {"losses": (_losses(whole, vocab), _losses(part, vocab))}
         for name in (TABLE, NORM) if tied else (TABLE, HEAD, NORM):
@@ -81,18 +83,21 @@ def compare(m: int, n: int, tied: bool, vocab: int) -> tuple[bool, dict]:
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize(
-    ("m", "n", "vocab", "moves"),
+    ("m", "n", "split", "vocab", "moves"),
     [
-        (2, 2, S * B, True),
-        (4, 1, S * B // 2, True),
-        (2, 2, 2 * S * B, False),  # as many tokens as a head group has vocabulary: not fewer bytes
-        (4, 1, S * B, False),
+        (2, 2, "batch", S * B, True),
+        (4, 1, "batch", S * B // 2, True),
+        (2, 2, "batch", 2 * S * B, False),  # as many tokens as a head group has: not fewer bytes
+        (4, 1, "batch", S * B, False),
+        (2, 2, "sequence", 2 * S * B, True),
+        (4, 1, "sequence", S * B, True),
     ],
 )
 def test_losses_and_gradients_are_those_of_one_rank(
-    m: int, n: int, vocab: int, moves: bool, tied: bool
+    m: int, n: int, split: str, vocab: int, moves: bool, tied: bool
 ) -> None:
-    for rank, (stayed, results) in enumerate(run_distributed(compare, 4, m, n, tied, vocab)):
+    ranks = run_distributed(compare, 4, m, n, split, tied, vocab)
+    for rank, (stayed, results) in enumerate(ranks):
         assert stayed == moves
         for name, (expected, actual) in results.items():
             assert actual.shape == expected.shape, name
@@ -139,14 +144,16 @@ def look(model: GPTModel, how: str, folder: Path) -> torch.Tensor:
     return (seen or [output])[0].detach()
 
 
-def stock_and_helix(how: str, folder: Path) -> tuple[tuple[bool, bool], torch.Tensor, torch.Tensor]:
+def stock_and_helix(
+    how: str, split: str, folder: Path
+) -> tuple[tuple[bool, bool], torch.Tensor, torch.Tensor]:
     """Which ends kept the block's order; what one rank with all sees of my part, and what I see."""
     with model_parallel(tp=4):
         alone = [dist.new_group([other]) for other in range(4)][dist.get_rank()]
         one = ProcessGroupCollection(tp=alone, cp=alone, pp=alone, embd=alone)
         four = ProcessGroupCollection.use_mpu_process_groups()
         whole = _model(one, None, True, S * B)
-        part = _model(four, BLOCK.layout(2, 2), True, S * B)
+        part = _model(four, BLOCK.layout(2, 2), True, S * B, split)
         vocabulary.extend([part])
         expected, actual = (look(model, how, folder) for model in (whole, part))
         if how.startswith("at the"):
@@ -155,9 +162,10 @@ def stock_and_helix(how: str, folder: Path) -> tuple[tuple[bool, bool], torch.Te
     return (ends.entered, ends.stays), expected, actual
 
 
+@pytest.mark.parametrize("split", ["batch", "sequence"])
 @pytest.mark.parametrize("how", LOOKS)
-def test_who_looks_into_the_stream_sees_stocks(how: str, tmp_path: Path) -> None:
-    for ends, expected, actual in run_distributed(stock_and_helix, 4, how, tmp_path):
+def test_who_looks_into_the_stream_sees_stocks(how: str, split: str, tmp_path: Path) -> None:
+    for ends, expected, actual in run_distributed(stock_and_helix, 4, how, split, tmp_path):
         assert ends == LOOKS[how]
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
