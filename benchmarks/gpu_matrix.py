@@ -14,7 +14,6 @@ router loads experts unevenly, and every layout's differently: time MoE models w
 """
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -90,7 +89,6 @@ def main(
     flags: Annotated[str, typer.Option(help="More flags for every run.")] = "",
 ) -> None:
     """Run what is asked for; exit code 1 when a layout leaves the first one's losses."""
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     console = Console(width=150)
     bench = Bench(
         out=out,
