@@ -20,7 +20,7 @@ from megatron_helix.basics import errors, signals
 from megatron_helix.options import arguments, environment, parsed, unavailable
 from megatron_helix.options.flags import FlagParser, add_helix_arguments
 from megatron_helix.recording import rank_files
-from megatron_helix.upstream import patches
+from megatron_helix.upstream import initial_weights, patches
 
 PROGRAM_START_S = time.time()  # before the imports that take seconds
 Provider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
@@ -89,6 +89,8 @@ def prepare(argv: Sequence[str], world_size: int, *, script: bool = False) -> li
         unavailable.require_available(args, argv)
         parsed.require_known(argv)
     arguments.require_data(argv)
+    if args.helix_initial_weights:
+        initial_weights.require(args.helix_initial_weights)
     return argv
 
 

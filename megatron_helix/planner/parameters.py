@@ -23,17 +23,21 @@ def dense_tensors(here: Deployment, first: bool, last: bool) -> list[int]:
 
 def dense_shapes(here: Deployment, first: bool, last: bool) -> list[tuple[int, int]]:
     """The same as shapes, before data-parallel ranks shard anything; a vector has one column."""
+    before, after = end_shapes(here, first, last)
+    return before + layer_shapes(here) * here.layers + after
+
+
+def end_shapes(
+    here: Deployment, first: bool, last: bool
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Shapes of what comes before and after the layers."""
     table = (here.vocabulary // here.tp // here.layout.gtp, here.model.hidden_size)
     untied = here.model.untie_embeddings_and_output_weights
-    shapes = [table] if first or (last and not untied) else []
+    before = [table] if first or (last and not untied) else []
     if first and here.model.position_embedding_type == "learned_absolute":
-        shapes.append((here.batch.sequence_length, here.model.hidden_size))
-    shapes += layer_shapes(here) * here.layers
-    if last:
-        shapes += [(here.model.hidden_size, 1)] * NORM
-    if last and untied:
-        shapes.append(table)
-    return shapes
+        before.append((here.batch.sequence_length, here.model.hidden_size))
+    after = [(here.model.hidden_size, 1)] * NORM if last else []
+    return before, after + ([table] if last and untied else [])
 
 
 def layer_shapes(here: Deployment) -> list[tuple[int, int]]:
@@ -72,6 +76,16 @@ def sequence_parallel(here: Deployment, last: bool) -> int:
 
 
 def held(here: Deployment, stage: int) -> tuple[int, int]:
-    """(dense, expert) parameters of a rank of ``stage``."""
+    """(dense, expert) parameters that a rank of ``stage`` computes with."""
     first, last = stage == 0, stage == here.stages - 1
     return sum(dense_tensors(here, first, last)), sum(expert_tensors(here))
+
+
+def kept(here: Deployment, stage: int) -> float:
+    """Of these what the rank keeps: with FSDP its shard."""
+    return sum(n / shards for n, shards in zip(held(here, stage), here.weight_shards, strict=True))
+
+
+def optimized(here: Deployment, stage: int) -> float:
+    """Of these what the rank has the optimizer's states of."""
+    return sum(n / shards for n, shards in zip(held(here, stage), here.state_shards, strict=True))

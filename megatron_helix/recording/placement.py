@@ -3,8 +3,8 @@
 Nothing here is taken from a layout file. A rank says its device, its place in every process group,
 the shape of every parameter, and a fingerprint of each attention weight it holds, by which
 :mod:`megatron_helix.verification.verify` finds out which part of the model's weight that is. Of a
-weight that FSDP shards the shape is that of the rank's shard, and the fingerprint that of the whole,
-which is gathered for it: the shards of a data-parallel group together are the tile.
+weight that FSDP shards the shape is that of the rank's shard, and the fingerprint that of the
+whole, which is gathered for it: the shards of a data-parallel group together are the tile.
 """
 
 import hashlib
