@@ -5,6 +5,8 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from pydantic import ValidationError
+
 from megatron_helix.basics.errors import UserError
 from megatron_helix.planner.deployment import Deployment, Precision, require_phase
 from megatron_helix.planner.hardware import Hardware
@@ -111,7 +113,7 @@ def deployments(
                         here = Deployment(model, layout, batch, devices, phase, precision)
                         here.check()
                         require_kernels(here, machine)
-                    except UserError:
+                    except (UserError, ValidationError):  # the layout in itself
                         continue
                     yield here
 
