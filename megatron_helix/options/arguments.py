@@ -115,7 +115,8 @@ def complete(argv: Sequence[str], world_size: int) -> list[str]:
         implied = [*degree, *_helix_flags(args, argv, world_size)]
     on_cpu = device(argv) == "cpu"
     require_core_attention(args, on_cpu)
-    require_rival(args, on_cpu)
+    if not wants_helix(args) or args.helix_m == 1:  # else the table of features refuses them
+        require_rival(args, on_cpu)
     return [*argv, *(_cpu_flags(argv) if on_cpu else ()), *implied]
 
 

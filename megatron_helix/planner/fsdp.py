@@ -64,22 +64,17 @@ def shard_size(here: Deployment, shapes: Shapes, ranks: int) -> float:
 
 
 def gathered_bytes(here: Deployment, stage: int) -> float:
-    """Memory of what is not a rank's own, while a layer is at work.
+    """Memory of what is not a rank's own, at the highest point: when the backward pass begins.
 
-    The layer's weights, and those of the next one that are on their way. In training its gradients,
-    and the buffer that they are scattered from; of Megatron FSDP, whose queue holds twice a layer,
-    a second one. What it gathers outside the layers stays.
+    The weights of the layer at work, and of the next one that are on their way. What Megatron FSDP
+    gathers outside the layers stays, and in training it holds a layer's gradients in the buffer
+    that they are scattered from; torch FSDP2 has them once it has given up as many activations.
     """
-    layer = sum(
-        rows * columns
-        for rows, columns in [*parameters.layer_shapes(here), *parameters.expert_shapes(here)]
-    )
-    layers = 2 * layer
-    stays = 0
-    if here.layout.fsdp == "megatron_fsdp":
-        ends = parameters.end_shapes(here, stage == 0, stage == here.stages - 1)
-        stays = sum(rows * columns for shapes in ends for rows, columns in shapes)
-    if here.phase != "train":
-        return (layers + stays) * here.element_bytes
-    buffers = 3 if here.layout.fsdp == "megatron_fsdp" else 2
-    return (layers + stays) * here.element_bytes + buffers * layer * here.gradient_bytes
+    shapes = [*parameters.layer_shapes(here), *parameters.expert_shapes(here)]
+    layer = sum(rows * columns for rows, columns in shapes)
+    if here.layout.fsdp == "torch_fsdp2":
+        return 2 * layer * here.element_bytes
+    ends = parameters.end_shapes(here, stage == 0, stage == here.stages - 1)
+    stays = sum(rows * columns for shapes in ends for rows, columns in shapes)
+    buffer = layer * here.gradient_bytes if here.phase == "train" else 0
+    return (2 * layer + stays) * here.element_bytes + buffer

@@ -44,11 +44,14 @@ def of_rank(here: Deployment, stage: int, *, fused_channels: int) -> Memory:
     """
     own, states = parameters.kept(here, stage), parameters.optimized(here, stage)
     train = here.phase == "train"
+    # Torch FSDP2 has no gradients before it makes those of the first micro-batch.
+    fresh = here.layout.fsdp == "torch_fsdp2" and here.microbatches == 1
+    gradients = own * here.gradient_bytes if train else 0.0
     adam = MOMENT_BYTES + (MASTER_BYTES if here.element_bytes < MASTER_BYTES else 0)
     inflight = min(here.stages - stage, here.microbatches) if train else 1
     passes = Memory(
         weights=own * here.element_bytes,
-        gradients=own * here.gradient_bytes if train else 0.0,
+        gradients=0.0 if fresh else gradients,
         optimizer=states * adam if train else 0.0,
         activations=inflight * _kept(here, stage, fused_channels) + _passing(here, fused_channels),
         kv_cache=0.0 if train else _cache(here),
@@ -56,7 +59,8 @@ def of_rank(here: Deployment, stage: int, *, fused_channels: int) -> Memory:
     )
     narrow = here.gradient_bytes < WIDENED_BYTES
     widened = states * WIDENED_BYTES if train and narrow else 0.0
-    end = replace(passes, activations=0.0, gathered_weights=0.0, widened_gradients=widened)
+    freed = {"activations": 0.0, "gathered_weights": 0.0}
+    end = replace(passes, **freed, gradients=gradients, widened_gradients=widened)
     return max(passes, end, key=lambda memory: memory.total)
 
 
