@@ -167,6 +167,12 @@ class LayoutConfig(Config):
                 " since it shards embedding and LM head apart, got false; use megatron_fsdp, or"
                 " untie them"
             )
+        if model.num_experts and self.tensor_parallel_size > 1:
+            raise UserError(
+                f"tp: must be 1 with fsdp: torch_fsdp2 and experts, got {self.tp}: megatron-core"
+                " 0.19 leaves out of their gradients what other tensor-parallel ranks have seen;"
+                " use 1"
+            )
         if not self.trains_in(precision):
             raise UserError(
                 f"fsdp: torch_fsdp2 trains in fp32 or bf16 in Megatron, got {precision}; use one of"

@@ -157,17 +157,20 @@ def layout_flags(experiment: ExperimentConfig, run: Run) -> list[str]:
 
 def run_flags(experiment: ExperimentConfig, run: Run, prefix: Path, out: Path) -> list[str]:
     """The flags of one run: the model's weights come from the file that all its runs share."""
-    initial = str(initial_folder(out, run.model))
-    loaded = ["--load", initial, "--finetune", "--no-load-optim", "--no-load-rng"]
-    if run.layout.fsdp == "megatron_fsdp":  # loads what it has saved itself
-        loaded = ["--helix-initial-weights", initial]
     return [
         *layout_flags(experiment, run),
         *_data_flags(prefix),
-        *loaded,
+        *start_flags(run.layout, initial_folder(out, run.model)),
         *("--helix-metrics", str(folder(out, run) / "metrics")),
         *("--helix-phase", run.phase),
     ]
+
+
+def start_flags(layout: LayoutConfig, initial: Path) -> list[str]:
+    """What lets a layout start from the weights that are saved in the folder ``initial``."""
+    if layout.fsdp:  # once it is sharded, Megatron's own loading cannot fill every model
+        return ["--helix-initial-weights", str(initial)]
+    return ["--load", str(initial), "--finetune", "--no-load-optim", "--no-load-rng"]
 
 
 def initial_folder(out: Path, model: ModelConfig) -> Path:

@@ -72,7 +72,7 @@ def numbers(book: Book, last: bool) -> None:
     scaled = here.precision == "fp16"  # each optimizer asks its ranks for overflows
     apart = bool(here.model.num_experts) and here.layout.ep > 1  # experts have one of their own
     if here.layout.fsdp == "torch_fsdp2":  # the norm of a rank's shards
-        book.call(what, "dp", "all_reduce", "step", 1, size=FP32)
+        book.call("norm of shards", "dp", "all_reduce", "step", 1, size=FP32)
     if here.layout.distributed_optimizer or here.layout.fsdp == "megatron_fsdp":
         book.call(what, "optimizer", "all_reduce", "step", 1, 1 + scaled * (1 + apart), FP32)
         book.call(what, "model", "all_reduce", "step", 1, 2, FP32)

@@ -1,8 +1,9 @@
 """Weights of a checkpoint into a model that nothing has wrapped yet.
 
 Megatron loads a checkpoint after data parallelism has wrapped the model, in the format of what
-wraps it: Megatron FSDP reads only what it has saved itself. Before that every model describes its
-tensors as canonical rows, so that one checkpoint in ``torch_dist`` format is the start of all.
+wraps it: Megatron FSDP reads only what it has saved itself, and of experts that torch FSDP2 has
+sharded 0.19 takes no shard but the first rank's for an original. Before that every model describes
+its tensors as canonical rows, so that one checkpoint in ``torch_dist`` format is the start of all.
 """
 
 from pathlib import Path

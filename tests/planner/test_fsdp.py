@@ -57,8 +57,10 @@ def test_what_a_micro_batch_moves_is_the_model_three_times(fsdp: str) -> None:
 
 @pytest.mark.parametrize("fsdp", KINDS)
 def test_more_ranks_keep_less_each(fsdp: str) -> None:
-    two, eight = (memory.of_rank(sharded(fsdp, ranks), 0, fused_channels=256) for ranks in (2, 8))
-    replicated = memory.of_rank(sharded(None), 0, fused_channels=256)
+    two, eight, replicated = (
+        memory.of_rank(sharded(kind, ranks, micro_batch=1), 0, fused_channels=256)
+        for kind, ranks in ((fsdp, 2), (fsdp, 8), (None, 2))
+    )
     for part in ("weights", "gradients", "optimizer"):
         assert getattr(eight, part) == getattr(two, part) / 4
     assert two.weights == replicated.weights / 2

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.covering import fast
+from tests.covering import THOROUGH, fast
 from tests.distributed import Curve, pretrain, tiny_gpt
 
 LOSS_TOLERANCE, GRAD_NORM_TOLERANCE = 1e-5, 1e-4  # see tests/test_parity.py
 FSDP2 = ("--use-torch-fsdp2", "--ckpt-format", "torch_dist")
 UNTIED = "--untie-embeddings-and-output-weights"
 MOE = ("--num-experts", "4", "--moe-router-topk", "2", "--disable-bias-linear", "--swiglu")
+TP2 = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
 RECOMPUTE = ("--recompute-granularity", "full", "--recompute-method", "uniform")
 CASES = {
     "dense": (2, ()),
@@ -18,7 +19,7 @@ CASES = {
     "moe": (2, (*MOE, "--moe-router-load-balancing-type", "none")),
     "uneven shards": (3, ("--micro-batch-size", "2", "--global-batch-size", "12")),
     "full recompute": (2, (*RECOMPUTE, "--recompute-num-layers", "1")),
-    "tensor parallelism": (4, ("--tensor-model-parallel-size", "2", "--sequence-parallel")),
+    "tensor parallelism": (4, TP2),
 }
 
 
@@ -35,6 +36,14 @@ def test_it_trains_as_data_parallelism_does(corpus_prefix: Path, case: str) -> N
         pretrain(tiny_gpt(corpus_prefix, UNTIED, *flags, *more), ranks) for more in ((), FSDP2)
     )
     same(sharded, stock)
+
+
+@THOROUGH
+def test_experts_beside_tensor_parallelism_are_another_training(corpus_prefix: Path) -> None:
+    """Of megatron-core 0.19: why such a layout is refused, and when it no longer need be."""
+    flags = (UNTIED, *MOE, "--moe-router-load-balancing-type", "none", *TP2)
+    stock, sharded = (pretrain(tiny_gpt(corpus_prefix, *flags, *more), 4) for more in ((), FSDP2))
+    assert sharded.grad_norms != pytest.approx(stock.grad_norms, rel=100 * GRAD_NORM_TOLERANCE)
 
 
 def test_checkpoints_go_to_other_layouts_and_come_from_them(
