@@ -76,8 +76,8 @@ class ModelConfig(Config):
 class LayoutConfig(Config):
     """How the ranks share the work: stock (``tp``) or helix (``m``, ``n``), with PP and EP beside.
 
-    The data-parallel size is what is left of the ranks. Which environment a layout needs beside its
-    flags is said by :mod:`megatron_helix.options.environment`.
+    The data-parallel size is what is left of the ranks. What a layout needs beside its flags is in
+    :mod:`megatron_helix.options.environment`.
 
     Attributes:
         fsdp: fully sharded data parallelism, Megatron's own (strategy ``optim_grads_params``) or
@@ -142,10 +142,7 @@ class LayoutConfig(Config):
             raise UserError(f"gtp: must be 1 with fsdp, which shards every weight, got {self.gtp}")
         for key in ("distributed_optimizer", "overlap_dp"):
             if getattr(self, key):
-                raise UserError(
-                    f"{key}: must be left out with fsdp, which shards the optimizer's states and"
-                    " sends beside the passes by itself"
-                )
+                raise UserError(f"{key}: must be left out with fsdp, which does so by itself")
         for key in ("pp", "ep", "etp") if self.fsdp == "torch_fsdp2" else ():
             if (value := getattr(self, key)) > 1:
                 raise UserError(
@@ -169,9 +166,8 @@ class LayoutConfig(Config):
             )
         if model.num_experts and self.tensor_parallel_size > 1:
             raise UserError(
-                f"tp: must be 1 with fsdp: torch_fsdp2 and experts, got {self.tp}: megatron-core"
-                " 0.19 leaves out of their gradients what other tensor-parallel ranks have seen;"
-                " use 1"
+                f"tp: must be 1 with fsdp: torch_fsdp2 and experts, got {self.tp}: Megatron (0.19)"
+                " leaves out of their gradients what other tensor-parallel ranks have seen; use 1"
             )
         if not self.trains_in(precision):
             raise UserError(

@@ -55,8 +55,17 @@ def describe(model: list[torch.nn.Module]) -> dict[str, Any]:
 
 
 def _whole(weight: torch.Tensor) -> torch.Tensor:
-    """A weight without its shards: gathered from the ranks that have them, if there are any."""
-    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+    """A weight without its shards: gathered from the ranks that have them, if there are any.
+
+    Megatron FSDP cuts its buffers where no row ends, and says where. That has not been run.
+    """
+    if not isinstance(weight, DTensor):
+        return weight
+    if not hasattr(weight.to_local(), "__create_chunk_list__"):
+        return weight.full_tensor()
+    from megatron.core.distributed.fsdp.src.megatron_fsdp import uneven_dtensor
+
+    return uneven_dtensor.uneven_dtensor_to_full_tensor(weight)
 
 
 def sha256(weight: torch.Tensor) -> str:
