@@ -143,7 +143,7 @@ class LayoutConfig(Config):
         for key in ("distributed_optimizer", "overlap_dp"):
             if getattr(self, key):
                 raise UserError(f"{key}: must be left out with fsdp, which does so by itself")
-        for key in ("pp", "ep", "etp") if self.fsdp == "torch_fsdp2" else ():
+        for key in ("pp", "ep") if self.fsdp == "torch_fsdp2" else ():
             if (value := getattr(self, key)) > 1:
                 raise UserError(
                     f"{key}: must be 1 with fsdp: torch_fsdp2, which Megatron runs without it, got"
@@ -164,10 +164,10 @@ class LayoutConfig(Config):
                 " since it shards embedding and LM head apart, got false; use megatron_fsdp, or"
                 " untie them"
             )
-        if model.num_experts and self.tensor_parallel_size > 1:
+        if model.num_experts and self.etp != self.tp:
             raise UserError(
-                f"tp: must be 1 with fsdp: torch_fsdp2 and experts, got {self.tp}: Megatron (0.19)"
-                " leaves out of their gradients what other tensor-parallel ranks have seen; use 1"
+                f"etp: must be tp ({self.tp}) with fsdp: torch_fsdp2, got {self.etp}: of others"
+                " Megatron (0.19) shards experts over the wrong ranks, and loses gradients"
             )
         if not self.trains_in(precision):
             raise UserError(

@@ -58,7 +58,7 @@ def test_torch_fsdp2_is_a_layout_of_an_experiment(tmp_path: Path) -> None:
         ),
         (
             {"layouts": [*LAYOUTS[:1], {**LAYOUTS[1], "tp": 2}]},
-            "tiny, layout fsdp4: tp: must be 1 with fsdp: torch_fsdp2 and experts, got 2",
+            r"tiny, layout fsdp4: etp: must be tp \(2\) with fsdp: torch_fsdp2, got 1",
         ),
         (
             {

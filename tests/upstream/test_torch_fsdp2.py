@@ -11,12 +11,14 @@ LOSS_TOLERANCE, GRAD_NORM_TOLERANCE = 1e-5, 1e-4  # see tests/test_parity.py
 FSDP2 = ("--use-torch-fsdp2", "--ckpt-format", "torch_dist")
 UNTIED = "--untie-embeddings-and-output-weights"
 MOE = ("--num-experts", "4", "--moe-router-topk", "2", "--disable-bias-linear", "--swiglu")
+MOE += ("--moe-router-load-balancing-type", "none")
 TP2 = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
 RECOMPUTE = ("--recompute-granularity", "full", "--recompute-method", "uniform")
 CASES = {
     "dense": (2, ()),
     "dense, several micro-batches": (2, ("--micro-batch-size", "2")),
-    "moe": (2, (*MOE, "--moe-router-load-balancing-type", "none")),
+    "moe": (2, MOE),
+    "moe, tensor parallelism": (4, (*MOE, *TP2)),
     "uneven shards": (3, ("--micro-batch-size", "2", "--global-batch-size", "12")),
     "full recompute": (2, (*RECOMPUTE, "--recompute-num-layers", "1")),
     "tensor parallelism": (4, TP2),
@@ -39,9 +41,9 @@ def test_it_trains_as_data_parallelism_does(corpus_prefix: Path, case: str) -> N
 
 
 @THOROUGH
-def test_experts_beside_tensor_parallelism_are_another_training(corpus_prefix: Path) -> None:
+def test_whole_experts_beside_tensor_parallelism_are_another_training(corpus_prefix: Path) -> None:
     """Of megatron-core 0.19: why such a layout is refused, and when it no longer need be."""
-    flags = (UNTIED, *MOE, "--moe-router-load-balancing-type", "none", *TP2)
+    flags = (UNTIED, *MOE, *TP2, "--expert-tensor-parallel-size", "1")
     stock, sharded = (pretrain(tiny_gpt(corpus_prefix, *flags, *more), 4) for more in ((), FSDP2))
     assert sharded.grad_norms != pytest.approx(stock.grad_norms, rel=100 * GRAD_NORM_TOLERANCE)
 
