@@ -6,6 +6,7 @@ import pytest
 from rich.console import Console
 
 from megatron_helix import workflow
+from megatron_helix.report import deployment_graph
 from tests.covering import THOROUGH
 from tests.experiment_case import DOCUMENT, experiment
 
@@ -90,6 +91,13 @@ def test_what_cannot_run_is_refused_before_anything_is_made(
     with pytest.raises(ValueError, match=said):
         workflow.run(chosen, tmp_path / "out", Console(quiet=True))
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_graph_would_leave_out_is_not_drawn() -> None:
+    with pytest.raises(
+        ValueError, match="--layout: fsdp4 has fsdp: torch_fsdp2, whose collectives"
+    ):
+        deployment_graph.build(experiment(**SHARDED), layout="fsdp4")
 
 
 def test_the_baseline_saves_in_the_format_that_all_read() -> None:
