@@ -139,10 +139,10 @@ class LayoutConfig(Config):
         if self.fsdp is None:
             return
         if self.gtp > 1:
-            raise UserError(f"gtp: must be 1 with fsdp, which shards every weight, got {self.gtp}")
+            raise UserError(f"gtp: must be 1 with fsdp, got {self.gtp}; leave one of the two away")
         for key in ("distributed_optimizer", "overlap_dp"):
             if getattr(self, key):
-                raise UserError(f"{key}: must be left out with fsdp, which does so by itself")
+                raise UserError(f"{key}: fsdp does so by itself, got both; leave {key} away")
         for key in ("pp", "ep") if self.fsdp == "torch_fsdp2" else ():
             if (value := getattr(self, key)) > 1:
                 raise UserError(
@@ -166,8 +166,8 @@ class LayoutConfig(Config):
             )
         if model.num_experts and self.etp != self.tp:
             raise UserError(
-                f"etp: must be tp ({self.tp}) with fsdp: torch_fsdp2, got {self.etp}: of others"
-                " Megatron (0.19) shards experts over the wrong ranks, and loses gradients"
+                f"etp: must be tp ({self.tp}) with fsdp: torch_fsdp2, since Megatron (0.19) shards"
+                f" experts over the same ranks, got {self.etp}; set etp to {self.tp}"
             )
         if not self.trains_in(precision):
             raise UserError(

@@ -53,9 +53,9 @@ def test_a_stock_layout_says_its_flags(keys: dict[str, Any], flags: str) -> None
     [
         ({"m": 2, "n": 1, "fsdp": "torch_fsdp2"}, "fsdp, gtp: share out the weights that m and n"),
         ({"m": 2, "n": 1, "gtp": 2}, "fsdp, gtp: share out the weights that m and n"),
-        ({"fsdp": "megatron_fsdp", "gtp": 2}, "gtp: must be 1 with fsdp, .* got 2"),
-        ({"fsdp": "megatron_fsdp", "distributed_optimizer": True}, "distributed_optimizer: must"),
-        ({"fsdp": "torch_fsdp2", "overlap_dp": True}, "overlap_dp: must be left out with fsdp"),
+        ({"fsdp": "megatron_fsdp", "gtp": 2}, "gtp: must be 1 with fsdp, got 2"),
+        ({"fsdp": "megatron_fsdp", "distributed_optimizer": True}, "distributed_optimizer: fsdp"),
+        ({"fsdp": "torch_fsdp2", "overlap_dp": True}, "overlap_dp: fsdp does so by itself"),
         ({"fsdp": "torch_fsdp2", "pp": 2}, "pp: must be 1 with fsdp: torch_fsdp2, .* got 2"),
         ({"fsdp": "torch_fsdp2", "ep": 2}, "ep: must be 1 with fsdp: torch_fsdp2, .* got 2"),
         ({"fsdp": "fsdp1"}, "Input should be 'megatron_fsdp' or 'torch_fsdp2'"),
