@@ -59,7 +59,7 @@ def test_torch_fsdp2_is_a_layout_of_an_experiment(tmp_path: Path) -> None:
         ),
         (
             {"layouts": [*LAYOUTS[:1], {**LAYOUTS[1], "tp": 2}]},
-            r"tiny, layout fsdp4: etp: must be tp \(2\) with fsdp: torch_fsdp2, .* got 1; set etp to 2",
+            r"tiny, layout fsdp4: etp: must be tp \(2\) with .* got 1; set etp to 2",
         ),
         (
             {
