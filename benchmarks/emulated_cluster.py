@@ -30,14 +30,16 @@ MODEL = ModelConfig(
     num_layers=4,
     hidden_size=128,
     num_attention_heads=16,
-    kv_channels=16,
+    kv_channels=32,
     ffn_hidden_size=512,
+    untie_embeddings_and_output_weights=True,  # as torch FSDP2 needs it
 )
 LAYOUTS = [
     *(LayoutConfig(name=f"tp8_pp2_mb{b}", tp=8, pp=2, micro_batch=b) for b in (2, 4, 8)),
     LayoutConfig(name="tp16", tp=16, micro_batch=8),
     LayoutConfig(name="tp4_dp4", tp=4, micro_batch=4, distributed_optimizer=True),
     LayoutConfig(name="tp2_dp8", tp=2, micro_batch=2, distributed_optimizer=True),
+    LayoutConfig(name="fsdp16", tp=1, fsdp="torch_fsdp2", micro_batch=1),
     LayoutConfig(name="helix_4x4_activations", m=4, n=4, exchange="activations", micro_batch=8),
     LayoutConfig(name="helix_4x4_weights", m=4, n=4, exchange="weights", micro_batch=8),
     LayoutConfig(name="helix_8x2_weights", m=8, n=2, exchange="weights", micro_batch=8),
@@ -46,6 +48,7 @@ LAYOUTS = [
     LayoutConfig(
         name="helix_8x2_step_mb16", m=8, n=2, exchange="weights", gather="step", micro_batch=16
     ),
+    LayoutConfig(name="helix_16x1_weights_mb16", m=16, n=1, exchange="weights", micro_batch=16),
     LayoutConfig(name="helix_4x4_auto", m=4, n=4, micro_batch=8),
 ]
 

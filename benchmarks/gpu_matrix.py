@@ -4,8 +4,9 @@
     python benchmarks/gpu_matrix.py --gpus 4 --device cpu --shape tiny --steps 3 --out runs/tried
 
 Its parts are *parity* (``matrix_parity.py``), *train* and *prefill* (``matrix_timing.py``) and
-*decode* (``matrix_decode.py``): stock layouts and helix in turns, the layer shape of the source
-experiment, each layout at several micro-batches. A turn is a run of its own of Megatron's loop.
+*decode* (``matrix_decode.py``): stock layouts, their rivals and helix in turns, the layer shape of
+the source experiment, each layout at several micro-batches. A turn is a run of its own of
+Megatron's loop. Torch FSDP2, which has no fp16 in Megatron, runs with ``--precision bf16``.
 
 A turn's files stay in OUT: a second call goes on where the first one ended. ``--limit`` ends a call
 in time for its results to be written. Each timed layout draws weights of its own. An untrained
@@ -14,7 +15,6 @@ router loads experts unevenly, and every layout's differently: time MoE models w
 """
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,7 +24,7 @@ import typer
 from matrix_decode import decoding
 from matrix_parity import parity
 from matrix_timing import timing
-from matrix_turns import LAUNCHER, Bench, Device, layouts
+from matrix_turns import LAUNCHER, Bench, Device, layouts, rivals
 from rich.console import Console
 
 from megatron_helix.experiment import runs
@@ -44,12 +44,14 @@ TINY: dict[str, Any] = {
     "hidden_size": 256,
     "num_attention_heads": 8,
     "kv_channels": 32,
+    "untie_embeddings_and_output_weights": True,  # as torch FSDP2 needs it
 }
 SEED: dict[str, Any] = {
     "num_layers": 4,
     "hidden_size": 8192,
     "num_attention_heads": 16,
     "kv_channels": 512,
+    "untie_embeddings_and_output_weights": True,
 }
 SHAPES = {
     "tiny": [
@@ -90,7 +92,6 @@ def main(
     flags: Annotated[str, typer.Option(help="More flags for every run.")] = "",
 ) -> None:
     """Run what is asked for; exit code 1 when a layout leaves the first one's losses."""
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     console = Console(width=150)
     bench = Bench(
         out=out,
@@ -124,6 +125,9 @@ def main(
     def experiment(part: str, model: ModelConfig) -> ExperimentConfig:
         decodes = part == "decode"  # which serves all sequences at once
         chosen = layouts(gpus, model, sizes[:1] if decodes else sizes)
+        if not decodes:  # what is served has no data parallelism to shard anything
+            beside = rivals(gpus, model, sizes, device)
+            chosen += [item for item in beside if item.trains_in(precision)]
         named = [item for item in chosen if any(word in item.name for word in only.split(","))]
         request = DecodeConfig(sequences=prompts, prompt_length=128, output_length=32)
         words = {"name": part, "phases": [part], "decode": request if decodes else None}

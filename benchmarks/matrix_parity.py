@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from matrix_turns import LAUNCHER, LOCAL, Bench, Turn, initial_weights, layouts
+from matrix_turns import LAUNCHER, LOCAL, Bench, Turn, initial_weights, layouts, rivals
 from rich.console import Console
 
 from megatron_helix.experiment import metrics, results, runs
@@ -34,7 +34,7 @@ def parity(
         ExperimentConfig(
             name="parity",
             models=[model],
-            layouts=_layouts(bench.gpus, model, precision),
+            layouts=_layouts(bench, model, precision),
             world_size=bench.gpus,
             batch=BatchConfig(sequences=8, sequence_length=128),
             steps=5,
@@ -53,7 +53,16 @@ def parity(
         ]
         runs_of = [
             [
-                pool.submit(_outcome, bench, experiment, layout, start.result())
+                pool.submit(
+                    _outcome,
+                    bench,
+                    experiment,
+                    layout,
+                    (
+                        *implementations[experiment.precision],
+                        *runs.start_flags(layout, start.result()),
+                    ),
+                )
                 for layout in experiment.layouts
             ]
             for experiment, start in zip(tables, starts, strict=True)
@@ -75,11 +84,10 @@ def _folder(bench: Bench, experiment: ExperimentConfig) -> Path:
     return bench.out / "parity" / experiment.precision
 
 
-def _start(bench: Bench, experiment: ExperimentConfig, more: tuple[str, ...]) -> tuple[str, ...]:
-    """The weights that all layouts start from are made; the flags that load them."""
+def _start(bench: Bench, experiment: ExperimentConfig, more: tuple[str, ...]) -> Path:
+    """The weights that all layouts start from are made; the folder of them."""
     target = runs.initial_folder(_folder(bench, experiment), experiment.models[0])
-    initial_weights(bench, experiment, target, more=more)
-    return (*more, "--load", str(target), "--finetune", "--no-load-optim", "--no-load-rng")
+    return initial_weights(bench, experiment, target, more=more)
 
 
 def _outcome(
@@ -93,8 +101,12 @@ def _outcome(
     return Turn(experiment=experiment, run=run, folder=where, more=more).outcome(bench)
 
 
-def _layouts(gpus: int, model: ModelConfig, precision: Precision) -> list[LayoutConfig]:
+def _layouts(bench: Bench, model: ModelConfig, precision: Precision) -> list[LayoutConfig]:
+    gpus = bench.gpus
+    sharding = rivals(gpus, model, [4], bench.device)
     made = layouts(gpus, model, [4])
+    # Torch's layers, which fp32 runs in, have no context parallelism, and GTP is TransformerEngine.
+    made += [one for one in sharding if one.fsdp and one.trains_in(precision)]
     if gpus > 1:
         cut: dict[str, Any] = {"m": gpus, "n": 1, "ep": gpus if model.num_experts else 1}
         sequence = {**cut, "exchange": "weights", "split": "sequence", "micro_batch": 1}

@@ -21,6 +21,7 @@ from megatron_helix.run_config import LayoutConfig, ModelConfig
 
 Device = Literal["cpu", "cuda"]
 
+FUSED_CHANNELS = 256  # head dimension up to which TransformerEngine attends over several ranks
 WAITING = 3  # turns whose ranks import while one runs; a core a rank
 LAUNCHER = LauncherConfig(kind="torchrun")
 LOCAL = ("--transformer-impl", "local", "--no-persist-layer-norm", "--no-masked-softmax-fusion")
@@ -169,6 +170,30 @@ def layouts(gpus: int, model: ModelConfig, micro_batches: Sequence[int]) -> list
             add(f"helix_{m}x{n}_weights", m=m, n=n, exchange="weights")
             add(f"helix_{m}x{n}_step", m=m, n=n, exchange="weights", gather="step")
     return made
+
+
+def rivals(
+    gpus: int, model: ModelConfig, micro_batches: Sequence[int], device: Device
+) -> list[LayoutConfig]:
+    """What an expert would pick beside: sharded weights, and context parallelism by its kinds."""
+    if gpus == 1:
+        return []
+    shared = {"tp": 1, "distributed_optimizer": True}
+    kinds: dict[str, dict[str, Any]] = {"torch_fsdp2": {"tp": 1, "fsdp": "torch_fsdp2"}}
+    if device == "cuda":
+        experts = {"ep": gpus} if model.num_experts else {}
+        kinds["megatron_fsdp"] = {"tp": 1, "fsdp": "megatron_fsdp", **experts}
+    if device == "cuda" and not model.num_experts:
+        kinds["gtp"] = {**shared, "gtp": gpus}
+        for kind in ("p2p", "a2a", "all_gather") if model.kv_channels <= FUSED_CHANNELS else ():
+            ring = {"cp": gpus, "cp_comm_type": kind, "overlap_dp": True}
+            kinds[f"cp_{kind}"] = {**shared, **ring}
+    return [
+        LayoutConfig(name=f"{name}_mb{each}", micro_batch=each, **values)
+        for name, values in kinds.items()
+        for each in micro_batches
+        if "cp" in values or each <= max(1, max(micro_batches) // gpus)
+    ]
 
 
 def initial_weights(

@@ -6,7 +6,7 @@ import typer
 
 from megatron_helix import __version__
 from megatron_helix.basics import errors, signals
-from megatron_helix.commands import data, experiment, fuzz, generate, plan, pretrain
+from megatron_helix.commands import calibrate, data, experiment, fuzz, generate, plan, pretrain
 from megatron_helix.commands import launch as launch_command
 from megatron_helix.launching import fork_ranks
 
@@ -28,7 +28,7 @@ app.command()(experiment.compare)
 app.command()(experiment.dag)
 app.command()(data.data)
 app.command()(plan.plan)
-app.command()(plan.calibrate)
+app.command()(calibrate.calibrate)
 app.command()(fuzz.fuzz)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
     launch_command.launch

@@ -20,7 +20,7 @@ from megatron_helix.layers.layer_spec import (
 from megatron_helix.layers.linear import finish_step, link
 from megatron_helix.options import arguments, parsed
 from megatron_helix.partition.layout import HelixLayout
-from megatron_helix.upstream import checkpoint_reader, patches
+from megatron_helix.upstream import checkpoint_reader, initial_weights, patches
 
 
 def enable(
@@ -75,6 +75,9 @@ def enable(
     model_config.transformer_layer_spec = layer_spec
     transformer = model_config.transformer
     patches.map_mtp_spec(lambda spec: swap_norms(helix(spec), transformer) if spec else spec)
+    if args.helix_initial_weights:
+        start = partial(initial_weights.load, args.helix_initial_weights)
+        model_config.pre_wrap_hooks.append(start)
     if args.use_cpu_initialization:
         # Megatron's model builder leaves weights that were drawn on the CPU there.
         model_config.pre_wrap_hooks.append(lambda model: [chunk.cuda() for chunk in model])

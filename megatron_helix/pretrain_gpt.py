@@ -17,10 +17,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_helix.basics import errors, signals
-from megatron_helix.options import arguments, parsed, unavailable
+from megatron_helix.options import arguments, environment, parsed, unavailable
 from megatron_helix.options.flags import FlagParser, add_helix_arguments
 from megatron_helix.recording import rank_files
-from megatron_helix.upstream import patches
+from megatron_helix.upstream import initial_weights, patches
 
 PROGRAM_START_S = time.time()  # before the imports that take seconds
 Provider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
@@ -80,6 +80,8 @@ def prepare(argv: Sequence[str], world_size: int, *, script: bool = False) -> li
         unavailable.require_available(args, argv)
         parsed.require_known(argv)
     arguments.require_data(argv)
+    if args.helix_initial_weights:
+        initial_weights.require(args.helix_initial_weights)
     return argv
 
 
@@ -112,7 +114,10 @@ def adapt_megatron(argv: Sequence[str]) -> None:
 
 
 def train(argv: Sequence[str]) -> None:
-    """Megatron's ``pretrain`` with flags that :func:`prepare` has completed."""
+    """Megatron's ``pretrain`` with flags that :func:`prepare` has completed.
+
+    On the CPU the environment is what Megatron asks for, whatever it was: there are no queues.
+    """
     from megatron.core.enums import ModelType
     from megatron.core.package_info import __version__ as core_version
     from megatron.core.utils import get_te_version, get_torch_version
@@ -126,6 +131,8 @@ def train(argv: Sequence[str]) -> None:
     from megatron_helix.upstream import gpt_data, gpt_training
 
     adapt_megatron(argv)
+    if arguments.device(argv) == "cpu":
+        os.environ.update(environment.needed(argv, {}))
     sys.argv = [sys.argv[0], *argv]  # Megatron's parser reads it there
     print_rank_0(
         f"PyTorch {get_torch_version()}, Megatron-Core {core_version}, Transformer Engine"

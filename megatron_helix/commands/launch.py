@@ -29,7 +29,7 @@ def launch(
     """
     from megatron_helix.basics import signals
     from megatron_helix.experiment import config, torchrun
-    from megatron_helix.options import arguments
+    from megatron_helix.options import arguments, environment
 
     chosen = config.load(experiment)
     words = torchrun.command(
@@ -41,13 +41,14 @@ def launch(
         more=context.args,
     )
     if dry_run:
-        typer.echo(shlex.join(words))
+        unusual = environment.needed(words, {environment.CONNECTIONS: "1"})
+        said = [f"{name}={value} " for name, value in unusual.items()]
+        typer.echo("".join(said) + shlex.join(words))
         return
     # Here once, before any rank says it and torchrun a page about it.
     arguments.require_data(arguments.complete(torchrun.flags(words), chosen.world_size))
     # torchrun's own is 30 s: too little for a large checkpoint.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", f"{signals.SAVE_GRACE_S:.0f}")
-    # Megatron insists on it before Blackwell: communication then starts in the order it is issued.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    os.environ.update(environment.needed(words, os.environ))
     # torchrun's module: its script may lie in no folder of PATH.
     os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", *words[1:]])

@@ -1,8 +1,6 @@
-"""``helix plan`` and ``helix calibrate``."""
+"""``helix plan``."""
 
 import json
-import os
-import shutil
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +12,7 @@ from megatron_helix.basics.errors import UserError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from megatron_helix.planner.deployment import Precision
     from megatron_helix.planner.hardware import Hardware
     from megatron_helix.planner.time import Prediction
     from megatron_helix.run_config import LayoutConfig
@@ -44,6 +43,9 @@ def plan(
     explain: Annotated[
         str | None, typer.Option(help="Show the sum of this layout, term by term; as --layout.")
     ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="bf16 instead of fp16, on a machine with figures for it.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Predict layouts of a model on a machine, best first. Nothing runs; nothing is measured."""
@@ -60,12 +62,13 @@ def plan(
         machine = machine.scaled(devices)
     size = BatchConfig(sequences=batch, sequence_length=seq)
 
+    width = _precision(precision, machine)
     if explain and layout:
         raise UserError("--explain, --layout: take one at a time, got both; leave one away")
 
     def one(words: str) -> "Prediction":
         made = _layout(words, training_on=machine.devices if phase == "train" else 0)
-        here = Deployment(chosen, made, size, machine.devices, phase, machine.precision).check()
+        here = Deployment(chosen, made, size, machine.devices, phase, width).check()
         return predict(here, machine, overlap=overlap)
 
     console = Console()
@@ -82,7 +85,8 @@ def plan(
         shown = [one(spec) for spec in layout]
         words = _too_large(shown, machine)
     else:
-        found = search.search(chosen, machine, size, phase=phase, rank_by=rank_by, overlap=overlap)
+        how: dict[str, Any] = {"phase": phase, "overlap": overlap, "precision": width}
+        found = search.search(chosen, machine, size, rank_by=rank_by, **how)
         shown, words = found.cuts()[:top], search.explain(found, rank_by)
         words += f" {len(found.ranked):,} layouts fit, {found.too_large:,} do not."
     if as_json:
@@ -92,56 +96,19 @@ def plan(
     console.print(_table(shown, title, compare=bool(layout), width=console.width), words)
 
 
-def calibrate(
-    out: Annotated[Path, typer.Option(help="Hardware file to write.")],
-    device: Annotated[
-        str, typer.Option(help="auto, cpu or cuda; auto is cuda on two GPUs or more.")
-    ] = ("auto"),
-    ranks: Annotated[
-        int | None, typer.Option(min=2, help="Ranks to start: by default all GPUs, or two on CPUs.")
-    ] = None,
-) -> None:
-    """Measure GEMM rate, memory rate and links of this machine and write a hardware file.
-
-    On GPUs with NCCL, on CPUs with gloo. For several nodes, call on each of them
-    torchrun ... -m megatron_helix.planner.calibrate --out FILE.
-    """
-    from torch import cuda
-
-    from megatron_helix.options.checks import require_one_of
-    from megatron_helix.planner import calibrate as measuring
-
-    require_one_of("--device", device, ("auto", "cpu", "cuda"))
-    if "LOCAL_RANK" in os.environ:
-        raise UserError(
-            "helix calibrate: must be called once, for it starts its ranks itself, got torchrun's"
-            " LOCAL_RANK; call it without torchrun, or torchrun with"
-            " -m megatron_helix.planner.calibrate --out FILE"
-        )
-    if device == "cuda" or (device == "auto" and cuda.device_count() > 1):
-        said = _on_gpus(ranks or max(2, cuda.device_count()), out)
-    else:
-        said = measuring.on_cpu(ranks or 2, out)
-    typer.echo(f"{out}: {said}")
-
-
-def _on_gpus(ranks: int, out: Path) -> str:
-    """Measure with torchrun's ranks, a GPU each; one line that says what."""
-    from megatron_helix.launching import launchers
-    from megatron_helix.launching.launcher_config import LauncherConfig
-    from megatron_helix.planner import calibrate as measuring
-
-    torchrun = LauncherConfig(kind="torchrun")
-    launchers.require(torchrun, "cuda", ranks)
-    measuring.prepare(out)
-    program = launchers.Program(words=["megatron_helix.planner.calibrate", "--out", str(out)])
-    logs = out.with_suffix(".logs")
-    launchers.start(torchrun, program, ranks, logs)
-    shutil.rmtree(logs)  # of a failure they stay
-    return measuring.summary(out)
-
-
 _EXAMPLES = "tp=8,pp=2,micro_batch=4 or m=4,n=4,exchange=weights,micro_batch=16"
+
+
+def _precision(asked: str | None, machine: "Hardware") -> "Precision":
+    """What is planned for: bf16 where it is asked for, else what the machine's figures are for."""
+    if asked == "bf16" and machine.precision == "fp16":  # as wide
+        return "bf16"
+    if asked in (None, machine.precision):
+        return machine.precision
+    raise UserError(
+        f"--precision: must be {machine.precision}, which {machine.name} has figures for, or bf16"
+        f" instead of fp16, got {asked}; leave it out"
+    )
 
 
 def _layout(words: str, *, training_on: int = 0) -> "LayoutConfig":
@@ -179,7 +146,8 @@ def _layout(words: str, *, training_on: int = 0) -> "LayoutConfig":
         ) from None
     update: dict[str, Any] = {"name": search.name(made.model_dump())}
     if named:
-        update["distributed_optimizer"] = made.tensor_parallel_size * made.pp < training_on
+        apart = made.tensor_parallel_size * made.pp < training_on
+        update["distributed_optimizer"] = apart and made.fsdp is None
     return made.model_copy(update=update)
 
 

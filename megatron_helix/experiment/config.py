@@ -146,6 +146,11 @@ class ExperimentConfig(Config):
                     )
         if len(set(self.phases)) != len(self.phases):
             raise UserError(f"phases: must differ, got {', '.join(self.phases)}")
+        if self.layouts[0].fsdp == "megatron_fsdp":
+            raise UserError(
+                "layouts: the first one makes the weights that all start from, in torch_dist, and"
+                f" {self.layouts[0].name} saves in Megatron FSDP's own format; begin with another"
+            )
         self._require_decode()
         self._require_hardware()
         self._require_outlook()

@@ -57,7 +57,10 @@ def compared(experiment: ExperimentConfig) -> list[Run]:
 
 
 def checks(experiment: ExperimentConfig) -> list[Run]:
-    """The training runs beside them that the fp16 check needs: in fp16, and in fp32."""
+    """The training runs beside them that the fp16 check needs: in fp16, and in fp32.
+
+    Of layouts that Megatron trains in fp16.
+    """
     if experiment.verification.fp16 is None:
         return []
     present = {
@@ -70,7 +73,7 @@ def checks(experiment: ExperimentConfig) -> list[Run]:
         for model in experiment.models
         for layout in experiment.layouts
         for precision in ("fp32", "fp16")
-        if (model.name, layout.name, precision) not in present
+        if layout.trains_in("fp16") and (model.name, layout.name, precision) not in present
     ]
 
 
@@ -128,8 +131,10 @@ def layout_flags(experiment: ExperimentConfig, run: Run) -> list[str]:
     """Everything of a run but what lies in files.
 
     Raises:
-        UserError: when the experiment's ``flags`` have one that its other keys set.
+        UserError: when the experiment's ``flags`` have one that its other keys set, and for a
+            layout that Megatron does not train the model in.
     """
+    run.layout.require_model(run.model, run.precision)
     fp16 = experiment.verification.fp16
     scale = fp16.loss_scale if fp16 else 65536.0
     precision = {
@@ -155,11 +160,17 @@ def run_flags(experiment: ExperimentConfig, run: Run, prefix: Path, out: Path) -
     return [
         *layout_flags(experiment, run),
         *_data_flags(prefix),
-        *("--load", str(initial_folder(out, run.model))),
-        *("--finetune", "--no-load-optim", "--no-load-rng"),
+        *start_flags(run.layout, initial_folder(out, run.model)),
         *("--helix-metrics", str(folder(out, run) / "metrics")),
         *("--helix-phase", run.phase),
     ]
+
+
+def start_flags(layout: LayoutConfig, initial: Path) -> list[str]:
+    """What lets a layout start from the weights that are saved in the folder ``initial``."""
+    if layout.fsdp:  # once it is sharded, Megatron's own loading cannot fill every model
+        return ["--helix-initial-weights", str(initial)]
+    return ["--load", str(initial), "--finetune", "--no-load-optim", "--no-load-rng"]
 
 
 def initial_folder(out: Path, model: ModelConfig) -> Path:

@@ -19,6 +19,7 @@ from megatron_helix.basics.errors import UserError
 from megatron_helix.launching.fork_ranks import Ranks, RunFailed
 from megatron_helix.launching.fork_ranks import run as fork_ranks
 from megatron_helix.launching.launcher_config import LauncherConfig
+from megatron_helix.options import environment
 
 POLL_S = 0.5
 TORCHRUN_S = 10.0  # for torchrun to end itself when its ranks have
@@ -142,27 +143,27 @@ def start(
         fork_ranks(ranks, poll=poll)
         return
     command = launch_command(launcher, program.words, world_size, logs)
-    environment = {
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    variables = {
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": f"{signals.SAVE_GRACE_S:.0f}",  # torchrun's own is 30 s
         **os.environ,
+        **environment.needed(program.words, os.environ),
     }
     with (
         files.locked(logs, "logs"),
         (logs / "launcher.log").open("w") as log,
         signals.terminate_as_interrupt(),
     ):
-        _supervise(command, environment, log, poll)
+        _supervise(command, variables, log, poll)
 
 
 def _supervise(
-    command: Sequence[str], environment: dict[str, str], log: Any, poll: Callable[[], Any] | None
+    command: Sequence[str], variables: dict[str, str], log: Any, poll: Callable[[], Any] | None
 ) -> None:
     """Wait for the command; end all it has started when this process is interrupted or killed."""
     mark = uuid.uuid4().hex
     process = subprocess.Popen(
         command,
-        env={**environment, _MARK: mark},
+        env={**variables, _MARK: mark},
         stdout=log,
         stderr=log,
         start_new_session=True,

@@ -19,6 +19,7 @@ from megatron_helix.options.checks import (
     require_loadable,
     require_one_of,
     require_plan,
+    require_rival,
 )
 from megatron_helix.options.features.check import needs_order
 from megatron_helix.options.features.works import IN_ORDER
@@ -32,13 +33,13 @@ _ASKING = ("--helix-m", "--helix-n", "--helix-exchange", "--helix-split", "--hel
 _SIZES = (
     *("num-layers", "hidden-size", "ffn-hidden-size", "num-attention-heads", "num-query-groups"),
     *("kv-channels", "num-experts", "seq-length", "micro-batch-size", "global-batch-size"),
-    "eval-micro-batch-size",
+    *("eval-micro-batch-size", "tensor-parallel-num-weight-shards"),
 )
 _SWITCHES = (
     *("group-query-attention", "rotary-interleaved", "attention-output-gate", "swiglu"),
     *("sequence-parallel", "overlap-grad-reduce", "multi-latent-attention"),
     *("use-distributed-optimizer", "no-load-optim", "finetune", "full-validation"),
-    "sft",
+    *("sft", "use-megatron-fsdp", "use-torch-fsdp2", "add-qkv-bias"),
 )
 _FOLDERS = ("load", "non-persistent-global-ckpt-dir", "pretrained-checkpoint")
 
@@ -114,6 +115,8 @@ def complete(argv: Sequence[str], world_size: int) -> list[str]:
         implied = [*degree, *_helix_flags(args, argv, world_size)]
     on_cpu = device(argv) == "cpu"
     require_core_attention(args, on_cpu)
+    if not wants_helix(args) or args.helix_m == 1:  # else the table of features refuses them
+        require_rival(args, on_cpu)
     return [*argv, *(_cpu_flags(argv) if on_cpu else ()), *implied]
 
 
@@ -136,6 +139,7 @@ def _read(argv: Sequence[str]) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=Path)
     parser.add_argument("--ckpt-step", type=int)
     parser.add_argument("--non-persistent-ckpt-type")
+    parser.add_argument("--spec", nargs="*")
     parser.add_argument("--position-embedding-type", default="learned_absolute")
     parser.add_argument("--rotary-percent", type=float, default=1.0)
     parser.add_argument("--attention-dropout", type=float, default=0.1)

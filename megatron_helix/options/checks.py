@@ -103,6 +103,40 @@ def require_core_attention(args: argparse.Namespace, on_cpu: bool) -> None:
         )
 
 
+def require_rival(args: argparse.Namespace, on_cpu: bool) -> None:
+    """Check a stock way to share out weights or a sequence, where Megatron fails late or unclearly.
+
+    Beside Megatron's own validation, which a rank does before there is a process group.
+    """
+    shards = args.tensor_parallel_num_weight_shards or 1
+    is_gtp = shards > args.tensor_model_parallel_size
+    if is_gtp and args.add_qkv_bias:
+        raise UserError(
+            "--tensor-parallel-num-weight-shards: GTP gives a bias of QKV a gradient of the wrong"
+            f" shape (megatron-core 0.19), got {shards} and --add-qkv-bias; leave one of the two"
+            " away"
+        )
+    if not on_cpu:
+        return
+    if is_gtp:
+        raise UserError(
+            "--tensor-parallel-num-weight-shards: GTP needs TransformerEngine and a GPU, got"
+            f" {shards} and --helix-device cpu; leave it away, or use --use-torch-fsdp2, which runs"
+            " on CPUs"
+        )
+    if args.use_megatron_fsdp:
+        raise UserError(
+            "--use-megatron-fsdp: Megatron FSDP needs a GPU, got --helix-device cpu; use"
+            " --use-torch-fsdp2, which runs on CPUs"
+        )
+    if args.context_parallel_size > 1 and not args.spec:
+        raise UserError(
+            "--context-parallel-size: needs TransformerEngine's attention and a GPU, got"
+            f" {args.context_parallel_size} and --helix-device cpu; use 1, or give a --spec whose"
+            " core attention runs on CPUs"
+        )
+
+
 def require_data(args: argparse.Namespace) -> None:
     """Check that what the data flags name is there."""
     words = [

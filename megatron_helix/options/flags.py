@@ -75,6 +75,14 @@ def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         " flags a CPU needs.",
     )
     group.add_argument(
+        "--helix-initial-weights",
+        type=Path,
+        metavar="DIR",
+        help="Folder of a checkpoint in torch_dist format whose weights the model starts from,"
+        " nothing else. They are loaded before data parallelism wraps the model, so that Megatron"
+        " FSDP, whose --load reads no such checkpoint, starts from them as well.",
+    )
+    group.add_argument(
         "--helix-metrics",
         type=Path,
         metavar="DIR",

@@ -40,6 +40,7 @@ class Transfer(NamedTuple):
         stride: distance of its neighbours in global ranks.
         calls: in a step.
         sent_bytes: by one rank in a step.
+        beside: whether it runs beside the passes though it is counted in the step.
     """
 
     what: str
@@ -50,6 +51,7 @@ class Transfer(NamedTuple):
     stride: int
     calls: int
     sent_bytes: float
+    beside: bool = False
 
 
 def share(kind: str, ranks: int) -> float:
@@ -58,7 +60,7 @@ def share(kind: str, ranks: int) -> float:
         return 2 * (ranks - 1) / ranks
     if kind == "all_to_all":
         return (ranks - 1) / ranks
-    if kind in ("all_gather", "reduce_scatter"):
+    if kind in ("all_gather", "reduce_scatter", "scatter"):
         return ranks - 1
     return 1 if ranks > 1 else 0  # send; broadcast on its source
 
@@ -95,7 +97,16 @@ class Book:
             "world": (here.world_size, 1),
         }
 
-    def sent(self, what: str, axis: str, kind: str, when: str, sent: float, calls: int) -> None:
+    def sent(
+        self,
+        what: str,
+        axis: str,
+        kind: str,
+        when: str,
+        sent: float,
+        calls: int,
+        beside: bool = False,
+    ) -> None:
         """``sent`` bytes by a rank in all calls."""
         ranks, stride = self.groups[axis]
         if ranks > 1 and when in self.phases:
@@ -108,6 +119,7 @@ class Book:
                 stride=stride,
                 calls=calls,
                 sent_bytes=sent,
+                beside=beside,
             )
             self.entries.append(entry)
 
@@ -120,12 +132,13 @@ class Book:
         elements: float,
         calls: int = 1,
         size: int | None = None,
+        beside: bool = False,
     ) -> None:
         """Calls on a tensor of ``elements``; for every micro-batch unless ``when`` is ``step``."""
         size = self.here.element_bytes if size is None else size
         calls *= 1 if when == "step" else self.here.microbatches
         one = round(elements * size * share(kind, self.groups[axis][0]))
-        self.sent(what, axis, kind, when, one * calls, calls)
+        self.sent(what, axis, kind, when, one * calls, calls, beside)
 
     @property
     def phases(self) -> tuple[str, ...]:

@@ -17,7 +17,8 @@ from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig
 
 Precision = Literal["fp32", "fp16", "bf16"]
 ELEMENT_BYTES: dict[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 2}  # weights, activations
-# Megatron adds gradients up, and sends them, in the weights' precision but for bf16.
+# Megatron adds gradients up, and sends them, in the weights' precision but for bf16. Its Megatron
+# FSDP (grad dtype "auto") and torch FSDP2 (no mixed-precision policy) do so for bf16, too.
 GRADIENT_BYTES: dict[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 4}
 PHASES = ("train", "prefill", "decode")
 VOCAB_MULTIPLE = 16  # as experiments set --make-vocab-size-divisible-by
@@ -73,6 +74,9 @@ class Deployment:
         require_divides("tp (or m x n) x pp x cp", dense, "the number of ranks", self.world_size)
         require_divides("pp", layout.pp, "num_layers", model.num_layers)
         require_divides("gtp", layout.gtp, "ranks beside tp, pp and cp", self.batch_ranks)
+        layout.require_model(model, self.precision)
+        if layout.cp_comm_type == "a2a":
+            require_divides("tp x cp (a2a)", self.tp * layout.cp, "num_query_groups", groups)
         if model.num_experts:
             expert = layout.ep * layout.etp * layout.pp
             require_divides("ep x etp x pp", expert, "the number of ranks", self.world_size)
@@ -93,8 +97,8 @@ class Deployment:
         if self.phase != "decode":
             ranks = self.tp * layout.cp
             require_divides("tp x cp", ranks, "sequence_length", batch.sequence_length)
-        elif layout.cp > 1 or layout.gtp > 1:
-            raise UserError("cp, gtp: are not predicted for decode; use 1")
+        elif layout.cp > 1 or layout.gtp > 1 or layout.fsdp:
+            raise UserError("cp, gtp, fsdp: are not predicted for decode; leave them out")
         self.plan  # noqa: B018  # checks exchange and split
         return self
 
@@ -122,6 +126,17 @@ class Deployment:
     def expert_replicas(self) -> int:
         """The same for the weights of experts."""
         return self.world_size // (self.layout.ep * self.layout.etp * self.layout.pp)
+
+    @property
+    def weight_shards(self) -> tuple[int, int]:
+        """Ranks that keep a part each of what a replica has of (dense, expert) weights: FSDP's."""
+        return (self.replicas, self.expert_replicas) if self.layout.fsdp else (1, 1)
+
+    @property
+    def state_shards(self) -> tuple[int, int]:
+        """The same of optimizer states."""
+        sharded = self.layout.fsdp or self.layout.distributed_optimizer
+        return (self.replicas, self.expert_replicas) if sharded else (1, 1)
 
     @cached_property
     def microbatches(self) -> int:
@@ -164,7 +179,7 @@ class Deployment:
     @property
     def gradient_bytes(self) -> int:
         """Of a gradient as it is added up over micro-batches and sent."""
-        return GRADIENT_BYTES[self.precision]
+        return self.element_bytes if self.layout.fsdp else GRADIENT_BYTES[self.precision]
 
     @property
     def layers(self) -> int:

@@ -6,33 +6,46 @@ from megatron_helix.planner import parameters
 from megatron_helix.planner.book import FP32, INT32, Book
 
 
-def gradients(book: Book, first: bool, last: bool) -> None:
+def gradients(book: Book, first: bool, last: bool, *, leads: bool) -> None:
     """Gradients over replicas, over T where a rank saw 1/T of the tokens, of tied weights."""
     here, layout = book.here, book.here.layout
     tensors = parameters.dense_tensors(here, first, last)
     experts = parameters.expert_tensors(here)
     if layout.ep == 1:  # Megatron keeps them with the dense weights then
         tensors, experts = tensors + experts, []
-    what = "gradients"
+    untied = here.model.untie_embeddings_and_output_weights
+    if layout.fsdp:
+        tensors, experts = [], []  # :mod:`megatron_helix.planner.fsdp` has them
     if not layout.distributed_optimizer:
-        book.call(what, "dp", "all_reduce", "step", sum(tensors), size=here.gradient_bytes)
+        _replicated(book, "dp", tensors)
     else:
-        tied = here.stages > 1 and (first or last)
+        tied = here.stages > 1 and (first or last) and not untied
         table = tensors[:1] if tied else []  # a bucket of its own
         for bucket in (table, tensors[len(table) :]):
             _distributed(book, "dp", bucket)
     if experts and not layout.distributed_optimizer:
-        book.call(what, "expert_dp", "all_reduce", "step", sum(experts), size=here.gradient_bytes)
+        _replicated(book, "expert_dp", experts)
     elif experts:
         _distributed(book, "expert_dp", experts)
     if here.sequence_parallel:
         unsplit = parameters.sequence_parallel(here, last)
         width = here.gradient_bytes
         book.call("gradients of norms", "tp", "all_reduce", "step", unsplit, size=width)
-    if here.stages > 1 and (first or last):
+        if layout.fsdp == "torch_fsdp2" and leads:  # cut into shards again, one by one
+            D = here.model.hidden_size
+            shard = -(-D // here.replicas)
+            book.call("gradients of norms", "dp", "scatter", "step", shard, unsplit // D, width)
+    if here.stages > 1 and (first or last) and not untied:
         table = here.vocabulary * here.model.hidden_size / here.tp
         what, width = "gradient of the tied embedding", here.gradient_bytes
         book.call(what, "embedding", "all_reduce", "step", table, size=width)
+
+
+def _replicated(book: Book, axis: str, tensors: list[int]) -> None:
+    here = book.here
+    if tensors:
+        known = {"size": here.gradient_bytes, "beside": here.layout.overlap_dp}
+        book.call("gradients", axis, "all_reduce", "step", sum(tensors), **known)
 
 
 def _distributed(book: Book, axis: str, tensors: list[int]) -> None:
@@ -43,10 +56,11 @@ def _distributed(book: Book, axis: str, tensors: list[int]) -> None:
     unit = math.lcm(ranks, 128)
     padded = sum(-(-size // 64) * 64 for size in tensors)
     shard, width = -(-padded // unit) * unit // ranks, book.here.gradient_bytes
-    book.call("gradients", axis, "reduce_scatter", "step", shard, size=width)
+    beside = book.here.layout.overlap_dp
+    book.call("gradients", axis, "reduce_scatter", "step", shard, size=width, beside=beside)
     # Dense weights and experts have an optimizer each, and each of the two gathers all weights.
     gathers = 2 if book.here.model.num_experts and book.here.layout.ep > 1 else 1
-    book.call("weights", axis, "all_gather", "step", shard, gathers)
+    book.call("weights", axis, "all_gather", "step", shard, gathers, beside=beside)
 
 
 def numbers(book: Book, last: bool) -> None:
@@ -57,7 +71,9 @@ def numbers(book: Book, last: bool) -> None:
         book.call(what, "dp", "all_reduce", "step", 2, size=FP32)
     scaled = here.precision == "fp16"  # each optimizer asks its ranks for overflows
     apart = bool(here.model.num_experts) and here.layout.ep > 1  # experts have one of their own
-    if here.layout.distributed_optimizer:
+    if here.layout.fsdp == "torch_fsdp2":  # the norm of a rank's shards
+        book.call("norm of shards", "dp", "all_reduce", "step", 1, size=FP32)
+    if here.layout.distributed_optimizer or here.layout.fsdp == "megatron_fsdp":
         book.call(what, "optimizer", "all_reduce", "step", 1, 1 + scaled * (1 + apart), FP32)
         book.call(what, "model", "all_reduce", "step", 1, 2, FP32)
     else:

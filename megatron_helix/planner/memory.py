@@ -8,12 +8,12 @@ Korthikanti et al., "Reducing activation recomputation in large transformer mode
 from dataclasses import dataclass, fields, replace
 
 from megatron_helix.exchange.traffic import packed
-from megatron_helix.planner import flops, parameters
+from megatron_helix.planner import flops, fsdp, parameters
 from megatron_helix.planner.deployment import Deployment
 
 MOMENT_BYTES = 8  # two, in fp32
 MASTER_BYTES = 4  # the weight in fp32, where the model's is in half precision
-WIDENED_BYTES = 4  # the gradient in fp32, where it is added up in fp16: while the optimizer works
+WIDENED_BYTES = 4  # the gradient in fp32, where it is added up in half: while the optimizer works
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,23 +42,25 @@ def of_rank(here: Deployment, stage: int, *, fused_channels: int) -> Memory:
         stage: pipeline stage; the first one keeps the most micro-batches.
         fused_channels: largest head dimension with fused attention.
     """
-    dense, experts = parameters.held(here, stage)
+    own, states = parameters.kept(here, stage), parameters.optimized(here, stage)
     train = here.phase == "train"
-    sharded = here.layout.distributed_optimizer
-    split = (here.replicas, here.expert_replicas) if sharded else (1, 1)
-    states = dense / split[0] + experts / split[1]
+    # Torch FSDP2 has no gradients before it makes those of the first micro-batch.
+    fresh = here.layout.fsdp == "torch_fsdp2" and here.microbatches == 1
+    gradients = own * here.gradient_bytes if train else 0.0
     adam = MOMENT_BYTES + (MASTER_BYTES if here.element_bytes < MASTER_BYTES else 0)
     inflight = min(here.stages - stage, here.microbatches) if train else 1
     passes = Memory(
-        weights=(dense + experts) * here.element_bytes,
-        gradients=(dense + experts) * here.gradient_bytes if train else 0.0,
+        weights=own * here.element_bytes,
+        gradients=0.0 if fresh else gradients,
         optimizer=states * adam if train else 0.0,
         activations=inflight * _kept(here, stage, fused_channels) + _passing(here, fused_channels),
         kv_cache=0.0 if train else _cache(here),
-        gathered_weights=_gathered(here, train),
+        gathered_weights=_gathered(here, stage, train),
     )
-    widened = states * WIDENED_BYTES if train and here.precision == "fp16" else 0.0
-    end = replace(passes, activations=0.0, gathered_weights=0.0, widened_gradients=widened)
+    narrow = here.gradient_bytes < WIDENED_BYTES
+    widened = states * WIDENED_BYTES if train and narrow else 0.0
+    freed = {"activations": 0.0, "gathered_weights": 0.0}
+    end = replace(passes, **freed, gradients=gradients, widened_gradients=widened)
     return max(passes, end, key=lambda memory: memory.total)
 
 
@@ -100,8 +102,10 @@ def _cache(here: Deployment) -> float:
     return here.element_bytes * per_token * tokens / here.tp
 
 
-def _gathered(here: Deployment, train: bool) -> float:
+def _gathered(here: Deployment, stage: int, train: bool) -> float:
     """Weights that are not a rank's own: the largest one at a time, or all of a step."""
+    if here.layout.fsdp:
+        return fsdp.gathered_bytes(here, stage)
     shards = here.cut.m if here.plan.exchange == "weights" else here.layout.gtp
     if shards == 1:
         return 0.0

@@ -1,7 +1,8 @@
 """Parameters that one rank holds, tensor by tensor, in elements.
 
 Stock and helix alike keep 1/T of every matrix of attention and of a dense MLP; norms (weight and
-bias) and routers are whole on every rank. Linears have no bias. Embedding and head are tied.
+bias) and routers are whole on every rank. Linears have no bias. Tied, embedding and head are one
+table, of which the first and the last stage have a copy each; untied, a table each.
 """
 
 from megatron_helix.exchange.traffic import packed
@@ -17,35 +18,54 @@ def layer_matrices(here: Deployment) -> int:
 
 def dense_tensors(here: Deployment, first: bool, last: bool) -> list[int]:
     """Sizes of what a rank of a stage holds beside experts; the embedding, if any, comes first."""
-    model, shards = here.model, here.tp * here.layout.gtp
-    D, d = model.hidden_size, model.kv_channels
-    proj = model.num_attention_heads * d * D
-    layer = [(packed(here.cut) * D - proj) // shards, proj // shards, *[D] * (2 * NORM)]
+    return [rows * columns for rows, columns in dense_shapes(here, first, last)]
+
+
+def dense_shapes(here: Deployment, first: bool, last: bool) -> list[tuple[int, int]]:
+    """The same as shapes, before data-parallel ranks shard anything; a vector has one column."""
+    before, after = end_shapes(here, first, last)
+    return before + layer_shapes(here) * here.layers + after
+
+
+def end_shapes(
+    here: Deployment, first: bool, last: bool
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Shapes of what comes before and after the layers."""
+    table = (here.vocabulary // here.tp // here.layout.gtp, here.model.hidden_size)
+    untied = here.model.untie_embeddings_and_output_weights
+    before = [table] if first or (last and not untied) else []
+    if first and here.model.position_embedding_type == "learned_absolute":
+        before.append((here.batch.sequence_length, here.model.hidden_size))
+    after = [(here.model.hidden_size, 1)] * NORM if last else []
+    return before, after + ([table] if last and untied else [])
+
+
+def layer_shapes(here: Deployment) -> list[tuple[int, int]]:
+    """Shapes of one layer beside experts; gtp's shards, as tp's, are rows of every matrix."""
+    model, T, gtp = here.model, here.tp, here.layout.gtp
+    D, F = model.hidden_size, model.ffn_hidden_size
+    channels = model.num_attention_heads * model.kv_channels
+    shapes = [((packed(here.cut) - channels) // T // gtp, D), (D // gtp, channels // T)]
+    shapes += [(D, 1)] * (2 * NORM)
     if model.num_experts:
-        layer.append(model.num_experts * D)  # router
+        shapes.append((model.num_experts, D))  # router
     else:
-        up = (2 if model.swiglu else 1) * model.ffn_hidden_size * D
-        layer += [up // shards, model.ffn_hidden_size * D // shards]
-    tensors = []
-    if first or last:
-        tensors.append(here.vocabulary * D // shards)
-    if first and model.position_embedding_type == "learned_absolute":
-        tensors.append(here.batch.sequence_length * D)
-    tensors += layer * here.layers
-    if last:
-        tensors += [D] * NORM
-    return tensors
+        shapes += [((2 if model.swiglu else 1) * F // T // gtp, D), (D // gtp, F // T)]
+    return shapes
 
 
 def expert_tensors(here: Deployment) -> list[int]:
     """Sizes of the expert matrices that a rank of a stage holds; nothing for a dense model."""
+    return [rows * columns for rows, columns in expert_shapes(here) * here.layers]
+
+
+def expert_shapes(here: Deployment) -> list[tuple[int, int]]:
+    """Shapes of one layer's experts on a rank."""
     model, layout = here.model, here.layout
     if not model.num_experts:
         return []
-    up = (2 if model.swiglu else 1) * model.ffn_hidden_size * model.hidden_size
-    down = model.ffn_hidden_size * model.hidden_size
-    mine = model.num_experts // layout.ep * here.layers
-    return [up // layout.etp, down // layout.etp] * mine
+    D, F = model.hidden_size, model.ffn_hidden_size // layout.etp
+    return [((2 if model.swiglu else 1) * F, D), (D, F)] * (model.num_experts // layout.ep)
 
 
 def sequence_parallel(here: Deployment, last: bool) -> int:
@@ -56,6 +76,16 @@ def sequence_parallel(here: Deployment, last: bool) -> int:
 
 
 def held(here: Deployment, stage: int) -> tuple[int, int]:
-    """(dense, expert) parameters of a rank of ``stage``."""
+    """(dense, expert) parameters that a rank of ``stage`` computes with."""
     first, last = stage == 0, stage == here.stages - 1
     return sum(dense_tensors(here, first, last)), sum(expert_tensors(here))
+
+
+def kept(here: Deployment, stage: int) -> float:
+    """Of these what the rank keeps: with FSDP its shard."""
+    return sum(n / shards for n, shards in zip(held(here, stage), here.weight_shards, strict=True))
+
+
+def optimized(here: Deployment, stage: int) -> float:
+    """Of these what the rank has the optimizer's states of."""
+    return sum(n / shards for n, shards in zip(held(here, stage), here.state_shards, strict=True))

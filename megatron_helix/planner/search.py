@@ -5,8 +5,10 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from pydantic import ValidationError
+
 from megatron_helix.basics.errors import UserError
-from megatron_helix.planner.deployment import Deployment, require_phase
+from megatron_helix.planner.deployment import Deployment, Precision, require_phase
 from megatron_helix.planner.hardware import Hardware
 from megatron_helix.planner.time import Prediction, predict, require_kernels
 from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig
@@ -43,8 +45,9 @@ def search(
     phase: str = "train",
     rank_by: str = "tps",
     overlap: float = 0.0,
+    precision: Precision | None = None,
 ) -> Found:
-    """Predict every layout on all devices of ``machine``.
+    """Predict every layout on all devices of ``machine``; ``precision`` if not the machine's.
 
     Raises:
         UserError: when no layout can run, or none fits in memory; says which is nearest.
@@ -53,7 +56,7 @@ def search(
         raise UserError(f"rank-by: must be one of {', '.join(RANKINGS)}, got {rank_by!r}")
     fit, too_large = [], []
     require_phase(phase)
-    for here in deployments(model, machine, batch, phase):
+    for here in deployments(model, machine, batch, phase, precision):
         predicted = predict(here, machine, overlap=overlap)
         fits = predicted.memory.total <= machine.memory.rate
         (fit if fits else too_large).append(predicted)
@@ -82,9 +85,14 @@ def _key(rank_by: str) -> Callable[[Prediction], tuple[float, float]]:
 
 
 def deployments(
-    model: ModelConfig, machine: Hardware, batch: BatchConfig, phase: str
+    model: ModelConfig,
+    machine: Hardware,
+    batch: BatchConfig,
+    phase: str,
+    precision: Precision | None = None,
 ) -> Iterator[Deployment]:
     """Every layout that can run on the devices of a machine, whether it fits in memory or not."""
+    precision = precision or machine.precision
     devices = machine.devices
     for cut in _cuts(model, devices, phase):
         tp = cut.get("tp") or cut["m"] * cut["n"]
@@ -98,13 +106,14 @@ def deployments(
                     continue
                 for micro_batch in _micro_batches(batch.sequences // share):
                     keys = {**cut, **beside, "pp": pp, "micro_batch": micro_batch}
-                    keys["distributed_optimizer"] = phase == "train" and rest > 1
+                    optimizes = phase == "train" and rest > 1
+                    keys["distributed_optimizer"] = optimizes and "fsdp" not in keys
                     try:
                         layout = LayoutConfig(name=name(keys), **keys)
-                        here = Deployment(model, layout, batch, devices, phase, machine.precision)
+                        here = Deployment(model, layout, batch, devices, phase, precision)
                         here.check()
                         require_kernels(here, machine)
-                    except UserError:
+                    except (UserError, ValidationError):  # the layout in itself
                         continue
                     yield here
 
@@ -129,7 +138,7 @@ def _cuts(model: ModelConfig, devices: int, phase: str) -> Iterator[dict]:
 def _beside(
     model: ModelConfig, cut: dict, rest: int, stage_ranks: int, tp: int, phase: str
 ) -> Iterator[dict]:
-    """Context, weight-shard and expert parallelism next to a cut, on the ``rest`` of the ranks."""
+    """What may stand next to a cut, on the ``rest`` of the ranks: CP, GTP, FSDP; experts' own."""
     if model.num_experts:
         for ep in _divisors(math.gcd(model.num_experts, stage_ranks)):
             for etp in sorted({1, tp}):
@@ -138,10 +147,15 @@ def _beside(
         return
     yield {}
     if "tp" in cut and phase != "decode":
+        if rest > 1:
+            yield {"fsdp": "megatron_fsdp"}
+            yield {"fsdp": "torch_fsdp2"}
         for size in _divisors(rest):
             if size > 1:
                 yield {"gtp": size}
                 yield {"cp": size}
+                yield {"cp": size, "cp_comm_type": "a2a"}
+                yield {"cp": size, "cp_comm_type": "all_gather"}
 
 
 def _divisors(number: int) -> list[int]:
@@ -162,16 +176,18 @@ def name(keys: dict) -> str:
         words.append(keys["exchange"])
     if keys.get("gather") == "step":
         words.append("step")
-    words += [
-        f"{key}{keys[key]}" for key in ("pp", "cp", "gtp", "ep", "etp") if keys.get(key, 1) > 1
-    ]
+    words += [keys["fsdp"]] if keys.get("fsdp") else []
+    for key in ("pp", "cp", "gtp", "ep", "etp"):
+        words += [f"{key}{keys[key]}"] if keys.get(key, 1) > 1 else []
+        words += [keys["cp_comm_type"]] if key == "cp" and keys.get("cp_comm_type") else []
     return "_".join([*words, f"mb{keys['micro_batch']}"])
 
 
 _NAMED = re.compile(
     r"(?:tp(?P<tp>\d+)|helix_(?P<m>\d+)x(?P<n>\d+))"
-    r"(?:_(?P<exchange>auto|activations|weights|scores))?(?:_(?P<gather>step))?(?:_pp(?P<pp>\d+))?"
-    r"(?:_cp(?P<cp>\d+))?(?:_gtp(?P<gtp>\d+))?(?:_ep(?P<ep>\d+))?(?:_etp(?P<etp>\d+))?"
+    r"(?:_(?P<exchange>auto|activations|weights|scores))?(?:_(?P<gather>step))?"
+    r"(?:_(?P<fsdp>megatron_fsdp|torch_fsdp2))?(?:_pp(?P<pp>\d+))?"
+    r"(?:_cp(?P<cp>\d+)(?:_(?P<cp_comm_type>p2p|a2a|all_gather))?)?(?:_gtp(?P<gtp>\d+))?(?:_ep(?P<ep>\d+))?(?:_etp(?P<etp>\d+))?"
     r"_mb(?P<micro_batch>\d+)"
 )
 
@@ -233,5 +249,5 @@ def _kind(layout: LayoutConfig) -> str:
 
 def _cut(one: Prediction) -> tuple:
     """What makes two layouts different cuts, and not the same with another micro-batch."""
-    keys = one.deployment.layout
-    return (keys.tp, keys.m, keys.n, keys.exchange, keys.pp, keys.cp, keys.gtp, keys.ep, keys.etp)
+    cut = {"name", "split", "gather", "distributed_optimizer", "overlap_dp", "micro_batch"}
+    return tuple(one.deployment.layout.model_dump(exclude=cut).values())

@@ -219,7 +219,7 @@ def _stage(here: Deployment, stage: int, machine: Hardware, overlap: float) -> _
             )
         )
         link_s += machine.seconds(*known, ideal=True)
-        if moved.when == "step":
+        if moved.when == "step" and not moved.beside:
             once_s += seconds
         else:
             exchanged += seconds

@@ -2,8 +2,8 @@
 
 :func:`transfers` lists them for one rank; :func:`step_bytes` adds them up by the axes and kinds of
 :mod:`megatron_helix.recording.comm_ledger`, and by its counting rule, call by call. A test holds
-the sums against what the ledger counts in Megatron's own loop; ``cp`` and ``gtp``, which need a
-GPU, are not in it.
+the sums against what the ledger counts in Megatron's own loop; ``cp``, ``gtp`` and Megatron FSDP,
+which need a GPU, are not in it.
 
 Per micro-batch, with N tokens, T tensor-parallel ranks, ``c = N D / T``, V vocabulary:
 
@@ -18,6 +18,9 @@ Per micro-batch, with N tokens, T tensor-parallel ranks, ``c = N D / T``, V voca
   over ep of rows there and back and of their probabilities there; over etp all_gather there
   and reduce_scatter back. What a rank receives depends on routing. Counted is the mean, exact for a
   sum over the ranks.
+* context parallelism: keys and values by p2p, a2a or all_gather:
+  :mod:`megatron_helix.planner.context`.
+* FSDP: :mod:`megatron_helix.planner.fsdp`.
 * pipeline: c to the next stage, and its gradient back; in decode the whole stream, and the new
   tokens from the last stage to the first.
 * batch: the first tensor-parallel rank broadcasts what a stage needs of it.
@@ -32,7 +35,7 @@ from collections import Counter
 
 from megatron_helix.exchange import traffic
 from megatron_helix.exchange.plan import Plan
-from megatron_helix.planner import parameters
+from megatron_helix.planner import context, fsdp, parameters
 from megatron_helix.planner.book import AXES, FP32, INT64, Book, Transfer
 from megatron_helix.planner.deployment import Deployment, Precision
 from megatron_helix.planner.gradients import gradients, numbers
@@ -68,22 +71,34 @@ def step_bytes(
         raise ValueError(f"rank: need 0 <= rank < {world_size}, got {rank}")
     stage = rank // (world_size // layout.pp)
     sums: Counter[tuple[str, str]] = Counter()
-    for moved in transfers(here, stage, source=rank % here.tp == 0):
+    leads = rank % (world_size // layout.pp) < here.tp
+    for moved in transfers(here, stage, source=rank % here.tp == 0, leads=leads):
         sums[AXES[moved.axis], moved.kind] += moved.sent_bytes  # type: ignore[assignment]
     return {key: float(sent) for key, sent in sums.items() if sent}
 
 
-def transfers(here: Deployment, stage: int, *, source: bool = True) -> list[Transfer]:
-    """Every collective that a rank of ``stage`` takes part in; ``source`` if it is rank 0 of T."""
+def transfers(
+    here: Deployment, stage: int, *, source: bool = True, leads: bool = True
+) -> list[Transfer]:
+    """Every collective that a rank of ``stage`` takes part in.
+
+    Args:
+        here: the deployment.
+        stage: pipeline stage.
+        source: whether the rank is the first of its tensor-parallel group.
+        leads: whether it is the first of its data-parallel group.
+    """
     book = Book(here)
     first, last = stage == 0, stage == here.stages - 1
     _layers(book, first, last)
     if here.layout.gtp > 1:
         _weight_shards(book)
+    if here.layout.fsdp:
+        fsdp.weights(book, first, last)
     if here.model.num_experts:
         _experts(book)
     if here.layout.cp > 1:
-        _context(book)
+        context.parallel(book)
     if first:
         _embedding(book)
     if last:
@@ -93,7 +108,7 @@ def transfers(here: Deployment, stage: int, *, source: bool = True) -> list[Tran
     if here.phase == "train":
         if source:
             _data(book, first, last)
-        gradients(book, first, last)
+        gradients(book, first, last, leads=leads)
         numbers(book, last)
     return book.entries
 
@@ -200,15 +215,6 @@ def _experts(book: Book) -> None:
         book.call(what, "etp", "reduce_scatter", back, rows_D, layers)
     book.call(what, "etp", "all_gather", "forward", rows, layers)
     book.call(what, "etp", "reduce_scatter", "backward", rows, layers)
-
-
-def _context(book: Book) -> None:
-    """Ring attention: keys and values visit every rank, and their gradients with them."""
-    here, layout = book.here, book.here.layout
-    both = 2 * here.tokens * here.model.query_groups * here.model.kv_channels / here.tp
-    hops = (layout.cp - 1) * here.layers
-    book.call("keys and values", "cp", "send", "forward", both, hops)
-    book.call("keys and values", "cp", "send", "backward", 2 * both, hops)
 
 
 def _embedding(book: Book) -> None:

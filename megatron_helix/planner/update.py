@@ -19,6 +19,11 @@ Adam reads gradient, weight and moments, writes three     28          the same
 fp32 weights copied into those of the model (half)        4 + e       the same
 ========================================================  ==========  =============================
 
+With FSDP a gradient is not added to a buffer of the whole: it is copied into the one that it is
+scattered from (2 e), and the shard is added (3 e). Torch FSDP2 copies what it has gathered out of
+the flat buffer, too, in both passes (4 e). Nothing is averaged or zeroed in memory, and a gradient
+in half precision is widened.
+
 The first is of runs with ``--no-gradient-accumulation-fusion``, as experiments set it: the fused
 GEMM needs apex.
 """
@@ -31,6 +36,10 @@ FP32 = 4
 
 def accumulation_bytes(here: Deployment, stage: int) -> float:
     """Of the gradients of one micro-batch; weights gathered for a step have them whole."""
+    if here.layout.fsdp:
+        copies = 6 if here.layout.fsdp == "torch_fsdp2" else 2
+        whole, shard = sum(parameters.held(here, stage)), parameters.kept(here, stage)
+        return (copies * whole + 3 * shard) * here.element_bytes
     one = here.element_bytes + 2 * here.gradient_bytes
     others = 0.0
     if here.plan.exchange == "weights":
@@ -41,15 +50,14 @@ def accumulation_bytes(here: Deployment, stage: int) -> float:
 
 def optimizer_bytes(here: Deployment, stage: int) -> float:
     """Of one step's end: gradients zeroed, averaged, unscaled and clipped, weights updated."""
-    dense, experts = parameters.held(here, stage)
     width = here.gradient_bytes
     averaged = 2 * width if here.batch_ranks * here.layout.cp > 1 else 0
-    every = (width + averaged) * (dense + experts)
+    every = 0 if here.layout.fsdp else (width + averaged) * sum(parameters.held(here, stage))
     share = 4 + 8 + 28
     if here.element_bytes < FP32:
         share += FP32 + here.element_bytes
+    if width < FP32:
+        share += width + FP32
     if here.precision == "fp16":
-        share += width + FP32 + 8
-    if here.layout.distributed_optimizer:
-        dense, experts = dense / here.replicas, experts / here.expert_replicas
-    return every + share * (dense + experts)
+        share += 8
+    return every + share * parameters.optimized(here, stage)

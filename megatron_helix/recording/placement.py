@@ -2,7 +2,9 @@
 
 Nothing here is taken from a layout file. A rank says its device, its place in every process group,
 the shape of every parameter, and a fingerprint of each attention weight it holds, by which
-:mod:`megatron_helix.verification.verify` finds out which part of the model's weight that is.
+:mod:`megatron_helix.verification.verify` finds out which part of the model's weight that is. Of a
+weight that FSDP shards the shape is that of the rank's shard, and the fingerprint that of the
+whole, which is gathered for it: the shards of a data-parallel group together are the tile.
 """
 
 import hashlib
@@ -15,6 +17,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.utils import to_local_if_dtensor
+from torch.distributed.tensor import DTensor
 
 from megatron_helix.upstream import cpu_device
 
@@ -23,31 +27,45 @@ ATTENTION_WEIGHTS = ("linear_qkv", "linear_proj")
 
 def describe(model: list[torch.nn.Module]) -> dict[str, Any]:
     """This rank, with its chunks of the model, as JSON."""
+    kept = {
+        f"{chunk}.{name}": to_local_if_dtensor(parameter)
+        for chunk, part in enumerate(model)
+        for name, parameter in part.named_parameters()
+    }
     return {
         "rank": dist.get_rank(),
         "device": _device(),
         "groups": _groups(),
         "parameters": {
-            f"{chunk}.{name}": [list(parameter.shape), str(parameter.dtype).removeprefix("torch.")]
-            for chunk, part in enumerate(model)
-            for name, parameter in part.named_parameters()
+            name: [list(parameter.shape), str(parameter.dtype).removeprefix("torch.")]
+            for name, parameter in kept.items()
         },
-        "weight_bytes": sum(
-            parameter.numel() * parameter.element_size()
-            for part in model
-            for parameter in part.parameters()
-        ),
+        "weight_bytes": sum(one.numel() * one.element_size() for one in kept.values()),
         "attention": [
             {
                 "layer": layer,
                 "weight": name,
                 "shape": list(weight.shape),
                 "dtype": str(weight.dtype).removeprefix("torch."),
-                "sha256": sha256(weight),
+                "sha256": sha256(_whole(weight)),
             }
             for layer, name, weight in _attention_weights(model)
         ],
     }
+
+
+def _whole(weight: torch.Tensor) -> torch.Tensor:
+    """A weight without its shards: gathered from the ranks that have them, if there are any.
+
+    Megatron FSDP cuts its buffers where no row ends, and says where. That has not been run.
+    """
+    if not isinstance(weight, DTensor):
+        return weight
+    if not hasattr(weight.to_local(), "__create_chunk_list__"):
+        return weight.full_tensor()
+    from megatron.core.distributed.fsdp.src.megatron_fsdp import uneven_dtensor
+
+    return uneven_dtensor.uneven_dtensor_to_full_tensor(weight)
 
 
 def sha256(weight: torch.Tensor) -> str:

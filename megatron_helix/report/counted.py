@@ -19,6 +19,7 @@ from megatron_helix.experiment.results import (
 )
 from megatron_helix.experiment.runs import Run
 from megatron_helix.report import outlook
+from megatron_helix.run_config import LayoutConfig
 from megatron_helix.verification import expectation
 
 Page = dict[str, Any]
@@ -45,9 +46,12 @@ def _layout_table(experiment: ExperimentConfig) -> Page:
                 [
                     model.name,
                     layout.name,
-                    f"m={layout.m}, n={layout.n}" if layout.is_helix else f"TP={layout.tp}",
+                    _shared(layout),
                     f"{here.plan.exchange}, {here.plan.split} split" if here.cut.m > 1 else "-",
-                    *(str(size) for size in (layout.pp, here.batch_ranks, layout.cp)),
+                    *(str(size) for size in (layout.pp, here.batch_ranks)),
+                    f"{layout.cp} ({layout.cp_comm_type})"
+                    if layout.cp_comm_type
+                    else str(layout.cp),
                     str(layout.ep) if model.num_experts else "-",
                     f"{layout.micro_batch} x {here.microbatches}",
                 ]
@@ -73,6 +77,15 @@ def _layout_table(experiment: ExperimentConfig) -> Page:
         ],
         "rows": rows,
     }
+
+
+def _shared(layout: LayoutConfig) -> str:
+    """Who has a layer: the ranks that cut it, and those that share out its weights beside."""
+    if layout.is_helix:
+        return f"m={layout.m}, n={layout.n}"
+    beside = {"megatron_fsdp": ", Megatron FSDP", "torch_fsdp2": ", torch FSDP2", None: ""}
+    gtp = f", GTP={layout.gtp}" if layout.gtp > 1 else ""
+    return f"TP={layout.tp}{beside[layout.fsdp]}{gtp}"
 
 
 def _exactness_table(results: Sequence[Result]) -> Page:

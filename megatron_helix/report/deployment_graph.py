@@ -66,6 +66,16 @@ def build(
         precision=experiment.precision,
     )
     here = expectation.deployment(experiment, run).check()
+    for key, value in (
+        ("cp", here.layout.cp),
+        ("gtp", here.layout.gtp),
+        ("fsdp", here.layout.fsdp),
+    ):
+        if value not in (1, None):
+            raise UserError(
+                f"--layout: {run.layout.name} has {key}: {value}, whose collectives are not drawn;"
+                " name a layout without it"
+            )
     places = {place["rank"]: place for place in expectation.describe(experiment, run)["ranks"]}
     made = nx.DiGraph()
     chains = {

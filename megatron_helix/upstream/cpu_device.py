@@ -15,6 +15,7 @@ import types
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from torch.overrides import TorchFunctionMode
 
 from megatron_helix.basics.errors import UserError
@@ -64,6 +65,7 @@ def enable() -> None:
     for name, value in tensor_answers.items():
         setattr(torch.Tensor, name, value)
     torch.nn.Module.cuda = lambda self, device=None: self
+    DeviceMesh.from_group = staticmethod(_mesh_of_cpus(DeviceMesh.from_group))
     gloo.fill_in()
     setattr(torch.cuda, _MARK, True)
     _CudaMeansCpu().__enter__()  # for the life of the process
@@ -198,6 +200,19 @@ def _as_cpu(device: Any) -> Any:
     if isinstance(device, torch.device) and device.type == "cuda":
         return _CPU
     return device
+
+
+def _mesh_of_cpus(from_group: Any) -> Any:
+    """``DeviceMesh.from_group``, for Megatron's torch FSDP2, which asks for a mesh of ``"cuda"``.
+
+    The mesh's device is where FSDP2 expects parameters to be, and whose streams it takes:
+    ``torch.cpu`` has some, in program order.
+    """
+
+    def mesh(group: Any, device_type: str, *args: Any, **kwargs: Any) -> DeviceMesh:
+        return from_group(group, str(_as_cpu(device_type)), *args, **kwargs)
+
+    return mesh
 
 
 def _with_mode(function: Any) -> Any:

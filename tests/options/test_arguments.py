@@ -52,6 +52,22 @@ REFUSALS = {
         ("--helix-n", "auto", TP, "4", "--num-attention-heads", "0"),
         r"^--helix-n: auto needs the model's --num-attention-heads",
     ),
+    "GTP with a bias of QKV": (
+        ("--tensor-parallel-num-weight-shards", "2", "--add-qkv-bias"),
+        r"^--tensor-parallel-num-weight-shards: GTP gives a bias of QKV .*got 2 and --add-qkv-bias",
+    ),
+    "GTP on a CPU": (
+        ("--tensor-parallel-num-weight-shards", "2"),
+        r"^--tensor-parallel-num-weight-shards: GTP needs TransformerEngine and a GPU, got 2",
+    ),
+    "Megatron FSDP on a CPU": (
+        ("--use-megatron-fsdp",),
+        r"^--use-megatron-fsdp: Megatron FSDP needs a GPU, got --helix-device cpu; use",
+    ),
+    "context parallelism on a CPU": (
+        ("--context-parallel-size", "2"),
+        r"^--context-parallel-size: needs TransformerEngine's attention and a GPU, got 2",
+    ),
     "m does not divide the tensor-parallel size": (
         ("--helix-m", "3", TP, "4"),
         rf"^--helix-m: must be a positive divisor of {TP} \(4\), got 3",

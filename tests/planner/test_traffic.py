@@ -27,6 +27,7 @@ TINY = {
     "ffn_hidden_size": 256,
 }
 EXPERTS = {"num_experts": 4, "moe_router_topk": 4}  # every token to every expert: nothing is routed
+UNTIED = {"untie_embeddings_and_output_weights": True}
 MODELS = {
     "dense": ModelConfig(name="dense", **TINY),
     "swiglu": ModelConfig(name="swiglu", swiglu=True, **TINY),
@@ -34,6 +35,8 @@ MODELS = {
     "learned": ModelConfig(name="learned", position_embedding_type="learned_absolute", **TINY),
     "moe": ModelConfig(name="moe", **EXPERTS, **TINY),
     "routed": ModelConfig(name="routed", num_experts=4, **TINY),
+    "untied": ModelConfig(name="untied", **UNTIED, **TINY),
+    "untied moe": ModelConfig(name="untied_moe", **UNTIED, **EXPERTS, **TINY),
 }
 BATCH = BatchConfig(sequences=16, sequence_length=32)
 CUT = {"m": 2, "n": 2, "micro_batch": 4}
@@ -67,6 +70,23 @@ CASES = [
     ("moe", 4, {"tp": 2, "etp": 2, "micro_batch": 4}),
     ("moe", 4, {**WIDE, "ep": 4}),
     ("moe", 8, {**WIDE, "ep": 4, "gather": "step", "distributed_optimizer": True}),
+]
+FSDP2 = {"tp": 1, "fsdp": "torch_fsdp2", "micro_batch": 2}
+SHARDED = [
+    ("untied", 3, FSDP2, "fp32"),  # rows of no tensor are a multiple of the ranks
+    ("untied", 4, {**FSDP2, "tp": 2}, "fp32"),
+    ("untied", 4, FSDP2, "bf16"),
+    ("untied moe", 2, FSDP2, "fp32"),
+    ("untied moe", 4, {**FSDP2, "tp": 2, "etp": 2}, "fp32"),
+    ("untied", 4, {"tp": 1, "micro_batch": 2, "distributed_optimizer": True}, "bf16"),
+    (
+        "untied",
+        4,
+        {"tp": 2, "micro_batch": 2, "distributed_optimizer": True, "overlap_dp": True},
+        "fp32",
+    ),
+    ("untied", 4, {"tp": 1, "pp": 2, "micro_batch": 2}, "fp32"),
+    ("untied", 4, {**CUT, "exchange": "weights"}, "fp32"),
 ]
 # Gradients are as wide as weights in fp16, and in fp32 in bf16; fp16 asks for overflows.
 HALF = [
@@ -146,6 +166,24 @@ def test_a_step_sends_what_is_predicted(
     cut = LayoutConfig(name="case", **layout)
     sent = _run(MODELS[model], cut, BATCH, world_size, corpus_prefix, tmp_path, precision)
     assert sent == _predicted(MODELS[model], cut, BATCH, world_size, precision)
+
+
+@pytest.mark.parametrize(
+    ("model", "world_size", "layout", "precision"),
+    [pytest.param(*case, marks=() if case in SHARDED[:2] else THOROUGH) for case in SHARDED],
+)
+def test_a_model_that_is_sharded_or_untied_sends_what_is_predicted(
+    corpus_prefix: Path,
+    tmp_path: Path,
+    model: str,
+    world_size: int,
+    layout: dict,
+    precision: Precision,
+) -> None:
+    cut, batch = LayoutConfig(name="case", **layout), BATCH
+    batch = batch.model_copy(update={"sequences": world_size * 4})
+    sent = _run(MODELS[model], cut, batch, world_size, corpus_prefix, tmp_path, precision)
+    assert sent == _predicted(MODELS[model], cut, batch, world_size, precision)
 
 
 @THOROUGH

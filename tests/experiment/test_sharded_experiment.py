@@ -1,0 +1,106 @@
+"""An experiment with a layout that shards weights: started, compared and verified as any other."""
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from megatron_helix import workflow
+from megatron_helix.report import deployment_graph
+from tests.covering import THOROUGH
+from tests.experiment_case import DOCUMENT, experiment
+
+TINY = {**DOCUMENT["models"][0], "untie_embeddings_and_output_weights": True}
+LAYOUTS = [
+    {"name": "dp4", "tp": 1, "distributed_optimizer": True, "micro_batch": 1},
+    {"name": "fsdp4", "tp": 1, "fsdp": "torch_fsdp2", "micro_batch": 1},
+    {"name": "helix_2x2", "m": 2, "n": 2, "ep": 4, "micro_batch": 4},
+]
+SHARDED = {
+    "models": [{**TINY, "num_experts": 4}],
+    "layouts": LAYOUTS,
+    "phases": ["train", "prefill"],
+    "claims": [],
+    "steps": 2,
+    "verification": {**DOCUMENT["verification"], "fp16": {"loss_scale": 1024.0}},
+}
+
+
+# Torch's, of the embedding: nothing in Megatron changes in place what it returns.
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+@THOROUGH
+def test_torch_fsdp2_is_a_layout_of_an_experiment(tmp_path: Path) -> None:
+    values = workflow.run(experiment(**SHARDED), tmp_path, Console(quiet=True))
+    checks = values["deployment_verification"]
+    assert [check for check in checks if check["passed"] is False] == []
+    said = {check["run"]: check for check in checks if check["check"] == "fp16"}
+    assert said["tiny-fsdp4"]["passed"] is None
+    assert said["tiny-dp4"]["passed"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (
+            {"models": DOCUMENT["models"]},
+            "tiny, layout fsdp4: fsdp: torch_fsdp2 needs untie_embeddings_and_output_weights",
+        ),
+        (
+            {"precision": "fp16", "hardware": None},
+            "tiny, layout fsdp4: fsdp: torch_fsdp2 trains in fp32 or bf16",
+        ),
+        (
+            {"phases": ["decode"]},
+            "tiny, layout fsdp4: cp, gtp, fsdp: are not predicted for decode",
+        ),
+        (
+            {"layouts": [*LAYOUTS[:1], {**LAYOUTS[1], "fsdp": "megatron_fsdp"}]},
+            "tiny, layout fsdp4: --use-megatron-fsdp: Megatron FSDP needs a GPU",
+        ),
+        (
+            {"layouts": [*LAYOUTS[:1], {**LAYOUTS[1], "tp": 2}]},
+            r"tiny, layout fsdp4: etp: must be tp \(2\) with .* got 1; set etp to 2",
+        ),
+        (
+            {
+                "models": [TINY],
+                "layouts": [*LAYOUTS[:1], {"name": "gtp4", "tp": 1, "gtp": 4, "micro_batch": 1}],
+            },
+            "tiny, layout gtp4: --tensor-parallel-num-weight-shards: GTP needs TransformerEngine",
+        ),
+        (
+            {"layouts": [*LAYOUTS[:1], {"name": "cp4", "tp": 1, "cp": 4, "micro_batch": 1}]},
+            "tiny, layout cp4: --context-parallel-size: needs TransformerEngine's attention",
+        ),
+        (
+            {
+                "layouts": [
+                    *LAYOUTS[:1],
+                    {"name": "a2a", "tp": 2, "cp": 2, "cp_comm_type": "a2a", "micro_batch": 1},
+                ],
+                "models": [{**TINY, "num_query_groups": 2}],
+            },
+            r"tiny, layout a2a: tp x cp \(a2a\): must be a positive divisor of num_query_groups",
+        ),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_is_made(
+    tmp_path: Path, changed: dict, said: str
+) -> None:
+    chosen = experiment(**{**SHARDED, "claims": [], **changed})
+    with pytest.raises(ValueError, match=said):
+        workflow.run(chosen, tmp_path / "out", Console(quiet=True))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_graph_would_leave_out_is_not_drawn() -> None:
+    with pytest.raises(
+        ValueError, match="--layout: fsdp4 has fsdp: torch_fsdp2, whose collectives"
+    ):
+        deployment_graph.build(experiment(**SHARDED), layout="fsdp4")
+
+
+def test_the_baseline_saves_in_the_format_that_all_read() -> None:
+    first = {**LAYOUTS[1], "fsdp": "megatron_fsdp"}
+    with pytest.raises(ValueError, match="layouts: the first one makes the weights that all start"):
+        experiment(**{**SHARDED, "layouts": [first, LAYOUTS[0]]})

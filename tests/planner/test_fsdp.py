@@ -1,0 +1,86 @@
+"""What is predicted of fully sharded data parallelism where no ledger has counted it."""
+
+from collections import Counter
+
+import pytest
+
+from megatron_helix.planner import memory, parameters, traffic
+from megatron_helix.planner.deployment import Deployment
+from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig
+
+QWEN = ModelConfig(
+    name="qwen",
+    num_layers=12,
+    hidden_size=3584,
+    num_attention_heads=28,
+    num_query_groups=4,
+    kv_channels=128,
+    ffn_hidden_size=18944,
+    swiglu=True,
+    vocab_size=152064,
+    untie_embeddings_and_output_weights=True,
+)
+BATCH = BatchConfig(sequences=16, sequence_length=4096)
+KINDS = ("megatron_fsdp", "torch_fsdp2")
+
+
+def sharded(fsdp: str | None, ranks: int = 2, micro_batch: int = 2, **more: int) -> Deployment:
+    """The model on so many ranks, in bf16."""
+    keys = {"fsdp": fsdp} if fsdp else {"distributed_optimizer": True}
+    layout = LayoutConfig(name="case", tp=1, micro_batch=micro_batch, **keys, **more)
+    return Deployment(QWEN, layout, BATCH, ranks, precision="bf16").check()
+
+
+def test_megatron_fsdp_gathers_as_often_as_it_was_seen_to() -> None:
+    """98 all-gathers a step, counted among the kernels of two GPUs (docs/performance.md)."""
+    calls = Counter()
+    for moved in traffic.transfers(sharded("megatron_fsdp"), 0):
+        calls[moved.kind] += moved.calls
+    assert calls["all_gather"] == 98
+
+
+@pytest.mark.parametrize("fsdp", KINDS)
+def test_what_a_micro_batch_moves_is_the_model_three_times(fsdp: str) -> None:
+    """Of Megatron FSDP what lies outside the layers once a step, and its gradients every time."""
+    here = sharded(fsdp)
+    whole = sum(parameters.held(here, 0)) * here.element_bytes
+    ends = sum(r * c for part in parameters.end_shapes(here, True, True) for r, c in part)
+    stays = ends * here.element_bytes if fsdp == "megatron_fsdp" else 0
+    sent = Counter()
+    for moved in traffic.transfers(here, 0):
+        if moved.what in ("weights", "gradients"):
+            sent[moved.kind] += moved.sent_bytes  # type: ignore[assignment]
+    times = here.microbatches
+    assert sent["all_gather"] == (2 * times * (whole - stays) + stays) / 2
+    assert sent["reduce_scatter"] == times * whole / 2
+
+
+@pytest.mark.parametrize("fsdp", KINDS)
+def test_more_ranks_keep_less_each(fsdp: str) -> None:
+    two, eight, replicated = (
+        memory.of_rank(sharded(kind, ranks, micro_batch=1), 0, fused_channels=256)
+        for kind, ranks in ((fsdp, 2), (fsdp, 8), (None, 2))
+    )
+    for part in ("weights", "gradients", "optimizer"):
+        assert getattr(eight, part) == getattr(two, part) / 4
+    assert two.weights == replicated.weights / 2
+    assert two.gradients == replicated.gradients / 4  # bf16, where stock adds up in fp32
+    assert two.total < replicated.total
+
+
+@pytest.mark.parametrize(
+    ("kind", "forward", "backward"),
+    [("p2p", 2 * 4, 4 * 4), ("all_gather", 2 * 4, 4 * 4), ("a2a", (2 * 28 + 2 * 4) / 2, 32)],
+)
+def test_context_parallelism_moves_keys_and_values_or_heads(
+    kind: str, forward: float, backward: float
+) -> None:
+    """Elements of a token's head channels that a rank sends for each of its tokens and layers."""
+    layout = LayoutConfig(name="case", tp=1, cp=2, cp_comm_type=kind, micro_batch=1)
+    here = Deployment(QWEN, layout, BATCH, 2, precision="bf16").check()
+    sent = Counter()
+    for moved in traffic.transfers(here, 0):
+        if moved.axis == "cp":
+            sent[moved.when] += moved.sent_bytes  # type: ignore[assignment]
+    unit = here.tokens * QWEN.kv_channels * here.element_bytes * here.layers * here.microbatches
+    assert sent == {"forward": forward * unit, "backward": backward * unit}

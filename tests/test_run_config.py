@@ -1,0 +1,78 @@
+"""Layouts: their flags, and what cannot be meant."""
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from megatron_helix.run_config import LayoutConfig, ModelConfig
+
+MODEL = ModelConfig(
+    name="tiny",
+    num_layers=2,
+    hidden_size=64,
+    num_attention_heads=4,
+    kv_channels=16,
+    ffn_hidden_size=256,
+)
+UNTIED = MODEL.model_copy(update={"untie_embeddings_and_output_weights": True})
+
+
+def layout(**keys: Any) -> LayoutConfig:
+    """A layout of one tensor-parallel rank, unless it says otherwise."""
+    cut = {} if "m" in keys else {"tp": 1}
+    return LayoutConfig(name="case", micro_batch=1, **{**cut, **keys})
+
+
+@pytest.mark.parametrize(
+    ("keys", "flags"),
+    [
+        (
+            {"fsdp": "megatron_fsdp"},
+            "--use-megatron-fsdp --data-parallel-sharding-strategy optim_grads_params"
+            " --ckpt-format fsdp_dtensor --use-distributed-optimizer --overlap-grad-reduce"
+            " --overlap-param-gather",
+        ),
+        ({"fsdp": "torch_fsdp2"}, "--use-torch-fsdp2 --ckpt-format torch_dist"),
+        ({"tp": 2, "gtp": 2}, "--tensor-parallel-num-weight-shards 4"),
+        ({"cp": 2}, "--context-parallel-size 2"),
+        ({"cp": 2, "cp_comm_type": "a2a"}, "--context-parallel-size 2 --cp-comm-type a2a"),
+        ({"overlap_dp": True}, "--overlap-grad-reduce"),
+        (
+            {"overlap_dp": True, "distributed_optimizer": True},
+            "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
+        ),
+    ],
+)
+def test_a_stock_layout_says_its_flags(keys: dict[str, Any], flags: str) -> None:
+    assert " ".join(layout(**keys).flags(MODEL)).endswith(flags)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"m": 2, "n": 1, "fsdp": "torch_fsdp2"}, "fsdp, gtp: share out the weights that m and n"),
+        ({"m": 2, "n": 1, "gtp": 2}, "fsdp, gtp: share out the weights that m and n"),
+        ({"fsdp": "megatron_fsdp", "gtp": 2}, "gtp: must be 1 with fsdp, got 2"),
+        ({"fsdp": "megatron_fsdp", "distributed_optimizer": True}, "distributed_optimizer: fsdp"),
+        ({"fsdp": "torch_fsdp2", "overlap_dp": True}, "overlap_dp: fsdp does so by itself"),
+        ({"fsdp": "torch_fsdp2", "pp": 2}, "pp: must be 1 with fsdp: torch_fsdp2, .* got 2"),
+        ({"fsdp": "torch_fsdp2", "ep": 2}, "ep: must be 1 with fsdp: torch_fsdp2, .* got 2"),
+        ({"fsdp": "fsdp1"}, "Input should be 'megatron_fsdp' or 'torch_fsdp2'"),
+        ({"cp_comm_type": "a2a"}, "cp_comm_type: needs context parallelism, cp > 1, got a2a"),
+        ({"cp": 2, "cp_comm_type": "ring"}, "Input should be 'p2p', 'a2a' or 'all_gather'"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(keys: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        layout(**keys)
+
+
+def test_torch_fsdp2_takes_untied_models_in_fp32_and_bf16() -> None:
+    sharded = layout(fsdp="torch_fsdp2")
+    sharded.require_model(UNTIED, "bf16")
+    with pytest.raises(ValueError, match=r"^fsdp: torch_fsdp2 needs untie_embeddings.*got false"):
+        sharded.require_model(MODEL, "bf16")
+    with pytest.raises(ValueError, match=r"^fsdp: torch_fsdp2 trains in fp32 or bf16.*got fp16"):
+        sharded.require_model(UNTIED, "fp16")
+    layout(fsdp="megatron_fsdp").require_model(MODEL, "fp16")
