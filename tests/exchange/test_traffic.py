@@ -100,8 +100,6 @@ def _elements(ledger: CommLedger) -> Counter:
 @pytest.mark.parametrize(
     "plan", PLANS, ids=lambda plan: f"{plan.exchange}_{plan.split}_{plan.gather}"
 )
-    "plan", PLANS, ids=lambda plan: f"{plan.exchange}_{plan.split}_{plan.gather}"
-)
 def test_a_layer_sends_what_the_closed_form_says(
     plan: Plan, m: int, n: int, groups: int, gated: bool
 ) -> None:
