@@ -133,9 +133,14 @@ UNAVAILABLE = (
         where=_tokenizes_otherwise(*_OF_PLAIN_TEXT),
     ),
     Unavailable(
-        flags=(*_PACKED, "--hybrid-context-parallel"),
-        lacks="packs documents into one row, which neither Megatron's local attention nor"
-        " --helix-core-attention flex keeps apart",
+        flags=_PACKED,
+        lacks="packs documents into one row, which --helix-core-attention flex does not keep apart",
+        instead="leave one of the two away",
+        where=lambda flags: flags.helix_core_attention == "flex",
+    ),
+    Unavailable(
+        flags=("--hybrid-context-parallel",),
+        lacks="cuts documents over ranks, which Megatron's local attention cannot",
         instead="use --transformer-impl transformer_engine on a GPU, or a --spec whose core"
         " attention can",
         where=_attends_locally,

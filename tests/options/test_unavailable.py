@@ -8,7 +8,6 @@ import pytest
 from megatron_helix.options import parsed, unavailable
 from tests.distributed import tiny_gpt
 
-PACKED = ("--spec", "tests.packed_case", "layer_spec")
 PP2 = ("--pipeline-model-parallel-size", "2")
 FULL = ("--full-validation", "--multiple-validation-sets")
 MASKED = "--dataloader-inter-document-masking"
@@ -19,34 +18,34 @@ CASES = {
     "reinforcement learning": (("--perform-rl-step",), "needs megatron.rl", None),
     "a YAML file": (("--yaml-cfg", "x.yaml"), "takes the place of the command line", None),
     "conversations in words": (
-        ("--sft", *PACKED),
+        ("--sft",),
         "needs a tokenizer of conversations",
-        ("--sft", *PACKED, "--tokenizer-type", "SFTTokenizer"),
+        ("--sft", "--tokenizer-type", "SFTTokenizer"),
     ),
     "middles of numbers": (
         ("--fim-data",),
         "needs a tokenizer that can leave special tokens out",
         ("--fim-data", "--tokenizer-type", "TikTokenizer"),
     ),
-    "documents apart": (
-        (MASKED, "--transformer-impl", "local"),
-        "packs documents into one row, which neither",
-        (MASKED, *PACKED),
-    ),
     "documents apart by flex": (
-        (MASKED, *PACKED, "--helix-core-attention", "flex"),
-        "packs documents into one row, which neither",
-        (MASKED, *PACKED),
+        (MASKED, "--helix-core-attention", "flex"),
+        "packs documents into one row, which --helix-core-attention flex",
+        (MASKED,),
+    ),
+    "documents apart by ranks": (
+        ("--hybrid-context-parallel",),
+        "cuts documents over ranks",
+        ("--hybrid-context-parallel", "--transformer-impl", "transformer_engine"),
     ),
     "several packed rows through a pipeline": (
-        (MASKED, *PACKED, *PP2),
+        (MASKED, *PP2),
         "packs a micro-batch into one row",
-        (MASKED, *PACKED, *PP2, "--micro-batch-size", "1"),
+        (MASKED, *PP2, "--micro-batch-size", "1"),
     ),
     "one packed row in training, several in validation": (
-        (MASKED, *PACKED, *PP2, "--micro-batch-size", "1", "--eval-micro-batch-size", "2"),
+        (MASKED, *PP2, "--micro-batch-size", "1", "--eval-micro-batch-size", "2"),
         "packs a micro-batch into one row",
-        (MASKED, *PACKED, *PP2, "--micro-batch-size", "1"),
+        (MASKED, *PP2, "--micro-batch-size", "1"),
     ),
     "one set in full": (("--full-validation",), "counts a list of validation sets", FULL),
     "several sets in part": (("--multiple-validation-sets",), "is for validation in full", FULL),
