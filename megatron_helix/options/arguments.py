@@ -38,7 +38,7 @@ _SWITCHES = (
     *("group-query-attention", "rotary-interleaved", "attention-output-gate", "swiglu"),
     *("sequence-parallel", "overlap-grad-reduce", "multi-latent-attention"),
     *("use-distributed-optimizer", "no-load-optim", "finetune", "full-validation"),
-    "sft",
+    *("sft", "dataloader-inter-document-masking"),
 )
 _FOLDERS = ("load", "non-persistent-global-ckpt-dir", "pretrained-checkpoint")
 
