@@ -14,6 +14,7 @@ from megatron_helix.layers import vocabulary
 from megatron_helix.layers.layer_spec import (
     helixify,
     swap_norms,
+    with_document_attention,
     with_flex_attention,
     with_sequence_parallel_norms,
 )
@@ -34,8 +35,9 @@ def enable(
         args: Megatron's validated arguments, with the helix flags.
         model_config: the model config made from them. Its layer spec (given by ``--spec`` or
             Megatron's default) is kept, with its self-attention swapped. Without a layout only the
-            torch norms are exchanged for ones that allow sequence parallelism, and the core
-            attention where ``--helix-core-attention`` says so.
+            torch norms are exchanged for ones that allow sequence parallelism, and core attention:
+            where ``--helix-core-attention`` says so, and the local one for one that takes packed
+            documents.
         training: whether micro-batches of the arguments' size will be trained on.
 
     Returns:
@@ -58,6 +60,7 @@ def enable(
     def helix(spec: Any) -> Any:
         if args.helix_core_attention == "flex":
             spec = with_flex_attention(spec)
+        spec = with_document_attention(spec)
         return helixify(spec, layout, arguments.choice(args)) if layout else spec
 
     def stock_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Any:

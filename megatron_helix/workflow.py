@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from megatron_helix import __version__, corpus
+from megatron_helix import __version__
 from megatron_helix.basics import files
 from megatron_helix.basics.errors import UserError
 from megatron_helix.experiment import dag, decode, execution, progress, runs, source
@@ -142,8 +142,8 @@ def nodes(
 def _data(experiment: ExperimentConfig) -> list[list[Any]]:
     """What the dataset's files hold, wherever they lie."""
     if experiment.data is None:
-        return []
-    return [seen(file) for file in corpus.dataset_files(experiment.data)]
+        return [["conversations"]] if experiment.sft else []
+    return [seen(file) for file in runs.dataset_files(experiment, experiment.data)]
 
 
 def _run_nodes(
@@ -196,7 +196,7 @@ def _input(
             "sequences": experiment.batch.sequences,
             "sequence_length": experiment.batch.sequence_length,
         },
-        files=corpus.dataset_files(prefix),
+        files=runs.dataset_files(experiment, prefix),
     )
 
 

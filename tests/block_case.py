@@ -12,7 +12,11 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_helix.exchange.strategy import Choice
-from megatron_helix.layers.layer_spec import helixify, with_sequence_parallel_norms
+from megatron_helix.layers.layer_spec import (
+    helixify,
+    with_document_attention,
+    with_sequence_parallel_norms,
+)
 from megatron_helix.partition.layout import HelixLayout
 from tests.cpu_config import cpu_config
 
@@ -42,6 +46,7 @@ class Block:
             num_query_groups=self.groups,
             kv_channels=self.kv_channels,
             rotary_dim=self.kv_channels if self.rope else 0,
+            output_gate=bool(self.more.get("attention_output_gate")),
         )
 
 
@@ -87,16 +92,19 @@ def describe(
         **block.more,
     )
     spec: Any = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm)
+    spec = with_document_attention(spec)
     if layout is not None:
         spec = helixify(spec, layout, choice)
     return config, with_sequence_parallel_norms(spec, config)
 
 
-def run(layers: torch.nn.ModuleList, block: Block, x: torch.Tensor, sequence: int) -> torch.Tensor:
-    """The stream ``[s or s/T, b, hidden]`` through all layers."""
+def run(
+    layers: torch.nn.ModuleList, block: Block, x: torch.Tensor, sequence: int, **more: Any
+) -> torch.Tensor:
+    """The stream ``[s or s/T, b, hidden]`` through all layers; ``more`` is for each of them."""
     rotary = None
     if block.rope:
         rotary = RotaryEmbedding(block.kv_channels, 1.0, use_cpu_initialization=True)(sequence)
     for layer in layers:
-        x, _ = layer(hidden_states=x, attention_mask=None, rotary_pos_emb=rotary)
+        x, _ = layer(hidden_states=x, attention_mask=None, rotary_pos_emb=rotary, **more)
     return x

@@ -93,7 +93,7 @@ def set_plan(model: torch.nn.Module, plan: Plan) -> None:
     """What micro-batches take from the next one on."""
     for layer in model.modules():
         if isinstance(layer, HelixLayer):
-            layer._plans[S, B] = plan
+            layer._plans[S, B, False] = plan
 
 
 def backward(model: torch.nn.Module, seed: int, words: int) -> None:

@@ -1,41 +1,43 @@
-"""Core attention over packed documents that a CPU can run, as a layer spec for ``--spec``.
+"""Rows of packed documents, and datasets whose rows they are."""
 
-Megatron leaves rows of several documents to TransformerEngine; its local attention refuses them.
-This one masks them apart.
-"""
+import random
+from itertools import accumulate, chain, repeat
+from pathlib import Path
 
-from typing import Any
-
+import numpy as np
 import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.transformer.dot_product_attention import DotProductAttention
 
-from tests.local_spec import with_core_attention
-
-
-class DocumentsApart(DotProductAttention):
-    """``query, key, value [tokens, heads, d]``, causal within each document."""
-
-    def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        *args: Any,
-        packed_seq_params: PackedSeqParams,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        every = torch.arange(query.size(0))
-        ends = packed_seq_params.cu_seqlens_q
-        assert ends is not None
-        document = torch.bucketize(every, ends.to(every.dtype), right=True)
-        hidden = (document[:, None] != document) | (every[:, None] < every)
-        assert packed_seq_params.max_seqlen_q == int(ends.diff().max())
-        rows = (part.unsqueeze(1) for part in (query, key, value))
-        return super().forward(*rows, hidden[None, None], *args, **kwargs).squeeze(1)
+# Lengths of documents in rows of 32 tokens; the last is cut, or ends in another row.
+LENGTHS = {
+    "equal": [8, 8, 8, 8],
+    "very unequal": [1, 2, 21, 3, 1, 4],
+    "one token": [1] * 32,
+    "one document": [32],
+    "padding": [5, 9, 18],  # of the last, the tokens behind the sixth are padding
+}
 
 
-def layer_spec(config: Any) -> Any:
-    """Megatron's local layer spec with this core attention; ``config`` is a ``GPTModelConfig``."""
-    return with_core_attention(DocumentsApart)
+def params(lengths: list[int]) -> PackedSeqParams:
+    """Megatron's parameters of a row."""
+    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=ends,
+        cu_seqlens_kv=ends,
+        max_seqlen_q=max(lengths),
+        max_seqlen_kv=max(lengths),
+    )
+
+
+def dataset(prefix: Path, lengths: list[int], tokens: int = 2048) -> Path:
+    """A byte-level dataset of documents of these lengths, over and over, shuffled."""
+    drawn, builder = random.Random(3), IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint8)
+    several = list(chain(*repeat(lengths, 1 + tokens // sum(lengths))))
+    drawn.shuffle(several)
+    for length in several:
+        document = [drawn.randrange(1, 256) for _ in range(length)]
+        builder.add_document(torch.tensor(document), [length])
+    builder.finalize(f"{prefix}.idx")
+    return prefix

@@ -27,6 +27,13 @@ def plan(
     phase: Annotated[str, typer.Option(help="train, prefill or decode.")] = "train",
     batch: Annotated[int, typer.Option(min=1, help="Sequences of a step.")] = 1024,
     seq: Annotated[int, typer.Option(min=1, help="Tokens of a sequence; of the context.")] = 2048,
+    documents: Annotated[
+        str | None,
+        typer.Option(
+            help="Sequences are rows of packed documents: a file of their lengths, or"
+            " lognormal:MEDIAN:SIGMA."
+        ),
+    ] = None,
     devices: Annotated[int | None, typer.Option(min=1, help="Another number of devices.")] = None,
     overlap: Annotated[
         float, typer.Option(help="Fraction of communication that computation may hide.")
@@ -55,12 +62,13 @@ def plan(
     from megatron_helix.planner import search
     from megatron_helix.planner.deployment import Deployment
     from megatron_helix.planner.time import predict
-    from megatron_helix.run_config import BatchConfig, ModelConfig, read_config
+    from megatron_helix.run_config import BatchConfig, ModelConfig, document_lengths, read_config
 
     chosen, machine = read_config(ModelConfig, model), machines.load(hardware)
     if devices:
         machine = machine.scaled(devices)
-    size = BatchConfig(sequences=batch, sequence_length=seq)
+    lengths = document_lengths(documents) if documents else None
+    size = BatchConfig(sequences=batch, sequence_length=seq, documents=lengths)
 
     width = _precision(precision, machine)
     if explain and layout:
@@ -72,7 +80,9 @@ def plan(
         return predict(here, machine, overlap=overlap)
 
     console = Console()
-    title = f"{chosen.name}, {phase}, {batch} x {seq} tokens, {machine.name}, overlap {overlap:g}"
+    of = f", packed ({documents}; a token's document {size.keys:,.0f})" if documents else ""
+    title = f"{chosen.name}, {phase}, {batch} x {seq} tokens{of}, {machine.name}"
+    title += f", overlap {overlap:g}"
     if explain:
         sum_of = one(explain)
         if as_json:

@@ -25,7 +25,11 @@ from megatron_helix.partition.layout import HelixLayout
 
 
 def qkv_to_whole_heads(
-    qkv: torch.Tensor, layout: HelixLayout, dim_group: dist.ProcessGroup, split: str = "batch"
+    qkv: torch.Tensor,
+    layout: HelixLayout,
+    dim_group: dist.ProcessGroup,
+    split: str = "batch",
+    documents: tuple[int, ...] = (),
 ) -> torch.Tensor:
     """Projected tokens of all, one segment -> my tokens, whole heads in canonical order.
 
@@ -34,6 +38,7 @@ def qkv_to_whole_heads(
         layout: the partition.
         dim_group: the m ranks that exchange.
         split: ``"batch"`` or ``"sequence"``.
+        documents: of a packed row, as `Plan` has them.
 
     Returns:
         ``[s, b/m, K/n * slots * d]`` (batch) or ``[s/m, b, K/n * slots * d]`` (sequence). The dual
@@ -45,7 +50,7 @@ def qkv_to_whole_heads(
     if split == "batch":
         sent = qkv.view(s, m, b // m, -1).transpose(0, 1)  # [m, s, b/m, tile]: chunk j for rank j
     else:
-        sent = by_segment(qkv, layout)  # [m, s/m, b, tile]
+        sent = by_segment(qkv, layout, documents=documents)  # [m, s/m, b, tile]
     received = all_to_all(sent, dim_group)  # segment k of every head, for my tokens
     tokens = received.shape[1:3]
     tiles = received.view(m, *tokens, heads, blocks, layout.segment_size // blocks)
@@ -53,7 +58,11 @@ def qkv_to_whole_heads(
 
 
 def context_to_segments(
-    context: torch.Tensor, layout: HelixLayout, dim_group: dist.ProcessGroup, split: str = "batch"
+    context: torch.Tensor,
+    layout: HelixLayout,
+    dim_group: dist.ProcessGroup,
+    split: str = "batch",
+    documents: tuple[int, ...] = (),
 ) -> torch.Tensor:
     """My tokens' context, whole heads -> all tokens' context, one segment in tile order.
 
@@ -67,4 +76,4 @@ def context_to_segments(
     received = all_to_all(sent.view(m, *tokens, -1), dim_group)  # chunk k: tokens of rank k
     if split == "batch":
         return packed(received.transpose(0, 1)).view(tokens[0], m * tokens[1], -1)
-    return in_sequence_order(received.flatten(0, 1), layout)
+    return in_sequence_order(received.flatten(0, 1), layout, documents=documents)

@@ -1,6 +1,7 @@
 """How one block exchanges: what ``auto`` or the flags decide, and linears and attention obey."""
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,12 +15,20 @@ class Plan:
         gather: ``microbatch`` or ``step``; of meaning for ``weights`` only.
         balanced: whether a sequence split deals out pieces of equal causal work
             (:mod:`megatron_helix.exchange.tokens`), or the chunks as the stream has them.
+        documents: where those of a packed row begin and end, ``(0, ..., s)``; none where rows are
+            not packed.
     """
 
     exchange: str
     split: str
     gather: str = "microbatch"
     balanced: bool = True
+    documents: tuple[int, ...] = ()
+
+    @property
+    def dealing(self) -> dict[str, Any]:
+        """What decides, beside layout and length, which tokens of a sequence a rank takes."""
+        return {"balanced": self.balanced, "documents": self.documents}
 
     @property
     def has_own_order(self) -> bool:

@@ -13,6 +13,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_helix.exchange.decode import attend_to_share, merge_shares
+from megatron_helix.exchange.packed import Share, attend_to_documents
 from megatron_helix.exchange.plan import Plan
 from megatron_helix.exchange.tokens import Piece, pieces
 from megatron_helix.kernels.flex_attention import FlexAttention
@@ -62,6 +63,17 @@ class PrefixPieces(torch.nn.Module):
         attend = super().forward  # type: ignore[misc]  # the core attention class behind the mixin
         if self.plan.exchange == "partials":
             return self._merged(query, key, value)
+        packed = kwargs.get("packed_seq_params")
+        if isinstance(packed, Share):
+            return attend_to_documents(
+                attend,
+                query,
+                key,
+                value,
+                packed,
+                attn_mask_type,
+                attention_bias=kwargs.get("attention_bias"),
+            )
         if self.plan.split != "sequence":
             return attend(
                 query, key, value, attention_mask, attn_mask_type=attn_mask_type, **kwargs

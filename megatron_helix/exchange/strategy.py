@@ -108,6 +108,44 @@ def resolve(
     )
 
 
+def packed_plan(
+    choice: Choice, layout: HelixLayout, shape: BlockShape, *, tokens: int, sequence_parallel: bool
+) -> Plan:
+    """The plan for a row of so many packed tokens, whatever documents they are of.
+
+    Raises:
+        UserError: when what was asked for cannot run on packed rows.
+    """
+    if choice.exchange == "scores":
+        raise UserError(
+            "--helix-exchange: scores moves the scores of all tokens of a row with each other, and"
+            " packed documents are apart, got both; use --helix-exchange activations or weights"
+        )
+    if choice.split == "batch":
+        raise UserError(
+            "--helix-split: batch deals out the sequences of a micro-batch, and packed rows are"
+            " one, got both; use --helix-split sequence"
+        )
+    if choice.keeps_sequences:
+        raise UserError(
+            "--context-parallel-size: must be 1 where rows are packed under --helix-m > 1, since"
+            " both cut documents; leave context parallelism away"
+        )
+    if tokens % layout.size:
+        raise UserError(
+            "--seq-length: packed rows must be a multiple of --helix-m x --helix-n"
+            f" ({layout.size}) tokens, got {tokens} in a micro-batch; use another --seq-length"
+        )
+    return resolve(
+        replace(choice, split="sequence"),
+        layout,
+        shape,
+        sequence=tokens,
+        batch=1,
+        sequence_parallel=sequence_parallel,
+    )
+
+
 def _sent(plan: Plan, choice: Choice, layout: HelixLayout, shape: BlockShape, **size: int) -> float:
     return per_layer(plan, layout, shape, microbatches=choice.microbatches, **size)
 

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from megatron_helix.exchange.dealing import deal
 from megatron_helix.exchange.plan import Plan
 from megatron_helix.kernels.collectives import all_to_all, exchange_uneven
 from megatron_helix.kernels.copies import packed
@@ -52,15 +53,21 @@ class Piece(NamedTuple):
 
 
 def to_block_order(
-    hidden: torch.Tensor, plan: Plan, layout: HelixLayout, dim_group: dist.ProcessGroup
+    hidden: torch.Tensor,
+    plan: Plan,
+    layout: HelixLayout,
+    dim_group: dist.ProcessGroup,
+    head_group: int = 0,
 ) -> torch.Tensor:
     """The stream as stock has it -> as a plan has it that has its own order.
 
     ``[s/T, b, hidden] -> [s/n, b/m, hidden]`` (batch split), the same shape (sequence split). Its
-    dual is :func:`from_block_order`.
+    dual is :func:`from_block_order`. Of packed rows, chunk ``head_group`` is not like the others.
     """
     if plan.split == "sequence":
-        return _Dealt.apply(hidden, layout, dim_group)
+        dealt = layout, plan.documents, head_group, dim_group.rank()
+        hand = _hand(*dealt, hidden.size(0), hidden.device)
+        return _Dealt.apply(hidden, hand, dim_group)
     chunk, b, width = hidden.shape
     sent = hidden.view(chunk, layout.m, b // layout.m, width).transpose(0, 1)
     received = all_to_all(sent, dim_group)  # [m, s/T, b/m, hidden]: chunk k of my sequences
@@ -68,11 +75,17 @@ def to_block_order(
 
 
 def from_block_order(
-    hidden: torch.Tensor, plan: Plan, layout: HelixLayout, dim_group: dist.ProcessGroup
+    hidden: torch.Tensor,
+    plan: Plan,
+    layout: HelixLayout,
+    dim_group: dist.ProcessGroup,
+    head_group: int = 0,
 ) -> torch.Tensor:
     """Undoes :func:`to_block_order`, its dual."""
     if plan.split == "sequence":
-        return _TakenBack.apply(hidden, layout, dim_group)
+        dealt = layout, plan.documents, head_group, dim_group.rank()
+        hand = _hand(*dealt, hidden.size(0), hidden.device)
+        return _TakenBack.apply(hidden, hand, dim_group)
     rows, share, width = hidden.shape
     sent = hidden.view(layout.m, rows // layout.m, share, width)
     received = all_to_all(sent, dim_group)  # [m, s/T, b/m, hidden]: my chunk of rank k's sequences
@@ -84,10 +97,10 @@ class _Dealt(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, layout: HelixLayout, dim_group: dist.ProcessGroup
+        ctx: Any, hidden: torch.Tensor, hand: "_Hand", dim_group: dist.ProcessGroup
     ) -> torch.Tensor:
-        ctx.among = layout, dim_group
-        return _deal(hidden, layout, dim_group)
+        ctx.among = hand, dim_group
+        return _deal(hidden, hand, dim_group)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
@@ -99,28 +112,24 @@ class _TakenBack(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, layout: HelixLayout, dim_group: dist.ProcessGroup
+        ctx: Any, hidden: torch.Tensor, hand: "_Hand", dim_group: dist.ProcessGroup
     ) -> torch.Tensor:
-        ctx.among = layout, dim_group
-        return _take_back(hidden, layout, dim_group)
+        ctx.among = hand, dim_group
+        return _take_back(hidden, hand, dim_group)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return _deal(grad, *ctx.among), None, None
 
 
-def _deal(hidden: torch.Tensor, layout: HelixLayout, dim_group: dist.ProcessGroup) -> torch.Tensor:
-    """My chunk ``[s/T, ...]`` -> my two pieces of the dim group's m chunks, in order."""
-    hand = _hand(layout.m, dim_group.rank(), hidden.size(0), hidden.device)
+def _deal(hidden: torch.Tensor, hand: "_Hand", dim_group: dist.ProcessGroup) -> torch.Tensor:
+    """My chunk ``[s/T, ...]`` -> my pieces of the dim group's m chunks, in order."""
     sent = hidden.index_select(0, hand.order.there)
     return exchange_uneven(sent, hand.given, hand.taken, dim_group)
 
 
-def _take_back(
-    pieces: torch.Tensor, layout: HelixLayout, dim_group: dist.ProcessGroup
-) -> torch.Tensor:
+def _take_back(pieces: torch.Tensor, hand: "_Hand", dim_group: dist.ProcessGroup) -> torch.Tensor:
     """Undoes :func:`_deal`."""
-    hand = _hand(layout.m, dim_group.rank(), pieces.size(0), pieces.device)
     back = exchange_uneven(pieces, hand.taken, hand.given, dim_group)
     return back.index_select(0, hand.order.back)
 
@@ -146,13 +155,20 @@ class _Hand(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def _hand(m: int, segment: int, length: int, device: torch.device) -> _Hand:
-    takers = torch.empty(m * length, dtype=torch.long)
-    for j in range(m):
-        for piece in _pair(m, j, length):
-            takers[piece.start : piece.end] = j
-    chunks = takers.view(m, length)
-    given = [int((chunks[segment] == j).sum()) for j in range(m)]
+def _hand(
+    layout: HelixLayout,
+    documents: tuple[int, ...],
+    head_group: int,
+    segment: int,
+    length: int,
+    device: torch.device,
+) -> _Hand:
+    sequence = layout.size * length
+    takers = torch.empty(sequence, dtype=torch.long)
+    for j in range(layout.m):
+        takers[chunk_positions(layout, j, sequence, documents=documents)] = j
+    chunks = takers.view(layout.n, layout.m, length)[head_group]
+    given = [int((chunks[segment] == j).sum()) for j in range(layout.m)]
     taken = [int((chunk == segment).sum()) for chunk in chunks]
     return _Hand(Order.of(chunks[segment].argsort(stable=True), device), given, taken)
 
@@ -172,9 +188,20 @@ def _pair(m: int, segment: int, length: int) -> list[Piece]:
 
 
 def pieces(
-    layout: HelixLayout, segment: int, sequence: int, *, balanced: bool = True
+    layout: HelixLayout,
+    segment: int,
+    sequence: int,
+    *,
+    balanced: bool = True,
+    documents: tuple[int, ...] = (),
 ) -> list[Piece]:
-    """What dim rank ``segment`` attends for, in the order of the sequence: ``s/m`` tokens."""
+    """What dim rank ``segment`` attends for, in the order of the sequence: ``s/m`` tokens.
+
+    Balanced, a sequence of ``documents`` (as `Plan` has them) is dealt document by document.
+    """
+    if balanced and documents:
+        runs = deal(layout, documents)[segment]
+        return [Piece(run.start, run.end - run.start) for run in runs]
     m, length = layout.m, sequence // layout.size
     chunk = _pair(m, segment, length) if balanced else [Piece(segment * length, length)]
     starts = range(0, sequence, m * length)
@@ -183,25 +210,35 @@ def pieces(
 
 @lru_cache(maxsize=256)
 def chunk_positions(
-    layout: HelixLayout, segment: int, sequence: int, *, balanced: bool = True
+    layout: HelixLayout,
+    segment: int,
+    sequence: int,
+    *,
+    balanced: bool = True,
+    documents: tuple[int, ...] = (),
 ) -> torch.Tensor:
     """Positions in the sequence of the tokens of dim rank ``segment``, ``[s/m]``, ascending."""
-    mine = pieces(layout, segment, sequence, balanced=balanced)
+    mine = pieces(layout, segment, sequence, balanced=balanced, documents=documents)
     return torch.cat([torch.arange(piece.start, piece.end) for piece in mine])
 
 
 @lru_cache(maxsize=64)
-def stream_order(layout: HelixLayout, sequence: int, device: torch.device) -> Order:
+def stream_order(
+    layout: HelixLayout, sequence: int, device: torch.device, documents: tuple[int, ...] = ()
+) -> Order:
     """Of a sequence's tokens into the dealt stream, rank t after rank t."""
-    positions = [chunk_positions(layout, j, sequence).view(layout.n, -1) for j in range(layout.m)]
+    positions = [
+        chunk_positions(layout, j, sequence, documents=documents).view(layout.n, -1)
+        for j in range(layout.m)
+    ]
     return Order.of(torch.stack(positions, dim=1).reshape(-1), device)  # [n, m, s/T]
 
 
 @lru_cache(maxsize=64)
 def _segment_order(
-    layout: HelixLayout, sequence: int, balanced: bool, device: torch.device
+    layout: HelixLayout, sequence: int, device: torch.device, **dealing: Any
 ) -> Order:
-    each = [chunk_positions(layout, j, sequence, balanced=balanced) for j in range(layout.m)]
+    each = [chunk_positions(layout, j, sequence, **dealing) for j in range(layout.m)]
     return Order.of(torch.cat(each), device)
 
 
@@ -230,18 +267,16 @@ def out_of_order(x: torch.Tensor, order: Order, dim: int = 0) -> torch.Tensor:
     return _Reordered.apply(x, order.back, order.there, dim)
 
 
-def in_sequence_order(
-    gathered: torch.Tensor, layout: HelixLayout, *, balanced: bool = True
-) -> torch.Tensor:
+def in_sequence_order(gathered: torch.Tensor, layout: HelixLayout, **dealing: Any) -> torch.Tensor:
     """What an all-gather over the dim group makes of the ranks' tokens, put in order.
 
-    ``[m * s/m, ...]`` (rank after rank) -> ``[s, ...]``.
+    ``[m * s/m, ...]`` (rank after rank) -> ``[s, ...]``; ``dealing`` as in :func:`pieces`.
     """
-    order = _segment_order(layout, len(gathered), balanced, gathered.device)
+    order = _segment_order(layout, len(gathered), gathered.device, **dealing)
     return out_of_order(gathered, order)
 
 
-def by_segment(x: torch.Tensor, layout: HelixLayout, *, balanced: bool = True) -> torch.Tensor:
+def by_segment(x: torch.Tensor, layout: HelixLayout, **dealing: Any) -> torch.Tensor:
     """``[s, ...] -> [m, s/m, ...]``, dim rank by dim rank; undoes `in_sequence_order`."""
-    taken = in_order(x, _segment_order(layout, len(x), balanced, x.device))
+    taken = in_order(x, _segment_order(layout, len(x), x.device, **dealing))
     return taken.view(layout.m, -1, *x.shape[1:])

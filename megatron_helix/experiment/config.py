@@ -4,12 +4,13 @@ An error names the file and the path of the key.
 """
 
 import re
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from megatron_helix import corpus
+from megatron_helix import conversations, corpus
 from megatron_helix.basics.errors import UserError
 from megatron_helix.launching.launcher_config import LauncherConfig
 from megatron_helix.planner.deployment import ELEMENT_BYTES, Precision
@@ -102,6 +103,8 @@ class ExperimentConfig(Config):
 
     Attributes:
         data: prefix of a dataset that ``helix data`` made; null is Python's standard library.
+        sft: whether that is a dataset of conversations, packed into rows; null data are the
+            signatures and docstrings of Python's standard library.
         decode: what the phase ``decode`` serves.
         precision: of the runs that are compared.
         flags: more of Megatron's, for the runs that train or prefill; those that make the model
@@ -117,6 +120,7 @@ class ExperimentConfig(Config):
     world_size: PositiveInt
     batch: BatchConfig
     data: Path | None = None
+    sft: bool = False
     phases: list[Phase] = Field(default=["train"], min_length=1)
     decode: DecodeConfig | None = None
     steps: PositiveInt
@@ -131,6 +135,14 @@ class ExperimentConfig(Config):
     verification: VerificationConfig = VerificationConfig()
     claims: tuple[Claim, ...] = ()
     outlook: "OutlookConfig | None" = None
+
+    @cached_property
+    def counted_batch(self) -> BatchConfig:
+        """The batch as the planner counts it: of conversations, packed, their lengths are known."""
+        if not self.sft or self.batch.documents:
+            return self.batch
+        told = conversations.read(self.data) if self.data else conversations.standard_library()
+        return self.batch.model_copy(update={"documents": conversations.lengths(told)})
 
     @model_validator(mode="after")
     def _fits_together(self) -> "ExperimentConfig":
@@ -152,6 +164,10 @@ class ExperimentConfig(Config):
                 f" {self.layouts[0].name} saves in Megatron FSDP's own format; begin with another"
             )
         self._require_decode()
+        if self.sft and self.phases != ["train"]:
+            raise UserError(
+                f"sft: is a way to train, got phases {', '.join(self.phases)}; leave phases away"
+            )
         self._require_hardware()
         self._require_outlook()
         if self.device == "cuda" and self.launcher.kind == "fork":
@@ -280,7 +296,8 @@ def load(path: Path, hardware: Path | None = None) -> ExperimentConfig:
             outlook["hardware"] = _read_all(path, machines)
     if isinstance(document.get("data"), str):
         document["data"] = path.parent / document["data"]
-        corpus.require_dataset(document["data"], f"{path}: data")
+        kind = conversations if document.get("sft") else corpus
+        kind.require_dataset(document["data"], f"{path}: data")
     return validated(ExperimentConfig, document, path)
 
 

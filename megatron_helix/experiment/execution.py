@@ -99,7 +99,7 @@ def utilisation(experiment: ExperimentConfig, one: Run, step_ms: float) -> dict[
 
 def step_flops(experiment: ExperimentConfig, one: Run) -> float:
     """Operations of a step of a run; attention in full, as is usual for FLOPs utilisation."""
-    tokens, keys = experiment.batch.tokens, experiment.batch.sequence_length
+    tokens, keys = experiment.batch.tokens, experiment.counted_batch.keys
     flops = of_model(one.model, tokens=tokens, words=tokens, keys=keys, vocabulary=runs.VOCABULARY)
     return flops * (3 if one.phase == "train" else 1)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from megatron_helix import corpus
+from megatron_helix import conversations, corpus
 from megatron_helix.basics.errors import UserError
 from megatron_helix.experiment.config import ExperimentConfig, Phase
 from megatron_helix.inference import saved_model
@@ -78,14 +78,30 @@ def checks(experiment: ExperimentConfig) -> list[Run]:
 
 
 def dataset(experiment: ExperimentConfig, out: Path, console: Console) -> Path:
-    """The experiment's data, beside its results: a copy of its own, or :func:`corpus_dataset`."""
+    """The experiment's data, beside its results: a copy of its own, or the standard library's."""
     if experiment.data is None:
+        if experiment.sft:
+            return conversation_dataset(out, console, experiment.batch.sequence_length)
         return corpus_dataset(out, console)
     prefix = out / "data" / experiment.data.name
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    files = zip(corpus.dataset_files(experiment.data), corpus.dataset_files(prefix), strict=True)
-    for source, file in files:
+    there, here = (dataset_files(experiment, at) for at in (experiment.data, prefix))
+    for source, file in zip(there, here, strict=True):
         shutil.copyfile(source, file)
+    return prefix
+
+
+def dataset_files(experiment: ExperimentConfig, prefix: Path) -> list[Path]:
+    """What the experiment's dataset consists of."""
+    return (conversations if experiment.sft else corpus).dataset_files(prefix)
+
+
+def conversation_dataset(out: Path, console: Console, row_tokens: int) -> Path:
+    """The signatures of Python's own standard library, and what its docstrings say of them."""
+    prefix = out / "data" / "python_docstrings"
+    told = conversations.standard_library()
+    summary = conversations.write(told, prefix, row_tokens=row_tokens)
+    console.print(f"conversations: {summary}")
     return prefix
 
 
@@ -108,6 +124,7 @@ def model_flags(experiment: ExperimentConfig, model: ModelConfig) -> list[str]:
         *corpus.TOKENIZER_FLAGS,
         *("--make-vocab-size-divisible-by", str(VOCAB_MULTIPLE)),
         "--no-create-attention-mask-in-dataloader",  # causal is what a GPT attends by itself
+        *(["--sft"] if experiment.sft else []),
         *("--seq-length", length, "--max-position-embeddings", length),
         *("--lr", str(experiment.learning_rate), "--lr-decay-style", "constant"),
         *("--eval-iters", "0", "--eval-interval", "1000000", "--log-interval", "1"),
@@ -123,8 +140,9 @@ def steps(experiment: ExperimentConfig, run: Run) -> int:
     return (fp16.steps if run.is_check and fp16 else None) or experiment.steps
 
 
-def _data_flags(prefix: Path) -> list[str]:
-    return ["--data-path", str(prefix), "--split", "100,0,0"]
+def _data_flags(experiment: ExperimentConfig, prefix: Path) -> list[str]:
+    path = dataset_files(experiment, prefix)[0] if experiment.sft else prefix
+    return ["--data-path", str(path), "--split", "100,0,0"]
 
 
 def layout_flags(experiment: ExperimentConfig, run: Run) -> list[str]:
@@ -159,7 +177,7 @@ def run_flags(experiment: ExperimentConfig, run: Run, prefix: Path, out: Path) -
     """The flags of one run: the model's weights come from the file that all its runs share."""
     return [
         *layout_flags(experiment, run),
-        *_data_flags(prefix),
+        *_data_flags(experiment, prefix),
         *start_flags(run.layout, initial_folder(out, run.model)),
         *("--helix-metrics", str(folder(out, run) / "metrics")),
         *("--helix-phase", run.phase),
@@ -203,7 +221,13 @@ def initial_weights(
     if (target / "latest_checkpointed_iteration.txt").exists():
         return target
     save = ["--save", str(target), "--save-interval", "1", "--no-save-optim", "--no-save-rng"]
-    flags = [*model_flags(experiment, model), *_data_flags(prefix), *save, "--train-iters", "1"]
+    flags = [
+        *model_flags(experiment, model),
+        *_data_flags(experiment, prefix),
+        *save,
+        "--train-iters",
+        "1",
+    ]
     if experiment.flags:
         if experiment.device == "cpu":
             cpu_device.enable()  # before Megatron is imported

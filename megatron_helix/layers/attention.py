@@ -15,6 +15,7 @@ from megatron.core.transformer.utils import is_layer_window_attention
 
 from megatron_helix.basics.errors import UserError
 from megatron_helix.exchange.decode import SequenceCache, cached_positions
+from megatron_helix.exchange.packed import Share, share_of
 from megatron_helix.exchange.plan import Plan
 from megatron_helix.exchange.prefix import PrefixPieces
 from megatron_helix.exchange.scores import ScoresAttention, SegmentNorm, segment_frequencies
@@ -99,18 +100,16 @@ class HelixSelfAttention(SelfAttention):
         rotary_pos_emb: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As ``SelfAttention.forward``; mask and rotary frequencies are those of all tokens.
-
-        Raises:
-            UserError: for packed sequences.
-        """
-        if kwargs.get("packed_seq_params") is not None:
-            raise UserError(
-                "packed_seq_params: sequences packed into one cannot be dealt out over --helix-m"
-                f" {self.helix_layout.m} ranks, got packed sequences; give padded ones, or run"
-                " --helix-m 1, which is plain tensor parallelism"
-            )
+        """As ``SelfAttention.forward``; mask and rotary frequencies are those of all tokens."""
         m, segment = self.helix_layout.m, self.helix_groups.segment
+        if self.plan.documents:
+            packed = share_of(kwargs["packed_seq_params"], self.plan, self.helix_layout, segment)
+            kwargs["packed_seq_params"] = packed
+            if rotary_pos_emb is not None:
+                rotary_pos_emb = _document_frequencies(rotary_pos_emb, packed, self.plan)
+            return super().forward(
+                hidden_states, None, *args, rotary_pos_emb=rotary_pos_emb, **kwargs
+            )
         if self.plan.split == "batch":
             if attention_mask is not None and attention_mask.size(0) > 1:
                 attention_mask = attention_mask.chunk(m, dim=0)[segment]
@@ -131,7 +130,7 @@ class HelixSelfAttention(SelfAttention):
             gate = [whole[..., channels.to(whole.device)] for whole in gate]
         elif self.plan.split == "sequence":
             both = all_gather(torch.cat([key, value], dim=-1), self.helix_groups.dim)
-            whole = in_sequence_order(both, self.helix_layout, balanced=self.plan.balanced)
+            whole = in_sequence_order(both, self.helix_layout, **self.plan.dealing)
             key, value = whole.chunk(2, dim=-1)
             key, value = key.contiguous(), value.contiguous()
         return query, key, value, *gate
@@ -267,6 +266,17 @@ def _is_centered(norm: torch.nn.Module) -> bool:
         f"--helix-exchange: scores norms segments of queries and keys, and knows LayerNorm, RMSNorm"
         f" and L2Norm, got {kind} from the layer spec; use --helix-exchange activations"
     )
+
+
+def _document_frequencies(frequencies: Any, share: Share, plan: Plan) -> tuple[Any, Any]:
+    """(query, key) rotary frequencies of a packed row: of each of my queries, and as given.
+
+    Megatron counts positions from the beginning of a document, but where there are as many
+    frequencies as tokens: from that of the row.
+    """
+    query, key = frequencies if isinstance(frequencies, tuple) else (frequencies,) * 2
+    of_row = query.size(0) == plan.documents[-1]
+    return query[share.positions if of_row else share.in_documents], key
 
 
 @cache

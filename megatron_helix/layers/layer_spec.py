@@ -10,6 +10,7 @@ from megatron.core.transformer.attention import (
     SelfAttention,
     SelfAttentionSubmodules,
 )
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.multi_latent_attention import MultiLatentAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -23,6 +24,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_helix.basics.errors import UserError
 from megatron_helix.exchange.strategy import Choice
+from megatron_helix.kernels.document_attention import DocumentAttention
 from megatron_helix.kernels.flex_attention import FlexAttention
 from megatron_helix.layers.attention import HelixSelfAttention
 from megatron_helix.layers.linear import helix_linear
@@ -92,6 +94,18 @@ def with_flex_attention(spec: Any) -> Any:
         if isinstance(node, SelfAttentionSubmodules):
             return dataclasses.replace(node, core_attention=FlexAttention)
         return node
+
+    return _map_spec(spec, swap)
+
+
+def with_document_attention(spec: Any) -> Any:
+    """``spec`` with Megatron's local core attention able to keep packed documents apart."""
+
+    def swap(node: Any) -> Any:
+        local = (
+            isinstance(node, SelfAttentionSubmodules) and node.core_attention is DotProductAttention
+        )
+        return dataclasses.replace(node, core_attention=DocumentAttention) if local else node
 
     return _map_spec(spec, swap)
 

@@ -197,7 +197,8 @@ class _QKV(_Tiled):
             return self._column(x)
         qkv, bias = super().forward(x, *args, **kwargs)  # type: ignore[misc]
         if self.plan.exchange == "activations":
-            qkv = qkv_to_whole_heads(qkv, self.helix_layout, self.helix_groups.dim, self.plan.split)
+            among = self.helix_layout, self.helix_groups.dim
+            qkv = qkv_to_whole_heads(qkv, *among, self.plan.split, self.plan.documents)
         elif self.plan.exchange == "partials":
             qkv = qkv_to_every_rank(qkv, self.helix_layout, self.helix_groups.dim)
         return qkv, bias
@@ -215,9 +216,8 @@ class _Proj(_Tiled):
         if self.plan.exchange == "weights":
             return self._row(context)
         if self.plan.exchange == "activations":
-            context = context_to_segments(
-                context, self.helix_layout, self.helix_groups.dim, self.plan.split
-            )
+            among = self.helix_layout, self.helix_groups.dim
+            context = context_to_segments(context, *among, self.plan.split, self.plan.documents)
         return super().forward(context, *args, **kwargs)  # type: ignore[misc]
 
 

@@ -1,20 +1,23 @@
 """The transformer layer: plans each micro-batch, keeps the stream in the plan's token order."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_viewless_tensor
 
 from megatron_helix.basics.errors import UserError
+from megatron_helix.exchange.packed import document_ends
 from megatron_helix.exchange.plan import Plan
 from megatron_helix.exchange.strategy import (
     Choice,
     cache_split,
     decode_plan,
     explain,
+    packed_plan,
     prefill_plan,
     resolve,
 )
@@ -61,7 +64,7 @@ class HelixLayer(torch.nn.Module):
         super().__init__(*args, **kwargs)
         self.helix_layout, self.helix_choice = layout, choice
         self.helix_ends = BlockEnds()  # nothing beyond them but what is stock
-        self._plans: dict[tuple[int, int], Plan] = {}
+        self._plans: dict[tuple[int, int, bool], Plan] = {}
         self.helix_modules = [module for module in self.modules() if hasattr(module, "plan")]
         attention = self.self_attention
         assert isinstance(attention, HelixSelfAttention)
@@ -69,12 +72,14 @@ class HelixLayer(torch.nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """As ``TransformerLayer.forward``."""
-        plan = self._plan(hidden_states, kwargs.get("inference_context"))
+        packed = kwargs.get("packed_seq_params")
+        plan = self._plan(hidden_states, kwargs.get("inference_context"), packed)
         for module in self.helix_modules:
             module.plan = plan  # type: ignore[assignment]
         if not plan.has_own_order:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
-        layout, dim = self.helix_layout, self.helix_groups.dim
+        layout, groups = self.helix_layout, self.helix_groups
+        conversion = plan, layout, groups.dim, groups.head_group
         outside = hidden_states.shape
         inside = outside
         if plan.split == "batch":
@@ -87,25 +92,30 @@ class HelixLayer(torch.nn.Module):
             )
         first = self.layer_number == 1 and not self.helix_ends.entered
         if first or self.is_mtp_layer:
-            hidden_states = to_block_order(hidden_states, plan, layout, dim)
+            hidden_states = to_block_order(hidden_states, *conversion)
         else:
             hidden_states = hidden_states.view(inside)
         hidden_states, context = super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         last = self.layer_number == self.config.num_layers and not self.helix_ends.stays
         if last or self.is_mtp_layer:
-            hidden_states = from_block_order(hidden_states, plan, layout, dim)
+            hidden_states = from_block_order(hidden_states, *conversion)
         else:
             hidden_states = hidden_states.view(outside)
         # Pipeline schedules free the memory of what a stage sent, and refuse to for a view.
         keep = {"requires_grad": hidden_states.requires_grad, "keep_graph": True}
         return make_viewless_tensor(inp=hidden_states, **keep), context
 
-    def _plan(self, hidden_states: torch.Tensor, inference_context: Any) -> Plan:
-        """The plan for this micro-batch's shape, and nothing else: equal on every rank."""
+    def _plan(
+        self,
+        hidden_states: torch.Tensor,
+        inference_context: Any,
+        packed: PackedSeqParams | None,
+    ) -> Plan:
+        """The plan for this micro-batch's shape and documents: equal on every rank."""
         rows, batch, _ = hidden_states.shape
         sequence = rows * self.helix_layout.size if self.config.sequence_parallel else rows
         if inference_context is None:
-            return self.plan_for(sequence, batch)
+            return self.plan_for(sequence, batch, packed)
         if inference_context.sequence_len_offset:
             return decode_plan(cache_split(self.helix_choice, self.helix_layout, batch))
         return prefill_plan(
@@ -117,17 +127,31 @@ class HelixLayer(torch.nn.Module):
             sequence_parallel=self.config.sequence_parallel,
         )
 
-    def plan_for(self, sequence: int, batch: int) -> Plan:
-        """The plan for micro-batches of ``batch`` sequences of ``sequence`` tokens."""
-        config = self.config
-        if (sequence, batch) not in self._plans:
-            known = (self.helix_choice, self.helix_layout, block_shape(config))
+    def plan_for(self, sequence: int, batch: int, packed: PackedSeqParams | None = None) -> Plan:
+        """The plan for micro-batches of ``batch`` sequences of ``sequence`` tokens.
+
+        Packed, they are one row of documents, flattened.
+        """
+        if packed is not None:
+            documents = document_ends(packed, sequence * batch)
+            return replace(self._plan_of(sequence * batch, 1, True), documents=documents)
+        return self._plan_of(sequence, batch, False)
+
+    def _plan_of(self, sequence: int, batch: int, packed: bool) -> Plan:
+        """The plan for micro-batches of a shape."""
+        shape = sequence, batch, packed
+        if shape not in self._plans:
+            known = (self.helix_choice, self.helix_layout, block_shape(self.config))
             size = {"sequence": sequence, "batch": batch}
-            plan = resolve(*known, **size, sequence_parallel=config.sequence_parallel)
-            self._plans[sequence, batch] = plan
+            parallel = {"sequence_parallel": self.config.sequence_parallel}
+            if packed:
+                plan = packed_plan(*known, tokens=sequence, **parallel)
+            else:
+                plan = resolve(*known, **size, **parallel)
+            self._plans[shape] = plan
             if self.layer_number == 1 and torch.distributed.get_rank() == 0:
                 print(explain(plan, *known, **size), flush=True)
-        return self._plans[sequence, batch]
+        return self._plans[shape]
 
 
 @cache

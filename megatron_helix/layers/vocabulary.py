@@ -34,7 +34,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.config_logger import has_config_logger_enabled
 from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 
+from megatron_helix.exchange.plan import Plan
 from megatron_helix.exchange.shards import GatheredWeight, Shards, whole
 from megatron_helix.exchange.tokens import Order, in_order, out_of_order, stream_order
 from megatron_helix.exchange.weights import column_linear
@@ -55,10 +57,11 @@ class _Vocabulary:
     ends: BlockEnds
     layer: HelixLayer  # any layer: it knows the plan of a micro-batch
     size: int
+    packed: PackedSeqParams | None = None  # the documents of this micro-batch
 
     def moves(self, sequence: int, batch: int) -> bool:
         """Whether micro-batches of this shape keep the block's order beyond its ends."""
-        if not self.layer.plan_for(sequence, batch).has_own_order:
+        if not self._plan(sequence, batch).has_own_order:
             return False
         fewer_bytes = sequence * batch > self.size // self.groups.head.size()
         return fewer_bytes or self.deals(sequence, batch)
@@ -68,11 +71,15 @@ class _Vocabulary:
         batch, sequence = tokens.shape
         if not self.deals(sequence, batch):
             return None
-        return stream_order(self.layer.helix_layout, sequence, tokens.device)
+        documents = self._plan(sequence, batch).documents
+        return stream_order(self.layer.helix_layout, sequence, tokens.device, documents)
 
     def deals(self, sequence: int, batch: int) -> bool:
         """Whether micro-batches of this shape are split by sequence."""
-        return self.layer.plan_for(sequence, batch).split == "sequence"
+        return self._plan(sequence, batch).split == "sequence"
+
+    def _plan(self, sequence: int, batch: int) -> Plan:
+        return self.layer.plan_for(sequence, batch, self.packed)
 
 
 def extend(model: list[Any]) -> list[Any]:
@@ -133,6 +140,7 @@ class _Model(torch.nn.Module):
         given = _FORWARD.bind(self, *args, **kwargs).arguments
         asked = {name for name, value in given.items() if value is not None}
         ends = self.helix_vocabulary.ends
+        self.helix_vocabulary.packed = given.get("packed_seq_params")
         # While inferring the plan is another one.
         stock = (
             asked & _INFERRING or has_config_logger_enabled(self.config) or _watched(self.decoder)

@@ -39,7 +39,8 @@ _SWITCHES = (
     *("group-query-attention", "rotary-interleaved", "attention-output-gate", "swiglu"),
     *("sequence-parallel", "overlap-grad-reduce", "multi-latent-attention"),
     *("use-distributed-optimizer", "no-load-optim", "finetune", "full-validation"),
-    *("sft", "use-megatron-fsdp", "use-torch-fsdp2", "add-qkv-bias"),
+    *("sft", "dataloader-inter-document-masking"),
+    *("use-megatron-fsdp", "use-torch-fsdp2", "add-qkv-bias"),
 )
 _FOLDERS = ("load", "non-persistent-global-ckpt-dir", "pretrained-checkpoint")
 

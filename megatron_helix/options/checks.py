@@ -6,12 +6,12 @@ reads.
 
 import argparse
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_helix.basics.errors import UserError
 from megatron_helix.exchange import strategy, traffic
+from megatron_helix.exchange.plan import Plan
 from megatron_helix.partition.layout import HelixLayout
 
 CORE_ATTENTIONS = ("spec", "flex")
@@ -37,19 +37,21 @@ def require_plan(args: argparse.Namespace, asked: strategy.Choice, cut: HelixLay
             " --overlap-grad-reduce sends them before; leave one of the two away"
         )
     if cut.m > 1 and args.seq_length and args.micro_batch_size:
-        resolve = partial(
-            strategy.resolve,
-            asked,
-            cut,
-            traffic.BlockShape(
-                hidden=args.hidden_size,
-                ffn=0 if args.num_experts else args.ffn_hidden_size or 4 * args.hidden_size,
-                gated=args.swiglu,
-                num_layers=args.num_layers,
-            ),
-            sequence=args.seq_length // args.context_parallel_size,
-            sequence_parallel=args.sequence_parallel,
+        shape = traffic.BlockShape(
+            hidden=args.hidden_size,
+            ffn=0 if args.num_experts else args.ffn_hidden_size or 4 * args.hidden_size,
+            gated=args.swiglu,
+            num_layers=args.num_layers,
         )
+        parallel = {"sequence_parallel": args.sequence_parallel}
+
+        def resolve(batch: int) -> Plan:
+            if args.sft or args.dataloader_inter_document_masking:
+                tokens = batch * args.seq_length
+                return strategy.packed_plan(asked, cut, shape, tokens=tokens, **parallel)
+            sequence = args.seq_length // args.context_parallel_size
+            return strategy.resolve(asked, cut, shape, sequence=sequence, batch=batch, **parallel)
+
         resolve(batch=args.micro_batch_size)
         for flag, batch, remedy in _validated(args, cut):
             try:

@@ -21,6 +21,7 @@ _MODELOPT = (
     *("--export-moe-apply-probs-on-input", "--finetune-hf-dataset", "--finetune-data-split"),
     *("--qad-train-target", "--freeze-base-for-mtp", "--enable-gpt-oss"),
 )
+BYTES = 256
 _PACKED = ("--sft", "--dataloader-inter-document-masking")
 _CHECKOUT = "train with the script of a Megatron-LM checkout (scripts/patch_megatron.sh)"
 
@@ -104,9 +105,12 @@ UNAVAILABLE = (
     ),
     Unavailable(
         flags=("--sft",),
-        lacks="needs the packages datasets and transformers, and does not find both",
-        instead="pip install datasets transformers",
-        where=_missing("datasets", "transformers"),
+        lacks="needs the package transformers for --tokenizer-type SFTTokenizer, and does not find"
+        " it",
+        instead="pip install transformers, or use --tokenizer-type NullTokenizer for bytes",
+        where=lambda flags: (
+            flags.tokenizer_type == "SFTTokenizer" and _missing("transformers")(flags)
+        ),
     ),
     Unavailable(
         flags=("--logits-save-dir", "--logits-load-dir"),
@@ -123,8 +127,24 @@ UNAVAILABLE = (
     Unavailable(
         flags=("--sft",),
         lacks="needs a tokenizer of conversations",
-        instead="use --tokenizer-type SFTTokenizer",
-        where=_tokenizes_otherwise("SFTTokenizer"),
+        instead="use --tokenizer-type SFTTokenizer, or NullTokenizer for bytes",
+        where=_tokenizes_otherwise("SFTTokenizer", "NullTokenizer"),
+    ),
+    Unavailable(
+        flags=("--sft",),
+        lacks="reads conversations as bytes, which are of 256 tokens",
+        instead="use --vocab-size 256, or --tokenizer-type SFTTokenizer",
+        where=lambda flags: (
+            flags.tokenizer_type == "NullTokenizer" and (flags.vocab_size or 0) < BYTES
+        ),
+    ),
+    Unavailable(
+        flags=("--sft",),
+        lacks="packs rows without masks, and counts positions by document",
+        instead="leave --reset-position-ids, --reset-attention-mask and --mock-data away",
+        where=lambda flags: (
+            flags.reset_position_ids or flags.reset_attention_mask or flags.mock_data
+        ),
     ),
     Unavailable(
         flags=("--fim-data",),
@@ -133,9 +153,20 @@ UNAVAILABLE = (
         where=_tokenizes_otherwise(*_OF_PLAIN_TEXT),
     ),
     Unavailable(
-        flags=(*_PACKED, "--hybrid-context-parallel"),
-        lacks="packs documents into one row, which neither Megatron's local attention nor"
-        " --helix-core-attention flex keeps apart",
+        flags=_PACKED,
+        lacks="packs documents into one row, which --helix-core-attention flex does not keep apart",
+        instead="leave one of the two away",
+        where=lambda flags: flags.helix_core_attention == "flex",
+    ),
+    Unavailable(
+        flags=_PACKED,
+        lacks="tells where documents end, which Megatron's plan of a forward pass leaves out",
+        instead="leave --overlap-moe-expert-parallel-comm away",
+        where=lambda flags: flags.overlap_moe_expert_parallel_comm,
+    ),
+    Unavailable(
+        flags=("--hybrid-context-parallel",),
+        lacks="cuts documents over ranks, which Megatron's local attention cannot",
         instead="use --transformer-impl transformer_engine on a GPU, or a --spec whose core"
         " attention can",
         where=_attends_locally,

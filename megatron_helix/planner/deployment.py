@@ -10,7 +10,13 @@ from typing import Literal
 
 from megatron_helix.basics.errors import UserError
 from megatron_helix.exchange.plan import Plan
-from megatron_helix.exchange.strategy import Choice, cache_split, decode_plan, resolve
+from megatron_helix.exchange.strategy import (
+    Choice,
+    cache_split,
+    decode_plan,
+    packed_plan,
+    resolve,
+)
 from megatron_helix.exchange.traffic import BlockShape
 from megatron_helix.partition.layout import HelixLayout, require_divides
 from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig
@@ -66,6 +72,10 @@ class Deployment:
         """
         model, layout, batch = self.model, self.layout, self.batch
         require_phase(self.phase)
+        if batch.documents and self.phase != "train":
+            raise UserError(
+                f"documents: are packed for training, got phase {self.phase}; leave one away"
+            )
         heads, groups = model.num_attention_heads, model.query_groups
         require_divides(
             "num_query_groups", groups, "num_attention_heads", heads, remedy="use a divisor"
@@ -230,6 +240,9 @@ class Deployment:
         )
         if self.phase == "decode":
             return decode_plan(cache_split(choice, self.cut, layout.micro_batch))
+        if self.batch.documents:
+            known = choice, self.cut, self.block
+            return packed_plan(*known, tokens=self.tokens, sequence_parallel=self.sequence_parallel)
         return resolve(
             choice,
             self.cut,
@@ -238,6 +251,11 @@ class Deployment:
             batch=layout.micro_batch,
             sequence_parallel=self.sequence_parallel,
         )
+
+    @property
+    def packs_runs(self) -> bool:
+        """Whether core attention runs on the pieces of packed documents."""
+        return bool(self.batch.documents) and self.plan.split == "sequence"
 
     @cached_property
     def embeds_in_block_order(self) -> bool:

@@ -102,16 +102,19 @@ def _attention(here: Deployment, fused_channels: int) -> list[Work]:
     are short (their inner dimension is d) and run one after the other, so their arithmetic and
     their memory traffic add up: two parts, of which each has one of them. Under a sequence split a
     piece, one of 2T, attends to its own prefix, on every rank ``(2T + 1) / 4T`` of the keys in the
-    mean; the other splits compute the whole square. ``scores`` holds those of all
+    mean; the other splits compute the whole square. Packed, a token attends to its own document, of
+    ``sum l^2 / sum l`` tokens in the mean. ``scores`` holds those of all
     tokens, in fp32; its fp32 products are counted at the rate of half precision, which makes it
     look faster than it is.
     """
     model, T, element_bytes = here.model, here.tp, here.element_bytes
     channels = model.num_attention_heads * model.kv_channels
-    keys = here.batch.sequence_length
-    pairs = here.tokens * keys
-    cache = 2 * model.query_groups * model.kv_channels * keys * here.layout.micro_batch
+    pairs = here.tokens * here.batch.keys
+    of_row = 2 * model.query_groups * model.kv_channels * here.batch.sequence_length
+    cache = of_row * here.layout.micro_batch
     moved = here.layers * element_bytes * (4 * here.tokens * channels + cache) / T
+    if here.packs_runs:  # what each run of tokens attends to is laid out for it, then read
+        moved += here.layers * element_bytes * 2 * (1 + 0.5 / here.cut.m) * cache / here.cut.n
     flops = here.layers * 4 * pairs * channels / T
     if is_fused(here, fused_channels):
         causal = 1.0 if here.phase == "decode" else 0.5
@@ -133,7 +136,7 @@ def is_fused(here: Deployment, fused_channels: int) -> bool:
 def score_bytes(here: Deployment) -> float:
     """All scores of one layer and micro-batch on a rank, ``N s H / T``; H/n under ``scores``."""
     whole = here.plan.exchange == "scores"
-    pairs = here.tokens * here.batch.sequence_length
+    pairs = here.tokens * here.batch.keys
     heads = here.model.num_attention_heads / (here.cut.n if whole else here.tp)
     return pairs * heads * (4 if whole else here.element_bytes)
 
@@ -153,7 +156,7 @@ def _reordered(here: Deployment) -> float:
 def useful(here: Deployment) -> float:
     """Operations of a step of the whole model, attention causal: what no layout can avoid."""
     words = here.step_tokens if here.phase == "train" else here.batch.sequences
-    keys = here.batch.sequence_length * (1 if here.phase == "decode" else 0.5)
+    keys = here.batch.keys * (1 if here.phase == "decode" else 0.5)
     passes = 3 if here.phase == "train" else 1
     return passes * of_model(here.model, tokens=here.step_tokens, words=words, keys=keys)
 

@@ -80,6 +80,9 @@ def _kept(here: Deployment, stage: int, fused_channels: int) -> float:
     layer_bytes = layer * here.element_bytes
     if not flops.is_fused(here, fused_channels):
         layer_bytes += flops.score_bytes(here)  # the softmax of the scores
+    if here.packs_runs:  # the keys and values that each run of tokens attends to
+        of_token = 2 * model.query_groups * model.kv_channels / here.cut.n
+        layer_bytes += (1 + 0.5 / here.cut.m) * of_token * here.tokens * here.element_bytes
     kept = layer_bytes * (here.layers if here.phase == "train" else 1)
     if stage == here.stages - 1 and here.phase == "train":
         kept += N * here.vocabulary * (here.element_bytes + 4)

@@ -36,7 +36,7 @@ from collections import Counter
 from megatron_helix.exchange import traffic
 from megatron_helix.exchange.plan import Plan
 from megatron_helix.planner import context, fsdp, parameters
-from megatron_helix.planner.book import AXES, FP32, INT64, Book, Transfer
+from megatron_helix.planner.book import AXES, FP32, INT32, INT64, Book, Transfer
 from megatron_helix.planner.deployment import Deployment, Precision
 from megatron_helix.planner.gradients import gradients, numbers
 from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig
@@ -275,7 +275,16 @@ def _pipeline(book: Book, first: bool, last: bool) -> None:
 
 
 def _data(book: Book, first: bool, last: bool) -> None:
-    """Tokens and positions for the embedding, labels and loss mask for the head."""
+    """Tokens and positions for the embedding, labels and loss mask for the head.
+
+    Of packed rows every stage is told where documents end.
+    """
     for needed, size in ((first, INT64), (first, INT64), (last, INT64), (last, FP32)):
         if needed:
             book.call("batch", "tp", "broadcast", "forward", book.here.tokens, size=size)
+    if book.here.batch.documents:
+        rows = book.here.layout.micro_batch
+        # Where documents end, filled up to a row's length; how many numbers; the longest document.
+        ends = rows * (book.here.batch.sequence_length + 1)
+        for count, size in ((1, INT64), (ends, INT32), (rows, INT32)):
+            book.call("documents", "tp", "broadcast", "forward", count, size=size)

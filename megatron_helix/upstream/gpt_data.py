@@ -17,8 +17,9 @@ from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
 from megatron.training import get_args
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.datasets.fim_dataset import GPTFIMDataset, GPTFIMDatasetConfig
-from megatron.training.datasets.sft_dataset import SFTDataset
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+from megatron_helix.upstream.conversation_data import ByteConversations, ConversationDataset
 
 
 def train_valid_test_datasets(
@@ -64,7 +65,7 @@ def stage_has_mtp(vp_stage: int | None) -> bool:
 
 def _dataset(args: argparse.Namespace) -> type:
     if args.sft:
-        return SFTDataset
+        return ConversationDataset
     if args.mock_data:
         return MockGPTDataset
     return GPTFIMDataset if args.fim_data else GPTDataset
@@ -84,7 +85,7 @@ def _config(args: argparse.Namespace) -> GPTDatasetConfig:
         "num_dataset_builder_threads": args.num_dataset_builder_threads,
         "path_to_cache": args.data_cache_path,
         "mmap_bin_files": args.mmap_bin_files,
-        "tokenizer": build_tokenizer(args),
+        "tokenizer": _tokenizer(args),
         "reset_position_ids": args.reset_position_ids,
         "reset_attention_mask": args.reset_attention_mask,
         "eod_mask_loss": args.eod_mask_loss,
@@ -106,6 +107,13 @@ def _config(args: argparse.Namespace) -> GPTDatasetConfig:
         if args.fim_data
         else GPTDatasetConfig(**settings)
     )
+
+
+def _tokenizer(args: argparse.Namespace) -> Any:
+    """Megatron's; of conversations in bytes ours, where Megatron's takes numbers for words."""
+    if args.sft and args.tokenizer_type == "NullTokenizer":
+        return ByteConversations()
+    return build_tokenizer(args)
 
 
 def _fim(args: argparse.Namespace) -> dict[str, Any]:

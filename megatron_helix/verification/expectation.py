@@ -18,7 +18,8 @@ def deployment(experiment: ExperimentConfig, run: Run) -> Deployment:
         return decode.deployment(experiment, run)
     # A prefill is here the forward pass of the training step, loss included: layouts compare by it.
     size = experiment.world_size
-    return Deployment(run.model, run.layout, experiment.batch, size, "train", run.precision)
+    batch = experiment.counted_batch
+    return Deployment(run.model, run.layout, batch, size, "train", run.precision)
 
 
 def describe(experiment: ExperimentConfig, run: Run) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def predicted_bytes(experiment: ExperimentConfig, run: Run, rank: int) -> dict[A
         return step_bytes(
             run.model,
             run.layout,
-            experiment.batch,
+            experiment.counted_batch,
             world_size=experiment.world_size,
             rank=rank,
             precision=run.precision,

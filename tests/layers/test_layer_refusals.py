@@ -29,15 +29,15 @@ def test_cross_attention_is_refused() -> None:
     assert helixify(spec, block_case.Block().layout(1, 4)) is spec
 
 
-def test_packed_sequences_are_refused_in_a_layer() -> None:
+def test_packed_documents_that_do_not_add_up_are_refused_in_a_layer() -> None:
     def call() -> None:
         with model_parallel(tp=2):
             block = block_case.Block(layers=1)
             groups = ProcessGroupCollection.use_mpu_process_groups(["tp", "cp", "pp"])
             (layer,) = block_case.build(block, groups, block.layout(2, 1), sequence_parallel=False)
-            ends = torch.tensor([0, 4, 8], dtype=torch.int32)
+            ends = torch.tensor([0, 4, 6], dtype=torch.int32)
             packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends)
-            message = r"^packed_seq_params: .* --helix-m 2 ranks, got packed .*; give padded ones"
+            message = r"^packed_seq_params: documents must add up to the row's 8 tokens, got .* 6;"
             with pytest.raises(ValueError, match=message):
                 layer(torch.ones(8, 1, block.hidden), None, packed_seq_params=packed)
 

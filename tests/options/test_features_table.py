@@ -117,8 +117,8 @@ def test_nothing_is_refused_to_stock_megatron(row: Refused, corpus_prefix: Path)
 
 
 def test_a_refusal_comes_before_any_rank_is_started(corpus_prefix: Path) -> None:
-    argv = tiny_gpt(corpus_prefix, "--helix-m", "2", "--helix-n", "2", "--sft")
-    with pytest.raises(ValueError, match=r"^--sft: is refused under --helix-m > 1: sequences"):
+    argv = tiny_gpt(corpus_prefix, "--helix-m", "2", "--helix-n", "2", "--qk-clip")
+    with pytest.raises(ValueError, match=r"^--qk-clip: is refused under --helix-m > 1: it scales"):
         pretrain_gpt.prepare(argv, 4)
 
 

@@ -8,7 +8,6 @@ import pytest
 from megatron_helix.options import parsed, unavailable
 from tests.distributed import tiny_gpt
 
-PACKED = ("--spec", "tests.packed_case", "layer_spec")
 PP2 = ("--pipeline-model-parallel-size", "2")
 FULL = ("--full-validation", "--multiple-validation-sets")
 MASKED = "--dataloader-inter-document-masking"
@@ -19,34 +18,49 @@ CASES = {
     "reinforcement learning": (("--perform-rl-step",), "needs megatron.rl", None),
     "a YAML file": (("--yaml-cfg", "x.yaml"), "takes the place of the command line", None),
     "conversations in words": (
-        ("--sft", *PACKED),
+        ("--sft", "--tokenizer-type", "TikTokenizer"),
         "needs a tokenizer of conversations",
-        ("--sft", *PACKED, "--tokenizer-type", "SFTTokenizer"),
+        ("--sft", "--tokenizer-type", "SFTTokenizer"),
+    ),
+    "conversations in fewer than all bytes": (
+        ("--sft", "--vocab-size", "100"),
+        "reads conversations as bytes",
+        ("--sft",),
+    ),
+    "conversations with masks": (
+        ("--sft", "--reset-position-ids"),
+        "packs rows without masks",
+        ("--sft",),
     ),
     "middles of numbers": (
         ("--fim-data",),
         "needs a tokenizer that can leave special tokens out",
         ("--fim-data", "--tokenizer-type", "TikTokenizer"),
     ),
-    "documents apart": (
-        (MASKED, "--transformer-impl", "local"),
-        "packs documents into one row, which neither",
-        (MASKED, *PACKED),
-    ),
     "documents apart by flex": (
-        (MASKED, *PACKED, "--helix-core-attention", "flex"),
-        "packs documents into one row, which neither",
-        (MASKED, *PACKED),
+        (MASKED, "--helix-core-attention", "flex"),
+        "packs documents into one row, which --helix-core-attention flex",
+        (MASKED,),
+    ),
+    "documents in a planned pass": (
+        (MASKED, "--overlap-moe-expert-parallel-comm"),
+        "tells where documents end",
+        (MASKED,),
+    ),
+    "documents apart by ranks": (
+        ("--hybrid-context-parallel", "--transformer-impl", "local"),
+        "cuts documents over ranks",
+        ("--hybrid-context-parallel", "--transformer-impl", "transformer_engine"),
     ),
     "several packed rows through a pipeline": (
-        (MASKED, *PACKED, *PP2),
+        (MASKED, *PP2),
         "packs a micro-batch into one row",
-        (MASKED, *PACKED, *PP2, "--micro-batch-size", "1"),
+        (MASKED, *PP2, "--micro-batch-size", "1"),
     ),
     "one packed row in training, several in validation": (
-        (MASKED, *PACKED, *PP2, "--micro-batch-size", "1", "--eval-micro-batch-size", "2"),
+        (MASKED, *PP2, "--micro-batch-size", "1", "--eval-micro-batch-size", "2"),
         "packs a micro-batch into one row",
-        (MASKED, *PACKED, *PP2, "--micro-batch-size", "1"),
+        (MASKED, *PP2, "--micro-batch-size", "1"),
     ),
     "one set in full": (("--full-validation",), "counts a list of validation sets", FULL),
     "several sets in part": (("--multiple-validation-sets",), "is for validation in full", FULL),
@@ -72,7 +86,7 @@ CASES = {
     ),
 }
 PACKAGES = {
-    "--sft": ("datasets", "transformers"),
+    "--sft": ("transformers",),
     "--logits-load-dir": ("zstandard",),
     "--inprocess-restart": ("nvidia_resiliency_ext",),
 }
@@ -105,7 +119,8 @@ def test_what_is_not_here_is_said_of_its_flag(case: str) -> None:
 
 @pytest.mark.parametrize("flag", PACKAGES)
 def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, flag: str) -> None:
-    value = {"--logits-load-dir": ("x",)}.get(flag, ())
+    of_flag = {"--logits-load-dir": ("x",), "--sft": ("--tokenizer-type", "SFTTokenizer")}
+    value = of_flag.get(flag, ())
     for missing in PACKAGES[flag]:
         monkeypatch.setattr(
             unavailable,
@@ -113,7 +128,7 @@ def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, fla
             lambda name, missing=missing: None if name == missing else find_spec("pytest"),
         )
         assert said(flag, *value).startswith(f"{flag}: needs the package")
-        assert f"pip install {missing.replace('_', '-')}" in said(flag, *value) or "--sft" in flag
+        assert f"pip install {missing.replace('_', '-')}" in said(flag, *value)
 
 
 def test_every_row_has_a_case() -> None:

@@ -13,9 +13,10 @@ from megatron_helix.experiment import config
 from megatron_helix.planner.deployment import VOCAB_MULTIPLE, Deployment, Precision
 from megatron_helix.planner.traffic import AXES, step_bytes
 from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig
-from tests.covering import THOROUGH, covering
+from tests.covering import THOROUGH, covering, fast
 from tests.distributed import measured, run_distributed
 from tests.inference import decode_case
+from tests.packed_case import dataset
 
 QUICKSTART = config.load(Path("configs/experiments/quickstart.yaml"))
 
@@ -122,6 +123,7 @@ def _run(
         *("--data-path", str(prefix), "--split", "100,0,0", "--num-workers", "0"),
         *("--eval-iters", "0", "--eval-interval", "1000"),
         "--no-create-attention-mask-in-dataloader",
+        *(["--dataloader-inter-document-masking"] if batch.documents else []),
         *{"fp32": [], "bf16": ["--bf16"], "fp16": ["--fp16", "--initial-loss-scale", "1024"]}[
             precision
         ],
@@ -148,6 +150,30 @@ def _predicted(
         step_bytes(model, layout, batch, world_size=world_size, rank=rank, precision=precision)
         for rank in range(world_size)
     ]
+
+
+PACKED = BATCH.model_copy(update={"documents": (1, 2, 21, 3, 1, 4)})
+
+
+@pytest.mark.parametrize(
+    "layout",
+    fast(
+        [{"m": 2, "n": 1, "pp": 2, "exchange": "weights"}],
+        [
+            {"m": 2, "n": 1, "pp": 2, "exchange": "weights"},
+            {"m": 4, "n": 1, "exchange": "activations"},
+            {"m": 2, "n": 2, "exchange": "weights", "micro_batch": 4},
+            {"tp": 4, "micro_batch": 4},
+        ],
+    ),
+    ids=str,
+)
+def test_a_step_of_packed_rows_sends_what_is_predicted(tmp_path: Path, layout: dict) -> None:
+    assert PACKED.documents
+    prefix = dataset(tmp_path / "documents", list(PACKED.documents))
+    cut = LayoutConfig(**{"name": "case", "micro_batch": 1, **layout})
+    sent = _run(MODELS["dense"], cut, PACKED, 4, prefix, tmp_path)
+    assert sent == _predicted(MODELS["dense"], cut, PACKED, 4)
 
 
 @pytest.mark.parametrize(

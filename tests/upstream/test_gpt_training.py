@@ -124,7 +124,7 @@ def notes(tmp_path: Path) -> Path:
 
 def test_documents_that_are_packed_train_as_documents_that_are_masked(notes: Path) -> None:
     """Stock, whose rotary positions are relative: those of a document need no beginning."""
-    packed = ("--dataloader-inter-document-masking", "--spec", "tests.packed_case", "layer_spec")
+    packed = ("--dataloader-inter-document-masking",)
     runs = {"through": (), "masked": ("--reset-attention-mask",), "packed": packed}
     losses = {
         name: pretrain(

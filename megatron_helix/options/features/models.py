@@ -142,6 +142,14 @@ MODELS = (
         note="learnable offsets: tests/test_parity.py::test_learnable_softmax_offsets",
     ),
     Works(
+        feature="Packed sequences (THD)",
+        names="--sft --dataloader-inter-document-masking",
+        test="tests/test_packed_parity.py::test_packed_rows_train_as_stock",
+        note="with activations and weights, any exchange's sequence split; from an entry point of"
+        " one's own by packed_seq_params. On a GPU, where TransformerEngine attends, it was not"
+        " run",
+    ),
+    Works(
         feature="FlexAttention for core attention",
         names="",
         test="tests/kernels/test_flex_attention.py::test_flex_is_stock",

@@ -6,7 +6,6 @@ What is refused of the run around the model stands in :mod:`.refused_runs`.
 from megatron_helix.options.features.refused_runs import RUNS
 from megatron_helix.options.features.rows import Refused, RefusedByLayer
 
-_PACKED = "sequences packed into one cannot be dealt out by batch, nor by equal chunks"
 _SCALES = "gathered weights and exchanged heads have no FP8 scaling factors"
 _CAPTURED = "exchanges have not been captured yet"
 _NOT_RUN = "it has not been run beside helix"
@@ -78,25 +77,18 @@ _ATTENTION = (
 )
 
 _PACKING = (
-    Refused(feature="Packed sequences (THD)", asks="--sft", field="sft", reason=_PACKED),
-    Refused(
-        feature="Masking between documents in the data loader",
-        asks="--dataloader-inter-document-masking",
-        field="dataloader_inter_document_masking",
-        reason=_PACKED,
-    ),
     Refused(
         feature="Packed sequences in reinforcement learning",
         asks="--rl-use-sequence-packing",
         field="rl_use_sequence_packing",
-        reason=_PACKED,
+        reason="megatron.rl is not in the wheel, and " + _NOT_RUN,
         parts="--rl-sequence-packing-max-sequences-per-bin --rl-sequence-packing-algo",
     ),
     Refused(
         feature="Hybrid context parallelism",
         asks="--hybrid-context-parallel",
         field="hybrid_context_parallel",
-        reason="it packs sequences, which cannot be dealt out by batch, nor by equal chunks",
+        reason="it cuts long documents over ranks, and so does the dim axis",
         parts="--max-seqlen-per-dp-cp-rank",
     ),
     Refused(
@@ -232,10 +224,17 @@ REFUSED_BY_LAYER = (
         test="tests/layers/test_layer_refusals.py::test_cross_attention_is_refused",
     ),
     RefusedByLayer(
-        feature="Packed sequences (THD) from an entry point of your own",
-        where="the first forward that is given packed_seq_params",
-        reason=_PACKED,
-        test="tests/layers/test_layer_refusals.py::test_packed_sequences_are_refused_in_a_layer",
+        feature="Packed sequences (THD) with padding between documents, or cut over ranks",
+        where="the first forward whose packed_seq_params have other cu_seqlens_*_padded than"
+        " cu_seqlens_q, or a cp_group",
+        reason="padding is dealt out as a part of its document, and a row as a whole",
+        test="tests/exchange/test_packed.py::test_bad_rows_are_refused",
+    ),
+    RefusedByLayer(
+        feature="Packed sequences (THD) under scores, a batch split or context parallelism",
+        where="helixify() and the first forward; before any rank is started with Megatron's flags",
+        reason="documents are apart, and a row is one sequence",
+        test="tests/exchange/test_packed.py::test_what_cannot_be_packed_is_refused",
     ),
     RefusedByLayer(
         feature="A mask of padding, for MoE layers under weights with a batch split",

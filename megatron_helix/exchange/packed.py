@@ -1,0 +1,249 @@
+"""Packed rows under helix: where their documents end, what of them a rank has, what it attends to.
+
+A row of documents (THD) is one sequence for the residual stream, dealt over the dim group by
+:mod:`megatron_helix.exchange.dealing`. Rank (i, j) has some runs of neighbouring tokens, each of
+one document, and gathered over the dim group the keys and values of the whole row. A run attends to
+its document up to its own end: for the core attention, a document of as many queries and more keys,
+aligned at their ends.
+
+The keys of all runs are laid one behind the other, as kernels for packed rows want them. Of a
+document in one chunk of n a rank has an early and a late piece, whose prefixes are together
+``1 + 1/2m`` times the document; one that spans more chunks is there once for each. On a GPU, where
+TransformerEngine attends, this was not run.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from itertools import pairwise
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+
+from megatron_helix.basics.errors import UserError
+from megatron_helix.exchange.dealing import Run
+from megatron_helix.exchange.plan import Plan
+from megatron_helix.exchange.tokens import pieces
+from megatron_helix.partition.layout import HelixLayout
+
+_CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal, AttnMaskType.causal_bottom_right)
+
+
+class _MaskType(Enum):
+    """TransformerEngine's name for packed queries at the ends of longer keys; Megatron has none."""
+
+    padding_causal_bottom_right = 1
+
+
+@dataclass
+class Share(PackedSeqParams):
+    """What a rank has of a packed row, in the place of Megatron's parameters.
+
+    The queries are one document, since each comes with a rotary frequency of its own; the keys are
+    the row's documents, as given.
+
+    Attributes:
+        positions: of the row, those of my tokens, ascending: ``[t/m]``.
+        in_documents: the same, counted from the beginning of their documents.
+        prefixes: of the row, the keys that each of my runs attends to, run after run.
+        rounds: of ``prefixes``, those that are all different: which, and the keys they are.
+        attended: my runs and their prefixes, as packed documents.
+    """
+
+    positions: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    in_documents: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    prefixes: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    rounds: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
+    attended: PackedSeqParams = field(default_factory=PackedSeqParams)
+
+
+def document_ends(packed: PackedSeqParams, tokens: int) -> tuple[int, ...]:
+    """Where the documents of a row of ``tokens`` begin and end, ``(0, ..., tokens)``.
+
+    Read once for a micro-batch, since a GPU is asked for it.
+
+    Raises:
+        UserError: for what helix cannot deal out: ends that do not add up, empty documents but
+            those at the row's end, padding between documents, and rows that context parallelism has
+            cut.
+    """
+    known = getattr(packed, "helix_ends", None)
+    if known is None:
+        known = packed.helix_ends = _read_ends(packed)  # type: ignore[attr-defined]
+    if known[-1] != tokens:
+        raise UserError(
+            f"packed_seq_params: documents must add up to the row's {tokens} tokens, got"
+            f" cu_seqlens_q that ends at {known[-1]}; give padding a document of its own"
+        )
+    return known
+
+
+def _read_ends(packed: PackedSeqParams) -> tuple[int, ...]:
+    if packed.qkv_format != "thd":
+        raise UserError(
+            "packed_seq_params: qkv_format must be thd, of documents in one row, got"
+            f" {packed.qkv_format!r}; leave packed_seq_params away where rows are not packed"
+        )
+    if packed.cp_group is not None or (packed.local_cp_size or 1) > 1:
+        raise UserError(
+            "packed_seq_params: rows under --helix-m > 1 must be whole, got cp_group or"
+            f" local_cp_size {packed.local_cp_size}; leave context parallelism away"
+        )
+    ends = [int(end) for end in packed.cu_seqlens_q]
+    for name in ("cu_seqlens_kv", "cu_seqlens_q_padded", "cu_seqlens_kv_padded"):
+        other = getattr(packed, name)
+        if other is not None and other.tolist() != ends:
+            raise UserError(
+                f"packed_seq_params: {name} must be equal to cu_seqlens_q under --helix-m > 1, got"
+                f" {_some(other.tolist())} and {_some(ends)}; make padding part of its document"
+            )
+    while len(ends) > 2 and ends[-1] == ends[-2]:  # Megatron fills cu_seqlens up with them
+        ends.pop()
+    for document, (start, end) in enumerate(pairwise(ends)):
+        if end <= start:
+            raise UserError(
+                f"packed_seq_params: document {document} must have a token or more, got"
+                f" cu_seqlens_q from {start} to {end}; leave empty documents away"
+            )
+    if len(ends) < 2 or ends[0]:
+        raise UserError(
+            f"packed_seq_params: cu_seqlens_q must begin with 0 and end a document or more, got"
+            f" {_some(ends)}; give where every document ends"
+        )
+    return tuple(ends)
+
+
+def _some(ends: list[int]) -> str:
+    return str(ends if len(ends) < 9 else [*ends[:4], "...", ends[-1]]).replace("'", "")
+
+
+def share_of(packed: PackedSeqParams, plan: Plan, layout: HelixLayout, segment: int) -> Share:
+    """What dim rank ``segment`` has of a row; the same for all layers, and made once."""
+    known = getattr(packed, "helix_share", None)
+    asked = plan, layout, segment
+    if known is None or known[0] != asked:
+        known = asked, _share(packed, *asked)
+        packed.helix_share = known  # type: ignore[attr-defined]
+    return known[1]
+
+
+def _share(packed: PackedSeqParams, plan: Plan, layout: HelixLayout, segment: int) -> Share:
+    runs = runs_of(plan, layout, segment)
+    starts, ends, documents = torch.tensor(runs).unbind(dim=1)
+    prefixes = ends - documents
+    positions = _laid(starts, ends - starts)
+    # A document's runs in turn: the first of each, the second of each, ...
+    before: Counter[int] = Counter()
+    turn = []
+    for run in runs:
+        turn.append(before[run.document])
+        before[run.document] += 1
+    keys = _laid(documents, prefixes)
+    turns = torch.tensor(turn).repeat_interleave(prefixes)
+    device = packed.cu_seqlens_q.device
+    rounds = []
+    for k in range(max(turn) + 1):
+        of_round = (turns == k).nonzero().squeeze(1)
+        rounds.append((of_round.to(device), keys[of_round].to(device)))
+    of_queries, of_keys = _ends(ends - starts), _ends(prefixes)
+    longest = {"max_seqlen_q": int((ends - starts).max()), "max_seqlen_kv": int(prefixes.max())}
+    return Share(
+        qkv_format="thd",
+        cu_seqlens_q=of_queries[[0, -1]].to(device),
+        cu_seqlens_kv=packed.cu_seqlens_kv,
+        max_seqlen_q=packed.max_seqlen_q,
+        max_seqlen_kv=packed.max_seqlen_kv,
+        tokens_per_sample=packed.tokens_per_sample,
+        positions=positions.to(device),
+        in_documents=(positions - documents.repeat_interleave(ends - starts)).to(device),
+        prefixes=keys.to(device),
+        rounds=tuple(rounds),
+        attended=PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=of_queries.to(device),
+            cu_seqlens_kv=of_keys.to(device),
+            **longest,
+        ),
+    )
+
+
+def runs_of(plan: Plan, layout: HelixLayout, segment: int) -> list[Run]:
+    """What dim rank ``segment`` attends for: the pieces of the plan, cut where documents end."""
+    ends = plan.documents
+    runs, document = [], 0
+    for piece in pieces(layout, segment, ends[-1], **plan.dealing):
+        start = piece.start
+        while start < piece.end:
+            while ends[document + 1] <= start:
+                document += 1
+            end = min(piece.end, ends[document + 1])
+            runs.append(Run(start, end, ends[document]))
+            start = end
+    return runs
+
+
+def _laid(starts: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """The numbers from every start on, one behind the other."""
+    before = lengths.cumsum(0) - lengths
+    return torch.arange(int(lengths.sum())) + (starts - before).repeat_interleave(lengths)
+
+
+def _ends(lengths: torch.Tensor) -> torch.Tensor:
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int32)
+
+
+class _Prefixes(torch.autograd.Function):
+    """Forward: the rows ``share.prefixes`` of x. Backward: their gradients added up.
+
+    In fp32, rounded once, as a kernel that sees all queries does; round by round, in each of which
+    no row is twice, so that every run gives the same sum. Saves the indices.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, share: Share) -> torch.Tensor:
+        ctx.length, ctx.rounds = x.size(0), share.rounds
+        return x.index_select(0, share.prefixes)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        several = len(ctx.rounds) > 1
+        wide = torch.promote_types(grad.dtype, torch.float32) if several else grad.dtype
+        total = grad.new_zeros((ctx.length, *grad.shape[1:]), dtype=wide)
+        for of_round, keys in ctx.rounds:
+            total.index_add_(0, keys, grad.index_select(0, of_round).to(wide))
+        return total.to(grad.dtype), None
+
+
+def attend_to_documents(
+    attend: Callable[..., torch.Tensor],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    share: Share,
+    attn_mask_type: AttnMaskType,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """My tokens' context: query ``[t/m, H/n, d]``, key and value ``[t, K/n, d]`` of the row.
+
+    Args:
+        attend: the core attention, which takes packed documents.
+        query: in the order of ``share.positions``.
+        key: in the order of the row.
+        value: the same.
+        share: what I have of the row.
+        attn_mask_type: a causal one, as GPT's are.
+        kwargs: what else the core attention takes.
+    """
+    assert attn_mask_type in _CAUSAL, attn_mask_type
+    return attend(
+        query,
+        _Prefixes.apply(key, share),
+        _Prefixes.apply(value, share),
+        None,
+        attn_mask_type=_MaskType.padding_causal_bottom_right,
+        packed_seq_params=share.attended,
+        **kwargs,
+    )
