@@ -15,11 +15,11 @@ from megatron_helix.basics.errors import UserError
 from megatron_helix.exchange import strategy
 from megatron_helix.options import checks
 from megatron_helix.options.checks import (
-    require_core_attention,
     require_loadable,
     require_one_of,
     require_plan,
 )
+from megatron_helix.options.core_attention import require_core_attention
 from megatron_helix.options.features.check import needs_order
 from megatron_helix.options.features.works import IN_ORDER
 from megatron_helix.options.flags import DEVICES, PHASES, FlagParser, add_helix_arguments
@@ -38,7 +38,7 @@ _SWITCHES = (
     *("group-query-attention", "rotary-interleaved", "attention-output-gate", "swiglu"),
     *("sequence-parallel", "overlap-grad-reduce", "multi-latent-attention"),
     *("use-distributed-optimizer", "no-load-optim", "finetune", "full-validation"),
-    "sft",
+    *("sft", "dataloader-inter-document-masking", "reset-attention-mask", "bf16", "fp16"),
 )
 _FOLDERS = ("load", "non-persistent-global-ckpt-dir", "pretrained-checkpoint")
 
@@ -139,6 +139,8 @@ def _read(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--position-embedding-type", default="learned_absolute")
     parser.add_argument("--rotary-percent", type=float, default=1.0)
     parser.add_argument("--attention-dropout", type=float, default=0.1)
+    parser.add_argument("--window-size")
+    parser.add_argument("--softmax-type", default="vanilla")
     for row in IN_ORDER:
         parser.add_argument(row.asks, nargs="+")
     return parser.parse_known_args(argv)[0]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from megatron_helix.basics.errors import UserError
+from megatron_helix.options.core_attention import OWN
 
 _MODELOPT = (
     *("--modelopt-enabled", "--export-model-type", "--export-legacy-megatron"),
@@ -65,8 +66,8 @@ def _tokenizes_otherwise(*kinds: str) -> Where:
 
 
 def _attends_locally(flags: argparse.Namespace) -> bool:
-    flex = flags.helix_core_attention == "flex"
-    return flex or (flags.transformer_impl == "local" and not flags.spec)
+    own = flags.helix_core_attention in OWN
+    return own or (flags.transformer_impl == "local" and not flags.spec)
 
 
 def _has_test_data(flags: argparse.Namespace) -> bool:
@@ -135,7 +136,7 @@ UNAVAILABLE = (
     Unavailable(
         flags=(*_PACKED, "--hybrid-context-parallel"),
         lacks="packs documents into one row, which neither Megatron's local attention nor"
-        " --helix-core-attention flex keeps apart",
+        " --helix-core-attention prefix, flex or ffpa keeps apart",
         instead="use --transformer-impl transformer_engine on a GPU, or a --spec whose core"
         " attention can",
         where=_attends_locally,

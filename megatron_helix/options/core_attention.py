@@ -1,0 +1,153 @@
+"""``--helix-core-attention``: what each of them cannot do, and which one ``auto`` takes."""
+
+import argparse
+from collections.abc import Iterator
+
+from megatron_helix.basics.errors import UserError
+from megatron_helix.kernels import core_times
+
+OWN = ("prefix", "flex", "ffpa")  # that stand in for the layer spec's
+CORE_ATTENTIONS = ("spec", *OWN, "auto")
+_FFPA_CHANNELS = range(320, 513)
+
+
+def require_core_attention(args: argparse.Namespace, on_cpu: bool) -> None:
+    """Check that the core attention that is asked for can do what the run asks of it.
+
+    Args:
+        args: the helix flags and Megatron's, parsed.
+        on_cpu: whether ranks are on the CPU device.
+
+    Raises:
+        UserError: for the first thing that it cannot.
+    """
+    core = args.helix_core_attention
+    if core not in CORE_ATTENTIONS:
+        raise UserError(
+            f"--helix-core-attention: must be one of {', '.join(CORE_ATTENTIONS)}, got {core!r}"
+        )
+    if args.helix_core_attention_times and core != "auto":
+        raise UserError(
+            "--helix-core-attention-times: is what --helix-core-attention auto reads, got"
+            f" --helix-core-attention {core}; leave one of the two away"
+        )
+    for reason in _reasons(core, args, on_cpu):
+        raise UserError(f"--helix-core-attention: {core} {reason}")
+
+
+def chosen(args: argparse.Namespace, *, on_cpu: bool, training: bool) -> tuple[str, str]:
+    """The core attention of a run, not ``auto``, and a line for the log if it was.
+
+    Args:
+        args: the helix flags and Megatron's, parsed.
+        on_cpu: whether ranks are on the CPU device.
+        training: whether there are backward passes.
+
+    Raises:
+        UserError: when the file of times cannot be read.
+    """
+    if args.helix_core_attention != "auto":
+        return args.helix_core_attention, ""
+    path = args.helix_core_attention_times
+    times = core_times.load(path) if path else core_times.MEASURED
+    able = [
+        core
+        for core in OWN
+        if not _packs(args) and next(_reasons(core, args, on_cpu), None) is None
+    ]
+    channels = _channels(args)
+    best, why = "spec", "the run is on the CPU, and the times are a GPU's"
+    if not on_cpu or path:
+        best, why = core_times.fastest(
+            times, able, channels=channels, length=args.seq_length, training=training
+        )
+    return best, f"helix core attention {best}, of spec, {', '.join(able) or 'no other'}: {why}"
+
+
+def _packs(args: argparse.Namespace) -> bool:
+    return args.sft or args.dataloader_inter_document_masking
+
+
+def _channels(args: argparse.Namespace) -> int:
+    """Head dimension, of flags that Megatron has validated or not."""
+    if args.kv_channels:
+        return args.kv_channels
+    return (args.hidden_size or 0) // (args.num_attention_heads or 1)
+
+
+def _reasons(core: str, args: argparse.Namespace, on_cpu: bool) -> Iterator[str]:
+    """Why it cannot run, each continuing a sentence that begins with its name."""
+    if core not in OWN:
+        return
+    if core in ("flex", "ffpa") and args.attention_dropout:
+        yield (
+            "needs --attention-dropout 0, since its kernel has no dropout, got"
+            f" {args.attention_dropout}; set it to 0"
+        )
+    if args.helix_exchange == "scores":
+        yield (
+            "never has the scores that --helix-exchange scores moves, got both; use"
+            " --helix-exchange activations or weights"
+        )
+    if args.context_parallel_size > 1:
+        yield (
+            "attends within one rank and needs --context-parallel-size 1, got"
+            f" {args.context_parallel_size}; leave one of the two away"
+        )
+    if args.multi_latent_attention:
+        yield (
+            "takes the place of Megatron's SelfAttention's, and --multi-latent-attention has none;"
+            " leave one of the two away"
+        )
+    if core == "flex" and on_cpu:
+        yield (
+            "needs a GPU, since torch's FlexAttention has no backward pass on a CPU, got"
+            " --helix-device cpu; leave one of the two away"
+        )
+    if core == "ffpa":
+        yield from _beyond_ffpa(args, on_cpu)
+
+
+def _beyond_ffpa(args: argparse.Namespace, on_cpu: bool) -> Iterator[str]:
+    """What the kernels of ffpa-attn 0.2.4 for Hopper lack."""
+    for flag, given, default in (
+        ("--window-size", args.window_size, None),
+        ("--softmax-type", args.softmax_type, "vanilla"),
+        ("--reset-attention-mask", args.reset_attention_mask, False),
+    ):
+        if given != default:
+            said = f"{flag} {given}" if given is not True else flag
+            yield (
+                "has no kernel for windows, softmax offsets and masks of documents, got"
+                f" {said}; use --helix-core-attention prefix"
+            )
+    channels = _channels(args)
+    if channels and channels not in _FFPA_CHANNELS:
+        yield (
+            f"has kernels for {_FFPA_CHANNELS.start} to {_FFPA_CHANNELS.stop - 1} channels a head,"
+            f" got {channels}; use --helix-core-attention spec"
+        )
+    if on_cpu:
+        yield "needs a GPU, got --helix-device cpu; leave one of the two away"
+    elif not (args.bf16 or args.fp16):
+        yield "has kernels for half precision, got neither --bf16 nor --fp16; add one"
+    else:
+        yield from _missing_ffpa()
+
+
+def _missing_ffpa() -> Iterator[str]:
+    from importlib.util import find_spec
+
+    import torch
+
+    if find_spec("ffpa_attn") is None:
+        yield (
+            "needs the package ffpa-attn, which is not installed; pip install"
+            " 'megatron-helix[ffpa]'"
+        )
+    capability = torch.cuda.get_device_capability()
+    if capability != (9, 0):
+        yield (
+            "has its kernels for Hopper (compute capability 9.0), and this GPU has"
+            f" {capability[0]}.{capability[1]}; use --helix-core-attention prefix"
+        )
