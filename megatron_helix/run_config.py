@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, model_
 
 from megatron_helix.basics.errors import UserError
 
+CoreAttention = Literal["spec", "prefix", "flex", "ffpa", "auto"]
+
 
 class Config(BaseModel):
     """A mapping of a config file; frozen, and without keys it does not know."""
@@ -73,7 +75,8 @@ class LayoutConfig(Config):
     """How the ranks share the work: stock (``tp``) or helix (``m``, ``n``), with PP and EP beside.
 
     The data-parallel size is what is left of the ranks. ``gtp`` of these keep 1/gtp of every weight
-    and gather it for use (Megatron's ``--tensor-parallel-num-weight-shards``, over tp).
+    and gather it for use (Megatron's ``--tensor-parallel-num-weight-shards``, over tp). With
+    ``core_attention`` it is another than the layer spec's, in a stock layout too.
     """
 
     name: str
@@ -83,6 +86,7 @@ class LayoutConfig(Config):
     exchange: str | None = None
     split: str | None = None
     gather: str | None = None
+    core_attention: CoreAttention | None = None
     distributed_optimizer: bool = False
     pp: PositiveInt = 1
     ep: PositiveInt = 1
@@ -124,6 +128,7 @@ class LayoutConfig(Config):
             )
         else:
             words += _valued(tensor_model_parallel_size=self.tp)
+        words += _valued(helix_core_attention=self.core_attention)
         if self.tensor_parallel_size > 1:
             words.append("--sequence-parallel")
         if self.cp > 1:

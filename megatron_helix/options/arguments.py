@@ -114,7 +114,7 @@ def complete(argv: Sequence[str], world_size: int) -> list[str]:
         implied = [*degree, *_helix_flags(args, argv, world_size)]
     on_cpu = device(argv) == "cpu"
     require_core_attention(args, on_cpu)
-    return [*argv, *(_cpu_flags(argv) if on_cpu else ()), *implied]
+    return [*argv, *(_cpu_flags(argv) if on_cpu else ()), *_mask_flags(args, argv), *implied]
 
 
 def _read(argv: Sequence[str]) -> argparse.Namespace:
@@ -191,6 +191,16 @@ def layout(
 
 def _cpu_flags(argv: Sequence[str]) -> list[str]:
     return [word for flag in _CPU_FLAGS if not _given(flag[0], argv) for word in flag]
+
+
+def _mask_flags(args: argparse.Namespace, argv: Sequence[str]) -> list[str]:
+    """Our own core attentions hide what is ahead by position: a mask of it would be read in vain.
+
+    That of ``--reset-attention-mask`` says more.
+    """
+    flag = "--no-create-attention-mask-in-dataloader"
+    own = args.helix_core_attention not in ("spec", "auto")
+    return [flag] if own and not args.reset_attention_mask and not _given(flag, argv) else []
 
 
 def _given(flag: str, argv: Sequence[str]) -> bool:

@@ -2,12 +2,14 @@
 
 import argparse
 from collections.abc import Iterator
+from typing import get_args
 
 from megatron_helix.basics.errors import UserError
 from megatron_helix.kernels import core_times
+from megatron_helix.run_config import CoreAttention
 
-OWN = ("prefix", "flex", "ffpa")  # that stand in for the layer spec's
-CORE_ATTENTIONS = ("spec", *OWN, "auto")
+CORE_ATTENTIONS = get_args(CoreAttention)
+OWN = CORE_ATTENTIONS[1:-1]  # that stand in for the layer spec's
 _FFPA_CHANNELS = range(320, 513)
 
 
@@ -62,6 +64,23 @@ def chosen(args: argparse.Namespace, *, on_cpu: bool, training: bool) -> tuple[s
             times, able, channels=channels, length=args.seq_length, training=training
         )
     return best, f"helix core attention {best}, of spec, {', '.join(able) or 'no other'}: {why}"
+
+
+def able(channels: int, *, on_cpu: bool) -> list[str]:
+    """Which can run a plain causal attention of this head dimension on this machine."""
+    plain = argparse.Namespace(
+        attention_dropout=0.0,
+        bf16=True,
+        context_parallel_size=1,
+        fp16=False,
+        helix_exchange="auto",
+        kv_channels=channels,
+        multi_latent_attention=False,
+        reset_attention_mask=False,
+        softmax_type="vanilla",
+        window_size=None,
+    )
+    return [core for core in OWN if next(_reasons(core, plain, on_cpu), None) is None]
 
 
 def _packs(args: argparse.Namespace) -> bool:

@@ -1,6 +1,7 @@
 """``PrefixAttention`` against stock ``DotProductAttention``: outputs and every gradient."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_helix.kernels.prefix_attention import PrefixAttention
 from tests.core_attention_case import B, D, H, build, gradients, hidden, one_rank, tensors
+from tests.distributed import pretrain_launched, tiny_gpt
 
 S = 40
 CAUSAL = AttnMaskType.causal
@@ -229,3 +231,20 @@ def test_packed_sequences_and_biases_are_refused() -> None:
     for given in ({"attention_bias": torch.zeros(1)}, {"packed_seq_params": object()}):
         with pytest.raises(ValueError, match=r"^--helix-core-attention: prefix takes neither"):
             core(*tensors(S, S, H), None, **given)
+
+
+def test_the_flag_puts_it_into_every_layer(
+    corpus_prefix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a stock layout, too; and no mask is made that it would not need."""
+    used, forward = tmp_path / "used", PrefixAttention.forward
+
+    def noted(self: PrefixAttention, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with used.open("a") as lines:
+            lines.write(f"{self.layer_number} {args[3]}\n")
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(PrefixAttention, "forward", noted)  # ranks are forks
+    flags = tiny_gpt(corpus_prefix, "--tensor-model-parallel-size", "2", train_iters=1)
+    pretrain_launched([*flags, "--helix-core-attention", "prefix"], 2, tmp_path)
+    assert set(used.read_text().splitlines()) == {"1 None", "2 None"}

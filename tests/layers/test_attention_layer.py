@@ -56,10 +56,8 @@ CUTS = [
 ] + [
     Cut(m=1, n=4),
     Cut(m=1, n=4, sequence_parallel=True),
-    Cut(m=4, n=1, exchange="activations", split="batch", core="prefix"),
     Cut(m=2, n=2, exchange="weights", split="sequence", sequence_parallel=True, core="prefix"),
     Cut(m=4, n=1, exchange="activations", split="sequence", core="prefix"),
-    Cut(m=1, n=4, core="prefix"),
 ]
 
 
