@@ -58,6 +58,7 @@ def enable(
     on_cpu = cpu_device.is_enabled()
     core_attention.require_core_attention(args, on_cpu)
     core, why = core_attention.chosen(args, on_cpu=on_cpu, training=training)
+    args.helix_core_attention, args.helix_core_attention_times = core, None  # from here on
     if why and args.rank == 0:
         print(why, flush=True)
 

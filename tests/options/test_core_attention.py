@@ -11,8 +11,10 @@ import torch
 import yaml
 
 from megatron_helix.kernels.core_times import MEASURED, CoreTime, fastest, load
+from megatron_helix.kernels.prefix_attention import PrefixAttention
 from megatron_helix.options import arguments
 from megatron_helix.options.core_attention import chosen, require_core_attention
+from tests.distributed import pretrain_launched, tiny_gpt
 
 WIDE = (
     *("--num-attention-heads", "4", "--hidden-size", "64", "--kv-channels", "512"),
@@ -151,3 +153,20 @@ def test_auto_goes_by_the_times_of_a_file(tmp_path: Path) -> None:
         chosen(args, on_cpu=True, training=True)
     with pytest.raises(ValueError, match=r"^--helix-core-attention-times: is what .* auto reads"):
         require_core_attention(read("--helix-core-attention-times", str(path)), on_cpu=True)
+
+
+def test_the_flag_puts_prefix_into_every_layer(
+    corpus_prefix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a stock layout, too; and no mask is made that it would not need."""
+    used, forward = tmp_path / "used", PrefixAttention.forward
+
+    def noted(self: PrefixAttention, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with used.open("a") as lines:
+            lines.write(f"{self.layer_number} {args[3]}\n")
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(PrefixAttention, "forward", noted)  # ranks are forks
+    flags = tiny_gpt(corpus_prefix, "--tensor-model-parallel-size", "2", train_iters=1)
+    pretrain_launched([*flags, "--helix-core-attention", "prefix"], 2, tmp_path)
+    assert set(used.read_text().splitlines()) == {"1 None", "2 None"}
