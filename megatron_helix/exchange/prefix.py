@@ -16,10 +16,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_helix.exchange.decode import attend_to_share, merge_shares
 from megatron_helix.exchange.plan import Plan
 from megatron_helix.exchange.tokens import Piece, pieces
+from megatron_helix.kernels.ffpa_attention import FFPAAttention
 from megatron_helix.kernels.flex_attention import FlexAttention
 from megatron_helix.kernels.prefix_attention import PrefixAttention
 from megatron_helix.partition.layout import HelixLayout
 from megatron_helix.partition.process_groups import HelixGroups
+
+
+# They align a causal mask to the bottom right by its type, as TransformerEngine does.
+_BY_TYPE = (FlexAttention, FFPAAttention)
 
 
 class _Prefixes(torch.autograd.Function):
@@ -124,12 +129,11 @@ class PrefixPieces(torch.nn.Module):
     ) -> torch.Tensor | None:
         """The mask of one piece, ``[b or 1, 1, length, end]``, True where hidden.
 
-        TransformerEngine and FlexAttention align a causal mask to the bottom right by its type; the
-        local implementation makes masks for square scores only and is given this one.
+        Megatron's local implementation makes masks for square scores only and is given this one.
         """
         if mask is not None:
             return mask[..., piece.start : piece.end, :end]
-        local = isinstance(self, DotProductAttention) and not isinstance(self, FlexAttention)
+        local = isinstance(self, DotProductAttention) and not isinstance(self, _BY_TYPE)
         if not causal or not local:
             return None
         hidden = torch.ones(piece.length, end, dtype=torch.bool, device=device)

@@ -377,6 +377,8 @@ def test_core_attentions_are_planned_as_what_they_are() -> None:
             _with_core(core, length=2048, **how), fused_channels=fused_channels
         )
 
+    flags = _with_core("prefix", length=2048).layout.flags(DENSE)
+    assert flags[flags.index("--helix-core-attention") + 1] == "prefix"
     assert of("ffpa") == of("flex") == of("spec", 512)
     assert of("auto") == of("prefix")
     assert of("auto", 512) == of("spec", 512)
