@@ -22,7 +22,6 @@ from megatron_helix.kernels.prefix_attention import PrefixAttention
 from megatron_helix.partition.layout import HelixLayout
 from megatron_helix.partition.process_groups import HelixGroups
 
-
 # They align a causal mask to the bottom right by its type, as TransformerEngine does.
 _BY_TYPE = (FlexAttention, FFPAAttention)
 

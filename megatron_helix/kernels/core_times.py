@@ -88,9 +88,9 @@ def fastest(
         length: of a sequence.
         training: whether a backward pass follows.
     """
-    wide = min((time.channels for time in times if time.channels >= channels), default=None)
-    # A fused kernel for a smaller head says nothing of a larger one, nor the other way round.
-    near = [time for time in times if time.channels == wide and wide <= 1.25 * channels]
+    # A kernel for a smaller head says nothing of a larger one, and a much larger one has others.
+    wide = min((time.channels for time in times if time.channels >= channels), default=0)
+    near = [time for time in times if time.channels == wide <= 1.25 * channels]
     lengths = {time.length for time in near if time.core == "spec"}
     if not lengths:
         return "spec", f"nothing was measured at {channels} channels"

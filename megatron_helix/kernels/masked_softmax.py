@@ -69,10 +69,21 @@ def softmax(
 def softmax_backward(
     grad: torch.Tensor, probabilities: torch.Tensor, piece: Piece, how: Scores, *, plain: bool
 ) -> torch.Tensor:
-    """Gradient of ``coefficient * scores``; ``plain`` says there was neither mask nor offset."""
+    """Gradient of ``coefficient * scores``, in the place of ``grad``.
+
+    Args:
+        grad: of the probabilities.
+        probabilities: of :func:`softmax`.
+        piece: their queries and keys.
+        how: what else there is to know.
+        plain: whether there was neither mask nor offset.
+    """
     if plain and _is_fused(probabilities, piece, how.sight):
         return _kernels().scaled_aligned_causal_masked_softmax_backward(grad, probabilities, 1.0)
-    return torch._softmax_backward_data(grad, probabilities, -1, probabilities.dtype)
+    # A row's sum is complete before an element of it is written, on CPUs and GPUs.
+    return torch._softmax_backward_data(
+        grad, probabilities, -1, probabilities.dtype, grad_input=grad
+    )
 
 
 def _hide(scores: torch.Tensor, piece: Piece, sight: Sight) -> None:

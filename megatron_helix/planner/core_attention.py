@@ -119,7 +119,7 @@ def _in_pieces(here: Deployment, flops: float) -> Core:
         keys_read=sum(piece.keys for piece in pieces) / keys,
         score_bytes=4 * scores * share * (15 / 12 if again else 1),
         kept_bytes=scores * share if keep else 0.0,
-        passing_bytes=largest * ((2 if train else 1) + (not keep)),
+        passing_bytes=largest * (1 if keep else 2),
     )
 
 

@@ -229,6 +229,20 @@ def test_dropout_keeps_its_share_and_the_backward_pass_drops_alike(
     torch.testing.assert_close(slope, expected, rtol=1e-6, atol=1e-6)
 
 
+def test_dropout_in_half_precision_is_that_of_double() -> None:
+    """The same seed drops the same, at the same scale."""
+    options = {"attention_dropout": RATE, "num_query_groups": 2}
+    inputs = [x.bfloat16() for x in tensors(S, S, 2)]
+    found = []
+    for more in (HALVES[torch.bfloat16], {}):
+        core = in_pieces(**options, **more)
+        with one_rank():
+            given = [x.to(core.config.params_dtype) for x in inputs]
+            found.append(gradients(core, given, None))
+    for name, exact in found[1].items():
+        assert distance(found[0][name], exact) <= 0.02, name
+
+
 def test_what_is_not_contiguous_and_what_was_not_written_does_no_harm(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -366,7 +366,7 @@ def test_attention_in_pieces_does_and_keeps_what_its_pieces_say(
     assert prefix.kept_bytes == pytest.approx(spec.kept_bytes * share if kept else 0)
     pieces = 1 / (2 * share - 1)
     largest = spec.kept_bytes / pieces
-    assert prefix.passing_bytes == pytest.approx(largest * (2 if kept else 3))
+    assert prefix.passing_bytes == pytest.approx(largest * (1 if kept else 2))
 
 
 def test_core_attentions_are_planned_as_what_they_are() -> None:
