@@ -1,11 +1,12 @@
 """``--helix-core-attention``: what each of them cannot do, and which one ``auto`` takes."""
 
 import argparse
-from collections.abc import Iterator
+import importlib.util
 from typing import get_args
 
 from megatron_helix.basics.errors import UserError
 from megatron_helix.kernels import core_times
+from megatron_helix.options.checks import require_one_of
 from megatron_helix.run_config import CoreAttention
 
 CORE_ATTENTIONS = get_args(CoreAttention)
@@ -24,17 +25,13 @@ def require_core_attention(args: argparse.Namespace, on_cpu: bool) -> None:
         UserError: for the first thing that it cannot.
     """
     core = args.helix_core_attention
-    if core not in CORE_ATTENTIONS:
-        raise UserError(
-            f"--helix-core-attention: must be one of {', '.join(CORE_ATTENTIONS)}, got {core!r}"
-        )
+    require_one_of("--helix-core-attention", core, CORE_ATTENTIONS)
     if args.helix_core_attention_times and core != "auto":
         raise UserError(
             "--helix-core-attention-times: is what --helix-core-attention auto reads, got"
             f" --helix-core-attention {core}; leave one of the two away"
         )
-    for reason in _reasons(core, args, on_cpu):
-        raise UserError(f"--helix-core-attention: {core} {reason}")
+    _require(core, args, on_cpu)
 
 
 def chosen(args: argparse.Namespace, *, on_cpu: bool, training: bool) -> tuple[str, str]:
@@ -52,11 +49,7 @@ def chosen(args: argparse.Namespace, *, on_cpu: bool, training: bool) -> tuple[s
         return args.helix_core_attention, ""
     path = args.helix_core_attention_times
     times = core_times.load(path) if path else core_times.MEASURED
-    able = [
-        core
-        for core in OWN
-        if not _packs(args) and next(_reasons(core, args, on_cpu), None) is None
-    ]
+    able = [] if _packs(args) else [core for core in OWN if _can(core, args, on_cpu)]
     channels = _channels(args)
     best, why = "spec", "the run is on the CPU, and the times are a GPU's"
     if not on_cpu or path:
@@ -80,7 +73,7 @@ def able(channels: int, *, on_cpu: bool) -> list[str]:
         softmax_type="vanilla",
         window_size=None,
     )
-    return [core for core in OWN if next(_reasons(core, plain, on_cpu), None) is None]
+    return [core for core in OWN if _can(core, plain, on_cpu)]
 
 
 def _packs(args: argparse.Namespace) -> bool:
@@ -94,79 +87,86 @@ def _channels(args: argparse.Namespace) -> int:
     return (args.hidden_size or 0) // (args.num_attention_heads or 1)
 
 
-def _reasons(core: str, args: argparse.Namespace, on_cpu: bool) -> Iterator[str]:
-    """Why it cannot run, each continuing a sentence that begins with its name."""
+def _can(core: str, args: argparse.Namespace, on_cpu: bool) -> bool:
+    try:
+        _require(core, args, on_cpu)
+    except UserError:
+        return False
+    return True
+
+
+def _require(core: str, args: argparse.Namespace, on_cpu: bool) -> None:
     if core not in OWN:
         return
     if core in ("flex", "ffpa") and args.attention_dropout:
-        yield (
-            "needs --attention-dropout 0, since its kernel has no dropout, got"
-            f" {args.attention_dropout}; set it to 0"
+        raise UserError(
+            f"--helix-core-attention: {core} needs --attention-dropout 0, since its kernel has no"
+            f" dropout, got {args.attention_dropout}; set it to 0"
         )
     if args.helix_exchange == "scores":
-        yield (
-            "never has the scores that --helix-exchange scores moves, got both; use"
-            " --helix-exchange activations or weights"
+        raise UserError(
+            f"--helix-core-attention: {core} never has the scores that --helix-exchange scores"
+            " moves, got both; use --helix-exchange activations or weights"
         )
     if args.context_parallel_size > 1:
-        yield (
-            "attends within one rank and needs --context-parallel-size 1, got"
-            f" {args.context_parallel_size}; leave one of the two away"
+        raise UserError(
+            f"--helix-core-attention: {core} attends within one rank and needs"
+            f" --context-parallel-size 1, got {args.context_parallel_size}; leave one of the two"
+            " away"
         )
     if args.multi_latent_attention:
-        yield (
-            "takes the place of Megatron's SelfAttention's, and --multi-latent-attention has none;"
-            " leave one of the two away"
+        raise UserError(
+            f"--helix-core-attention: {core} takes the place of Megatron's SelfAttention's, and"
+            " --multi-latent-attention has none; leave one of the two away"
         )
     if core == "flex" and on_cpu:
-        yield (
-            "needs a GPU, since torch's FlexAttention has no backward pass on a CPU, got"
-            " --helix-device cpu; leave one of the two away"
+        raise UserError(
+            "--helix-core-attention: flex needs a GPU, since torch's FlexAttention has no backward"
+            " pass on a CPU, got --helix-device cpu; leave one of the two away"
         )
     if core == "ffpa":
-        yield from _beyond_ffpa(args, on_cpu)
+        _require_ffpa(args, on_cpu)
 
 
-def _beyond_ffpa(args: argparse.Namespace, on_cpu: bool) -> Iterator[str]:
-    """What the kernels of ffpa-attn 0.2.4 for Hopper lack."""
+def _require_ffpa(args: argparse.Namespace, on_cpu: bool) -> None:
+    """What the kernels of ffpa-attn 0.2.4 for Hopper have."""
     for flag, given, default in (
         ("--window-size", args.window_size, None),
         ("--softmax-type", args.softmax_type, "vanilla"),
         ("--reset-attention-mask", args.reset_attention_mask, False),
     ):
         if given != default:
-            said = f"{flag} {given}" if given is not True else flag
-            yield (
-                "has no kernel for windows, softmax offsets and masks of documents, got"
-                f" {said}; use --helix-core-attention prefix"
+            raise UserError(
+                "--helix-core-attention: ffpa has no kernel for windows, softmax offsets and masks"
+                f" of documents, got {flag} {given}; use --helix-core-attention prefix"
             )
     channels = _channels(args)
     if channels and channels not in _FFPA_CHANNELS:
-        yield (
-            f"has kernels for {_FFPA_CHANNELS.start} to {_FFPA_CHANNELS.stop - 1} channels a head,"
-            f" got {channels}; use --helix-core-attention spec"
+        raise UserError(
+            f"--helix-core-attention: ffpa has kernels for {_FFPA_CHANNELS.start} to"
+            f" {_FFPA_CHANNELS.stop - 1} channels a head, got {channels}; use"
+            " --helix-core-attention spec"
         )
     if on_cpu:
-        yield "needs a GPU, got --helix-device cpu; leave one of the two away"
-    elif not (args.bf16 or args.fp16):
-        yield "has kernels for half precision, got neither --bf16 nor --fp16; add one"
-    else:
-        yield from _missing_ffpa()
-
-
-def _missing_ffpa() -> Iterator[str]:
-    from importlib.util import find_spec
-
+        raise UserError(
+            "--helix-core-attention: ffpa needs a GPU, got --helix-device cpu; leave one of the two"
+            " away"
+        )
+    if not (args.bf16 or args.fp16):
+        raise UserError(
+            "--helix-core-attention: ffpa has kernels for half precision, got neither --bf16 nor"
+            " --fp16; add one"
+        )
+    if importlib.util.find_spec("ffpa_attn") is None:
+        raise UserError(
+            "--helix-core-attention: ffpa needs the package ffpa-attn, which is not installed; pip"
+            " install 'megatron-helix[ffpa]'"
+        )
     import torch
 
-    if find_spec("ffpa_attn") is None:
-        yield (
-            "needs the package ffpa-attn, which is not installed; pip install"
-            " 'megatron-helix[ffpa]'"
-        )
-    capability = torch.cuda.get_device_capability()
-    if capability != (9, 0):
-        yield (
-            "has its kernels for Hopper (compute capability 9.0), and this GPU has"
-            f" {capability[0]}.{capability[1]}; use --helix-core-attention prefix"
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) != (9, 0):
+        raise UserError(
+            "--helix-core-attention: ffpa has its kernels for Hopper (compute capability 9.0), and"
+            f" this GPU has {major}.{minor}; use --helix-core-attention prefix"
         )

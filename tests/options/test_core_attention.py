@@ -43,7 +43,10 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "dropout": (("--attention-dropout", "0.1"), r"ffpa needs --attention-dropout 0, .* got 0\.1;"),
     "windows": (("--window-size", "(8,0)"), r"ffpa has no kernel for windows, .* --window-size "),
     "offsets": (("--softmax-type", "learnable"), r"ffpa has no kernel .* --softmax-type learnable"),
-    "documents": (("--reset-attention-mask",), r"ffpa has no kernel .* --reset-attention-mask;"),
+    "documents": (
+        ("--reset-attention-mask",),
+        r"ffpa has no kernel .* --reset-attention-mask True;",
+    ),
     "small heads": (("--kv-channels", "256"), r"ffpa has kernels for 320 to 512 .* got 256; use"),
     "partial scores": (("--helix-exchange", "scores"), r"ffpa never has the scores that"),
     "context parallelism": (("--context-parallel-size", "2"), r"ffpa attends within one rank"),

@@ -145,7 +145,6 @@ MODELS = (
         feature="Core attention on pieces of the queries",
         names="",
         test="tests/kernels/test_prefix_attention.py::test_prefix_is_stock",
-        examples=("--helix-core-attention prefix",),
         note="--helix-core-attention prefix. On CPUs; not run on a GPU yet. Not with context"
         " parallelism, multi-latent attention or --helix-exchange scores",
     ),
