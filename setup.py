@@ -45,6 +45,8 @@ setup(
     extras_require={
         # Builds against the torch that is installed: pip install --no-build-isolation '.[gpu]'
         "gpu": ["transformer-engine[core_cu13,pytorch]"],
+        # --helix-core-attention ffpa, on Hopper. It pins its own CUTLASS DSL and quack-kernels.
+        "ffpa": ["ffpa-attn==0.2.4"],
         "dev": [
             "pytest>=9",
             "pytest-xdist>=3.8",

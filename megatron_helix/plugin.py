@@ -14,14 +14,14 @@ from megatron_helix.layers import vocabulary
 from megatron_helix.layers.layer_spec import (
     helixify,
     swap_norms,
+    with_core_attention,
     with_document_attention,
-    with_flex_attention,
     with_sequence_parallel_norms,
 )
 from megatron_helix.layers.linear import finish_step, link
-from megatron_helix.options import arguments, parsed
+from megatron_helix.options import arguments, core_attention, parsed
 from megatron_helix.partition.layout import HelixLayout
-from megatron_helix.upstream import checkpoint_reader, initial_weights, patches
+from megatron_helix.upstream import checkpoint_reader, cpu_device, initial_weights, patches
 
 
 def enable(
@@ -57,10 +57,15 @@ def enable(
             said = f"helix 1x{layout.n}: the heads divide; this is plain tensor parallelism"
             print(said, flush=True)
 
+    on_cpu = cpu_device.is_enabled()
+    core_attention.require_core_attention(args, on_cpu)
+    core, why = core_attention.chosen(args, on_cpu=on_cpu, training=training)
+    args.helix_core_attention, args.helix_core_attention_times = core, None  # from here on
+    if why and args.rank == 0:
+        print(why, flush=True)
+
     def helix(spec: Any) -> Any:
-        if args.helix_core_attention == "flex":
-            spec = with_flex_attention(spec)
-        spec = with_document_attention(spec)
+        spec = with_document_attention(with_core_attention(spec, core))
         return helixify(spec, layout, arguments.choice(args)) if layout else spec
 
     def stock_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Any:

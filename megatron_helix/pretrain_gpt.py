@@ -171,6 +171,8 @@ def turn_on(args: argparse.Namespace, model_config: Any) -> Any:
     from megatron_helix import plugin
     from megatron_helix.recording.record import Recording, record
 
+    with errors.told():
+        model_config = plugin.enable(args, model_config)
     if args.helix_metrics:
         record(
             Recording(
@@ -183,8 +185,7 @@ def turn_on(args: argparse.Namespace, model_config: Any) -> Any:
                 count_flops=args.helix_core_attention != "flex",
             )
         )
-    with errors.told():
-        return plugin.enable(args, model_config)
+    return model_config
 
 
 if __name__ == "__main__":

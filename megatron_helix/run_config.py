@@ -20,6 +20,8 @@ from pydantic import (
 
 from megatron_helix.basics.errors import UserError
 
+CoreAttention = Literal["spec", "prefix", "flex", "ffpa", "auto"]
+
 
 class Config(BaseModel):
     """A mapping of a config file; frozen, and without keys it does not know."""
@@ -89,6 +91,7 @@ class LayoutConfig(Config):
     :mod:`megatron_helix.options.environment`.
 
     Attributes:
+        core_attention: another than the layer spec's, in a stock layout too.
         fsdp: fully sharded data parallelism, Megatron's own (strategy ``optim_grads_params``) or
             torch's: a data-parallel rank keeps its part of weights, gradients and optimizer states,
             and gathers a layer's weights for use.
@@ -108,6 +111,7 @@ class LayoutConfig(Config):
     exchange: str | None = None
     split: str | None = None
     gather: str | None = None
+    core_attention: CoreAttention | None = None
     distributed_optimizer: bool = False
     overlap_dp: bool = False
     fsdp: Literal["megatron_fsdp", "torch_fsdp2"] | None = None
@@ -208,6 +212,7 @@ class LayoutConfig(Config):
             )
         else:
             words += _valued(tensor_model_parallel_size=self.tp)
+        words += _valued(helix_core_attention=self.core_attention)
         if self.tensor_parallel_size > 1:
             words.append("--sequence-parallel")
         if self.cp > 1:

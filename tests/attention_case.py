@@ -20,7 +20,11 @@ from megatron.core.transformer.spec_utils import build_module
 
 from megatron_helix.exchange.plan import Plan
 from megatron_helix.exchange.strategy import Choice
-from megatron_helix.layers.layer_spec import helixify, with_sequence_parallel_norms
+from megatron_helix.layers.layer_spec import (
+    helixify,
+    with_core_attention,
+    with_sequence_parallel_norms,
+)
 from megatron_helix.partition.layout import HelixLayout
 from tests.cpu_config import cpu_config
 from tests.distributed import model_parallel
@@ -45,6 +49,7 @@ class Cut:
     exchange: str = "activations"
     split: str = "batch"
     sequence_parallel: bool = False
+    core: str = "spec"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +153,7 @@ def _build(model: Model, cut: Cut | None, groups: ProcessGroupCollection) -> tor
     spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm)
     if cut:
         choice = Choice(exchange=cut.exchange, split=cut.split)
+        spec = with_core_attention(spec, cut.core)
         cut_spec = helixify(spec, layout_of(cut, model), choice)
         assert (cut_spec is spec) == (cut.m == 1)  # one segment is plain tensor parallelism
         spec = with_sequence_parallel_norms(cut_spec, config)

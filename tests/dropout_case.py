@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_block import (
 
 from megatron_helix.exchange.strategy import Choice
 from megatron_helix.exchange.tokens import chunk_positions
+from megatron_helix.layers.layer_spec import with_core_attention
 from megatron_helix.partition.layout import HelixLayout
 from tests import block_case
 from tests.distributed import model_parallel
@@ -47,6 +48,7 @@ class Cut:
     attention_rate: float = RATE
     hidden_rate: float = RATE
     recompute: tuple[str, ...] = ()  # modules; "full" is all
+    core: str = "spec"
 
     @property
     def layout(self) -> HelixLayout | None:
@@ -151,6 +153,7 @@ def _build(cut: Cut) -> TransformerBlock:
     config, spec = block_case.describe(
         _block(cut), groups, layout, choice, sequence_parallel=cut.sequence_parallel
     )
+    spec = with_core_attention(spec, cut.core)
     one_by_one = isinstance(spec, TransformerBlockSubmodules)
     for layer in spec.layer_specs if one_by_one else [spec]:
         mask_type = AttnMaskType.causal if cut.causal else AttnMaskType.padding

@@ -69,6 +69,7 @@ EXCHANGES = {
     "auto": (),
 }
 STEP = ("--helix-gather", "step")
+PREFIX = ("--helix-core-attention", "prefix")
 DP2 = ("--use-distributed-optimizer",)
 FULL_RECOMPUTE = (
     *("--recompute-granularity", "full", "--recompute-method", "uniform"),
@@ -218,6 +219,32 @@ def test_recomputation_changes_nothing(
     stock: Stock, helix: Helix, model: str, m: int, n: int, exchange: str, flags: tuple[str, ...]
 ) -> None:
     assert_same_training(helix(model, m, n, exchange, *flags), stock(model))
+
+
+@pytest.mark.parametrize(
+    ("model", "m", "n", "exchange", "flags"),
+    [
+        ("dense_sp", 2, 2, "weights-sequence", ()),
+        *(
+            pytest.param(*case, marks=THOROUGH)
+            for case in [
+                ("dense", 4, 1, "activations-sequence", ()),
+                ("gated_sp", 4, 1, "weights-sequence", FULL_RECOMPUTE),
+                ("output_gate_sp", 2, 2, "activations-sequence", recompute("core_attn")),
+                ("pp2", 2, 2, "weights-batch", SP),
+            ]
+        ),
+    ],
+)
+def test_attention_in_pieces_trains_as_stock(
+    stock: Stock, helix: Helix, model: str, m: int, n: int, exchange: str, flags: tuple[str, ...]
+) -> None:
+    assert_same_training(helix(model, m, n, exchange, *PREFIX, *flags), stock(model))
+
+
+def test_a_stock_layout_has_attention_in_pieces_too(stock: Stock, corpus_prefix: Path) -> None:
+    flags = tiny_gpt(corpus_prefix, *MODELS["dense"], "--tensor-model-parallel-size", "4", *PREFIX)
+    assert_same_training(pretrain(flags, 4), stock("dense"))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 Rank (i, j) holds the queries of some pieces of the sequence (:mod:`megatron_helix.exchange.tokens`
 says which) and, gathered over the dim group, the keys and values of the whole sequence. A causal
-piece needs only keys up to its own end.
+piece needs only keys up to its own end. :class:`PrefixAttention` takes all pieces in one call;
+other core attentions are called for each.
 """
 
 from typing import Any
@@ -16,9 +17,14 @@ from megatron_helix.exchange.decode import attend_to_share, merge_shares
 from megatron_helix.exchange.packed import Share, attend_to_documents
 from megatron_helix.exchange.plan import Plan
 from megatron_helix.exchange.tokens import Piece, pieces
+from megatron_helix.kernels.ffpa_attention import FFPAAttention
 from megatron_helix.kernels.flex_attention import FlexAttention
+from megatron_helix.kernels.prefix_attention import PrefixAttention
 from megatron_helix.partition.layout import HelixLayout
 from megatron_helix.partition.process_groups import HelixGroups
+
+# They align a causal mask to the bottom right by its type, as TransformerEngine does.
+_BY_TYPE = (FlexAttention, FFPAAttention)
 
 
 class _Prefixes(torch.autograd.Function):
@@ -80,6 +86,17 @@ class PrefixPieces(torch.nn.Module):
             )
         layout, segment = self.helix_layout, self.helix_groups.segment
         mine = pieces(layout, segment, key.size(0), balanced=self.plan.balanced)
+        if isinstance(self, PrefixAttention):
+            if attention_mask is not None:
+                attention_mask = torch.cat(
+                    [attention_mask[..., piece.start : piece.end, :] for piece in mine], dim=-2
+                )
+            return attend(
+                *(query, key, value, attention_mask),
+                attn_mask_type=attn_mask_type,
+                runs=[tuple(piece) for piece in mine],
+                **kwargs,
+            )
         causal = attn_mask_type == AttnMaskType.causal
         ends = [piece.end if causal else key.size(0) for piece in mine]
         parts = zip(
@@ -123,12 +140,11 @@ class PrefixPieces(torch.nn.Module):
     ) -> torch.Tensor | None:
         """The mask of one piece, ``[b or 1, 1, length, end]``, True where hidden.
 
-        TransformerEngine and FlexAttention align a causal mask to the bottom right by its type; the
-        local implementation makes masks for square scores only and is given this one.
+        Megatron's local implementation makes masks for square scores only and is given this one.
         """
         if mask is not None:
             return mask[..., piece.start : piece.end, :end]
-        local = isinstance(self, DotProductAttention) and not isinstance(self, FlexAttention)
+        local = isinstance(self, DotProductAttention) and not isinstance(self, _BY_TYPE)
         if not causal or not local:
             return None
         hidden = torch.ones(piece.length, end, dtype=torch.bool, device=device)

@@ -25,12 +25,16 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron_helix.basics.errors import UserError
 from megatron_helix.exchange.strategy import Choice
 from megatron_helix.kernels.document_attention import DocumentAttention
+from megatron_helix.kernels.ffpa_attention import FFPAAttention
 from megatron_helix.kernels.flex_attention import FlexAttention
+from megatron_helix.kernels.prefix_attention import PrefixAttention
 from megatron_helix.layers.attention import HelixSelfAttention
 from megatron_helix.layers.linear import helix_linear
 from megatron_helix.layers.norm import sequence_parallel_norm
 from megatron_helix.layers.transformer_layer import helix_layer
 from megatron_helix.partition.layout import HelixLayout
+
+CORE_ATTENTIONS = {"prefix": PrefixAttention, "flex": FlexAttention, "ffpa": FFPAAttention}
 
 
 def helixify(spec: Any, layout: HelixLayout, choice: Choice = Choice()) -> Any:
@@ -87,12 +91,15 @@ def _require_cut(submodules: Any, layout: HelixLayout) -> None:
         )
 
 
-def with_flex_attention(spec: Any) -> Any:
-    """``spec``, before or after :func:`helixify`, with FlexAttention for core attention."""
+def with_core_attention(spec: Any, core: str) -> Any:
+    """``spec``, before or after :func:`helixify`, with one of our own core attentions, by name.
+
+    ``"spec"`` leaves it as it is.
+    """
 
     def swap(node: Any) -> Any:
-        if isinstance(node, SelfAttentionSubmodules):
-            return dataclasses.replace(node, core_attention=FlexAttention)
+        if isinstance(node, SelfAttentionSubmodules) and core != "spec":
+            return dataclasses.replace(node, core_attention=CORE_ATTENTIONS[core])
         return node
 
     return _map_spec(spec, swap)

@@ -15,12 +15,12 @@ from megatron_helix.basics.errors import UserError
 from megatron_helix.exchange import strategy
 from megatron_helix.options import checks
 from megatron_helix.options.checks import (
-    require_core_attention,
     require_loadable,
     require_one_of,
     require_plan,
     require_rival,
 )
+from megatron_helix.options.core_attention import require_core_attention
 from megatron_helix.options.features.check import needs_order
 from megatron_helix.options.features.works import IN_ORDER
 from megatron_helix.options.flags import DEVICES, PHASES, FlagParser, add_helix_arguments
@@ -39,7 +39,7 @@ _SWITCHES = (
     *("group-query-attention", "rotary-interleaved", "attention-output-gate", "swiglu"),
     *("sequence-parallel", "overlap-grad-reduce", "multi-latent-attention"),
     *("use-distributed-optimizer", "no-load-optim", "finetune", "full-validation"),
-    *("sft", "dataloader-inter-document-masking"),
+    *("sft", "dataloader-inter-document-masking", "reset-attention-mask", "bf16", "fp16"),
     *("use-megatron-fsdp", "use-torch-fsdp2", "add-qkv-bias"),
 )
 _FOLDERS = ("load", "non-persistent-global-ckpt-dir", "pretrained-checkpoint")
@@ -118,7 +118,7 @@ def complete(argv: Sequence[str], world_size: int) -> list[str]:
     require_core_attention(args, on_cpu)
     if not wants_helix(args) or args.helix_m == 1:  # else the table of features refuses them
         require_rival(args, on_cpu)
-    return [*argv, *(_cpu_flags(argv) if on_cpu else ()), *implied]
+    return [*argv, *(_cpu_flags(argv) if on_cpu else ()), *_mask_flags(args, argv), *implied]
 
 
 def _read(argv: Sequence[str]) -> argparse.Namespace:
@@ -144,6 +144,8 @@ def _read(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--position-embedding-type", default="learned_absolute")
     parser.add_argument("--rotary-percent", type=float, default=1.0)
     parser.add_argument("--attention-dropout", type=float, default=0.1)
+    parser.add_argument("--window-size")
+    parser.add_argument("--softmax-type", default="vanilla")
     for row in IN_ORDER:
         parser.add_argument(row.asks, nargs="+")
     return parser.parse_known_args(argv)[0]
@@ -194,6 +196,16 @@ def layout(
 
 def _cpu_flags(argv: Sequence[str]) -> list[str]:
     return [word for flag in _CPU_FLAGS if not _given(flag[0], argv) for word in flag]
+
+
+def _mask_flags(args: argparse.Namespace, argv: Sequence[str]) -> list[str]:
+    """Our own core attentions hide what is ahead by position: a mask of it would be read in vain.
+
+    That of ``--reset-attention-mask`` says more.
+    """
+    flag = "--no-create-attention-mask-in-dataloader"
+    own = args.helix_core_attention not in ("spec", "auto")
+    return [flag] if own and not args.reset_attention_mask and not _given(flag, argv) else []
 
 
 def _given(flag: str, argv: Sequence[str]) -> bool:

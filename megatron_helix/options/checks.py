@@ -14,8 +14,6 @@ from megatron_helix.exchange import strategy, traffic
 from megatron_helix.exchange.plan import Plan
 from megatron_helix.partition.layout import HelixLayout
 
-CORE_ATTENTIONS = ("spec", "flex")
-
 
 def require_one_of(flag: str, value: Any, allowed: Sequence[str]) -> None:
     """Check that a flag has one of the values it knows."""
@@ -71,38 +69,6 @@ def _validated(args: argparse.Namespace, cut: HelixLayout) -> Iterator[tuple[str
         yield flag, args.eval_micro_batch_size, f"use a multiple of --helix-m ({cut.m})"
     if args.full_validation:
         yield "--full-validation", 1, "leave it away, or use another --seq-length"
-
-
-def require_core_attention(args: argparse.Namespace, on_cpu: bool) -> None:
-    """Check that FlexAttention can do what the run asks of it."""
-    require_one_of("--helix-core-attention", args.helix_core_attention, CORE_ATTENTIONS)
-    if args.helix_core_attention != "flex":
-        return
-    if args.attention_dropout:
-        raise UserError(
-            "--helix-core-attention: flex needs --attention-dropout 0, since its kernel has no"
-            f" dropout, got {args.attention_dropout}; set it to 0"
-        )
-    if args.helix_exchange == "scores":
-        raise UserError(
-            "--helix-core-attention: flex never has the scores that --helix-exchange scores moves,"
-            " got both; use --helix-exchange activations or weights"
-        )
-    if args.context_parallel_size > 1:
-        raise UserError(
-            "--helix-core-attention: flex attends within one rank and needs --context-parallel-size"
-            f" 1, got {args.context_parallel_size}; leave one of the two away"
-        )
-    if args.multi_latent_attention:
-        raise UserError(
-            "--helix-core-attention: flex takes the place of Megatron's SelfAttention's, and"
-            " --multi-latent-attention has none; leave one of the two away"
-        )
-    if on_cpu:
-        raise UserError(
-            "--helix-core-attention: flex needs a GPU, since torch's FlexAttention has no backward"
-            " pass on a CPU, got --helix-device cpu; leave one of the two away"
-        )
 
 
 def require_rival(args: argparse.Namespace, on_cpu: bool) -> None:

@@ -6,7 +6,7 @@ from typing import NoReturn
 
 from megatron_helix.basics.errors import UserError
 from megatron_helix.exchange import strategy
-from megatron_helix.options.checks import CORE_ATTENTIONS
+from megatron_helix.options.core_attention import CORE_ATTENTIONS
 
 DEVICES = ("auto", "cpu", "cuda")
 PHASES = ("train", "prefill")
@@ -65,8 +65,17 @@ def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         "--helix-core-attention",
         default=CORE_ATTENTIONS[0],
         help=f"What computes softmax(QK)V: {', '.join(CORE_ATTENTIONS)}. spec is that of the layer"
-        " spec, TransformerEngine's or the local one; flex is torch's FlexAttention, which keeps"
-        " scores out of memory at any head dimension. Works without M and N as well.",
+        " spec, TransformerEngine's or the local one; prefix multiplies pieces of the queries with"
+        " the keys that they see, for head dimensions without a fused kernel; flex is torch's"
+        " FlexAttention, ffpa that of the package ffpa-attn, which keep scores out of memory; auto"
+        " takes what was fastest where it was measured. Works without M and N as well.",
+    )
+    group.add_argument(
+        "--helix-core-attention-times",
+        type=Path,
+        metavar="FILE",
+        help="A hardware file of helix calibrate, with the times that --helix-core-attention auto"
+        " goes by. Without one they are an H200's.",
     )
     group.add_argument(
         "--helix-device",

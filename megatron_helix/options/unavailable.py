@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from megatron_helix.basics.errors import UserError
+from megatron_helix.options.core_attention import OWN
 
 _MODELOPT = (
     *("--modelopt-enabled", "--export-model-type", "--export-legacy-megatron"),
@@ -66,8 +67,8 @@ def _tokenizes_otherwise(*kinds: str) -> Where:
 
 
 def _attends_locally(flags: argparse.Namespace) -> bool:
-    flex = flags.helix_core_attention == "flex"
-    return flex or (flags.transformer_impl == "local" and not flags.spec)
+    own = flags.helix_core_attention in OWN
+    return own or (flags.transformer_impl == "local" and not flags.spec)
 
 
 def _has_test_data(flags: argparse.Namespace) -> bool:
@@ -154,19 +155,14 @@ UNAVAILABLE = (
     ),
     Unavailable(
         flags=_PACKED,
-        lacks="packs documents into one row, which --helix-core-attention flex does not keep apart",
-        instead="leave one of the two away",
-        where=lambda flags: flags.helix_core_attention == "flex",
-    ),
-    Unavailable(
-        flags=_PACKED,
         lacks="tells where documents end, which Megatron's plan of a forward pass leaves out",
         instead="leave --overlap-moe-expert-parallel-comm away",
         where=lambda flags: flags.overlap_moe_expert_parallel_comm,
     ),
     Unavailable(
         flags=("--hybrid-context-parallel",),
-        lacks="cuts documents over ranks, which Megatron's local attention cannot",
+        lacks="cuts documents over ranks, which neither Megatron's local attention nor"
+        " --helix-core-attention prefix, flex or ffpa can",
         instead="use --transformer-impl transformer_engine on a GPU, or a --spec whose core"
         " attention can",
         where=_attends_locally,

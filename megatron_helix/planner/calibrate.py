@@ -12,7 +12,8 @@ several nodes, among all. With the alpha-beta model of
 :meth:`megatron_helix.planner.hardware.Hardware.seconds`, ``t = hops alpha + bytes / beta``, the two
 give latency and bandwidth of each level of links; the file holds the medians over the kinds, and
 each kind in its note. GEMMs multiply random numbers, and many in a row on a GPU: constants, or one
-product alone, draw less power and run at a higher clock than a model does.
+product alone, draw less power and run at a higher clock than a model does. Core attentions are
+timed as layers have them (:mod:`megatron_helix.planner.core_timing`).
 """
 
 import argparse
@@ -33,6 +34,7 @@ from megatron_helix.basics import errors, files, signals
 from megatron_helix.basics.errors import UserError
 from megatron_helix.planner.book import share
 from megatron_helix.planner.hardware import crossing, hops
+from megatron_helix.upstream import cpu_device
 
 REPEATS = 5
 GEMMS_ON_GPU = 200  # in a row: a quarter of a second
@@ -127,7 +129,18 @@ def measure(device: str, per_node: int) -> Measured:
         "copied": copied,
         "element_bytes": source.element_size(),
         "links": links,
+        "core_attention": _core_attention(device),
     }
+
+
+def _core_attention(device: str) -> list[dict[str, Any]]:
+    """Times of core attentions, for ``--helix-core-attention auto``."""
+    from megatron_helix.planner import core_timing  # slow: it imports Megatron
+
+    if device == "cpu":
+        cpu_device.enable()
+    with core_timing.alone():
+        return [each.model_dump() for each in core_timing.measure(device)]
 
 
 def _links(
@@ -224,6 +237,7 @@ def write(measured: Measured, out: Path) -> None:
         "memory_bandwidth": quantity(measured["copied"], "GB/s", 1e9),
         **{level: link(kinds) for level, kinds in measured["links"].items()},
         "element_bytes": measured["element_bytes"],
+        "core_attention": measured["core_attention"],
         "note": note,
     }
     files.write(out, yaml.safe_dump(document, sort_keys=False, width=100))

@@ -76,6 +76,11 @@ class Deployment:
             raise UserError(
                 f"documents: are packed for training, got phase {self.phase}; leave one away"
             )
+        if batch.documents and (core := layout.core_attention or "spec") not in ("spec", "auto"):
+            raise UserError(
+                f"core_attention: must be spec or auto with packed documents, got {core}, which"
+                " does not keep them apart; leave one away"
+            )
         heads, groups = model.num_attention_heads, model.query_groups
         require_divides(
             "num_query_groups", groups, "num_attention_heads", heads, remedy="use a divisor"

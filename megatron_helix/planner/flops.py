@@ -12,6 +12,7 @@ that one writes and the next reads goes through memory twice.
 from dataclasses import dataclass
 
 from megatron_helix.exchange.traffic import packed
+from megatron_helix.planner import core_attention
 from megatron_helix.planner.deployment import Deployment
 from megatron_helix.run_config import ModelConfig
 
@@ -96,49 +97,24 @@ def forward(here: Deployment, stage: int, *, fused_channels: int) -> list[Work]:
 
 
 def _attention(here: Deployment, fused_channels: int) -> list[Work]:
-    """Core attention: one kernel where fused, causal; else two products and a softmax between.
-
-    Unfused, scores are written, read for the softmax, its result written, and read. Those kernels
-    are short (their inner dimension is d) and run one after the other, so their arithmetic and
-    their memory traffic add up: two parts, of which each has one of them. Under a sequence split a
-    piece, one of 2T, attends to its own prefix, on every rank ``(2T + 1) / 4T`` of the keys in the
-    mean; the other splits compute the whole square. Packed, a token attends to its own document, of
-    ``sum l^2 / sum l`` tokens in the mean. ``scores`` holds those of all
-    tokens, in fp32; its fp32 products are counted at the rate of half precision, which makes it
-    look faster than it is.
-    """
-    model, T, element_bytes = here.model, here.tp, here.element_bytes
+    """Core attention: one part where fused; else two, of which each has one kind of work."""
+    model, T = here.model, here.tp
+    core = core_attention.of_layer(here, fused_channels=fused_channels)
     channels = model.num_attention_heads * model.kv_channels
-    pairs = here.tokens * here.batch.keys
-    of_row = 2 * model.query_groups * model.kv_channels * here.batch.sequence_length
-    cache = of_row * here.layout.micro_batch
-    moved = here.layers * element_bytes * (4 * here.tokens * channels + cache) / T
+    keys = here.batch.sequence_length * here.layout.micro_batch
+    cache = 2 * model.query_groups * model.kv_channels * keys * core.keys_read
+    moved = here.layers * here.element_bytes * (4 * here.tokens * channels + cache) / T
     if here.packs_runs:  # what each run of tokens attends to is laid out for it, then read
-        moved += here.layers * element_bytes * 2 * (1 + 0.5 / here.cut.m) * cache / here.cut.n
-    flops = here.layers * 4 * pairs * channels / T
-    if is_fused(here, fused_channels):
-        causal = 1.0 if here.phase == "decode" else 0.5
-        return [Work(what="attention", flops=flops * causal, memory_bytes=moved)]
-    in_pieces = here.plan.split == "sequence" and here.phase != "decode"
-    prefix = (2 * T + 1) / (4 * T) if in_pieces else 1.0
-    passes = 4 * here.layers * prefix * score_bytes(here)
+        runs = 1 + 0.5 / here.cut.m
+        moved += here.layers * here.element_bytes * 2 * runs * cache / here.cut.n
+    flops = here.layers * core.flops
+    if not core.score_bytes:
+        return [Work(what="attention", flops=flops, memory_bytes=moved)]
+    passes = here.layers * core.score_bytes
     return [
-        Work(what="attention, unfused: products", flops=flops * prefix, memory_bytes=moved),
+        Work(what="attention, unfused: products", flops=flops, memory_bytes=moved),
         Work(what="attention, unfused: scores", flops=0, memory_bytes=passes),
     ]
-
-
-def is_fused(here: Deployment, fused_channels: int) -> bool:
-    """Whether core attention keeps its scores on the chip."""
-    return here.model.kv_channels <= fused_channels and here.plan.exchange != "scores"
-
-
-def score_bytes(here: Deployment) -> float:
-    """All scores of one layer and micro-batch on a rank, ``N s H / T``; H/n under ``scores``."""
-    whole = here.plan.exchange == "scores"
-    pairs = here.tokens * here.batch.keys
-    heads = here.model.num_attention_heads / (here.cut.n if whole else here.tp)
-    return pairs * heads * (4 if whole else here.element_bytes)
 
 
 def _reordered(here: Deployment) -> float:

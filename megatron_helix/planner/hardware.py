@@ -11,6 +11,7 @@ from pathlib import Path
 from pydantic import Field, PositiveInt, ValidationInfo, field_validator
 
 from megatron_helix.basics.errors import UserError
+from megatron_helix.kernels.core_times import CoreTime
 from megatron_helix.planner.deployment import ELEMENT_BYTES, Precision
 from megatron_helix.run_config import Config, read_config
 
@@ -97,6 +98,7 @@ class Hardware(Config):
         inter_node: links between nodes, one for each device; None where there is one node.
         fused_attention_max_channels: head dimension up to which attention keeps its scores on the
             chip; beyond it they go through memory.
+        core_attention: times of core attentions, for ``--helix-core-attention auto``.
         element_bytes: of weights and activations, in the precision that ``gemm`` is for.
         note: what else a reader must know.
     """
@@ -110,6 +112,7 @@ class Hardware(Config):
     intra_node: Link
     inter_node: Link | None = Field(default=None, validate_default=True)
     fused_attention_max_channels: PositiveInt = 256
+    core_attention: tuple[CoreTime, ...] = ()
     element_bytes: PositiveInt = 2
     note: str = ""
 

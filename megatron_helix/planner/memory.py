@@ -8,7 +8,7 @@ Korthikanti et al., "Reducing activation recomputation in large transformer mode
 from dataclasses import dataclass, fields, replace
 
 from megatron_helix.exchange.traffic import packed
-from megatron_helix.planner import flops, fsdp, parameters
+from megatron_helix.planner import core_attention, fsdp, parameters
 from megatron_helix.planner.deployment import Deployment
 
 MOMENT_BYTES = 8  # two, in fp32
@@ -49,11 +49,13 @@ def of_rank(here: Deployment, stage: int, *, fused_channels: int) -> Memory:
     gradients = own * here.gradient_bytes if train else 0.0
     adam = MOMENT_BYTES + (MASTER_BYTES if here.element_bytes < MASTER_BYTES else 0)
     inflight = min(here.stages - stage, here.microbatches) if train else 1
+    core = core_attention.of_layer(here, fused_channels=fused_channels)
     passes = Memory(
         weights=own * here.element_bytes,
         gradients=0.0 if fresh else gradients,
         optimizer=states * adam if train else 0.0,
-        activations=inflight * _kept(here, stage, fused_channels) + _passing(here, fused_channels),
+        # Of one attention at a time, scores and their gradients.
+        activations=inflight * _kept(here, stage, fused_channels) + core.passing_bytes,
         kv_cache=0.0 if train else _cache(here),
         gathered_weights=_gathered(here, stage, train),
     )
@@ -78,8 +80,8 @@ def _kept(here: Deployment, stage: int, fused_channels: int) -> float:
     if model.num_experts:
         layer += 2 * rows * D  # routed in, routed out
     layer_bytes = layer * here.element_bytes
-    if not flops.is_fused(here, fused_channels):
-        layer_bytes += flops.score_bytes(here)  # the softmax of the scores
+    # The softmax of the scores, where they go through memory.
+    layer_bytes += core_attention.of_layer(here, fused_channels=fused_channels).kept_bytes
     if here.packs_runs:  # the keys and values that each run of tokens attends to
         of_token = 2 * model.query_groups * model.kv_channels / here.cut.n
         layer_bytes += (1 + 0.5 / here.cut.m) * of_token * here.tokens * here.element_bytes
@@ -87,13 +89,6 @@ def _kept(here: Deployment, stage: int, fused_channels: int) -> float:
     if stage == here.stages - 1 and here.phase == "train":
         kept += N * here.vocabulary * (here.element_bytes + 4)
     return kept
-
-
-def _passing(here: Deployment, fused_channels: int) -> float:
-    """Of one unfused attention, beside what is kept: scores; in training gradients of both."""
-    if flops.is_fused(here, fused_channels):
-        return 0.0
-    return (2 if here.phase == "train" else 1) * flops.score_bytes(here)
 
 
 def _cache(here: Deployment) -> float:

@@ -14,7 +14,7 @@ from megatron_helix.inference.sampling import Sampling
 from megatron_helix.layers import vocabulary
 from megatron_helix.layers.layer_spec import (
     helixify,
-    with_flex_attention,
+    with_core_attention,
     with_sequence_parallel_norms,
 )
 from megatron_helix.partition.layout import HelixLayout
@@ -73,7 +73,7 @@ class Layout:
     split: str = "auto"
     sequence_parallel: bool = False
     microbatches: int = 1
-    flex: bool = False
+    core: str = "spec"
     batches: tuple[int, ...] = BATCHES
 
     def partition(self, model: Model) -> HelixLayout:
@@ -150,8 +150,7 @@ def _build(model: Model, layout: Layout) -> GPTModel:
     spec: Any = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm
     )
-    if layout.flex:
-        spec = with_flex_attention(spec)
+    spec = with_core_attention(spec, layout.core)
     if layout.m:
         choice = Choice(exchange=layout.exchange, split=layout.split)
         spec = helixify(spec, layout.partition(model), choice)

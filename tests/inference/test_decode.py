@@ -67,8 +67,9 @@ def _cases() -> list[tuple[str, Layout]]:
         ("off_by_one", helix(2, 2, split="sequence")),
         *(("window", helix(2, 2, split=split)) for split in ("sequence", "auto")),
         ("window", helix(4, 1, exchange="scores")),
-        ("window", helix(2, 2, split="sequence", flex=True, **sp)),
-        ("gqa", helix(2, 2, flex=True, **sp)),
+        ("window", helix(2, 2, split="sequence", core="flex", **sp)),
+        ("gqa", helix(2, 2, core="flex", **sp)),
+        ("gqa", helix(4, 1, split="sequence", core="prefix", **sp)),
         ("gqa_16_2", helix(4, 2)),  # the fast suite's
         ("gqa_16_2", helix(8, 2)),
         ("gqa_16_2", helix(8, 2, exchange="weights", **sp)),
@@ -80,8 +81,8 @@ def _name(value: Any) -> str | None:
     if not isinstance(value, Layout):
         return None
     sp = "-sp" if value.sequence_parallel else ""
-    flex = "-flex" if value.flex else ""
-    return f"{value.m}x{value.n}-{value.exchange}-{value.split}{sp}{flex}"
+    core = "" if value.core == "spec" else f"-{value.core}"
+    return f"{value.m}x{value.n}-{value.exchange}-{value.split}{sp}{core}"
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

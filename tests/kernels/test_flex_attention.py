@@ -4,67 +4,27 @@ Forward only: torch has no backward pass of it on a CPU.
 """
 
 from collections.abc import Iterator
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from megatron.core import parallel_state
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.utils import GlobalMemoryBuffer
 
 from megatron_helix.kernels.flex_attention import FlexAttention
-from megatron_helix.options import arguments
-from tests.cpu_config import cpu_config
-from tests.distributed import pretrain_launched, tiny_gpt
+from tests.core_attention_case import B, D, H, build, hidden, one_rank, tensors
 
-S, B, H, D = 12, 3, 4, 16
+S = 12
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
 
 @pytest.fixture
-def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What Megatron makes with its process groups, and stock attention asks for."""
-    monkeypatch.setattr(parallel_state, "_GLOBAL_MEMORY_BUFFER", GlobalMemoryBuffer())
-    tracker = get_cuda_rng_tracker()
-    tracker.reset()
-    tracker.add("model-parallel-rng", 1)
-    yield
-    tracker.reset()
-
-
-def build(cls: Any, mask_type: AttnMaskType, **options: Any) -> Any:
-    """A core attention on one rank."""
-    config = cpu_config(
-        **{
-            **{"num_layers": 2, "hidden_size": H * D, "num_attention_heads": H},
-            **{"attention_dropout": 0.0, "masked_softmax_fusion": False},
-            **{"params_dtype": torch.float64, "attention_softmax_in_fp32": True},
-            **options,
-        }
-    )
-    alone = SimpleNamespace(tp=SimpleNamespace(size=lambda: 1))
-    return cls(config, 2, mask_type, "self", pg_collection=alone)
-
-
-def tensors(queries: int, keys: int, groups: int) -> list[torch.Tensor]:
-    """Query, key and value."""
-    generator = torch.Generator().manual_seed(1)
-    shapes = [(queries, B, H, D), (keys, B, groups, D), (keys, B, groups, D)]
-    return [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes]
-
-
-def hidden(batch: int, queries: int, keys: int) -> torch.Tensor:
-    """A mask that leaves every query something to see."""
-    generator = torch.Generator().manual_seed(2)
-    mask = torch.rand(batch, 1, queries, keys, generator=generator) > 0.5
-    mask[..., 0] = False
-    return mask
+def alone() -> Iterator[None]:
+    """What stock attention asks for."""
+    with one_rank():
+        yield
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -130,24 +90,6 @@ def test_packed_sequences_and_biases_are_refused() -> None:
         flex(*tensors(S, S, H), None, attention_bias=torch.zeros(1))
     with pytest.raises(ValueError, match=r"^--helix-core-attention: flex takes neither packed"):
         flex(*tensors(S, S, H), None, packed_seq_params=object())
-
-
-def test_the_flag_puts_it_into_every_layer(
-    corpus_prefix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a CPU, where torch cannot train with it, the layers that asked for it run stock's."""
-    used = tmp_path / "used"
-
-    def asked(self: FlexAttention, *args: Any, **kwargs: Any) -> torch.Tensor:
-        with used.open("a") as lines:
-            lines.write(f"{self.layer_number}\n")
-        return DotProductAttention.forward(self, *args, **kwargs)
-
-    monkeypatch.setattr(FlexAttention, "forward", asked)  # ranks are forks
-    monkeypatch.setattr(arguments, "require_core_attention", lambda *args: None)
-    flags = tiny_gpt(corpus_prefix, "--helix-m", "2", "--helix-n", "1", train_iters=1)
-    pretrain_launched([*flags, "--helix-core-attention", "flex"], 2, tmp_path)
-    assert set(used.read_text().split()) == {"1", "2"}
 
 
 @pytest.mark.usefixtures("alone")

@@ -53,13 +53,19 @@ CUTS = [
         ("scores", "none", False),
         ("scores", "none", True),
     )
-] + [Cut(m=1, n=4), Cut(m=1, n=4, sequence_parallel=True)]
+] + [
+    Cut(m=1, n=4),
+    Cut(m=1, n=4, sequence_parallel=True),
+    Cut(m=2, n=2, exchange="weights", split="sequence", sequence_parallel=True, core="prefix"),
+    Cut(m=4, n=1, exchange="activations", split="sequence", core="prefix"),
+]
 
 
 def name_of(cut: Cut) -> str:
     """A test id."""
     words = [f"{cut.m}x{cut.n}", cut.exchange, cut.split]
-    return "-".join(words + ["sp"] * cut.sequence_parallel)
+    words += ["sp"] * cut.sequence_parallel
+    return "-".join(words if cut.core == "spec" else [*words, cut.core])
 
 
 def tolerance(cut: Cut) -> float:

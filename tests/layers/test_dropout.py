@@ -25,6 +25,10 @@ PLANS = {
     "activations-sequence-sp": Cut(m=2, split="sequence", **SP),
     "weights-batch-sp": Cut(m=2, exchange="weights", **SP),
     "weights-sequence-sp": Cut(m=2, exchange="weights", split="sequence", **SP),
+    "activations-batch-prefix": Cut(m=2, core="prefix"),
+    "weights-sequence-prefix-sp": Cut(
+        m=2, exchange="weights", split="sequence", core="prefix", **SP
+    ),
     "scores": Cut(m=2, exchange="scores", split="auto"),
     "scores-sp": Cut(m=2, exchange="scores", split="auto", **SP),
     "scores-of-one-head-group-sp": Cut(m=4, exchange="scores", split="auto", **SP),

@@ -37,11 +37,6 @@ CASES = {
         "needs a tokenizer that can leave special tokens out",
         ("--fim-data", "--tokenizer-type", "TikTokenizer"),
     ),
-    "documents apart by flex": (
-        (MASKED, "--helix-core-attention", "flex"),
-        "packs documents into one row, which --helix-core-attention flex",
-        (MASKED,),
-    ),
     "documents in a planned pass": (
         (MASKED, "--overlap-moe-expert-parallel-comm"),
         "tells where documents end",

@@ -3,13 +3,23 @@
 import itertools
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from megatron_helix.commands.plan import _layout
-from megatron_helix.planner import flops, hardware, memory, parameters, search, traffic, update
+from megatron_helix.planner import (
+    core_attention,
+    flops,
+    hardware,
+    memory,
+    parameters,
+    search,
+    traffic,
+    update,
+)
 from megatron_helix.planner.deployment import Deployment, Precision
 from megatron_helix.planner.hardware import Hardware
 from megatron_helix.planner.time import predict
@@ -330,3 +340,51 @@ def test_a_bad_hardware_file_is_refused(tmp_path: Path) -> None:
         path.write_text(source.replace(old, new))
         with pytest.raises(ValueError, match=message):
             hardware.load(path)
+
+
+def _with_core(core: str, *, length: int, channels: int = 512, **layout: Any) -> Deployment:
+    """A layer of four heads in training or, with ``phase``, what it says."""
+    model = DENSE.model_copy(update={"kv_channels": channels})
+    phase = layout.pop("phase", "train")
+    batch = BatchConfig(sequences=4, sequence_length=length)
+    how = LayoutConfig(name=core, core_attention=core, micro_batch=4, **(layout or {"tp": 4}))
+    return Deployment(model, how, batch, 4, phase=phase, precision="bf16").check()
+
+
+@pytest.mark.parametrize(
+    ("length", "share", "kept"), [(1024, 3 / 4, True), (2048, 5 / 8, True), (8192, 9 / 16, False)]
+)
+def test_attention_in_pieces_does_and_keeps_what_its_pieces_say(
+    length: int, share: float, kept: bool
+) -> None:
+    """Half to three quarters of the square; one piece's scores at a time, or all that it made."""
+    spec = core_attention.of_layer(_with_core("spec", length=length), fused_channels=256)
+    prefix = core_attention.of_layer(_with_core("prefix", length=length), fused_channels=256)
+    again = 1 if kept else 7 / 6
+    assert prefix.flops == pytest.approx(spec.flops * share * again)
+    assert prefix.score_bytes == pytest.approx(spec.score_bytes * share * (1 if kept else 1.25))
+    assert prefix.kept_bytes == pytest.approx(spec.kept_bytes * share if kept else 0)
+    pieces = 1 / (2 * share - 1)
+    largest = spec.kept_bytes / pieces
+    assert prefix.passing_bytes == pytest.approx(largest * (1 if kept else 2))
+
+
+def test_core_attentions_are_planned_as_what_they_are() -> None:
+    """Fused ones without scores; ``auto`` the spec's where it is fused; a prefill keeps none."""
+
+    def of(core: str, fused_channels: int = 256, **how: Any) -> core_attention.Core:
+        return core_attention.of_layer(
+            _with_core(core, length=2048, **how), fused_channels=fused_channels
+        )
+
+    flags = _with_core("prefix", length=2048).layout.flags(DENSE)
+    assert flags[flags.index("--helix-core-attention") + 1] == "prefix"
+    assert of("ffpa") == of("flex") == of("spec", 512)
+    assert of("auto") == of("prefix")
+    assert of("auto", 512) == of("spec", 512)
+    assert of("prefix", phase="prefill").kept_bytes == 0
+    sequence = {"m": 4, "n": 1, "exchange": "weights", "split": "sequence"}
+    assert of("prefix", **sequence).flops == pytest.approx(of("spec", **sequence).flops)
+    assert of("prefix", **sequence).kept_bytes < of("spec", **sequence).kept_bytes
+    scores = {"m": 4, "n": 1, "exchange": "scores"}
+    assert of("auto", **scores) == of("spec", **scores)

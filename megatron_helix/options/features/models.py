@@ -150,12 +150,27 @@ MODELS = (
         " run",
     ),
     Works(
+        feature="Core attention on pieces of the queries",
+        names="",
+        test="tests/kernels/test_prefix_attention.py::test_prefix_is_stock",
+        note="--helix-core-attention prefix. On CPUs; not run on a GPU yet. Not with packed"
+        " sequences, context parallelism, multi-latent attention or --helix-exchange scores",
+    ),
+    Works(
         feature="FlexAttention for core attention",
         names="",
         test="tests/kernels/test_flex_attention.py::test_flex_is_stock",
         note="--helix-core-attention flex. Forward, on a CPU; a run needs a GPU, where it trained"
-        " 21 steps at TP=1 (one H100). Not with attention dropout, context parallelism,"
-        " multi-latent attention or --helix-exchange scores",
+        " 21 steps at TP=1 (one H100). Not with attention dropout, packed sequences, context"
+        " parallelism, multi-latent attention or --helix-exchange scores",
+    ),
+    Works(
+        feature="ffpa-attn for core attention",
+        names="",
+        test="tests/options/test_core_attention.py::test_what_ffpa_lacks_is_refused",
+        note="--helix-core-attention ffpa. Needs Hopper, 320 to 512 channels a head and half"
+        " precision; not run on a GPU yet. Not with attention dropout, windows, softmax offsets,"
+        " masks of documents, or what prefix is not for",
     ),
     Works(
         feature="Embeddings",

@@ -1,0 +1,122 @@
+"""What core attentions take, measured, and which of them is fastest for a shape.
+
+``helix calibrate`` measures the times of a machine; :data:`MEASURED` are those of H200.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from pydantic import Field, PositiveInt
+
+from megatron_helix.basics.errors import UserError
+from megatron_helix.run_config import Config, read_mapping, validated
+
+KEY = "core_attention"  # of a hardware file
+
+
+class CoreTime(Config):
+    """One measurement of one core attention, causal, with as many query groups as heads.
+
+    Attributes:
+        core: a value of ``--helix-core-attention``.
+        channels: head dimension.
+        length: of a sequence, in tokens.
+        rows: sequences times heads.
+        forward_ms: time of a forward pass.
+        training_ms: time of a forward and a backward pass.
+        memory_gb: highest use of memory beside what goes in.
+        source: card, software, date.
+    """
+
+    core: str
+    channels: PositiveInt
+    length: PositiveInt
+    rows: PositiveInt
+    forward_ms: float = Field(gt=0)
+    training_ms: float = Field(gt=0)
+    memory_gb: float = Field(ge=0)
+    source: str = Field(min_length=1)
+
+
+class CoreTimes(Config):
+    """The part of a hardware file that is about core attention."""
+
+    core_attention: tuple[CoreTime, ...]
+
+
+_H200 = "H200, bf16, torch 2.11, TransformerEngine 2.20.2, ffpa-attn 0.2.4, 2026-11"
+
+
+def _on_h200(
+    core: str, length: int, rows: int, forward: float, training: float, gb: float
+) -> CoreTime:
+    return CoreTime(
+        core=core,
+        channels=512,
+        length=length,
+        rows=rows,
+        forward_ms=forward,
+        training_ms=training,
+        memory_gb=gb,
+        source=_H200,
+    )
+
+
+# Of prefix and flex none was measured in the same call yet.
+MEASURED = (
+    _on_h200("spec", 2048, 128, 3.4, 7.6, 3.8),
+    _on_h200("ffpa", 2048, 128, 2.8, 11.1, 2.4),
+    _on_h200("spec", 8192, 16, 10.4, 22.2, 6.6),
+    _on_h200("ffpa", 8192, 16, 2.9, 15.7, 1.2),
+)
+
+
+def fastest(
+    times: Sequence[CoreTime], cores: Iterable[str], *, channels: int, length: int, training: bool
+) -> tuple[str, str]:
+    """Which of ``cores`` takes least, and why, in words.
+
+    Asked of the measured shape that is nearest: of that head dimension, else the next larger one,
+    and of its lengths the one whose ratio to ``length`` is nearest to 1. Without one, or where the
+    spec's own was not measured there, it is ``spec``.
+
+    Args:
+        times: measured ones.
+        cores: that can do what is asked.
+        channels: head dimension.
+        length: of a sequence.
+        training: whether a backward pass follows.
+    """
+    # A kernel for a smaller head says nothing of a larger one, and a much larger one has others.
+    wide = min((time.channels for time in times if time.channels >= channels), default=0)
+    near = [time for time in times if time.channels == wide <= 1.25 * channels]
+    lengths = {time.length for time in near if time.core == "spec"}
+    if not lengths:
+        return "spec", f"nothing was measured at {channels} channels"
+    nearest = min(lengths, key=lambda each: abs(math.log(each / length)))
+    allowed = {"spec", *cores}
+    taken = {
+        time.core: time.training_ms if training else time.forward_ms
+        for time in near
+        if time.length == nearest and time.core in allowed
+    }
+    best = min(taken, key=lambda core: (taken[core], core != "spec"))
+    listed = ", ".join(f"{core} {ms:g} ms" for core, ms in sorted(taken.items()))
+    passes = "forward and backward" if training else "forward"
+    return best, f"measured at {wide} channels, length {nearest}, {passes}: {listed}"
+
+
+def load(path: Path) -> tuple[CoreTime, ...]:
+    """The times in a hardware file.
+
+    Raises:
+        UserError: naming the file and what is wrong with it.
+    """
+    document = read_mapping(path)
+    if KEY not in document:
+        raise UserError(
+            f"{path}: has no {KEY}: times of core attentions, which helix calibrate measures; write"
+            " it anew with helix calibrate --out FILE"
+        )
+    return validated(CoreTimes, {KEY: document[KEY]}, path).core_attention

@@ -1,0 +1,176 @@
+"""``--helix-core-attention``: what each of them cannot do, and which one ``auto`` takes."""
+
+import argparse
+import importlib.util
+from typing import get_args
+
+from megatron_helix.basics.errors import UserError
+from megatron_helix.kernels import core_times
+from megatron_helix.options.checks import require_one_of
+from megatron_helix.run_config import CoreAttention
+
+CORE_ATTENTIONS = get_args(CoreAttention)
+OWN = CORE_ATTENTIONS[1:-1]  # that stand in for the layer spec's
+_FFPA_CHANNELS = range(320, 513)
+
+
+def require_core_attention(args: argparse.Namespace, on_cpu: bool) -> None:
+    """Check that the core attention that is asked for can do what the run asks of it.
+
+    Args:
+        args: the helix flags and Megatron's, parsed.
+        on_cpu: whether ranks are on the CPU device.
+
+    Raises:
+        UserError: for the first thing that it cannot.
+    """
+    core = args.helix_core_attention
+    require_one_of("--helix-core-attention", core, CORE_ATTENTIONS)
+    if args.helix_core_attention_times and core != "auto":
+        raise UserError(
+            "--helix-core-attention-times: is what --helix-core-attention auto reads, got"
+            f" --helix-core-attention {core}; leave one of the two away"
+        )
+    _require(core, args, on_cpu)
+
+
+def chosen(args: argparse.Namespace, *, on_cpu: bool, training: bool) -> tuple[str, str]:
+    """The core attention of a run, not ``auto``, and a line for the log if it was.
+
+    Args:
+        args: the helix flags and Megatron's, parsed.
+        on_cpu: whether ranks are on the CPU device.
+        training: whether there are backward passes.
+
+    Raises:
+        UserError: when the file of times cannot be read.
+    """
+    if args.helix_core_attention != "auto":
+        return args.helix_core_attention, ""
+    path = args.helix_core_attention_times
+    times = core_times.load(path) if path else core_times.MEASURED
+    able = [core for core in OWN if _can(core, args, on_cpu)]
+    channels = _channels(args)
+    best, why = "spec", "the run is on the CPU, and the times are a GPU's"
+    if not on_cpu or path:
+        best, why = core_times.fastest(
+            times, able, channels=channels, length=args.seq_length, training=training
+        )
+    return best, f"helix core attention {best}, of spec, {', '.join(able) or 'no other'}: {why}"
+
+
+def able(channels: int, *, on_cpu: bool) -> list[str]:
+    """Which can run a plain causal attention of this head dimension on this machine."""
+    plain = argparse.Namespace(
+        attention_dropout=0.0,
+        bf16=True,
+        context_parallel_size=1,
+        dataloader_inter_document_masking=False,
+        fp16=False,
+        helix_exchange="auto",
+        kv_channels=channels,
+        multi_latent_attention=False,
+        reset_attention_mask=False,
+        sft=False,
+        softmax_type="vanilla",
+        window_size=None,
+    )
+    return [core for core in OWN if _can(core, plain, on_cpu)]
+
+
+def _channels(args: argparse.Namespace) -> int:
+    """Head dimension, of flags that Megatron has validated or not."""
+    if args.kv_channels:
+        return args.kv_channels
+    return (args.hidden_size or 0) // (args.num_attention_heads or 1)
+
+
+def _can(core: str, args: argparse.Namespace, on_cpu: bool) -> bool:
+    try:
+        _require(core, args, on_cpu)
+    except UserError:
+        return False
+    return True
+
+
+def _require(core: str, args: argparse.Namespace, on_cpu: bool) -> None:
+    if core not in OWN:
+        return
+    if core in ("flex", "ffpa") and args.attention_dropout:
+        raise UserError(
+            f"--helix-core-attention: {core} needs --attention-dropout 0, since its kernel has no"
+            f" dropout, got {args.attention_dropout}; set it to 0"
+        )
+    if args.helix_exchange == "scores":
+        raise UserError(
+            f"--helix-core-attention: {core} never has the scores that --helix-exchange scores"
+            " moves, got both; use --helix-exchange activations or weights"
+        )
+    if args.context_parallel_size > 1:
+        raise UserError(
+            f"--helix-core-attention: {core} attends within one rank and needs"
+            f" --context-parallel-size 1, got {args.context_parallel_size}; leave one of the two"
+            " away"
+        )
+    if args.multi_latent_attention:
+        raise UserError(
+            f"--helix-core-attention: {core} takes the place of Megatron's SelfAttention's, and"
+            " --multi-latent-attention has none; leave one of the two away"
+        )
+    for flag in ("--sft", "--dataloader-inter-document-masking"):
+        if getattr(args, flag[2:].replace("-", "_")):
+            raise UserError(
+                f"--helix-core-attention: {core} keeps no documents apart that {flag} packs into"
+                " a row, got both; leave one of the two away"
+            )
+    if core == "flex" and on_cpu:
+        raise UserError(
+            "--helix-core-attention: flex needs a GPU, since torch's FlexAttention has no backward"
+            " pass on a CPU, got --helix-device cpu; leave one of the two away"
+        )
+    if core == "ffpa":
+        _require_ffpa(args, on_cpu)
+
+
+def _require_ffpa(args: argparse.Namespace, on_cpu: bool) -> None:
+    """What the kernels of ffpa-attn 0.2.4 for Hopper have."""
+    for flag, given, default in (
+        ("--window-size", args.window_size, None),
+        ("--softmax-type", args.softmax_type, "vanilla"),
+        ("--reset-attention-mask", args.reset_attention_mask, False),
+    ):
+        if given != default:
+            raise UserError(
+                "--helix-core-attention: ffpa has no kernel for windows, softmax offsets and masks"
+                f" of documents, got {flag} {given}; use --helix-core-attention prefix"
+            )
+    channels = _channels(args)
+    if channels and channels not in _FFPA_CHANNELS:
+        raise UserError(
+            f"--helix-core-attention: ffpa has kernels for {_FFPA_CHANNELS.start} to"
+            f" {_FFPA_CHANNELS.stop - 1} channels a head, got {channels}; use"
+            " --helix-core-attention spec"
+        )
+    if on_cpu:
+        raise UserError(
+            "--helix-core-attention: ffpa needs a GPU, got --helix-device cpu; leave one of the two"
+            " away"
+        )
+    if not (args.bf16 or args.fp16):
+        raise UserError(
+            "--helix-core-attention: ffpa has kernels for half precision, got neither --bf16 nor"
+            " --fp16; add one"
+        )
+    if importlib.util.find_spec("ffpa_attn") is None:
+        raise UserError(
+            "--helix-core-attention: ffpa needs the package ffpa-attn, which is not installed; pip"
+            " install 'megatron-helix[ffpa]'"
+        )
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) != (9, 0):
+        raise UserError(
+            "--helix-core-attention: ffpa has its kernels for Hopper (compute capability 9.0), and"
+            f" this GPU has {major}.{minor}; use --helix-core-attention prefix"
+        )

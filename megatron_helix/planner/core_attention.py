@@ -1,0 +1,141 @@
+"""Core attention of one layer and micro-batch on a rank: operations, memory traffic, memory.
+
+Fused, scores stay on the chip, and half of them, above the diagonal, are left out. Unfused, they
+are written, read for the softmax, its result written, and read; a backward pass does that twice.
+Those kernels are short (their inner dimension is d) and run one after the other, so their
+arithmetic and their memory traffic add up.
+"""
+
+from dataclasses import dataclass
+
+from megatron_helix.kernels import query_pieces
+from megatron_helix.kernels.query_pieces import Piece, Sight
+from megatron_helix.planner.deployment import Deployment
+
+FUSED = ("flex", "ffpa")  # at head dimensions where the spec's core attention is not
+
+
+@dataclass(frozen=True, kw_only=True)
+class Core:
+    """What it takes.
+
+    Attributes:
+        flops: operations of its two matrix products, forward; of what a backward pass computes
+            again a third, since it counts as two forward passes.
+        keys_read: how often keys and values are read.
+        score_bytes: of scores and probabilities through memory, forward; 0 where fused.
+        kept_bytes: for the backward pass.
+        passing_bytes: beside that, while it is computed.
+    """
+
+    flops: float
+    keys_read: float = 1.0
+    score_bytes: float = 0.0
+    kept_bytes: float = 0.0
+    passing_bytes: float = 0.0
+
+
+def of_layer(here: Deployment, *, fused_channels: int) -> Core:
+    """The core attention that the layout asks for.
+
+    ``auto`` is taken for what it is where a pair of them was measured: the spec's where that is
+    fused, else ``prefix``. A fused kernel of FlexAttention is counted at the rate of any other
+    product, which makes it look faster than it is at a head dimension of 512.
+
+    Args:
+        here: the deployment.
+        fused_channels: largest head dimension with fused attention.
+    """
+    asked = here.layout.core_attention or "spec"
+    if here.batch.documents and asked == "auto":  # only the spec's keeps documents apart
+        asked = "spec"
+    fused = here.model.kv_channels <= fused_channels or asked in FUSED
+    whole = _all_flops(here)
+    if here.plan.exchange == "scores":
+        return _unfused(here, whole, 1.0)
+    if fused and asked != "prefix":
+        return Core(flops=whole * (1.0 if here.phase == "decode" else 0.5))
+    if asked in ("prefix", "auto"):
+        return _in_pieces(here, whole)
+    # Under a sequence split a piece, one of 2T, attends to its own prefix.
+    in_pieces = here.plan.split == "sequence" and here.phase != "decode"
+    return _unfused(here, whole, (2 * here.tp + 1) / (4 * here.tp) if in_pieces else 1.0)
+
+
+def _all_flops(here: Deployment) -> float:
+    """Two products of all queries with all keys of their documents.
+
+    Those of a packed row are ``sum l^2 / sum l`` in the mean over tokens.
+    """
+    channels = here.model.num_attention_heads * here.model.kv_channels
+    return 4 * here.tokens * here.batch.keys * channels / here.tp
+
+
+def score_bytes(here: Deployment) -> float:
+    """All scores of one layer and micro-batch on a rank, ``N s H / T``; H/n under ``scores``.
+
+    There they are those of all tokens, in fp32; its fp32 products are counted at the rate of half
+    precision, which makes it look faster than it is.
+    """
+    whole = here.plan.exchange == "scores"
+    pairs = here.tokens * here.batch.keys
+    heads = here.model.num_attention_heads / (here.cut.n if whole else here.tp)
+    return pairs * heads * (4 if whole else here.element_bytes)
+
+
+def _unfused(here: Deployment, flops: float, share: float) -> Core:
+    """All scores at once, ``share`` of the square of them; the softmax of all is kept."""
+    scores = score_bytes(here)
+    return Core(
+        flops=flops * share,
+        score_bytes=4 * scores * share,
+        kept_bytes=scores,
+        passing_bytes=(2 if here.phase == "train" else 1) * scores,
+    )
+
+
+def _in_pieces(here: Deployment, flops: float) -> Core:
+    """``prefix``: scores of one piece at a time.
+
+    Their probabilities are kept where that takes no more memory than queries, keys and values;
+    else a backward pass makes them again: a product of seven instead of six, three passes over
+    memory of fifteen instead of twelve.
+    """
+    model, keys = here.model, here.batch.sequence_length
+    runs = _runs(here)
+    pieces = query_pieces.cut(runs, keys, Sight(left=None, right=0))
+    rows = sum(length for _, length in runs)
+    share = query_pieces.computed(pieces) / (rows * keys)
+    heads, groups = (
+        count / here.cut.n for count in (model.num_attention_heads, model.query_groups)
+    )
+    given = (rows * heads + 2 * keys * groups) * model.kv_channels
+    train = here.phase == "train"
+    keep = train and heads * query_pieces.computed(pieces) <= given
+    again = train and not keep
+    scores = score_bytes(here)
+
+    def of_piece(piece: Piece) -> float:
+        return scores * piece.length * piece.keys / (rows * keys)
+
+    largest = max(map(of_piece, pieces))
+    return Core(
+        flops=flops * share * (7 / 6 if again else 1),
+        keys_read=sum(piece.keys for piece in pieces) / keys,
+        score_bytes=4 * scores * share * (15 / 12 if again else 1),
+        kept_bytes=scores * share if keep else 0.0,
+        passing_bytes=largest * (1 if keep else 2),
+    )
+
+
+def _runs(here: Deployment) -> list[tuple[int, int]]:
+    """(position, length) of the queries of a rank; under a sequence split, of the first one."""
+    keys = here.batch.sequence_length
+    if here.phase == "decode":
+        return [(keys - 1, 1)]
+    if here.plan.split != "sequence":
+        return [(0, keys)]
+    m, n = here.cut.m, here.cut.n
+    length = max(1, keys // (2 * here.tp))
+    starts = [chunk * (keys // n) for chunk in range(n)]
+    return [(start + place * length, length) for start in starts for place in (0, 2 * m - 1)]

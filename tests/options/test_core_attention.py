@@ -1,0 +1,184 @@
+"""``--helix-core-attention``: refusals before any process group, and what ``auto`` takes."""
+
+import sys
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from megatron_helix.kernels.core_times import MEASURED, CoreTime, fastest, load
+from megatron_helix.kernels.prefix_attention import PrefixAttention
+from megatron_helix.options import arguments
+from megatron_helix.options.core_attention import OWN, chosen, require_core_attention
+from tests.distributed import pretrain_launched, tiny_gpt
+
+WIDE = (
+    *("--num-attention-heads", "4", "--hidden-size", "64", "--kv-channels", "512"),
+    *("--seq-length", "8192", "--attention-dropout", "0", "--bf16"),
+)
+Machine = Callable[..., None]
+
+
+def read(*flags: str) -> Any:
+    return arguments._read([*WIDE, *flags])
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """One with a GPU of this capability, and ffpa-attn installed or not."""
+
+    def pretend(capability: tuple[int, int] = (9, 0), *, ffpa: bool = True) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        found = ModuleSpec("ffpa_attn", None) if ffpa else None
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: found)
+
+    return pretend
+
+
+REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
+    "dropout": (("--attention-dropout", "0.1"), r"ffpa needs --attention-dropout 0, .* got 0\.1;"),
+    "windows": (("--window-size", "(8,0)"), r"ffpa has no kernel for windows, .* --window-size "),
+    "offsets": (("--softmax-type", "learnable"), r"ffpa has no kernel .* --softmax-type learnable"),
+    "documents": (
+        ("--reset-attention-mask",),
+        r"ffpa has no kernel .* --reset-attention-mask True;",
+    ),
+    "small heads": (("--kv-channels", "256"), r"ffpa has kernels for 320 to 512 .* got 256; use"),
+    "partial scores": (("--helix-exchange", "scores"), r"ffpa never has the scores that"),
+    "context parallelism": (("--context-parallel-size", "2"), r"ffpa attends within one rank"),
+}
+
+
+@pytest.mark.parametrize(("flags", "match"), REFUSED.values(), ids=REFUSED)
+def test_what_ffpa_lacks_is_refused(machine: Machine, flags: tuple[str, ...], match: str) -> None:
+    machine()
+    require_core_attention(read("--helix-core-attention", "ffpa"), on_cpu=False)
+    args = read("--helix-core-attention", "ffpa", *flags)
+    with pytest.raises(ValueError, match=f"^--helix-core-attention: {match}"):
+        require_core_attention(args, on_cpu=False)
+
+
+def test_where_ffpa_cannot_be_is_refused(machine: Machine) -> None:
+    args = read("--helix-core-attention", "ffpa")
+    machine(ffpa=False)
+    with pytest.raises(ValueError, match=r"not installed; pip install 'megatron-helix\[ffpa\]'$"):
+        require_core_attention(args, on_cpu=False)
+    machine((8, 0))
+    with pytest.raises(ValueError, match=r"for Hopper .*, and this GPU has 8\.0; use"):
+        require_core_attention(args, on_cpu=False)
+    with pytest.raises(ValueError, match=r"ffpa needs a GPU, got --helix-device cpu;"):
+        require_core_attention(args, on_cpu=True)
+    args.bf16 = False
+    with pytest.raises(ValueError, match=r"got neither --bf16 nor --fp16; add one$"):
+        require_core_attention(args, on_cpu=False)
+    assert "ffpa_attn" not in sys.modules
+
+
+def test_prefix_is_refused_with_partial_scores_only() -> None:
+    prefix = ("--helix-core-attention", "prefix")
+    for flags in (("--attention-dropout", "0.1"), ("--window-size", "(8,0)"), ()):
+        require_core_attention(read(*prefix, *flags), on_cpu=True)
+    with pytest.raises(ValueError, match=r"^--helix-core-attention: prefix never has the scores"):
+        require_core_attention(read(*prefix, "--helix-exchange", "scores"), on_cpu=True)
+
+
+def time(core: str, length: int, ms: float, channels: int = 512) -> CoreTime:
+    return CoreTime(
+        core=core,
+        channels=channels,
+        length=length,
+        rows=16,
+        forward_ms=1 / ms,  # the other way round
+        training_ms=ms,
+        memory_gb=1,
+        source="a test",
+    )
+
+
+TIMES = [
+    *(time("spec", 2048, 4), time("prefix", 2048, 3), time("ffpa", 2048, 5)),
+    *(time("spec", 8192, 9), time("prefix", 8192, 8), time("ffpa", 8192, 7)),
+    *(time("spec", 2048, 2, 128), time("prefix", 2048, 3, 128)),
+    time("prefix", 65536, 1),  # spec's own was not measured there
+]
+
+
+@pytest.mark.parametrize(
+    ("channels", "length", "cores", "expected"),
+    [
+        (512, 2048, ("prefix", "ffpa"), "prefix"),
+        (512, 8192, ("prefix", "ffpa"), "ffpa"),
+        (512, 4000, ("prefix", "ffpa"), "prefix"),
+        (512, 4200, ("prefix", "ffpa"), "ffpa"),
+        (512, 99999, ("prefix",), "prefix"),
+        (512, 8192, (), "spec"),
+        (448, 8192, ("ffpa",), "ffpa"),
+        (128, 8192, ("prefix", "ffpa"), "spec"),
+        (256, 8192, ("prefix", "ffpa"), "spec"),  # 512 is too far away to tell
+        (1024, 8192, ("prefix", "ffpa"), "spec"),
+    ],
+)
+def test_the_fastest_at_the_nearest_shape_is_taken(
+    channels: int, length: int, cores: tuple[str, ...], expected: str
+) -> None:
+    size = {"channels": channels, "length": length}
+    assert fastest(TIMES, cores, **size, training=True)[0] == expected
+    if (channels, length) == (512, 2048):
+        assert fastest(TIMES, cores, **size, training=False)[0] == "ffpa"
+
+
+@pytest.mark.parametrize("core", OWN)
+@pytest.mark.parametrize("packs", ["--sft", "--dataloader-inter-document-masking"])
+def test_packed_documents_are_refused(machine: Machine, core: str, packs: str) -> None:
+    machine()
+    args = read("--helix-core-attention", core, packs)
+    with pytest.raises(ValueError, match=f"^--helix-core-attention: {core} .* that {packs} packs"):
+        require_core_attention(args, on_cpu=False)
+
+
+def test_auto_says_what_it_takes_and_why(machine: Machine) -> None:
+    machine()
+    args = read("--helix-core-attention", "auto")
+    core, said = chosen(args, on_cpu=False, training=True)
+    assert core == fastest(MEASURED, ["ffpa"], channels=512, length=8192, training=True)[0]
+    assert said.startswith(f"helix core attention {core}, of spec, prefix, flex, ffpa: measured at")
+    machine(ffpa=False)
+    assert chosen(args, on_cpu=False, training=True)[0] != "ffpa"
+    args.sft = True
+    assert chosen(args, on_cpu=False, training=True)[0] == "spec"
+    assert chosen(args, on_cpu=True, training=True)[0] == "spec"
+    assert chosen(read(), on_cpu=False, training=True) == ("spec", "")
+
+
+def test_auto_goes_by_the_times_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "here.yaml"
+    args = read("--helix-core-attention", "auto", "--helix-core-attention-times", str(path))
+    path.write_text(yaml.safe_dump({"core_attention": [each.model_dump() for each in TIMES]}))
+    assert list(load(path)) == TIMES
+    assert chosen(args, on_cpu=True, training=True)[0] == "prefix"
+    path.write_text("name: here\n")
+    with pytest.raises(ValueError, match=r"here.yaml: has no core_attention: .* write it anew"):
+        chosen(args, on_cpu=True, training=True)
+    with pytest.raises(ValueError, match=r"^--helix-core-attention-times: is what .* auto reads"):
+        require_core_attention(read("--helix-core-attention-times", str(path)), on_cpu=True)
+
+
+def test_the_flag_puts_prefix_into_every_layer(
+    corpus_prefix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a stock layout, too; and no mask is made that it would not need."""
+    used, forward = tmp_path / "used", PrefixAttention.forward
+
+    def noted(self: PrefixAttention, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with used.open("a") as lines:
+            lines.write(f"{self.layer_number} {args[3]}\n")
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(PrefixAttention, "forward", noted)  # ranks are forks
+    flags = tiny_gpt(corpus_prefix, "--tensor-model-parallel-size", "2", train_iters=1)
+    pretrain_launched([*flags, "--helix-core-attention", "prefix"], 2, tmp_path)
+    assert set(used.read_text().splitlines()) == {"1 None", "2 None"}
