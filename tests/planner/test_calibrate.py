@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_helix.commands import plan
+from megatron_helix.commands.calibrate import calibrate as command
 from megatron_helix.launching import launchers
 from megatron_helix.launching.launcher_config import LauncherConfig
 from megatron_helix.planner import calibrate, hardware
@@ -101,7 +101,7 @@ def test_all_gpus_of_a_machine_are_ranks_of_torchrun(
     said: list[str] = []
     monkeypatch.setattr(launchers, "start", start)
     monkeypatch.setattr("typer.echo", said.append)
-    plan.calibrate(out)
+    command(out)
     assert said[0].startswith(f"{out}: 4 CPU ranks, gloo: GEMM ")
     assert list(out.parent.iterdir()) == [out]
 
@@ -112,4 +112,4 @@ def test_calibrate_under_torchrun_says_what_to_call(
     """Every rank of it would measure the machine anew, at the same time."""
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(ValueError, match=r"^helix calibrate: must be called once, .* got torchrun"):
-        plan.calibrate(tmp_path / "here.yaml")
+        command(tmp_path / "here.yaml")
