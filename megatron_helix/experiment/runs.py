@@ -105,7 +105,8 @@ def model_flags(experiment: ExperimentConfig, model: ModelConfig) -> list[str]:
         *corpus.TOKENIZER_FLAGS,
         *("--make-vocab-size-divisible-by", str(VOCAB_MULTIPLE)),
         "--no-create-attention-mask-in-dataloader",  # causal is what a GPT attends by itself
-        *("--seq-length", length, "--max-position-embeddings", length),
+        *("--seq-length", length),
+        *([] if model.max_position_embeddings else ["--max-position-embeddings", length]),
         *("--lr", str(experiment.learning_rate), "--lr-decay-style", "constant"),
         *("--eval-iters", "0", "--eval-interval", "1000000", "--log-interval", "1"),
         *(["--no-gradient-accumulation-fusion"] if experiment.device == "cuda" else []),

@@ -14,10 +14,11 @@ def gradients(book: Book, first: bool, last: bool) -> None:
     if layout.ep == 1:  # Megatron keeps them with the dense weights then
         tensors, experts = tensors + experts, []
     what = "gradients"
+    is_tied = not here.model.untie_embeddings_and_output_weights
     if not layout.distributed_optimizer:
         book.call(what, "dp", "all_reduce", "step", sum(tensors), size=here.gradient_bytes)
     else:
-        tied = here.stages > 1 and (first or last)
+        tied = is_tied and here.stages > 1 and (first or last)
         table = tensors[:1] if tied else []  # a bucket of its own
         for bucket in (table, tensors[len(table) :]):
             _distributed(book, "dp", bucket)
@@ -29,7 +30,7 @@ def gradients(book: Book, first: bool, last: bool) -> None:
         unsplit = parameters.sequence_parallel(here, last)
         width = here.gradient_bytes
         book.call("gradients of norms", "tp", "all_reduce", "step", unsplit, size=width)
-    if here.stages > 1 and (first or last):
+    if is_tied and here.stages > 1 and (first or last):
         table = here.vocabulary * here.model.hidden_size / here.tp
         what, width = "gradient of the tied embedding", here.gradient_bytes
         book.call(what, "embedding", "all_reduce", "step", table, size=width)

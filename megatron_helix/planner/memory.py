@@ -71,7 +71,7 @@ def _kept(here: Deployment, stage: int, fused_channels: int) -> float:
         rows = here.tokens / here.stream_ranks * model.moe_router_topk
     # Inputs of two norms and two linears; QKV and context; features before and after activation.
     layer = (
-        N * (4 * D + packed(here.cut)) + rows * (3 if model.swiglu else 2) * model.ffn_hidden_size
+        N * (4 * D + packed(here.cut)) + rows * (3 if model.gated else 2) * model.ffn_hidden_size
     )
     if model.num_experts:
         layer += 2 * rows * D  # routed in, routed out
@@ -109,7 +109,7 @@ def _gathered(here: Deployment, train: bool) -> float:
     if here.plan.gather == "step" and train:
         return layer * here.layers * (here.element_bytes + here.gradient_bytes)
     model = here.model
-    widest = max(packed(here.cut), (2 if model.swiglu else 1) * here.block.ffn)
+    widest = max(packed(here.cut), (2 if model.gated else 1) * here.block.ffn)
     shared = widest * model.hidden_size / here.tp * here.cut.m
     # In training its gradient beside it; under `weights` the parts that go out and that come in.
     gradients = (2 if here.plan.exchange == "weights" else 1) if train else 0

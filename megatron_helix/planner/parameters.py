@@ -1,13 +1,12 @@
 """Parameters that one rank holds, tensor by tensor, in elements.
 
-Stock and helix alike keep 1/T of every matrix of attention and of a dense MLP; norms (weight and
-bias) and routers are whole on every rank. Linears have no bias. Embedding and head are tied.
+Stock and helix alike keep 1/T of every matrix of attention and of a dense MLP, and of the biases of
+what they cut by rows; norms, routers and the other biases are whole on every rank.
 """
 
 from megatron_helix.exchange.traffic import packed
 from megatron_helix.planner.deployment import Deployment
-
-NORM = 2  # weight and bias of a LayerNorm
+from megatron_helix.run_config import ModelConfig
 
 
 def layer_matrices(here: Deployment) -> int:
@@ -20,42 +19,67 @@ def dense_tensors(here: Deployment, first: bool, last: bool) -> list[int]:
     model, shards = here.model, here.tp * here.layout.gtp
     D, d = model.hidden_size, model.kv_channels
     proj = model.num_attention_heads * d * D
-    layer = [(packed(here.cut) * D - proj) // shards, proj // shards, *[D] * (2 * NORM)]
-    if model.num_experts:
-        layer.append(model.num_experts * D)  # router
-    else:
-        up = (2 if model.swiglu else 1) * model.ffn_hidden_size * D
-        layer += [up // shards, model.ffn_hidden_size * D // shards]
-    tensors = []
-    if first or last:
-        tensors.append(here.vocabulary * D // shards)
+    qkv = packed(here.cut) * D - proj
+    layer = [qkv // shards, proj // shards, *_unsplit(model)]
+    if model.add_bias_linear or model.add_qkv_bias:
+        layer.append(qkv // D // here.tp)
+    if model.softmax_type == "learnable":
+        layer.append(model.num_attention_heads // here.cut.n)
+    if not model.num_experts:
+        up = (2 if model.gated else 1) * model.ffn_hidden_size
+        layer += [up * D // shards, model.ffn_hidden_size * D // shards]
+        layer += [up // here.tp] if model.add_bias_linear else []
+    table = here.vocabulary * D // shards
+    untied = model.untie_embeddings_and_output_weights
+    tensors = [table] if first or (last and not untied) else []
     if first and model.position_embedding_type == "learned_absolute":
-        tensors.append(here.batch.sequence_length * D)
+        tensors.append((model.max_position_embeddings or here.batch.sequence_length) * D)
     tensors += layer * here.layers
     if last:
-        tensors += [D] * NORM
+        tensors += [D] * _norm(model)
+        tensors += [table] if untied else []
     return tensors
 
 
 def expert_tensors(here: Deployment) -> list[int]:
-    """Sizes of the expert matrices that a rank of a stage holds; nothing for a dense model."""
+    """Sizes of the expert tensors that a rank of a stage holds; nothing for a dense model."""
     model, layout = here.model, here.layout
     if not model.num_experts:
         return []
-    up = (2 if model.swiglu else 1) * model.ffn_hidden_size * model.hidden_size
-    down = model.ffn_hidden_size * model.hidden_size
-    mine = model.num_experts // layout.ep * here.layers
-    return [up // layout.etp, down // layout.etp] * mine
+    D, up = model.hidden_size, (2 if model.gated else 1) * model.ffn_hidden_size
+    expert = [up * D // layout.etp, model.ffn_hidden_size * D // layout.etp]
+    expert += [up, D] if model.add_bias_linear else []
+    return expert * (model.num_experts // layout.ep * here.layers)
 
 
 def sequence_parallel(here: Deployment, last: bool) -> int:
     """Parameters that see 1/T of the tokens, so that their gradients are summed over T."""
-    D = here.model.hidden_size
-    layer = 2 * NORM * D + (here.model.num_experts or 0) * D
-    return layer * here.layers + (NORM * D if last else 0)
+    ends = _norm(here.model) * here.model.hidden_size if last else 0
+    return sum(_unsplit(here.model)) * here.layers + ends
 
 
 def held(here: Deployment, stage: int) -> tuple[int, int]:
     """(dense, expert) parameters of a rank of ``stage``."""
     first, last = stage == 0, stage == here.stages - 1
     return sum(dense_tensors(here, first, last)), sum(expert_tensors(here))
+
+
+def _norm(model: ModelConfig) -> int:
+    """Tensors of a norm: a weight, and a LayerNorm's bias."""
+    return 1 if model.normalization == "RMSNorm" else 2
+
+
+def _unsplit(model: ModelConfig) -> list[int]:
+    """Sizes of what is whole on every rank, of one layer: norms, router, biases added to the sum.
+
+    Norms of queries and keys are of one head's channels.
+    """
+    D, E = model.hidden_size, model.num_experts or 0
+    tensors = [D] * (2 * _norm(model))
+    if model.qk_layernorm:
+        tensors += [model.kv_channels] * (2 * _norm(model))
+    if E:
+        tensors.append(E * D)
+    if model.add_bias_linear:
+        tensors += [D, E or D]  # of attention's projection, and of the router or the dense MLP
+    return tensors
