@@ -48,7 +48,6 @@ class ModelConfig(Config):
     moe_router_topk: PositiveInt = 2
     swiglu: bool = False
     quick_geglu: bool = False
-    openai_gelu: bool = False
     glu_linear_offset: float | None = None
     activation_func_clamp_value: PositiveFloat | None = None
     add_bias_linear: bool = False
@@ -76,12 +75,9 @@ class ModelConfig(Config):
     departures: tuple[str, ...] = ()
 
     @model_validator(mode="after")
-    def _one_activation(self) -> "ModelConfig":
-        asked = [
-            name for name in ("swiglu", "quick_geglu", "openai_gelu") if getattr(self, name) is True
-        ]
-        if len(asked) > 1:
-            raise UserError(f"{asked[1]}: must be false beside {asked[0]}; leave one of them out")
+    def _one_gate(self) -> "ModelConfig":
+        if self.swiglu and self.quick_geglu:
+            raise UserError("quick_geglu: must be false beside swiglu, got true; leave one out")
         return self
 
     @property
@@ -254,9 +250,9 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def _valued(**values: Any) -> list[str]:
-    """``name=value`` as ``--name value``, dashes for underscores; what is None or False is not said.
+    """``name=value`` as ``--name value``, dashes for underscores, a pair as ``(a,b)``.
 
-    A pair is written as Megatron reads one, ``(a,b)``.
+    What is None or False is left out.
     """
     return [
         word

@@ -17,6 +17,7 @@ from megatron_helix.options import checks
 from megatron_helix.options.checks import (
     require_core_attention,
     require_loadable,
+    require_norms,
     require_one_of,
     require_plan,
 )
@@ -38,7 +39,7 @@ _SWITCHES = (
     *("group-query-attention", "rotary-interleaved", "attention-output-gate", "swiglu"),
     *("sequence-parallel", "overlap-grad-reduce", "multi-latent-attention"),
     *("use-distributed-optimizer", "no-load-optim", "finetune", "full-validation"),
-    "sft",
+    *("sft", "apply-layernorm-1p", "quick-geglu"),
 )
 _FOLDERS = ("load", "non-persistent-global-ckpt-dir", "pretrained-checkpoint")
 
@@ -114,6 +115,7 @@ def complete(argv: Sequence[str], world_size: int) -> list[str]:
         implied = [*degree, *_helix_flags(args, argv, world_size)]
     on_cpu = device(argv) == "cpu"
     require_core_attention(args, on_cpu)
+    require_norms(args, on_cpu)
     return [*argv, *(_cpu_flags(argv) if on_cpu else ()), *implied]
 
 

@@ -44,7 +44,7 @@ def require_plan(args: argparse.Namespace, asked: strategy.Choice, cut: HelixLay
             traffic.BlockShape(
                 hidden=args.hidden_size,
                 ffn=0 if args.num_experts else args.ffn_hidden_size or 4 * args.hidden_size,
-                gated=args.swiglu,
+                gated=args.swiglu or args.quick_geglu,
                 num_layers=args.num_layers,
             ),
             sequence=args.seq_length // args.context_parallel_size,
@@ -100,6 +100,15 @@ def require_core_attention(args: argparse.Namespace, on_cpu: bool) -> None:
         raise UserError(
             "--helix-core-attention: flex needs a GPU, since torch's FlexAttention has no backward"
             " pass on a CPU, got --helix-device cpu; leave one of the two away"
+        )
+
+
+def require_norms(args: argparse.Namespace, on_cpu: bool) -> None:
+    """Check that the norms of the run can have weights around zero."""
+    if on_cpu and args.apply_layernorm_1p:
+        raise UserError(
+            "--apply-layernorm-1p: needs TransformerEngine's norms, which do not run on a CPU, got"
+            " --helix-device cpu; leave it away: weights are then stored with 1 added"
         )
 
 

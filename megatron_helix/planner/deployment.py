@@ -42,7 +42,7 @@ def require_length(model: ModelConfig, batch: BatchConfig) -> None:
     most = model.max_position_embeddings or batch.sequence_length
     if batch.sequence_length > most:
         raise UserError(
-            f"sequence_length: must be at most max_position_embeddings ({most}) of {model.name}, got"
+            f"sequence_length: must be at most {model.name}'s max_position_embeddings ({most}), got"
             f" {batch.sequence_length}; use shorter sequences"
         )
 
