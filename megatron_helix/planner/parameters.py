@@ -20,15 +20,12 @@ def dense_tensors(here: Deployment, first: bool, last: bool) -> list[int]:
     D, d = model.hidden_size, model.kv_channels
     proj = model.num_attention_heads * d * D
     qkv = packed(here.cut) * D - proj
-    layer = [qkv // shards, proj // shards, *_unsplit(model)]
-    if model.add_bias_linear or model.add_qkv_bias:
-        layer.append(qkv // D // here.tp)
+    layer = [qkv // shards, proj // shards, *column_biases(here), *_unsplit(model)]
     if model.softmax_type == "learnable":
         layer.append(model.num_attention_heads // here.cut.n)
     if not model.num_experts:
         up = (2 if model.gated else 1) * model.ffn_hidden_size
         layer += [up * D // shards, model.ffn_hidden_size * D // shards]
-        layer += [up // here.tp] if model.add_bias_linear else []
     table = here.vocabulary * D // shards
     untied = model.untie_embeddings_and_output_weights
     tensors = [table] if first or (last and not untied) else []
@@ -39,6 +36,17 @@ def dense_tensors(here: Deployment, first: bool, last: bool) -> list[int]:
         tensors += [D] * _norm(model)
         tensors += [table] if untied else []
     return tensors
+
+
+def column_biases(here: Deployment) -> list[int]:
+    """Sizes of one layer's biases of QKV and of the dense MLP's features, 1/T of each."""
+    model, biases = here.model, []
+    if model.add_bias_linear or model.add_qkv_bias:
+        heads = model.num_attention_heads + 2 * model.query_groups
+        biases.append(heads * model.kv_channels // here.tp)
+    if model.add_bias_linear and not model.num_experts:
+        biases.append((2 if model.gated else 1) * model.ffn_hidden_size // here.tp)
+    return biases
 
 
 def expert_tensors(here: Deployment) -> list[int]:
@@ -53,9 +61,14 @@ def expert_tensors(here: Deployment) -> list[int]:
 
 
 def sequence_parallel(here: Deployment, last: bool) -> int:
-    """Parameters that see 1/T of the tokens, so that their gradients are summed over T."""
-    ends = _norm(here.model) * here.model.hidden_size if last else 0
-    return sum(_unsplit(here.model)) * here.layers + ends
+    """Parameters that see 1/T of the tokens, so that their gradients are summed over T.
+
+    And the biases of experts, which Megatron marks alike.
+    """
+    model = here.model
+    ends = _norm(model) * model.hidden_size if last else 0
+    experts = (model.num_experts or 0) // here.layout.ep if model.add_bias_linear else 0
+    return (sum(_unsplit(model)) + experts * model.hidden_size) * here.layers + ends
 
 
 def held(here: Deployment, stage: int) -> tuple[int, int]:
