@@ -4,10 +4,12 @@ For the trainings depth, width and context are scaled down, and experts to as ma
 to: else one near a tie may go to another by roundoff. Heads, query groups and all kinds stay.
 """
 
+import importlib.util
 from collections.abc import Callable
 from functools import cache
 from itertools import product
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
@@ -24,9 +26,13 @@ LOSS_TOLERANCE, GRAD_NORM_TOLERANCE = 1e-5, 1e-4  # see tests/test_parity.py
 STEPS = 3
 RANKS = 4  # of helix
 
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "models.md").read_text()
+SAID = "call python docs/models.py"
+
 MODELS = {
     path.stem: read_config(ModelConfig, path)
-    for path in sorted((Path(__file__).parents[1] / "configs" / "models").glob("*.yaml"))
+    for path in sorted((ROOT / "configs" / "models").glob("*.yaml"))
     if "Source:" in path.read_text()
 }
 
@@ -112,6 +118,17 @@ def scaled(name: str) -> ModelConfig:
 
 
 @pytest.fixture(scope="module")
+def page() -> ModuleType:
+    """The script that writes docs/models.md."""
+    spec = importlib.util.spec_from_file_location("docs_models", ROOT / "docs" / "models.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
 def train(corpus_prefix: Path) -> Train:
     """Train a scaled model in a layout; experts are on ranks of their own.
 
@@ -182,6 +199,32 @@ def assert_alike(actual: Curve, expected: Curve) -> None:
     """Loss and gradient norm of every step agree."""
     assert actual.losses == pytest.approx(expected.losses, rel=LOSS_TOLERANCE, abs=0)
     assert actual.grad_norms == pytest.approx(expected.grad_norms, rel=GRAD_NORM_TOLERANCE, abs=0)
+
+
+def test_the_page_is_current(page: ModuleType) -> None:
+    assert page.page(PAGE, [part for part in page.PARTS if part != "plans"]) == PAGE, SAID
+
+
+@THOROUGH
+def test_the_plans_of_the_page_are_current(page: ModuleType) -> None:
+    assert page.page(PAGE) == PAGE, SAID
+
+
+def test_a_figure_changed_by_hand_is_found(page: ModuleType) -> None:
+    assert "| phi4_14b | 40 / 10 | s | s | - | 2x2 |" in PAGE  # stock refuses four ranks
+    forged = PAGE.replace("| 40 / 10 | s | s | - | 2x2 |", "| 40 / 10 | s | s | - | s |")
+    assert page.page(forged, ["degrees"]) == PAGE
+
+
+def test_of_more_ranks_than_query_groups_stock_holds_whole_ones(page: ModuleType) -> None:
+    model = MODELS["glm4_9b"]  # two groups
+    of_group = 2 * model.kv_channels * model.num_layers * 2
+    for degree, groups in ((1, 2), (2, 1), (8, 1)):
+        assert page.stock_takes(model, degree)
+        assert page.cache_bytes_of_token(page.stock(model, degree)) == groups * of_group
+        assert page.cache_bytes_of_token(page.helix(model, degree)) == 2 * of_group / degree
+    assert not page.stock_takes(model, 3)
+    assert page.helix(model, 3) is None
 
 
 def test_what_a_cpu_cannot_do_of_a_model_is_refused() -> None:

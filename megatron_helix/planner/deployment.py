@@ -106,7 +106,8 @@ class Deployment:
         else:
             require_divides("tp", self.tp, "num_attention_heads", heads)
             require_divides("tp", self.tp, "num_query_groups", groups)
-        require_divides("tp (or m x n)", self.tp, "ffn_hidden_size", model.ffn_hidden_size)
+        if not model.num_experts:
+            require_divides("tp (or m x n)", self.tp, "ffn_hidden_size", model.ffn_hidden_size)
         if self.phase != "decode":
             ranks = self.tp * layout.cp
             require_divides("tp x cp", ranks, "sequence_length", batch.sequence_length)

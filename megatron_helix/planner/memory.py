@@ -93,11 +93,18 @@ def _passing(here: Deployment, fused_channels: int) -> float:
 
 def _cache(here: Deployment) -> float:
     """Keys and values of all sequences of this rank; in prefill and decode alike."""
-    model = here.model
     sequences = here.batch.sequences / here.batch_ranks
-    per_token = 2 * model.query_groups * model.kv_channels * here.layers
     tokens = sequences * here.batch.sequence_length / here.layout.cp
-    return here.element_bytes * per_token * tokens / here.tp
+    return cache_bytes_of_token(here) * tokens
+
+
+def cache_bytes_of_token(here: Deployment) -> float:
+    """Of one token on a rank, in all layers of its stage: 1/T, but under stock a group at least."""
+    model = here.model
+    groups = model.query_groups / here.tp
+    if not here.layout.is_helix:
+        groups = max(groups, 1.0)
+    return here.element_bytes * 2 * groups * model.kv_channels * here.layers
 
 
 def _gathered(here: Deployment, train: bool) -> float:
