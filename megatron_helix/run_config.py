@@ -52,7 +52,7 @@ class ModelConfig(Config):
     activation_func_clamp_value: PositiveFloat | None = None
     add_bias_linear: bool = False
     add_qkv_bias: bool = False
-    normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
+    normalization: Literal["LayerNorm", "RMSNorm"] | None = None
     norm_epsilon: PositiveFloat | None = None
     apply_layernorm_1p: bool = False
     qk_layernorm: bool = False

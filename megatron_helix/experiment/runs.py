@@ -212,7 +212,7 @@ def initial_weights(
 def source_of(run: Run) -> dict[str, Any]:
     """A run as JSON."""
     return {
-        "model": run.model.model_dump(),
+        "model": run.model.model_dump(mode="json"),
         "layout": run.layout.model_dump(),
         "phase": run.phase,
         "precision": run.precision,
