@@ -16,7 +16,7 @@ import pytest
 
 from megatron_helix.basics.errors import UserError
 from megatron_helix.options import arguments, parsed
-from megatron_helix.planner import parameters
+from megatron_helix.planner import hardware, parameters, search
 from megatron_helix.planner.deployment import Deployment
 from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig, read_config
 from tests.covering import THOROUGH
@@ -225,6 +225,31 @@ def test_of_more_ranks_than_query_groups_stock_holds_whole_ones(page: ModuleType
         assert page.cache_bytes_of_token(page.helix(model, degree)) == 2 * of_group / degree
     assert not page.stock_takes(model, 3)
     assert page.helix(model, 3) is None
+
+
+def test_a_model_is_not_planned_for_more_than_its_positions() -> None:
+    machine = hardware.load(ROOT / "configs" / "hardware" / "h100_2.yaml")
+    batch = BatchConfig(sequences=4, sequence_length=2048)
+    said = r"^sequence_length: must be at most gpt2_xl's max_position_embeddings \(1024\), got 2048"
+    with pytest.raises(ValueError, match=said):
+        search.search(MODELS["gpt2_xl"], machine, batch)
+
+
+def test_experts_with_biases_are_not_cut() -> None:
+    layout = LayoutConfig(name="cut", tp=2, etp=2, micro_batch=1)
+    batch = BatchConfig(sequences=4, sequence_length=64)
+    with pytest.raises(ValueError, match=r"^etp: experts with biases need 1, got 2; use 1"):
+        Deployment(MODELS["gpt_oss_20b"], layout, batch, 2).check()
+    Deployment(MODELS["qwen3_30b_a3b"], layout, batch, 2).check()
+
+
+def test_a_model_has_one_gate(tmp_path: Path) -> None:
+    path = tmp_path / "two.yaml"
+    text = (ROOT / "configs" / "models" / "llama3.1_8b.yaml").read_text()
+    path.write_text(text + "quick_geglu: true\n")
+    said = r"two\.yaml: quick_geglu: must be false beside swiglu, got true; leave one out"
+    with pytest.raises(ValueError, match=said):
+        read_config(ModelConfig, path)
 
 
 def test_what_a_cpu_cannot_do_of_a_model_is_refused() -> None:
