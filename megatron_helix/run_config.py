@@ -12,6 +12,8 @@ import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Field,
+    PositiveFloat,
     PositiveInt,
     ValidationError,
     field_validator,
@@ -30,10 +32,14 @@ class Config(BaseModel):
 
 
 class ModelConfig(Config):
-    """A GPT model in Megatron's terms.
+    """A GPT model in Megatron's terms: but for three, the keys are the names of its flags.
 
-    ``vocab_size`` is what the planner counts with; experiments tokenise bytes, 256 of them.
-    Embedding and LM head share their weights unless ``untie_embeddings_and_output_weights``.
+    Attributes:
+        name: of the model.
+        add_bias_linear: whether linears have biases; Megatron's flag is ``--disable-bias-linear``.
+        vocab_size: what the planner counts with; experiments tokenise bytes, 256 of them.
+        max_position_embeddings: the longest sequence; None leaves it to the run.
+        departures: what Megatron's flags have no word for, and what stands in its place.
     """
 
     name: str
@@ -46,42 +52,75 @@ class ModelConfig(Config):
     num_experts: PositiveInt | None = None
     moe_router_topk: PositiveInt = 2
     swiglu: bool = False
-    position_embedding_type: Literal["rope", "learned_absolute", "none"] = "rope"
-    vocab_size: PositiveInt = 256
+    quick_geglu: bool = False
+    glu_linear_offset: float | None = None
+    activation_func_clamp_value: PositiveFloat | None = None
+    add_bias_linear: bool = False
+    add_qkv_bias: bool = False
+    normalization: Literal["LayerNorm", "RMSNorm"] | None = None
+    norm_epsilon: PositiveFloat | None = None
+    apply_layernorm_1p: bool = False
+    qk_layernorm: bool = False
+    position_embedding_type: Literal["rope", "yarn", "learned_absolute", "none"] = "rope"
+    rotary_base: PositiveInt | None = None
+    rotary_percent: float | None = Field(default=None, gt=0, le=1)
+    rotary_interleaved: bool = False
+    rotary_seq_len_interpolation_factor: PositiveInt | None = None
+    use_rope_scaling: bool = False
+    rope_scaling_factor: PositiveFloat | None = None
+    rotary_scaling_factor: PositiveFloat | None = None
+    yarn_original_max_position_embeddings: PositiveInt | None = None
+    no_yarn_correction_range_round_to_int: bool = False
+    window_size: tuple[int, int] | None = None
+    window_attn_skip_freq: PositiveInt | None = None
+    softmax_type: Literal["vanilla", "off-by-one", "learnable"] | None = None
     untie_embeddings_and_output_weights: bool = False
+    vocab_size: PositiveInt = 256
+    max_position_embeddings: PositiveInt | None = None
+    departures: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_gate(self) -> "ModelConfig":
+        if self.swiglu and self.quick_geglu:
+            raise UserError("quick_geglu: must be false beside swiglu, got true; leave one out")
+        return self
 
     @property
     def query_groups(self) -> int:
         """Key/value groups K; as many as heads without GQA."""
         return self.num_query_groups or self.num_attention_heads
 
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP has a gate, a third weight."""
+        return self.swiglu or self.quick_geglu
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many channels of a head are rotated, as Megatron rounds them."""
+        is_rotary = self.position_embedding_type in ("rope", "yarn")
+        return int(self.kv_channels * (self.rotary_percent or 1)) if is_rotary else 0
+
     def flags(self) -> list[str]:
-        """Megatron's flags for the model. Linears have no bias, dropout is off."""
-        words = _valued(
-            num_layers=self.num_layers,
-            hidden_size=self.hidden_size,
-            num_attention_heads=self.num_attention_heads,
-            kv_channels=self.kv_channels,
-            ffn_hidden_size=self.ffn_hidden_size,
-            position_embedding_type=self.position_embedding_type,
-            attention_dropout=0,
-            hidden_dropout=0,
-        )
-        words.append("--disable-bias-linear")
+        """Megatron's flags for the model. Dropout is off."""
+        words = _valued(attention_dropout=0, hidden_dropout=0)
+        if not self.add_bias_linear:
+            words.append("--disable-bias-linear")
         if self.num_query_groups:
-            words += ["--group-query-attention", *_valued(num_query_groups=self.num_query_groups)]
-        if self.swiglu:
-            words.append("--swiglu")
-        if self.untie_embeddings_and_output_weights:
-            words.append("--untie-embeddings-and-output-weights")
+            words.append("--group-query-attention")
         if self.num_experts:
             words += _valued(
-                num_experts=self.num_experts,
                 moe_router_topk=self.moe_router_topk,
                 moe_router_load_balancing_type="none",
                 moe_token_dispatcher_type="alltoall",
             )
+        for name, value in self.model_dump(exclude=_NO_FLAGS).items():
+            words += _switch(name) if value is True else _valued(**{name: value})
         return words
+
+
+# Said in another way above, by the experiment, or to a reader.
+_NO_FLAGS = {"name", "moe_router_topk", "add_bias_linear", "vocab_size", "departures"}
 
 
 class LayoutConfig(Config):
@@ -169,6 +208,11 @@ class LayoutConfig(Config):
         Raises:
             UserError: naming the key, what was required and what was given.
         """
+        if self.gtp > 1 and (model.add_qkv_bias or model.add_bias_linear):
+            raise UserError(
+                f"gtp: must be 1 for a model whose QKV has a bias, got {self.gtp}: Megatron (0.19)"
+                " gives that a gradient of the wrong shape; leave gtp away"
+            )
         if self.fsdp != "torch_fsdp2":
             return
         if not model.untie_embeddings_and_output_weights:
@@ -359,10 +403,21 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def _valued(**values: Any) -> list[str]:
-    """``name=value`` as ``--name value``, dashes for underscores; what is None is left out."""
+    """``name=value`` as ``--name value``, dashes for underscores, a pair as ``(a,b)``.
+
+    What is None or False is left out.
+    """
     return [
         word
         for name, value in values.items()
-        if value is not None
-        for word in (f"--{name.replace('_', '-')}", str(value))
+        if value is not None and value is not False
+        for word in (*_switch(name), _written(value))
     ]
+
+
+def _switch(name: str) -> list[str]:
+    return [f"--{name.replace('_', '-')}"]
+
+
+def _written(value: Any) -> str:
+    return f"({','.join(map(str, value))})" if isinstance(value, tuple) else str(value)

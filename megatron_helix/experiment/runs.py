@@ -125,7 +125,8 @@ def model_flags(experiment: ExperimentConfig, model: ModelConfig) -> list[str]:
         *("--make-vocab-size-divisible-by", str(VOCAB_MULTIPLE)),
         "--no-create-attention-mask-in-dataloader",  # causal is what a GPT attends by itself
         *(["--sft"] if experiment.sft else []),
-        *("--seq-length", length, "--max-position-embeddings", length),
+        *("--seq-length", length),
+        *([] if model.max_position_embeddings else ["--max-position-embeddings", length]),
         *("--lr", str(experiment.learning_rate), "--lr-decay-style", "constant"),
         *("--eval-iters", "0", "--eval-interval", "1000000", "--log-interval", "1"),
         *(["--no-gradient-accumulation-fusion"] if experiment.device == "cuda" else []),
@@ -246,7 +247,7 @@ def initial_weights(
 def source_of(run: Run) -> dict[str, Any]:
     """A run as JSON."""
     return {
-        "model": run.model.model_dump(),
+        "model": run.model.model_dump(mode="json"),
         "layout": run.layout.model_dump(),
         "phase": run.phase,
         "precision": run.precision,

@@ -16,6 +16,7 @@ from megatron_helix.exchange import strategy
 from megatron_helix.options import checks
 from megatron_helix.options.checks import (
     require_loadable,
+    require_norms,
     require_one_of,
     require_plan,
     require_rival,
@@ -40,7 +41,8 @@ _SWITCHES = (
     *("sequence-parallel", "overlap-grad-reduce", "multi-latent-attention"),
     *("use-distributed-optimizer", "no-load-optim", "finetune", "full-validation"),
     *("sft", "dataloader-inter-document-masking", "reset-attention-mask", "bf16", "fp16"),
-    *("use-megatron-fsdp", "use-torch-fsdp2", "add-qkv-bias"),
+    *("use-megatron-fsdp", "use-torch-fsdp2", "add-qkv-bias", "disable-bias-linear"),
+    *("apply-layernorm-1p", "quick-geglu"),
 )
 _FOLDERS = ("load", "non-persistent-global-ckpt-dir", "pretrained-checkpoint")
 
@@ -116,6 +118,7 @@ def complete(argv: Sequence[str], world_size: int) -> list[str]:
         implied = [*degree, *_helix_flags(args, argv, world_size)]
     on_cpu = device(argv) == "cpu"
     require_core_attention(args, on_cpu)
+    require_norms(args, on_cpu)
     if not wants_helix(args) or args.helix_m == 1:  # else the table of features refuses them
         require_rival(args, on_cpu)
     return [*argv, *(_cpu_flags(argv) if on_cpu else ()), *_mask_flags(args, argv), *implied]

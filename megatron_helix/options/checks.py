@@ -38,7 +38,7 @@ def require_plan(args: argparse.Namespace, asked: strategy.Choice, cut: HelixLay
         shape = traffic.BlockShape(
             hidden=args.hidden_size,
             ffn=0 if args.num_experts else args.ffn_hidden_size or 4 * args.hidden_size,
-            gated=args.swiglu,
+            gated=args.swiglu or args.quick_geglu,
             num_layers=args.num_layers,
         )
         parallel = {"sequence_parallel": args.sequence_parallel}
@@ -78,11 +78,11 @@ def require_rival(args: argparse.Namespace, on_cpu: bool) -> None:
     """
     shards = args.tensor_parallel_num_weight_shards or 1
     is_gtp = shards > args.tensor_model_parallel_size
-    if is_gtp and args.add_qkv_bias:
+    if is_gtp and (args.add_qkv_bias or not args.disable_bias_linear):
+        biased = "--add-qkv-bias" if args.add_qkv_bias else "no --disable-bias-linear"
         raise UserError(
             "--tensor-parallel-num-weight-shards: GTP gives a bias of QKV a gradient of the wrong"
-            f" shape (megatron-core 0.19), got {shards} and --add-qkv-bias; leave one of the two"
-            " away"
+            f" shape (megatron-core 0.19), got {shards} and {biased}; leave GTP or the bias away"
         )
     if not on_cpu:
         return
@@ -102,6 +102,15 @@ def require_rival(args: argparse.Namespace, on_cpu: bool) -> None:
             "--context-parallel-size: needs TransformerEngine's attention and a GPU, got"
             f" {args.context_parallel_size} and --helix-device cpu; use 1, or give a --spec whose"
             " core attention runs on CPUs"
+        )
+
+
+def require_norms(args: argparse.Namespace, on_cpu: bool) -> None:
+    """Check that the norms of the run can have weights around zero."""
+    if on_cpu and args.apply_layernorm_1p:
+        raise UserError(
+            "--apply-layernorm-1p: needs TransformerEngine's norms, which do not run on a CPU, got"
+            " --helix-device cpu; leave it away: weights are then stored with 1 added"
         )
 
 

@@ -40,6 +40,20 @@ def require_phase(phase: str) -> None:
         raise UserError(f"phase: must be one of {', '.join(PHASES)}, got {phase!r}")
 
 
+def require_length(model: ModelConfig, batch: BatchConfig) -> None:
+    """Refuse sequences that are longer than the model's positions.
+
+    Raises:
+        UserError: naming both.
+    """
+    most = model.max_position_embeddings or batch.sequence_length
+    if batch.sequence_length > most:
+        raise UserError(
+            f"sequence_length: must be at most {model.name}'s max_position_embeddings ({most}), got"
+            f" {batch.sequence_length}; use shorter sequences"
+        )
+
+
 @dataclass(frozen=True)
 class Deployment:
     """A layout of a model on ``world_size`` ranks, for one phase.
@@ -72,6 +86,7 @@ class Deployment:
         """
         model, layout, batch = self.model, self.layout, self.batch
         require_phase(self.phase)
+        require_length(model, batch)
         if batch.documents and self.phase != "train":
             raise UserError(
                 f"documents: are packed for training, got phase {self.phase}; leave one away"
@@ -97,6 +112,8 @@ class Deployment:
             require_divides("ep x etp x pp", expert, "the number of ranks", self.world_size)
             require_divides("ep", layout.ep, "num_experts", model.num_experts)
             require_divides("etp", layout.etp, "ffn_hidden_size", model.ffn_hidden_size)
+            if model.add_bias_linear and layout.etp > 1:
+                raise UserError(f"etp: experts with biases need 1, got {layout.etp}; use 1")
             if layout.gtp > 1:
                 raise UserError(f"gtp: is predicted for dense models only, got {layout.gtp}; use 1")
         share = layout.micro_batch * self.batch_ranks
@@ -108,7 +125,8 @@ class Deployment:
         else:
             require_divides("tp", self.tp, "num_attention_heads", heads)
             require_divides("tp", self.tp, "num_query_groups", groups)
-        require_divides("tp (or m x n)", self.tp, "ffn_hidden_size", model.ffn_hidden_size)
+        if not model.num_experts:
+            require_divides("tp (or m x n)", self.tp, "ffn_hidden_size", model.ffn_hidden_size)
         if self.phase != "decode":
             ranks = self.tp * layout.cp
             require_divides("tp x cp", ranks, "sequence_length", batch.sequence_length)
@@ -213,21 +231,21 @@ class Deployment:
         return BlockShape(
             hidden=self.model.hidden_size,
             ffn=0 if self.model.num_experts else self.model.ffn_hidden_size,
-            gated=self.model.swiglu,
+            gated=self.model.gated,
             num_layers=self.model.num_layers,
         )
 
     @cached_property
     def cut(self) -> HelixLayout:
         """The m x n partition; 1 x T for a stock layout."""
-        rotary = self.model.position_embedding_type == "rope"
         return HelixLayout(
             m=self.layout.m or 1,
             n=self.layout.n or self.tp,
             num_attention_heads=self.model.num_attention_heads,
             num_query_groups=self.model.query_groups,
             kv_channels=self.model.kv_channels,
-            rotary_dim=self.model.kv_channels if rotary else 0,
+            rotary_dim=self.model.rotary_dim,
+            rotary_interleaved=self.model.rotary_interleaved,
         )
 
     @cached_property

@@ -48,7 +48,7 @@ def forward(here: Deployment, stage: int, *, fused_channels: int) -> list[Work]:
     model, T, element_bytes = here.model, here.tp, here.element_bytes
     N, D = here.tokens, model.hidden_size
     layers = here.layers
-    features = (3 if model.swiglu else 2) * model.ffn_hidden_size
+    features = (3 if model.gated else 2) * model.ffn_hidden_size
     experts = model.num_experts
     # Weights are read once; under `weights` a rank multiplies with those of its whole head group.
     gathered = here.cut.m if here.plan.exchange == "weights" else here.layout.gtp
@@ -81,7 +81,7 @@ def forward(here: Deployment, stage: int, *, fused_channels: int) -> list[Work]:
     # Two norms and two residual additions read and write the stream, the activation its features,
     # rotary embeddings queries and keys.
     streamed = 10 * N * D / T + rows * features
-    if model.position_embedding_type == "rope":
+    if model.rotary_dim:
         streamed += 2 * N * (model.num_attention_heads + model.query_groups) * model.kv_channels / T
     if experts:  # permuted for the dispatch, sorted by expert, and both undone: read and written
         streamed += 8 * rows * D
@@ -152,7 +152,7 @@ def of_model(
     D, d, F = model.hidden_size, model.kv_channels, model.ffn_hidden_size
     H, K = model.num_attention_heads, model.query_groups
     E = model.num_experts or 0
-    mlp = 2 * (3 if model.swiglu else 2) * D * F * (model.moe_router_topk if E else 1) + 2 * D * E
+    mlp = 2 * (3 if model.gated else 2) * D * F * (model.moe_router_topk if E else 1) + 2 * D * E
     layer = 2 * D * (2 * H + 2 * K) * d + 4 * keys * H * d + mlp
     head = 2 * D * (vocabulary or model.vocab_size)
     return tokens * model.num_layers * layer + words * head

@@ -25,8 +25,7 @@ is held against the ledger on CPU ranks. The second has not been counted; 98 all
 from megatron_helix.planner import parameters
 from megatron_helix.planner.book import Book
 from megatron_helix.planner.deployment import Deployment
-
-Shapes = list[tuple[int, int]]
+from megatron_helix.planner.parameters import Shapes
 
 
 def weights(book: Book, first: bool, last: bool) -> None:

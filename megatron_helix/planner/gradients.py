@@ -1,8 +1,9 @@
 """The collectives that come once a step: gradients, weights that follow them, single numbers."""
 
 import math
+from collections import Counter
 
-from megatron_helix.planner import parameters
+from megatron_helix.planner import fsdp, parameters
 from megatron_helix.planner.book import FP32, INT32, Book
 
 
@@ -29,12 +30,12 @@ def gradients(book: Book, first: bool, last: bool, *, leads: bool) -> None:
         _distributed(book, "expert_dp", experts)
     if here.sequence_parallel:
         unsplit = parameters.sequence_parallel(here, last)
-        width = here.gradient_bytes
-        book.call("gradients of norms", "tp", "all_reduce", "step", unsplit, size=width)
+        size, width = sum(rows * columns for rows, columns in unsplit), here.gradient_bytes
+        book.call("gradients of norms", "tp", "all_reduce", "step", size, size=width)
         if layout.fsdp == "torch_fsdp2" and leads:  # cut into shards again, one by one
-            D = here.model.hidden_size
-            shard = -(-D // here.replicas)
-            book.call("gradients of norms", "dp", "scatter", "step", shard, unsplit // D, width)
+            for shape, count in Counter(unsplit).items():
+                shard = fsdp.shard_size(here, [shape], here.replicas)
+                book.call("gradients of norms", "dp", "scatter", "step", shard, count, width)
     if here.stages > 1 and (first or last) and not untied:
         table = here.vocabulary * here.model.hidden_size / here.tp
         what, width = "gradient of the tied embedding", here.gradient_bytes

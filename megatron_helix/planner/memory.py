@@ -75,7 +75,7 @@ def _kept(here: Deployment, stage: int, fused_channels: int) -> float:
         rows = here.tokens / here.stream_ranks * model.moe_router_topk
     # Inputs of two norms and two linears; QKV and context; features before and after activation.
     layer = (
-        N * (4 * D + packed(here.cut)) + rows * (3 if model.swiglu else 2) * model.ffn_hidden_size
+        N * (4 * D + packed(here.cut)) + rows * (3 if model.gated else 2) * model.ffn_hidden_size
     )
     if model.num_experts:
         layer += 2 * rows * D  # routed in, routed out
@@ -93,11 +93,18 @@ def _kept(here: Deployment, stage: int, fused_channels: int) -> float:
 
 def _cache(here: Deployment) -> float:
     """Keys and values of all sequences of this rank; in prefill and decode alike."""
-    model = here.model
     sequences = here.batch.sequences / here.batch_ranks
-    per_token = 2 * model.query_groups * model.kv_channels * here.layers
     tokens = sequences * here.batch.sequence_length / here.layout.cp
-    return here.element_bytes * per_token * tokens / here.tp
+    return cache_bytes_of_token(here) * tokens
+
+
+def cache_bytes_of_token(here: Deployment) -> float:
+    """Of one token on a rank, in all layers of its stage: 1/T, but under stock a group at least."""
+    model = here.model
+    groups = model.query_groups / here.tp
+    if not here.layout.is_helix:
+        groups = max(groups, 1.0)
+    return here.element_bytes * 2 * groups * model.kv_channels * here.layers
 
 
 def _gathered(here: Deployment, stage: int, train: bool) -> float:
@@ -111,7 +118,7 @@ def _gathered(here: Deployment, stage: int, train: bool) -> float:
     if here.plan.gather == "step" and train:
         return layer * here.layers * (here.element_bytes + here.gradient_bytes)
     model = here.model
-    widest = max(packed(here.cut), (2 if model.swiglu else 1) * here.block.ffn)
+    widest = max(packed(here.cut), (2 if model.gated else 1) * here.block.ffn)
     shared = widest * model.hidden_size / here.tp * here.cut.m
     # In training its gradient beside it; under `weights` the parts that go out and that come in.
     gradients = (2 if here.plan.exchange == "weights" else 1) if train else 0

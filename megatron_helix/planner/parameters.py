@@ -1,14 +1,16 @@
 """Parameters that one rank holds, tensor by tensor, in elements.
 
-Stock and helix alike keep 1/T of every matrix of attention and of a dense MLP; norms (weight and
-bias) and routers are whole on every rank. Linears have no bias. Tied, embedding and head are one
-table, of which the first and the last stage have a copy each; untied, a table each.
+Stock and helix alike keep 1/T of every matrix of attention and of a dense MLP, and of the biases of
+what they cut by rows; norms, routers and the other biases are whole on every rank. Tied, embedding
+and head are one table, of which the first and the last stage have a copy each; untied, a table
+each. A shape is (rows, columns); a vector has one column.
 """
 
 from megatron_helix.exchange.traffic import packed
 from megatron_helix.planner.deployment import Deployment
+from megatron_helix.run_config import ModelConfig
 
-NORM = 2  # weight and bias of a LayerNorm
+Shapes = list[tuple[int, int]]
 
 
 def layer_matrices(here: Deployment) -> int:
@@ -21,58 +23,76 @@ def dense_tensors(here: Deployment, first: bool, last: bool) -> list[int]:
     return [rows * columns for rows, columns in dense_shapes(here, first, last)]
 
 
-def dense_shapes(here: Deployment, first: bool, last: bool) -> list[tuple[int, int]]:
-    """The same as shapes, before data-parallel ranks shard anything; a vector has one column."""
+def dense_shapes(here: Deployment, first: bool, last: bool) -> Shapes:
+    """The same as shapes, before data-parallel ranks shard anything."""
     before, after = end_shapes(here, first, last)
     return before + layer_shapes(here) * here.layers + after
 
 
-def end_shapes(
-    here: Deployment, first: bool, last: bool
-) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+def end_shapes(here: Deployment, first: bool, last: bool) -> tuple[Shapes, Shapes]:
     """Shapes of what comes before and after the layers."""
-    table = (here.vocabulary // here.tp // here.layout.gtp, here.model.hidden_size)
-    untied = here.model.untie_embeddings_and_output_weights
+    model, D = here.model, here.model.hidden_size
+    table = (here.vocabulary // here.tp // here.layout.gtp, D)
+    untied = model.untie_embeddings_and_output_weights
     before = [table] if first or (last and not untied) else []
-    if first and here.model.position_embedding_type == "learned_absolute":
-        before.append((here.batch.sequence_length, here.model.hidden_size))
-    after = [(here.model.hidden_size, 1)] * NORM if last else []
+    if first and model.position_embedding_type == "learned_absolute":
+        before.append((model.max_position_embeddings or here.batch.sequence_length, D))
+    after = _norm(model, D) if last else []
     return before, after + ([table] if last and untied else [])
 
 
-def layer_shapes(here: Deployment) -> list[tuple[int, int]]:
+def layer_shapes(here: Deployment) -> Shapes:
     """Shapes of one layer beside experts; gtp's shards, as tp's, are rows of every matrix."""
     model, T, gtp = here.model, here.tp, here.layout.gtp
     D, F = model.hidden_size, model.ffn_hidden_size
     channels = model.num_attention_heads * model.kv_channels
     shapes = [((packed(here.cut) - channels) // T // gtp, D), (D // gtp, channels // T)]
-    shapes += [(D, 1)] * (2 * NORM)
-    if model.num_experts:
-        shapes.append((model.num_experts, D))  # router
-    else:
-        shapes += [((2 if model.swiglu else 1) * F // T // gtp, D), (D // gtp, F // T)]
+    shapes += [(size, 1) for size in column_biases(here)]
+    shapes += _unsplit(model)
+    if model.softmax_type == "learnable":
+        shapes.append((model.num_attention_heads // here.cut.n, 1))
+    if not model.num_experts:
+        shapes += [((2 if model.gated else 1) * F // T // gtp, D), (D // gtp, F // T)]
     return shapes
 
 
+def column_biases(here: Deployment) -> list[int]:
+    """Sizes of one layer's biases of QKV and of the dense MLP's features, 1/T of each."""
+    model, biases = here.model, []
+    if model.add_bias_linear or model.add_qkv_bias:
+        heads = model.num_attention_heads + 2 * model.query_groups
+        biases.append(heads * model.kv_channels // here.tp)
+    if model.add_bias_linear and not model.num_experts:
+        biases.append((2 if model.gated else 1) * model.ffn_hidden_size // here.tp)
+    return biases
+
+
 def expert_tensors(here: Deployment) -> list[int]:
-    """Sizes of the expert matrices that a rank of a stage holds; nothing for a dense model."""
+    """Sizes of the expert tensors that a rank of a stage holds; nothing for a dense model."""
     return [rows * columns for rows, columns in expert_shapes(here) * here.layers]
 
 
-def expert_shapes(here: Deployment) -> list[tuple[int, int]]:
+def expert_shapes(here: Deployment) -> Shapes:
     """Shapes of one layer's experts on a rank."""
     model, layout = here.model, here.layout
     if not model.num_experts:
         return []
     D, F = model.hidden_size, model.ffn_hidden_size // layout.etp
-    return [((2 if model.swiglu else 1) * F, D), (D, F)] * (model.num_experts // layout.ep)
+    up = (2 if model.gated else 1) * F
+    expert = [(up, D), (D, F)]
+    expert += [(up, 1), (D, 1)] if model.add_bias_linear else []
+    return expert * (model.num_experts // layout.ep)
 
 
-def sequence_parallel(here: Deployment, last: bool) -> int:
-    """Parameters that see 1/T of the tokens, so that their gradients are summed over T."""
-    D = here.model.hidden_size
-    layer = 2 * NORM * D + (here.model.num_experts or 0) * D
-    return layer * here.layers + (NORM * D if last else 0)
+def sequence_parallel(here: Deployment, last: bool) -> Shapes:
+    """Shapes of what sees 1/T of the tokens, so that its gradients are summed over T.
+
+    And of experts' biases, which Megatron marks alike.
+    """
+    model, D = here.model, here.model.hidden_size
+    experts = (model.num_experts or 0) // here.layout.ep if model.add_bias_linear else 0
+    layer = _unsplit(model) + [(D, 1)] * experts
+    return layer * here.layers + (_norm(model, D) if last else [])
 
 
 def held(here: Deployment, stage: int) -> tuple[int, int]:
@@ -89,3 +109,24 @@ def kept(here: Deployment, stage: int) -> float:
 def optimized(here: Deployment, stage: int) -> float:
     """Of these what the rank has the optimizer's states of."""
     return sum(n / shards for n, shards in zip(held(here, stage), here.state_shards, strict=True))
+
+
+def _norm(model: ModelConfig, channels: int) -> Shapes:
+    """Shapes of a norm: a weight, and a LayerNorm's bias."""
+    return [(channels, 1)] * (1 if model.normalization == "RMSNorm" else 2)
+
+
+def _unsplit(model: ModelConfig) -> Shapes:
+    """Shapes of what is whole on every rank, of one layer: norms, router, biases added to the sum.
+
+    Norms of queries and keys are of one head's channels.
+    """
+    D, E = model.hidden_size, model.num_experts or 0
+    shapes = _norm(model, D) * 2
+    if model.qk_layernorm:
+        shapes += _norm(model, model.kv_channels) * 2
+    if E:
+        shapes.append((E, D))
+    if model.add_bias_linear:
+        shapes += [(D, 1), (E or D, 1)]  # of attention's projection; of the router or dense MLP
+    return shapes

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pydantic import ValidationError
 
 from megatron_helix.basics.errors import UserError
-from megatron_helix.planner.deployment import Deployment, Precision, require_phase
+from megatron_helix.planner.deployment import Deployment, Precision, require_length, require_phase
 from megatron_helix.planner.hardware import Hardware
 from megatron_helix.planner.time import Prediction, predict, require_kernels
 from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig
@@ -56,6 +56,7 @@ def search(
         raise UserError(f"rank-by: must be one of {', '.join(RANKINGS)}, got {rank_by!r}")
     fit, too_large = [], []
     require_phase(phase)
+    require_length(model, batch)
     for here in deployments(model, machine, batch, phase, precision):
         predicted = predict(here, machine, overlap=overlap)
         fits = predicted.memory.total <= machine.memory.rate

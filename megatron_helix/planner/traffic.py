@@ -9,6 +9,9 @@ Per micro-batch, with N tokens, T tensor-parallel ranks, ``c = N D / T``, V voca
 
 * decoder layers: :mod:`megatron_helix.exchange.traffic`; stock is its ``activations`` without a dim
   axis. In decode, without sequence parallelism, two all-reduces of ``N D`` instead.
+* biases of what is cut by rows, under ``weights``: B of a layer, fwd all_gather and bwd all_to_all
+  of ``(m-1) B / T`` over dim, in every micro-batch. Learnable softmax offsets: bwd all_gather of
+  ``(m-1) H / n``.
 * embedding: fwd reduce_scatter, bwd all_gather of ``c`` each over T. Learned positions need the
   whole stream: fwd all_reduce of ``N D``.
 * head: fwd all_gather, bwd all_gather and reduce_scatter of ``c`` over T; the cross entropy three
@@ -136,6 +139,15 @@ def _layers(book: Book, first: bool, last: bool) -> None:
                 width = FP32 if plan.exchange == "scores" and axis == "dim" else here.element_bytes
                 number = calls.get((when, axis, kind), 1) * every
                 book.sent(what, axis, kind, when, count * every * width, number)
+    if plan.exchange == "weights":
+        for bias in parameters.column_biases(here):
+            gathered = (here.cut.m - 1) * bias * every * here.element_bytes
+            book.sent("biases", "dim", "all_gather", "forward", gathered, every)
+            book.sent("biases", "dim", "all_to_all", "backward", gathered, every)
+    if here.model.softmax_type == "learnable" and here.cut.m > 1:
+        heads = here.model.num_attention_heads // here.cut.n
+        gathered = (here.cut.m - 1) * heads * every * here.element_bytes
+        book.sent("softmax offsets", "dim", "all_gather", "backward", gathered, every)
     if once:
         number = 2 * here.block.sublayers * here.layers
         wide = weights * here.layers

@@ -56,8 +56,12 @@ REFUSALS = {
         ("--tensor-parallel-num-weight-shards", "2", "--add-qkv-bias"),
         r"^--tensor-parallel-num-weight-shards: GTP gives a bias of QKV .*got 2 and --add-qkv-bias",
     ),
-    "GTP on a CPU": (
+    "GTP with all biases": (
         ("--tensor-parallel-num-weight-shards", "2"),
+        r"^--tensor-parallel-num-weight-shards: GTP .*, got 2 and no --disable-bias-linear; leave",
+    ),
+    "GTP on a CPU": (
+        ("--tensor-parallel-num-weight-shards", "2", "--disable-bias-linear"),
         r"^--tensor-parallel-num-weight-shards: GTP needs TransformerEngine and a GPU, got 2",
     ),
     "Megatron FSDP on a CPU": (

@@ -29,12 +29,21 @@ TINY = {
 }
 EXPERTS = {"num_experts": 4, "moe_router_topk": 4}  # every token to every expert: nothing is routed
 UNTIED = {"untie_embeddings_and_output_weights": True}
+MODERN = {
+    **{"swiglu": True, "normalization": "RMSNorm", "qk_layernorm": True, "add_qkv_bias": True},
+    **{"untie_embeddings_and_output_weights": True, "rotary_percent": 0.5},
+}
 MODELS = {
     "dense": ModelConfig(name="dense", **TINY),
     "swiglu": ModelConfig(name="swiglu", swiglu=True, **TINY),
     "gqa": ModelConfig(name="gqa", num_query_groups=2, **TINY),
     "learned": ModelConfig(name="learned", position_embedding_type="learned_absolute", **TINY),
+    "biased": ModelConfig(name="biased", add_bias_linear=True, **TINY),
+    "modern": ModelConfig(name="modern", **MODERN, num_query_groups=2, **TINY),
     "moe": ModelConfig(name="moe", **EXPERTS, **TINY),
+    "biased_moe": ModelConfig(
+        name="biased_moe", add_bias_linear=True, softmax_type="learnable", **EXPERTS, **TINY
+    ),
     "routed": ModelConfig(name="routed", num_experts=4, **TINY),
     "untied": ModelConfig(name="untied", **UNTIED, **TINY),
     "untied moe": ModelConfig(name="untied_moe", **UNTIED, **EXPERTS, **TINY),
@@ -63,6 +72,8 @@ CASES = [
     ("dense", 8, {**WIDE, "distributed_optimizer": True}),
     ("dense", 4, {**WEIGHTS, "m": 4, "n": 1, "split": "sequence", "micro_batch": 2}),
     ("swiglu", 4, {**CUT, "m": 4, "n": 1, "exchange": "activations", "split": "batch"}),
+    ("modern", 8, {**WIDE, "pp": 2}),
+    ("modern", 8, {**CUT, "exchange": "activations", "distributed_optimizer": True}),
     ("moe", 4, {**CUT, "ep": 4, "exchange": "activations", "split": "sequence"}),
     ("moe", 4, {**CUT, "ep": 4, "exchange": "scores"}),
     ("moe", 4, {**WEIGHTS, "split": "sequence", "ep": 4}),
@@ -88,6 +99,14 @@ SHARDED = [
     ),
     ("untied", 4, {"tp": 1, "pp": 2, "micro_batch": 2}, "fp32"),
     ("untied", 4, {**CUT, "exchange": "weights"}, "fp32"),
+]
+BIASED = [
+    ("biased", 8, {"tp": 4, "micro_batch": 4, "distributed_optimizer": True}, "fp32"),
+    ("biased", 4, {**WIDE}, "fp32"),
+    ("biased", 4, {**WEIGHTS, "gather": "step"}, "bf16"),
+    ("biased_moe", 8, {"tp": 4, "ep": 4, "micro_batch": 4}, "fp32"),
+    ("biased_moe", 4, {**WEIGHTS, "ep": 4, "split": "sequence"}, "fp32"),
+    ("biased_moe", 4, {**CUT, "ep": 4, "exchange": "activations"}, "fp16"),
 ]
 # Gradients are as wide as weights in fp16, and in fp32 in bf16; fp16 asks for overflows.
 HALF = [
@@ -178,7 +197,7 @@ def test_a_step_of_packed_rows_sends_what_is_predicted(tmp_path: Path, layout: d
 
 @pytest.mark.parametrize(
     ("model", "world_size", "layout", "precision"),
-    covering(PRECISE, of=(0, 1, 3)),
+    [*covering(PRECISE, of=(0, 1, 3)), *(pytest.param(*case, marks=THOROUGH) for case in BIASED)],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else str(value),
 )
 def test_a_step_sends_what_is_predicted(

@@ -1,0 +1,189 @@
+"""Writes the tables of docs/models.md: ``python docs/models.py``.
+
+A test compares. Which degrees stock takes, Megatron is asked; of helix the planner's own checks
+are. What stands outside the marks is written by hand and kept.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from megatron_helix.upstream import cpu_device
+
+cpu_device.enable()  # before Megatron is imported
+
+from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+from megatron.core.utils import divide  # noqa: E402
+
+from megatron_helix.basics.errors import UserError  # noqa: E402
+from megatron_helix.planner import hardware, parameters  # noqa: E402
+from megatron_helix.planner.deployment import Deployment  # noqa: E402
+from megatron_helix.planner.memory import cache_bytes_of_token  # noqa: E402
+from megatron_helix.planner.search import Found, search  # noqa: E402
+from megatron_helix.run_config import (  # noqa: E402
+    BatchConfig,
+    LayoutConfig,
+    ModelConfig,
+    read_config,
+)
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "models.md"
+MODELS = [
+    read_config(ModelConfig, path)
+    for path in sorted((ROOT / "configs" / "models").glob("*.yaml"))
+    if "Source:" in path.read_text()
+]
+DEGREES = range(1, 17)
+CHUNK = 16  # tokens of a sequence on a rank: a length that no degree is refused for
+
+MACHINE = hardware.load(ROOT / "configs" / "hardware" / "h100_2x8_ib.yaml").scaled(8)
+LENGTH = 2048  # of a sequence, and of the context; the model's own where it has fewer positions
+SEQUENCES = {"train": 256, "decode": 64}
+
+
+def stock_takes(model: ModelConfig, degree: int) -> bool:
+    """Whether Megatron makes the model's config at this degree, and can cut its MLP."""
+    try:
+        TransformerConfig(
+            num_layers=model.num_layers,
+            hidden_size=model.hidden_size,
+            num_attention_heads=model.num_attention_heads,
+            num_query_groups=model.query_groups,
+            kv_channels=model.kv_channels,
+            tensor_model_parallel_size=degree,
+        )
+        if not model.num_experts:  # an expert is not cut, unless asked for
+            divide(model.ffn_hidden_size, degree)
+    except (ValueError, AssertionError):
+        return False
+    return True
+
+
+def stock(model: ModelConfig, degree: int) -> Deployment:
+    """Stock tensor parallelism on as many ranks, unchecked."""
+    return _deployment(model, degree, LayoutConfig(name="stock", tp=degree, micro_batch=1))
+
+
+def helix(model: ModelConfig, degree: int) -> Deployment | None:
+    """The cut of fewest segments into as many tiles; None where there is none."""
+    for m in (size for size in range(1, degree + 1) if degree % size == 0):
+        layout = LayoutConfig(name="helix", m=m, n=degree // m, micro_batch=m)
+        try:
+            return _deployment(model, degree, layout).check()
+        except UserError:
+            continue
+    return None
+
+
+def _deployment(model: ModelConfig, degree: int, layout: LayoutConfig) -> Deployment:
+    batch = BatchConfig(sequences=layout.micro_batch, sequence_length=CHUNK * degree)
+    return Deployment(model, layout, batch, degree)
+
+
+def degrees() -> list[str]:
+    """Who takes which degree, and how helix cuts what stock refuses or replicates."""
+    rows = []
+    for model in MODELS:
+        cells = []
+        for degree in DEGREES:
+            cut, words = helix(model, degree), ["s"] if stock_takes(model, degree) else []
+            if cut is None:
+                words.append("-")
+            elif cut.cut.m > 1:
+                words.append(f"{cut.cut.m}x{cut.cut.n}")
+            cells.append(" ".join(words))
+        rows.append([model.name, f"{model.num_attention_heads} / {model.query_groups}", *cells])
+    return table(["model", "heads / groups"], map(str, DEGREES), rows)
+
+
+def cache() -> list[str]:
+    """Bytes of a token in the cache of a rank: stock's, and helix's where it is another."""
+    rows = []
+    for model in MODELS:
+        cells = []
+        for degree in DEGREES:
+            cut = helix(model, degree)
+            held = cut and _kilobytes(cut)
+            stocks = _kilobytes(stock(model, degree)) if stock_takes(model, degree) else None
+            words = [stocks] if stocks == held else [stocks or "-", held or "-"]
+            cells.append(" / ".join(word or "-" for word in words))
+        rows.append([model.name, *cells])
+    return table(["model"], map(str, DEGREES), rows)
+
+
+def _kilobytes(here: Deployment) -> str:
+    return f"{cache_bytes_of_token(here) / 1e3:.3g}"
+
+
+def plans() -> list[str]:
+    """What the planner takes on :data:`MACHINE`, and how far behind helix's best is."""
+    rows = []
+    for model in MODELS:
+        one = LayoutConfig(name="one", tp=1, micro_batch=1)
+        whole = Deployment(model, one, BatchConfig(sequences=1, sequence_length=1), 1)
+        held = sum(parameters.held(whole, 0))
+        row = [model.name, f"{held / 1e9:.2f}"]
+        for phase, sequences in SEQUENCES.items():
+            length = min(LENGTH, model.max_position_embeddings or LENGTH)
+            batch = BatchConfig(sequences=sequences, sequence_length=length)
+            try:
+                row += _taken(search(model, MACHINE, batch, phase=phase))
+            except UserError as error:
+                needs = re.search(r"needs (\d+ GB)", str(error))
+                row += [f"does not fit: {needs[1]}" if needs else "none", "", "", ""]
+        rows.append(row)
+    heads = [f"{phase}{what}" for phase in ("training: ", "generating: ") for what in _TAKEN]
+    return table(["model", "10^9 parameters"], heads, rows)
+
+
+_TAKEN = ("layout", "TPS", "GB", "helix")
+
+
+def _taken(found: Found) -> list[str]:
+    best = found.ranked[0]
+    other = next((one for one in found.ranked if one.deployment.layout.is_helix), None)
+    behind = "-"
+    if other:
+        lost = other.tokens_per_s / best.tokens_per_s - 1
+        behind = "this" if other is best else f"{lost:+.1%}"
+    size = f"{best.memory.total / 1e9:.0f}"
+    return [best.deployment.layout.name, f"{best.tokens_per_s:,.0f}", size, behind]
+
+
+def departures() -> list[str]:
+    """What Megatron's flags cannot say of a model: as it is, and as it is run."""
+    rows = [
+        [model.name, *(word.strip() for word in said.split(":", 1))]
+        for model in MODELS
+        for said in model.departures
+    ]
+    return table(["model", "is", "is run with"], (), rows)
+
+
+def table(words: list[str], figures: Iterable[str], rows: list[list[str]]) -> list[str]:
+    """A table of Markdown, the columns of figures to the right."""
+    figures = list(figures)
+    rule = ["---"] * len(words) + ["---:"] * len(figures)
+    return [*("| " + " | ".join(row) + " |" for row in ([*words, *figures], rule, *rows)), ""]
+
+
+PARTS: dict[str, Callable[[], list[str]]] = {
+    "degrees": degrees,
+    "cache": cache,
+    "plans": plans,
+    "departures": departures,
+}
+
+
+def page(text: str, parts: Iterable[str] = PARTS) -> str:
+    """The page with these of its tables made anew."""
+    for part in parts:
+        begin, end = f"<!-- table: {part} -->", "<!-- table end -->"
+        made = "\n".join([begin, "", *PARTS[part](), end])
+        text = re.sub(rf"{begin}.*?{end}", lambda _, made=made: made, text, flags=re.DOTALL)
+    return text
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(PAGE.read_text()))
