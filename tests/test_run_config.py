@@ -76,3 +76,7 @@ def test_torch_fsdp2_takes_untied_models_in_fp32_and_bf16() -> None:
     with pytest.raises(ValueError, match=r"^fsdp: torch_fsdp2 trains in fp32 or bf16.*got fp16"):
         sharded.require_model(UNTIED, "fp16")
     layout(fsdp="megatron_fsdp").require_model(MODEL, "fp16")
+    layout(gtp=2).require_model(MODEL, "bf16")
+    for biased in ("add_qkv_bias", "add_bias_linear"):
+        with pytest.raises(ValueError, match=r"^gtp: must be 1 for a model whose QKV has a bias"):
+            layout(gtp=2).require_model(MODEL.model_copy(update={biased: True}), "bf16")

@@ -90,6 +90,7 @@ SHARDED = [
     ("untied", 4, FSDP2, "bf16"),
     ("untied moe", 2, FSDP2, "fp32"),
     ("untied moe", 4, {**FSDP2, "tp": 2, "etp": 2}, "fp32"),
+    ("modern", 4, {**FSDP2, "tp": 2}, "fp32"),
     ("untied", 4, {"tp": 1, "micro_batch": 2, "distributed_optimizer": True}, "bf16"),
     (
         "untied",
