@@ -131,9 +131,11 @@ def _arms(shape: Any, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], At
 
 def _sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     grouped = query.size(2) != key.size(2)
-    by_head = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-    attend = torch.nn.functional.scaled_dot_product_attention
-    return attend(*by_head, is_causal=True, enable_gqa=grouped).permute(2, 0, 1, 3).flatten(2)
+    query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+    context = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, enable_gqa=grouped
+    )
+    return context.permute(2, 0, 1, 3).flatten(2)
 
 
 def _formula(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -88,7 +88,7 @@ class FFPAAttention(DotProductAttention):
 @cache
 def _kernel() -> Any:
     try:
-        from ffpa_attn import ffpa_attn_func
+        from ffpa_attn import ffpa_attn_func  # type: ignore[import-not-found]
     except ImportError as error:
         raise UserError(
             f"--helix-core-attention: ffpa needs the package ffpa-attn, which cannot be imported"

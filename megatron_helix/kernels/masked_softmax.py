@@ -81,7 +81,7 @@ def softmax_backward(
     if plain and _is_fused(probabilities, piece, how.sight):
         return _kernels().scaled_aligned_causal_masked_softmax_backward(grad, probabilities, 1.0)
     # A row's sum is complete before an element of it is written, on CPUs and GPUs.
-    return torch._softmax_backward_data(
+    return torch.ops.aten._softmax_backward_data.out(
         grad, probabilities, -1, probabilities.dtype, grad_input=grad
     )
 
@@ -121,7 +121,7 @@ def _is_fused(scores: torch.Tensor, piece: Piece, sight: Sight) -> bool:
 def _kernels() -> Any:
     """TransformerEngine's extension; None where it, or this kernel of it, is not installed."""
     try:
-        import transformer_engine_torch as extension
+        import transformer_engine_torch as extension  # type: ignore[import-not-found]
     except ImportError:
         return None
     return extension if hasattr(extension, "scaled_aligned_causal_masked_softmax_forward") else None
