@@ -114,7 +114,8 @@ class ModelConfig(Config):
                 moe_router_load_balancing_type="none",
                 moe_token_dispatcher_type="alltoall",
             )
-        for name, value in self.model_dump(exclude=_NO_FLAGS).items():
+        for name in type(self).model_fields:
+            value = None if name in _NO_FLAGS else getattr(self, name)
             words += _switch(name) if value is True else _valued(**{name: value})
         return words
 
