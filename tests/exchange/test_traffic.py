@@ -126,6 +126,8 @@ def test_the_sum_a_choice_is_made_by_is_the_sum_of_the_parts() -> None:
     for plan in PLANS:
         forward, backward = traffic.layer(plan, layout, shape, **size)
         ends = traffic.block_ends(plan, layout, shape, **size)
+        if plan.split == "sequence":  # a model's embedding is given word ids in the block's order
+            ends.clear()
         whole = forward.total() + backward.total() + 2 * ends.total() / shape.num_layers
         assert traffic.per_layer(plan, layout, shape, **size) == pytest.approx(whole)
 
