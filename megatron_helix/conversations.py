@@ -92,9 +92,7 @@ def write(conversations: Iterable[list[Message]], prefix: Path, *, row_tokens: i
     lines = (json.dumps({"messages": [m for one in row for m in one]}) + "\n" for row in rows)
     files.make_folder(prefix.parent, "--out")
     (file,) = dataset_files(prefix)
-    unfinished = file.with_name(file.name + ".part")
-    unfinished.write_text("".join(lines), encoding="utf-8")
-    files.replace(unfinished, file)
+    files.write(file, "".join(lines))
     answers = sum(_tokens(one, answers=True) for _, one in sized)
     return Summary(
         conversations=len(sized),
