@@ -35,9 +35,8 @@ from megatron_helix.experiment.config import (
     VerificationConfig,
 )
 from megatron_helix.experiment.execution import commit
-from megatron_helix.planner.deployment import Precision
-from megatron_helix.planner.hardware import Hardware
-from megatron_helix.run_config import BatchConfig, ModelConfig, read_config
+from megatron_helix.machine.hardware import Hardware
+from megatron_helix.run_config import BatchConfig, ModelConfig, Precision, read_config
 
 TINY: dict[str, Any] = {
     "num_layers": 4,

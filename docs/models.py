@@ -16,7 +16,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig  # no
 from megatron.core.utils import divide  # noqa: E402
 
 from megatron_helix.basics.errors import UserError  # noqa: E402
-from megatron_helix.planner import hardware, parameters  # noqa: E402
+from megatron_helix.machine import hardware  # noqa: E402
+from megatron_helix.planner import parameters  # noqa: E402
 from megatron_helix.planner.deployment import Deployment  # noqa: E402
 from megatron_helix.planner.memory import cache_bytes_of_token  # noqa: E402
 from megatron_helix.planner.search import Found, search  # noqa: E402

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_helix.experiment import config
-from megatron_helix.planner import flops, hardware
+from megatron_helix.machine import hardware
+from megatron_helix.planner import flops
 from megatron_helix.planner.deployment import Deployment
 from megatron_helix.planner.search import name, named
 from megatron_helix.planner.time import Prediction, predict

@@ -19,7 +19,7 @@ from megatron_helix.layers.layer_spec import (
     with_sequence_parallel_norms,
 )
 from megatron_helix.layers.linear import finish_step, link
-from megatron_helix.options import arguments, core_attention, parsed
+from megatron_helix.options import arguments, core_attention, machine, parsed
 from megatron_helix.partition.layout import HelixLayout
 from megatron_helix.upstream import checkpoint_reader, cpu_device, initial_weights, patches
 
@@ -60,13 +60,14 @@ def enable(
     on_cpu = cpu_device.is_enabled()
     core_attention.require_core_attention(args, on_cpu)
     core, why = core_attention.chosen(args, on_cpu=on_cpu, training=training)
-    args.helix_core_attention, args.helix_core_attention_times = core, None  # from here on
+    args.helix_core_attention = core  # from here on
+    asked = arguments.choice(args, machine.chosen(args, on_cpu=on_cpu)) if layout else None
     if why and args.rank == 0:
         print(why, flush=True)
 
     def helix(spec: Any) -> Any:
         spec = with_document_attention(with_core_attention(spec, core))
-        return helixify(spec, layout, arguments.choice(args)) if layout else spec
+        return helixify(spec, layout, asked) if layout else spec
 
     def stock_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Any:
         if isinstance(base, ModuleSpec) or not callable(base):

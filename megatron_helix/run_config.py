@@ -25,6 +25,10 @@ from megatron_helix.basics.errors import UserError
 CoreAttention = Literal["spec", "prefix", "flex", "ffpa", "auto"]
 
 
+Precision = Literal["fp32", "fp16", "bf16"]
+ELEMENT_BYTES: dict[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 2}  # weights, activations
+
+
 class Config(BaseModel):
     """A mapping of a config file; frozen, and without keys it does not know."""
 

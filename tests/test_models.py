@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import pytest
 
 from megatron_helix.basics.errors import UserError
+from megatron_helix.machine import hardware
 from megatron_helix.options import arguments, parsed
-from megatron_helix.planner import hardware, parameters, search
+from megatron_helix.planner import parameters, search
 from megatron_helix.planner.deployment import Deployment
 from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig, read_config
 from tests.covering import THOROUGH

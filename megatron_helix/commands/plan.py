@@ -12,10 +12,9 @@ from megatron_helix.basics.errors import UserError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from megatron_helix.planner.deployment import Precision
-    from megatron_helix.planner.hardware import Hardware
+    from megatron_helix.machine.hardware import Hardware
     from megatron_helix.planner.time import Prediction
-    from megatron_helix.run_config import LayoutConfig
+    from megatron_helix.run_config import LayoutConfig, Precision
 
 
 FIGURES_WIDTH = 60  # of the table's columns beside the layout
@@ -58,7 +57,7 @@ def plan(
     """Predict layouts of a model on a machine, best first. Nothing runs; nothing is measured."""
     from rich.console import Console
 
-    from megatron_helix.planner import hardware as machines
+    from megatron_helix.machine import hardware as machines
     from megatron_helix.planner import search
     from megatron_helix.planner.deployment import Deployment
     from megatron_helix.planner.time import predict

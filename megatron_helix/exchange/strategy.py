@@ -1,16 +1,19 @@
-"""Which exchange and split a micro-batch takes: what the flags say, or what sends least.
+"""Which exchange and split a micro-batch takes: what the flags say, or what costs least.
 
-``auto`` compares the closed forms of :mod:`megatron_helix.exchange.traffic` for one layer, forward
-and backward. Every rank computes the same from the same shape, so no rank asks another. ``scores``
-is taken only when asked for: it moves the square of the sequence length and rules out fused
-attention kernels.
+``auto`` compares plans for one layer, forward and backward: by time where the machine is described
+(:mod:`megatron_helix.exchange.cost`), else by what they send, in the closed forms of
+:mod:`megatron_helix.exchange.traffic`. Every rank computes the same from the same shape, so no rank
+asks another. ``scores`` is taken only when asked for: it moves the square of the sequence length
+and rules out fused attention kernels.
 """
 
 from dataclasses import dataclass, replace
 
 from megatron_helix.basics.errors import UserError
+from megatron_helix.exchange.cost import layer_seconds
 from megatron_helix.exchange.plan import Plan
 from megatron_helix.exchange.traffic import BlockShape, block_ends, layer, per_layer
+from megatron_helix.machine.hardware import Hardware
 from megatron_helix.partition.layout import HelixLayout
 
 EXCHANGES = ("auto", "activations", "weights", "scores")
@@ -31,6 +34,7 @@ class Choice:
         keeps_order: what needs stock's token order in every layer, which ``weights`` leaves with a
             batch split, and with a sequence split that is balanced: the flag that asks for it (a
             loss per sequence, say).
+        machine: that plans are compared on; None compares what they send.
     """
 
     exchange: str = "auto"
@@ -39,6 +43,7 @@ class Choice:
     microbatches: int = 1
     keeps_sequences: bool = False
     keeps_order: str | None = None
+    machine: Hardware | None = None
 
 
 def require_known(choice: Choice) -> None:
@@ -104,7 +109,7 @@ def resolve(
             f" {_or_sequence(layout, sequence)}--helix-exchange activations"
         )
     return min(
-        plans, key=lambda plan: _sent(plan, choice, layout, shape, sequence=sequence, batch=batch)
+        plans, key=lambda plan: _costs(plan, choice, layout, shape, sequence=sequence, batch=batch)
     )
 
 
@@ -146,8 +151,14 @@ def packed_plan(
     )
 
 
-def _sent(plan: Plan, choice: Choice, layout: HelixLayout, shape: BlockShape, **size: int) -> float:
-    return per_layer(plan, layout, shape, microbatches=choice.microbatches, **size)
+def _costs(
+    plan: Plan, choice: Choice, layout: HelixLayout, shape: BlockShape, **size: int
+) -> float:
+    """Of a layer and micro-batch: seconds, or elements sent where no machine is described."""
+    size["microbatches"] = choice.microbatches
+    if choice.machine is None:
+        return per_layer(plan, layout, shape, **size)
+    return layer_seconds(plan, layout, shape, choice.machine, **size)
 
 
 def explain(
@@ -155,16 +166,18 @@ def explain(
 ) -> str:
     """One line for the log: the plan, and what each exchange would send with this split."""
     split = "batch" if plan.split == "none" else plan.split
+    by_bytes = choice.machine is None
     figures = []
     for exchange in ("activations", "weights", "scores"):
         other = Plan(
             exchange=exchange, split="none" if exchange == "scores" else split, gather=choice.gather
         )
-        sent = _sent(other, choice, layout, shape, sequence=sequence, batch=batch)
-        figures.append(f"{exchange} {sent:,.0f}")
+        costs = _costs(other, choice, layout, shape, sequence=sequence, batch=batch)
+        figures.append(f"{exchange} {costs:,.0f}" if by_bytes else f"{exchange} {costs * 1e3:,.3f}")
     return (
         f"helix {layout.m}x{layout.n}: exchange {plan.exchange}, split {plan.split}, for"
-        f" micro-batches of {batch} x {sequence} tokens; elements a rank sends a layer and"
+        f" micro-batches of {batch} x {sequence} tokens;"
+        f" {'elements a rank sends' if by_bytes else 'ms lost to communication'} a layer and"
         f" micro-batch (predicted): {', '.join(figures)}"
     )
 
@@ -221,12 +234,14 @@ def prefill_plan(
         for name in names
     ]
 
-    def sent(plan: Plan) -> float:
+    def costs(plan: Plan) -> float:
+        if choice.machine is not None:
+            return layer_seconds(plan, layout, shape, choice.machine, **size, training=False)
         forward, _ = layer(plan, layout, shape, **size)
         ends = block_ends(plan, layout, shape, **size)
         return forward.total() + ends.total() / shape.num_layers
 
-    return min(plans, key=sent)
+    return min(plans, key=costs)
 
 
 def decode_plan(split: str) -> Plan:

@@ -109,6 +109,55 @@ def layer(
     return forward, backward
 
 
+def calls(plan: Plan, linears: int) -> dict[tuple[str, str, str], int]:
+    """Calls of each collective of a layer by (direction, axis, kind), for ``linears`` pairs."""
+    axis = "head" if plan.exchange == "weights" else "tp"
+    weights = 2 * linears if plan.exchange == "weights" and plan.gather == "microbatch" else 0
+    extra = int(plan.split == "sequence")
+    tokens = 2 if plan.exchange == "activations" else 0
+    return {
+        ("forward", axis, "all_gather"): linears,
+        ("backward", axis, "all_gather"): 2 * linears,
+        ("forward", axis, "reduce_scatter"): linears,
+        ("backward", axis, "reduce_scatter"): linears,
+        ("forward", "dim", "all_to_all"): tokens,
+        ("backward", "dim", "all_to_all"): tokens + weights + extra,
+        ("forward", "dim", "all_gather"): weights + extra,
+        ("backward", "dim", "all_gather"): weights,
+    }
+
+
+def begun_early(
+    plan: Plan, layout: HelixLayout, shape: BlockShape, *, sequence: int, batch: int
+) -> tuple[dict[tuple[str, str], float], dict[tuple[str, str], float]]:
+    """(forward, backward) part of :func:`layer`'s elements that move beside a GEMM on a GPU.
+
+    The gathering of weights, begun while the linear before multiplies, and the exchange of their
+    gradients (:mod:`megatron_helix.exchange.weights`). In a backward pass also the input that a
+    column linear gathers again, beside the GEMM of its gradient, and the reduce-scatter of that,
+    beside the weight gradient's, in Megatron's linears as in the gathered ones. What the next
+    operation waits for is not in it: tokens on their way to a GEMM, keys and values.
+    """
+    axis = "head" if plan.exchange == "weights" else "tp"
+    forward: dict[tuple[str, str], float] = {}
+    backward = {(axis, "all_gather"): 0.5, (axis, "reduce_scatter"): 1.0}
+    if plan.exchange == "weights":
+        weights = (layout.m - 1) * shape.weights(layout) // layout.size
+        both = weights
+        if plan.split == "sequence":
+            tokens = sequence * batch
+            channels = 2 * layout.num_query_groups * layout.kv_channels
+            both += (layout.m - 1) * tokens * channels // layout.size
+        share = weights / both if both else 0.0
+        forward["dim", "all_gather"] = share
+        if plan.gather == "microbatch":
+            backward["dim", "all_gather"] = 1.0
+            backward["dim", "all_to_all"] = share
+        else:
+            backward["dim", "reduce_scatter"] = 1.0  # the all-to-all is of keys and values alone
+    return forward, backward
+
+
 def block_ends(
     plan: Plan, layout: HelixLayout, shape: BlockShape, *, sequence: int, batch: int
 ) -> Elements:

@@ -13,13 +13,14 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from megatron_helix import conversations, corpus
 from megatron_helix.basics.errors import UserError
 from megatron_helix.launching.launcher_config import LauncherConfig
-from megatron_helix.planner.deployment import ELEMENT_BYTES, Precision
-from megatron_helix.planner.hardware import Hardware
+from megatron_helix.machine.hardware import Hardware
 from megatron_helix.run_config import (
+    ELEMENT_BYTES,
     BatchConfig,
     Config,
     LayoutConfig,
     ModelConfig,
+    Precision,
     read_mapping,
     validated,
 )

@@ -5,14 +5,10 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from pydantic import Field, PositiveInt
 
-from megatron_helix.basics.errors import UserError
-from megatron_helix.run_config import Config, read_mapping, validated
-
-KEY = "core_attention"  # of a hardware file
+from megatron_helix.run_config import Config
 
 
 class CoreTime(Config):
@@ -37,12 +33,6 @@ class CoreTime(Config):
     training_ms: float = Field(gt=0)
     memory_gb: float = Field(ge=0)
     source: str = Field(min_length=1)
-
-
-class CoreTimes(Config):
-    """The part of a hardware file that is about core attention."""
-
-    core_attention: tuple[CoreTime, ...]
 
 
 _H200 = "H200, bf16, torch 2.11, TransformerEngine 2.20.2, ffpa-attn 0.2.4, 2026-11"
@@ -105,18 +95,3 @@ def fastest(
     listed = ", ".join(f"{core} {ms:g} ms" for core, ms in sorted(taken.items()))
     passes = "forward and backward" if training else "forward"
     return best, f"measured at {wide} channels, length {nearest}, {passes}: {listed}"
-
-
-def load(path: Path) -> tuple[CoreTime, ...]:
-    """The times in a hardware file.
-
-    Raises:
-        UserError: naming the file and what is wrong with it.
-    """
-    document = read_mapping(path)
-    if KEY not in document:
-        raise UserError(
-            f"{path}: has no {KEY}: times of core attentions, which helix calibrate measures; write"
-            " it anew with helix calibrate --out FILE"
-        )
-    return validated(CoreTimes, {KEY: document[KEY]}, path).core_attention

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from megatron_helix.basics.errors import UserError
 from megatron_helix.exchange import strategy
+from megatron_helix.machine.hardware import Hardware
 from megatron_helix.options import checks
 from megatron_helix.options.checks import (
     require_loadable,
@@ -163,8 +164,8 @@ def require_data(argv: Sequence[str]) -> None:
     checks.require_data(_read(argv))
 
 
-def choice(args: argparse.Namespace) -> strategy.Choice:
-    """The exchange, split and gathering the flags ask for."""
+def choice(args: argparse.Namespace, machine: Hardware | None = None) -> strategy.Choice:
+    """The exchange, split and gathering the flags ask for, compared on ``machine``."""
     sequences = (args.micro_batch_size or 1) * (getattr(args, "data_parallel_size", None) or 1)
     return strategy.Choice(
         exchange=args.helix_exchange,
@@ -173,6 +174,7 @@ def choice(args: argparse.Namespace) -> strategy.Choice:
         microbatches=max(1, (args.global_batch_size or sequences) // sequences),
         keeps_sequences=args.context_parallel_size > 1,
         keeps_order=needs_order(args),
+        machine=machine,
     )
 
 

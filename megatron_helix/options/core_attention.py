@@ -6,6 +6,7 @@ from typing import get_args
 
 from megatron_helix.basics.errors import UserError
 from megatron_helix.kernels import core_times
+from megatron_helix.machine import hardware
 from megatron_helix.options.checks import require_one_of
 from megatron_helix.run_config import CoreAttention
 
@@ -26,11 +27,6 @@ def require_core_attention(args: argparse.Namespace, on_cpu: bool) -> None:
     """
     core = args.helix_core_attention
     require_one_of("--helix-core-attention", core, CORE_ATTENTIONS)
-    if args.helix_core_attention_times and core != "auto":
-        raise UserError(
-            "--helix-core-attention-times: is what --helix-core-attention auto reads, got"
-            f" --helix-core-attention {core}; leave one of the two away"
-        )
     _require(core, args, on_cpu)
 
 
@@ -47,12 +43,12 @@ def chosen(args: argparse.Namespace, *, on_cpu: bool, training: bool) -> tuple[s
     """
     if args.helix_core_attention != "auto":
         return args.helix_core_attention, ""
-    path = args.helix_core_attention_times
-    times = core_times.load(path) if path else core_times.MEASURED
+    path = args.helix_hardware
+    times = (hardware.load(path).core_attention if path else ()) or core_times.MEASURED
     able = [core for core in OWN if _can(core, args, on_cpu)]
     channels = _channels(args)
     best, why = "spec", "the run is on the CPU, and the times are a GPU's"
-    if not on_cpu or path:
+    if not on_cpu or times is not core_times.MEASURED:
         best, why = core_times.fastest(
             times, able, channels=channels, length=args.seq_length, training=training
         )

@@ -48,7 +48,7 @@ def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         "--helix-exchange",
         default="auto",
         help=f"What moves over the M segments of a head: {', '.join(strategy.EXCHANGES)}. auto"
-        " takes what sends the fewest bytes.",
+        " takes what is predicted to cost the least time.",
     )
     group.add_argument(
         "--helix-split",
@@ -71,11 +71,12 @@ def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         " takes what was fastest where it was measured. Works without M and N as well.",
     )
     group.add_argument(
-        "--helix-core-attention-times",
+        "--helix-hardware",
         type=Path,
         metavar="FILE",
-        help="A hardware file of helix calibrate, with the times that --helix-core-attention auto"
-        " goes by. Without one they are an H200's.",
+        help="The machine, as helix calibrate writes it: what auto compares times by, those of"
+        " exchanges and splits and those of core attentions. Without one H100 and H200 are known;"
+        " elsewhere the exchange that sends the fewest bytes is taken.",
     )
     group.add_argument(
         "--helix-device",

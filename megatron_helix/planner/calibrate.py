@@ -9,7 +9,7 @@ and four H200 of one host (``configs/hardware/h200_2.yaml``, ``h200_4.yaml``), n
 
 Each collective is timed at a small and a large size, among the ranks of a node and, where there are
 several nodes, among all. With the alpha-beta model of
-:meth:`megatron_helix.planner.hardware.Hardware.seconds`, ``t = hops alpha + bytes / beta``, the two
+:meth:`megatron_helix.machine.hardware.Hardware.seconds`, ``t = hops alpha + bytes / beta``, the two
 give latency and bandwidth of each level of links; the file holds the medians over the kinds, and
 each kind in its note. GEMMs multiply random numbers, and many in a row on a GPU: constants, or one
 product alone, draw less power and run at a higher clock than a model does. Core attentions are
@@ -32,8 +32,8 @@ import yaml
 
 from megatron_helix.basics import errors, files, signals
 from megatron_helix.basics.errors import UserError
+from megatron_helix.machine.hardware import crossing, hops
 from megatron_helix.planner.book import share
-from megatron_helix.planner.hardware import crossing, hops
 from megatron_helix.upstream import cpu_device
 
 REPEATS = 5
@@ -114,6 +114,8 @@ def measure(device: str, per_node: int) -> Measured:
     for level, group in groups.items():
         assert isinstance(group, dist.ProcessGroup)
         links[level] = _links(group, per_node, clock, source[: LARGE * factor])
+    # On a CPU nothing is begun early: a collective would take the cores that compute.
+    beside = _beside(node, a, source[: LARGE * factor]) if device == "cuda" else 0.0
     if device == "cuda":
         held = torch.cuda.get_device_properties(0).total_memory
         name = f"{ranks} x {torch.cuda.get_device_name()}"
@@ -129,8 +131,40 @@ def measure(device: str, per_node: int) -> Measured:
         "copied": copied,
         "element_bytes": source.element_size(),
         "links": links,
+        "beside": beside,
         "core_attention": _core_attention(device),
     }
+
+
+def _beside(group: dist.ProcessGroup, a: torch.Tensor, x: torch.Tensor) -> float:
+    """The part of an all-gather's time that GEMMs beside it hide; has not been run on a GPU yet.
+
+    Some gathers alone, GEMMs alone that take as long, and both: what both take less than the sum.
+    """
+    c, y = torch.empty_like(a), x.new_empty(group.size() * x.numel())
+
+    def gathers() -> list[Any]:
+        start = {"group": group, "async_op": True}
+        return [dist.all_gather_into_tensor(y, x, **start) for _ in range(REPEATS)]
+
+    def products(count: int) -> None:
+        for _ in range(count):
+            torch.mm(a, a, out=c)
+
+    def wait(works: list[Any]) -> None:
+        for work in works:
+            work.wait()
+
+    def both(count: int) -> None:
+        works = gathers()
+        products(count)
+        wait(works)
+
+    alone = _gpu_seconds(lambda: wait(gathers()))
+    one = _gpu_seconds(lambda: products(GEMMS_ON_GPU)) / GEMMS_ON_GPU
+    count = max(1, round(alone / one))
+    computed, together = _gpu_seconds(lambda: products(count)), _gpu_seconds(lambda: both(count))
+    return min(1.0, max(0.0, (alone + computed - together) / alone))
 
 
 def _core_attention(device: str) -> list[dict[str, Any]]:
@@ -237,6 +271,8 @@ def write(measured: Measured, out: Path) -> None:
         "memory_bandwidth": quantity(measured["copied"], "GB/s", 1e9),
         **{level: link(kinds) for level, kinds in measured["links"].items()},
         "element_bytes": measured["element_bytes"],
+        "beside": round(measured["beside"], 3),
+        "beside_source": source,
         "core_attention": measured["core_attention"],
         "note": note,
     }

@@ -6,7 +6,6 @@ default order ``tp-cp-ep-dp-pp`` has it; for experts it is etp, ep, expert data,
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 from megatron_helix.basics.errors import UserError
 from megatron_helix.exchange.plan import Plan
@@ -19,10 +18,14 @@ from megatron_helix.exchange.strategy import (
 )
 from megatron_helix.exchange.traffic import BlockShape
 from megatron_helix.partition.layout import HelixLayout, require_divides
-from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig
+from megatron_helix.run_config import (
+    ELEMENT_BYTES,
+    BatchConfig,
+    LayoutConfig,
+    ModelConfig,
+    Precision,
+)
 
-Precision = Literal["fp32", "fp16", "bf16"]
-ELEMENT_BYTES: dict[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 2}  # weights, activations
 # Megatron adds gradients up, and sends them, in the weights' precision but for bf16. Its Megatron
 # FSDP (grad dtype "auto") and torch FSDP2 (no mixed-precision policy) do so for bf16, too.
 GRADIENT_BYTES: dict[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 4}

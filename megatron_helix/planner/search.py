@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pydantic import ValidationError
 
 from megatron_helix.basics.errors import UserError
-from megatron_helix.planner.deployment import Deployment, Precision, require_length, require_phase
-from megatron_helix.planner.hardware import Hardware
+from megatron_helix.machine.hardware import Hardware
+from megatron_helix.planner.deployment import Deployment, require_length, require_phase
 from megatron_helix.planner.time import Prediction, predict, require_kernels
-from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig
+from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig, Precision
 
 RANKINGS = ("tps", "tpot", "memory")
 MICRO_BATCH_STEP = 3  # of powers of two every third: a factor of 8 between sizes that are tried

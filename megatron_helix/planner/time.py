@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from megatron_helix.basics.errors import UserError
+from megatron_helix.machine.hardware import Hardware
 from megatron_helix.planner import flops, memory, traffic, update
 from megatron_helix.planner.deployment import Deployment
-from megatron_helix.planner.hardware import Hardware
 
 
 class Term(NamedTuple):

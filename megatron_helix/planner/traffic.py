@@ -40,9 +40,9 @@ from megatron_helix.exchange import traffic
 from megatron_helix.exchange.plan import Plan
 from megatron_helix.planner import context, fsdp, parameters
 from megatron_helix.planner.book import AXES, FP32, INT32, INT64, Book, Transfer
-from megatron_helix.planner.deployment import Deployment, Precision
+from megatron_helix.planner.deployment import Deployment
 from megatron_helix.planner.gradients import gradients, numbers
-from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig
+from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig, Precision
 
 
 def step_bytes(
@@ -129,7 +129,7 @@ def _layers(book: Book, first: bool, last: bool) -> None:
     every = here.layers * here.microbatches
     once = plan.exchange == "weights" and plan.gather == "step"
     weights = (here.cut.m - 1) * here.block.weights(here.cut) // here.tp if once else 0
-    calls = _calls(plan, here.block.sublayers)
+    calls = traffic.calls(plan, here.block.sublayers)
     for when, elements in zip(("forward", "backward"), directions, strict=True):
         for (axis, kind), count in elements.items():
             if axis == "dim" and once:  # weights, and keys and values under a sequence split
@@ -190,24 +190,6 @@ def _decode_layers(book: Book) -> None:
             twice = here.plan.exchange == "activations"  # QKV there, context back
             calls = here.block.sublayers if stream else 2 if twice else 1
             book.sent(what, axis, kind, "forward", count * every * width, calls * every)
-
-
-def _calls(plan: Plan, linears: int) -> dict[tuple[str, str, str], int]:
-    """Calls of each collective of a layer, which the closed forms of bytes leave out."""
-    axis = "head" if plan.exchange == "weights" else "tp"
-    weights = 2 * linears if plan.exchange == "weights" and plan.gather == "microbatch" else 0
-    extra = int(plan.split == "sequence")
-    tokens = 2 if plan.exchange == "activations" else 0
-    return {
-        ("forward", axis, "all_gather"): linears,
-        ("backward", axis, "all_gather"): 2 * linears,
-        ("forward", axis, "reduce_scatter"): linears,
-        ("backward", axis, "reduce_scatter"): linears,
-        ("forward", "dim", "all_to_all"): tokens,
-        ("backward", "dim", "all_to_all"): tokens + weights + extra,
-        ("forward", "dim", "all_gather"): weights + extra,
-        ("backward", "dim", "all_gather"): weights,
-    }
 
 
 def _experts(book: Book) -> None:

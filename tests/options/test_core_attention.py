@@ -10,8 +10,10 @@ import pytest
 import torch
 import yaml
 
-from megatron_helix.kernels.core_times import MEASURED, CoreTime, fastest, load
+from megatron_helix.basics import files
+from megatron_helix.kernels.core_times import MEASURED, CoreTime, fastest
 from megatron_helix.kernels.prefix_attention import PrefixAttention
+from megatron_helix.machine.hopper import HOPPER
 from megatron_helix.options import arguments
 from megatron_helix.options.core_attention import OWN, chosen, require_core_attention
 from tests.distributed import pretrain_launched, tiny_gpt
@@ -21,6 +23,7 @@ WIDE = (
     *("--seq-length", "8192", "--attention-dropout", "0", "--bf16"),
 )
 Machine = Callable[..., None]
+HERE = HOPPER.model_dump(exclude_defaults=True)
 
 
 def read(*flags: str) -> Any:
@@ -156,15 +159,16 @@ def test_auto_says_what_it_takes_and_why(machine: Machine) -> None:
 
 def test_auto_goes_by_the_times_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "here.yaml"
-    args = read("--helix-core-attention", "auto", "--helix-core-attention-times", str(path))
-    path.write_text(yaml.safe_dump({"core_attention": [each.model_dump() for each in TIMES]}))
-    assert list(load(path)) == TIMES
+    args = read("--helix-core-attention", "auto", "--helix-hardware", str(path))
+    files.write(
+        path, yaml.safe_dump({**HERE, "core_attention": [each.model_dump() for each in TIMES]})
+    )
     assert chosen(args, on_cpu=True, training=True)[0] == "prefix"
-    path.write_text("name: here\n")
-    with pytest.raises(ValueError, match=r"here.yaml: has no core_attention: .* write it anew"):
+    files.write(path, yaml.safe_dump(HERE))  # of a machine whose core attentions nobody measured
+    assert chosen(args, on_cpu=True, training=True)[0] == "spec"
+    files.write(path, "name: here\n")
+    with pytest.raises(ValueError, match=r"here.yaml: devices: Field required"):
         chosen(args, on_cpu=True, training=True)
-    with pytest.raises(ValueError, match=r"^--helix-core-attention-times: is what .* auto reads"):
-        require_core_attention(read("--helix-core-attention-times", str(path)), on_cpu=True)
 
 
 def test_the_flag_puts_prefix_into_every_layer(

@@ -9,7 +9,8 @@ import torch
 from megatron_helix.commands.calibrate import calibrate as command
 from megatron_helix.launching import launchers
 from megatron_helix.launching.launcher_config import LauncherConfig
-from megatron_helix.planner import calibrate, hardware
+from megatron_helix.machine import hardware
+from megatron_helix.planner import calibrate
 from megatron_helix.planner.book import share
 from megatron_helix.planner.deployment import Deployment
 from megatron_helix.planner.time import predict

@@ -10,6 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from megatron_helix.commands.plan import _layout
+from megatron_helix.machine.hardware import Hardware
 from megatron_helix.planner import (
     core_attention,
     flops,
@@ -20,10 +21,9 @@ from megatron_helix.planner import (
     traffic,
     update,
 )
-from megatron_helix.planner.deployment import Deployment, Precision
-from megatron_helix.planner.hardware import Hardware
+from megatron_helix.planner.deployment import Deployment
 from megatron_helix.planner.time import predict
-from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig, read_config
+from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig, Precision, read_config
 
 MACHINES = {
     path.stem: hardware.load(path) for path in sorted(Path("configs/hardware").glob("*.yaml"))

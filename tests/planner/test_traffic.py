@@ -10,9 +10,9 @@ import pytest
 from megatron_helix import corpus
 from megatron_helix.exchange import traffic
 from megatron_helix.experiment import config
-from megatron_helix.planner.deployment import VOCAB_MULTIPLE, Deployment, Precision
+from megatron_helix.planner.deployment import VOCAB_MULTIPLE, Deployment
 from megatron_helix.planner.traffic import AXES, step_bytes
-from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig
+from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig, Precision
 from tests.covering import THOROUGH, covering, fast
 from tests.distributed import measured, run_distributed
 from tests.inference import decode_case

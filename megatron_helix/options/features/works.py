@@ -149,7 +149,7 @@ BATCH = (
         examples=(
             "--recompute-granularity selective --recompute-modules moe",
             "--recompute-granularity selective --recompute-modules shared_experts"
-            " --moe-shared-expert-intermediate-size 32",
+            " --moe-shared-expert-intermediate-size 48",
             "--moe-layer-recompute",
         ),
         needs=("moe",),

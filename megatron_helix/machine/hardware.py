@@ -12,8 +12,7 @@ from pydantic import Field, PositiveInt, ValidationInfo, field_validator
 
 from megatron_helix.basics.errors import UserError
 from megatron_helix.kernels.core_times import CoreTime
-from megatron_helix.planner.deployment import ELEMENT_BYTES, Precision
-from megatron_helix.run_config import Config, read_config
+from megatron_helix.run_config import ELEMENT_BYTES, Config, Precision, read_config
 
 _SI = {
     "TFLOP/s": 1e12,
@@ -98,6 +97,9 @@ class Hardware(Config):
         inter_node: links between nodes, one for each device; None where there is one node.
         fused_attention_max_channels: head dimension up to which attention keeps its scores on the
             chip; beyond it they go through memory.
+        beside: the part of a collective's time that a GEMM beside it hides, once what the GEMM
+            loses meanwhile is taken off: 0 where nothing is begun early, as on CPUs.
+        beside_source: where that is from.
         core_attention: times of core attentions, for ``--helix-core-attention auto``.
         element_bytes: of weights and activations, in the precision that ``gemm`` is for.
         note: what else a reader must know.
@@ -112,6 +114,8 @@ class Hardware(Config):
     intra_node: Link
     inter_node: Link | None = Field(default=None, validate_default=True)
     fused_attention_max_channels: PositiveInt = 256
+    beside: float = Field(default=0.0, ge=0, le=1)
+    beside_source: str = ""
     core_attention: tuple[CoreTime, ...] = ()
     element_bytes: PositiveInt = 2
     note: str = ""

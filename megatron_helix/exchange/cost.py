@@ -1,0 +1,86 @@
+"""What a plan costs a layer in time, on a machine that is described.
+
+Every plan multiplies as much, so what is counted is what they do not have in common: the time of
+collectives, as far as nothing hides it; the work of the rank that has most of it; and the copies of
+weights that are put in order. A collective takes the time of
+:meth:`megatron_helix.machine.hardware.Hardware.seconds`. How much of it is hidden is a property of
+its kind: one that is begun early runs beside a GEMM, which hides the machine's ``beside`` of it;
+one whose result the next operation waits for is all seen.
+"""
+
+from megatron_helix.exchange import traffic
+from megatron_helix.exchange.plan import Plan
+from megatron_helix.exchange.traffic import BlockShape
+from megatron_helix.machine.hardware import Hardware
+from megatron_helix.partition.layout import HelixLayout
+
+
+def layer_seconds(
+    plan: Plan,
+    layout: HelixLayout,
+    shape: BlockShape,
+    machine: Hardware,
+    *,
+    sequence: int,
+    batch: int,
+    microbatches: int = 1,
+    training: bool = True,
+) -> float:
+    """Seconds of a layer and micro-batch, on the rank that takes longest.
+
+    Args:
+        plan: what runs.
+        layout: the cut.
+        shape: of the decoder block.
+        machine: rates, links, and what runs beside a GEMM.
+        sequence: s, in tokens.
+        batch: b, sequences of the micro-batch.
+        microbatches: that share what is gathered once a step.
+        training: whether a backward pass follows.
+    """
+    size = {"sequence": sequence, "batch": batch}
+    directions = traffic.layer(plan, layout, shape, **size)
+    early = traffic.begun_early(plan, layout, shape, **size)
+    calls = traffic.calls(plan, shape.sublayers)
+    groups = {"tp": (layout.size, 1), "head": (layout.n, layout.m), "dim": (layout.m, 1)}
+    kept = plan.exchange == "weights" and plan.gather == "step"
+    total = 0.0
+    for when, elements, beside in zip(("forward", "backward"), directions, early, strict=True):
+        for (axis, kind), count in elements.items():
+            if when == "backward" and not training:
+                continue
+            width = 4 if plan.exchange == "scores" and axis == "dim" else machine.element_bytes
+            number = calls.get((when, axis, kind), 1)
+            seconds = machine.seconds(kind, count * width, number, *groups[axis])
+            share = beside.get((axis, kind), 0.0)
+            if kept and axis == "dim":  # weights come once a step, and nothing hides them then
+                seconds *= 1 - share * (1 - 1 / microbatches)
+            else:
+                seconds *= 1 - machine.beside * share
+            total += seconds
+    ends = traffic.block_ends(plan, layout, shape, **size) if plan.split == "batch" else {}
+    for (axis, kind), count in ends.items():  # with a sequence split word ids move, and losses
+        width = count * machine.element_bytes
+        seconds = machine.seconds(kind, width, 2, *groups[axis]) * (2 if training else 1)
+        total += seconds / shape.num_layers
+    passes = 3 if training else 1
+    attention = _attention(layout, **size) * passes / machine.gemm.rate
+    total += attention * (_largest_over_mean(plan, layout) - 1)
+    if plan.exchange == "weights":
+        # What was gathered is put in order, and so is its gradient: written once and read once.
+        moved = 2 * passes * shape.weights(layout) / layout.n * machine.element_bytes
+        total += moved / machine.memory_bandwidth.rate / (microbatches if kept else 1)
+    return total
+
+
+def _attention(layout: HelixLayout, *, sequence: int, batch: int) -> float:
+    """Operations of a rank in causal core attention, forward: half of ``4 b s^2 H d / T``."""
+    channels = layout.num_attention_heads * layout.kv_channels
+    return 2 * batch * sequence**2 * channels / layout.size
+
+
+def _largest_over_mean(plan: Plan, layout: HelixLayout) -> float:
+    """Causal work of the rank with most of it (:mod:`megatron_helix.exchange.tokens`)."""
+    if plan.split != "sequence" or plan.balanced:
+        return 1.0
+    return 1 + (layout.m - 1) / layout.size

@@ -1,0 +1,1 @@
+"""What the devices of a machine and the links between them do."""

@@ -1,0 +1,124 @@
+"""What plans cost in time: what decides between them, one thing at a time."""
+
+from dataclasses import replace
+
+import pytest
+
+from megatron_helix.exchange import traffic
+from megatron_helix.exchange.cost import layer_seconds
+from megatron_helix.exchange.plan import Plan
+from megatron_helix.exchange.strategy import Choice, explain, resolve
+from megatron_helix.exchange.traffic import BlockShape
+from megatron_helix.machine.hardware import Hardware
+from megatron_helix.machine.hopper import HOPPER, of_card
+from megatron_helix.partition.layout import HelixLayout
+
+LAYOUT = HelixLayout(m=4, n=2, num_attention_heads=16, num_query_groups=16, kv_channels=128)
+SHAPE = BlockShape(hidden=2048, ffn=8192, gated=False, num_layers=4)
+SIZE = {"sequence": 4096, "batch": 4}
+PLANS = [
+    Plan(exchange=exchange, split=split, gather=gather)
+    for exchange, gather in (
+        ("activations", "microbatch"),
+        ("weights", "microbatch"),
+        ("weights", "step"),
+    )
+    for split in ("batch", "sequence")
+]
+
+
+def machine(**figures: float) -> Hardware:
+    """Hopper with other figures: ``beside``, ``latency`` in us, ``bandwidth`` in GB/s."""
+    changed = HOPPER.model_dump(mode="json")
+    changed["beside"] = figures.get("beside", 0.0)
+    for name, value in figures.items():
+        if name != "beside":
+            changed["intra_node"][name]["value"] = value
+    return Hardware.model_validate(changed)
+
+
+def seconds(plan: Plan, here: Hardware, **more: int) -> float:
+    return layer_seconds(plan, LAYOUT, SHAPE, here, **{**SIZE, **more})
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_on_slow_links_time_is_bytes(plan: Plan) -> None:
+    slow = machine(bandwidth=0.001, latency=1e-6)
+    size = {**SIZE, "microbatches": 2}
+    sent = traffic.per_layer(plan, LAYOUT, SHAPE, **size) * slow.element_bytes
+    expected = sent / slow.intra_node.bandwidth.rate
+    assert seconds(plan, slow, microbatches=2) == pytest.approx(expected, rel=1e-4)
+
+
+def test_what_is_begun_early_costs_what_a_gemm_does_not_hide() -> None:
+    here, all_seen = machine(beside=0.75), machine()
+    tokens, weights = PLANS[0], PLANS[2]
+    for plan in (tokens, weights):
+        forward, backward = traffic.layer(plan, LAYOUT, SHAPE, **SIZE)
+        early = traffic.begun_early(plan, LAYOUT, SHAPE, **SIZE)
+        hidden = 0.0
+        calls = traffic.calls(plan, SHAPE.sublayers)
+        groups = {"tp": (8, 1), "head": (2, 4), "dim": (4, 1)}
+        for when, elements, beside in zip(
+            ("forward", "backward"), (forward, backward), early, strict=True
+        ):
+            for (axis, kind), share in beside.items():
+                count = elements[axis, kind] * here.element_bytes
+                known = (kind, count, calls[when, axis, kind], *groups[axis])
+                hidden += share * 0.75 * here.seconds(*known)
+        assert hidden
+        assert seconds(plan, all_seen) - seconds(plan, here) == pytest.approx(hidden)
+
+
+def test_calls_cost_their_latency() -> None:
+    plan = Plan(exchange="activations", split="batch")
+    late = seconds(plan, machine(latency=100.0)) - seconds(plan, machine(latency=50.0))
+    tp = 3 * (2 + 4 + 2 + 2)  # log2 of 8 hops each: gathers and scatters of four linears
+    assert late == pytest.approx((tp + 2 * 2) * 50e-6)
+
+
+def test_the_rank_with_most_causal_work_is_waited_for() -> None:
+    fast = machine(bandwidth=1e9, latency=1e-9)
+    even = Plan(exchange="activations", split="sequence")
+    uneven = replace(even, balanced=False)
+    attention = 3 * 2 * 4 * 4096**2 * 2048 / 8 / fast.gemm.rate
+    waited = seconds(uneven, fast) - seconds(even, fast)
+    assert waited == pytest.approx(attention * 3 / 8, rel=1e-3)
+
+
+def test_auto_takes_the_least_time() -> None:
+    """Few tokens move as tokens, many leave their place to weights; latency moves the border."""
+    size = {"sequence": 4096, "sequence_parallel": True}
+    here = of_card("NVIDIA H200", 8)
+    assert here is not None
+    for batch in (4, 8, 32, 128):
+        asked = Choice(machine=here)
+        taken = resolve(asked, LAYOUT, SHAPE, batch=batch, **size)
+        assert taken.exchange in ("activations", "weights")
+        every = [
+            resolve(
+                replace(asked, exchange=exchange, split=split), LAYOUT, SHAPE, batch=batch, **size
+            )
+            for exchange in ("activations", "weights")
+            for split in ("batch", "sequence")
+        ]
+        cost = {"sequence": 4096, "batch": batch}
+        least = min(layer_seconds(plan, LAYOUT, SHAPE, here, **cost) for plan in every)
+        assert layer_seconds(taken, LAYOUT, SHAPE, here, **cost) == least
+    exchanges = [
+        resolve(Choice(machine=here), LAYOUT, SHAPE, batch=batch, **size).exchange
+        for batch in (4, 512)
+    ]
+    assert exchanges[1] == "weights"
+    words = explain(taken, asked, LAYOUT, SHAPE, sequence=4096, batch=128)
+    assert "ms lost to communication a layer and micro-batch (predicted): activations" in words
+
+
+def test_only_cards_that_are_known_are_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert of_card("NVIDIA A100-SXM4-80GB", 8) is None
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    here = of_card("NVIDIA H100 80GB HBM3", 16)
+    assert here is not None
+    assert (here.devices, here.devices_per_node) == (16, 4)
+    # Between nodes a collective goes at the pace of the link that leaves them.
+    assert here.seconds("all_gather", 1e9, 1, 16, 1) > here.seconds("all_gather", 1e9, 1, 4, 1)
