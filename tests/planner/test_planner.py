@@ -10,11 +10,11 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from megatron_helix.commands.plan import _layout
+from megatron_helix.machine import hardware
 from megatron_helix.machine.hardware import Hardware
 from megatron_helix.planner import (
     core_attention,
     flops,
-    hardware,
     memory,
     parameters,
     search,
