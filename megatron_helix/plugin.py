@@ -83,7 +83,9 @@ def enable(
         _refuse_early(stock_spec, helix, model_config)
     model_config.transformer_layer_spec = layer_spec
     transformer = model_config.transformer
-    patches.map_mtp_spec(lambda spec: swap_norms(helix(spec), transformer) if spec else spec)
+    patches.map_mtp_spec(
+        stock_spec, lambda spec: swap_norms(helix(spec), transformer) if spec else spec
+    )
     if args.helix_initial_weights:
         start = partial(initial_weights.load, args.helix_initial_weights)
         model_config.pre_wrap_hooks.append(start)

@@ -170,11 +170,16 @@ def relax_head_check() -> None:
     TransformerConfig.__post_init__ = checked
 
 
-def map_mtp_spec(change: Callable[[Any], Any]) -> None:
+def map_mtp_spec(layer_spec: Callable[..., Any], change: Callable[[Any], Any]) -> None:
     """Apply ``change`` to the spec of the multi-token-prediction block.
 
     ``GPTModelBuilder`` makes it from the stock layer, whatever layer spec the config names, by a
-    function that it looks up in its module.
+    function that it looks up in its module. One whose block has no layer on a stage makes another
+    one of it there, without norms of queries and keys: it is given the spec that stock has.
+
+    Args:
+        layer_spec: of a config and a virtual stage, what stock would build the decoder from.
+        change: of the spec that comes of it.
     """
     from megatron.training.models import gpt
 
@@ -182,8 +187,8 @@ def map_mtp_spec(change: Callable[[Any], Any]) -> None:
     stock = getattr(stock, "__wrapped__", stock)
 
     @wraps(stock)
-    def mtp_block_spec(*args: Any, **kwargs: Any) -> Any:
-        return change(stock(*args, **kwargs))
+    def mtp_block_spec(config: Any, given: Any, vp_stage: int | None = None) -> Any:
+        return change(stock(config, layer_spec(config, vp_stage), vp_stage=vp_stage))
 
     gpt.mtp_block_spec = mtp_block_spec
 

@@ -15,8 +15,15 @@ from megatron_helix.options.features.works import WORKS
 SEED, STREAM, CASES = 0, 400, 44
 WORLDS = (2, 4, 4, 6)  # of eight ranks one case costs as much as three of four
 
-# A layer spec may have no norm where the flags ask for one; then the scores exchange had one.
-FOUND = ("exchange=scores; --qk-l2-norm", "exchange=scores biasless experts=2 sp; --qk-l2-norm")
+FOUND = (
+    # A layer spec may have no norm where the flags ask for one; then the scores exchange had one.
+    "exchange=scores; --qk-l2-norm",
+    "exchange=scores biasless experts=2 sp; --qk-l2-norm",
+    # The layer of a stage that has that of multi-token prediction alone had no norm, for stock has.
+    "hidden=24 channels=24 ffn=24 seq=27 untied m=3 pp=2 sp exchange=weights; --qk-l2-norm;"
+    " --num-layers 2 --mtp-num-layers 1 --mtp-standalone"
+    " --pipeline-model-parallel-layout Et|t|m|L",
+)
 
 ROWS = {example: row.feature for row in WORKS for example in row.examples}
 
