@@ -13,7 +13,7 @@ A shape is BATCH x HEADS[/QUERY GROUPS] x LENGTH x HEAD DIMENSION, causal. The a
 
 Errors are those of output and of the gradients of query, key and value, relative to the same inputs
 in single precision (in double for single). Memory is the highest use beside what goes in; a CPU
-does not tell. What an arm cannot do is reported as such. On a GPU it was not run yet.
+does not tell. What an arm cannot do is reported as such.
 """
 
 import json
