@@ -22,7 +22,8 @@ from megatron_helix.inference import measure
 from megatron_helix.inference.requests import Request
 from megatron_helix.inference.sampling import Sampling
 from megatron_helix.launching import fork_ranks
-from megatron_helix.run_config import ModelConfig, read_mapping
+from megatron_helix.run_config.files import read_mapping
+from megatron_helix.run_config.model import ModelConfig
 
 WORLD_SIZE = 16
 SP = "--sequence-parallel"

@@ -23,7 +23,9 @@ from megatron_helix import pretrain_gpt
 from megatron_helix.experiment import metrics, results, runs
 from megatron_helix.experiment.config import ExperimentConfig
 from megatron_helix.launching import fork_ranks
-from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig
+from megatron_helix.run_config.batch import BatchConfig
+from megatron_helix.run_config.layout import LayoutConfig
+from megatron_helix.run_config.model import ModelConfig
 
 MODEL = ModelConfig(
     name="emulated",

@@ -36,7 +36,10 @@ from megatron_helix.experiment.config import (
 )
 from megatron_helix.experiment.execution import commit
 from megatron_helix.machine.hardware import Hardware
-from megatron_helix.run_config import BatchConfig, ModelConfig, Precision, read_config
+from megatron_helix.run_config.batch import BatchConfig
+from megatron_helix.run_config.files import read_config
+from megatron_helix.run_config.model import ModelConfig
+from megatron_helix.run_config.precision import Precision
 
 TINY: dict[str, Any] = {
     "num_layers": 4,

@@ -28,7 +28,7 @@ from megatron_helix.basics import files
 from megatron_helix.experiment import config, runs
 from megatron_helix.launching import fork_ranks
 from megatron_helix.recording.comm_ledger import CommLedger, install
-from megatron_helix.run_config import LayoutConfig
+from megatron_helix.run_config.layout import LayoutConfig
 from megatron_helix.upstream import patches
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "experiments" / "quickstart.yaml"

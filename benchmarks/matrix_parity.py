@@ -15,7 +15,9 @@ from rich.console import Console
 
 from megatron_helix.experiment import metrics, results, runs
 from megatron_helix.experiment.config import ExperimentConfig, Precision
-from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig
+from megatron_helix.run_config.batch import BatchConfig
+from megatron_helix.run_config.layout import LayoutConfig
+from megatron_helix.run_config.model import ModelConfig
 
 RUNS_AT_ONCE = {"cuda": 16, "cpu": 1}
 # Relative, of losses and gradient norms over the steps of a run.

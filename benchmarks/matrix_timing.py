@@ -18,7 +18,7 @@ from megatron_helix.basics import files
 from megatron_helix.experiment import execution, metrics, runs
 from megatron_helix.experiment.config import ExperimentConfig
 from megatron_helix.report import prediction
-from megatron_helix.run_config import LayoutConfig
+from megatron_helix.run_config.layout import LayoutConfig
 
 
 def timing(

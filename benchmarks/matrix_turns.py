@@ -17,7 +17,8 @@ from megatron_helix.experiment.config import ExperimentConfig
 from megatron_helix.launching import launchers
 from megatron_helix.launching.fork_ranks import RunFailed
 from megatron_helix.launching.launcher_config import LauncherConfig
-from megatron_helix.run_config import LayoutConfig, ModelConfig
+from megatron_helix.run_config.layout import LayoutConfig
+from megatron_helix.run_config.model import ModelConfig
 
 Device = Literal["cpu", "cuda"]
 

@@ -21,12 +21,10 @@ from megatron_helix.planner import parameters  # noqa: E402
 from megatron_helix.planner.deployment import Deployment  # noqa: E402
 from megatron_helix.planner.memory import cache_bytes_of_token  # noqa: E402
 from megatron_helix.planner.search import Found, search  # noqa: E402
-from megatron_helix.run_config import (  # noqa: E402
-    BatchConfig,
-    LayoutConfig,
-    ModelConfig,
-    read_config,
-)
+from megatron_helix.run_config.batch import BatchConfig  # noqa: E402
+from megatron_helix.run_config.files import read_config  # noqa: E402
+from megatron_helix.run_config.layout import LayoutConfig  # noqa: E402
+from megatron_helix.run_config.model import ModelConfig  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "models.md"

@@ -18,7 +18,8 @@ from megatron_helix.planner import flops
 from megatron_helix.planner.deployment import Deployment
 from megatron_helix.planner.search import name, named
 from megatron_helix.planner.time import Prediction, predict
-from megatron_helix.run_config import BatchConfig, LayoutConfig
+from megatron_helix.run_config.batch import BatchConfig
+from megatron_helix.run_config.layout import LayoutConfig
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "performance.md"

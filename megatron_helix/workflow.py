@@ -22,7 +22,7 @@ from megatron_helix.experiment.dag import Made, Node, seen
 from megatron_helix.experiment.runs import Run
 from megatron_helix.launching import launchers
 from megatron_helix.report import outlook, prediction
-from megatron_helix.run_config import ModelConfig
+from megatron_helix.run_config.model import ModelConfig
 from megatron_helix.verification import expectation
 
 COMPONENTS = (

@@ -19,7 +19,10 @@ from megatron_helix.machine import hardware
 from megatron_helix.options import arguments, parsed
 from megatron_helix.planner import parameters, search
 from megatron_helix.planner.deployment import Deployment
-from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig, read_config
+from megatron_helix.run_config.batch import BatchConfig
+from megatron_helix.run_config.files import read_config
+from megatron_helix.run_config.layout import LayoutConfig
+from megatron_helix.run_config.model import ModelConfig
 from tests.covering import THOROUGH
 from tests.distributed import Curve, pretrain, tiny_gpt
 

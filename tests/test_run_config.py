@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from megatron_helix.run_config import LayoutConfig, ModelConfig
+from megatron_helix.run_config.layout import LayoutConfig
+from megatron_helix.run_config.model import ModelConfig
 
 MODEL = ModelConfig(
     name="tiny",

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
     from megatron_helix.machine.hardware import Hardware
     from megatron_helix.planner.time import Prediction
-    from megatron_helix.run_config import LayoutConfig, Precision
+    from megatron_helix.run_config.layout import LayoutConfig
+    from megatron_helix.run_config.precision import Precision
 
 
 FIGURES_WIDTH = 60  # of the table's columns beside the layout
@@ -61,7 +62,9 @@ def plan(
     from megatron_helix.planner import search
     from megatron_helix.planner.deployment import Deployment
     from megatron_helix.planner.time import predict
-    from megatron_helix.run_config import BatchConfig, ModelConfig, document_lengths, read_config
+    from megatron_helix.run_config.batch import BatchConfig, document_lengths
+    from megatron_helix.run_config.files import read_config
+    from megatron_helix.run_config.model import ModelConfig
 
     chosen, machine = read_config(ModelConfig, model), machines.load(hardware)
     if devices:
@@ -134,7 +137,7 @@ def _layout(words: str, *, training_on: int = 0) -> "LayoutConfig":
     from pydantic import ValidationError
 
     from megatron_helix.planner import search
-    from megatron_helix.run_config import LayoutConfig
+    from megatron_helix.run_config.layout import LayoutConfig
 
     named = search.named(words)
     keys: dict[str, Any] = dict(named)

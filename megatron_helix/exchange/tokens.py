@@ -30,7 +30,7 @@ import torch.distributed as dist
 
 from megatron_helix.exchange.dealing import deal
 from megatron_helix.exchange.plan import Plan
-from megatron_helix.kernels.collectives import all_to_all, exchange_uneven
+from megatron_helix.kernels.collectives import all_to_all, uneven_all_to_all
 from megatron_helix.kernels.copies import packed
 from megatron_helix.partition.layout import HelixLayout
 
@@ -65,9 +65,11 @@ def to_block_order(
     dual is :func:`from_block_order`. Of packed rows, chunk ``head_group`` is not like the others.
     """
     if plan.split == "sequence":
-        dealt = layout, plan.documents, head_group, dim_group.rank()
-        hand = _hand(*dealt, hidden.size(0), hidden.device)
-        return _Dealt.apply(hidden, hand, dim_group)
+        hand = _hand(
+            layout, plan.documents, head_group, dim_group.rank(), len(hidden), hidden.device
+        )
+        sent = in_order(hidden, hand.order)
+        return uneven_all_to_all(sent, hand.given, hand.taken, dim_group)
     chunk, b, width = hidden.shape
     sent = hidden.view(chunk, layout.m, b // layout.m, width).transpose(0, 1)
     received = all_to_all(sent, dim_group)  # [m, s/T, b/m, hidden]: chunk k of my sequences
@@ -83,55 +85,15 @@ def from_block_order(
 ) -> torch.Tensor:
     """Undoes :func:`to_block_order`, its dual."""
     if plan.split == "sequence":
-        dealt = layout, plan.documents, head_group, dim_group.rank()
-        hand = _hand(*dealt, hidden.size(0), hidden.device)
-        return _TakenBack.apply(hidden, hand, dim_group)
+        hand = _hand(
+            layout, plan.documents, head_group, dim_group.rank(), len(hidden), hidden.device
+        )
+        back = uneven_all_to_all(hidden, hand.taken, hand.given, dim_group)
+        return out_of_order(back, hand.order)
     rows, share, width = hidden.shape
     sent = hidden.view(layout.m, rows // layout.m, share, width)
     received = all_to_all(sent, dim_group)  # [m, s/T, b/m, hidden]: my chunk of rank k's sequences
     return packed(received.transpose(0, 1)).view(rows // layout.m, layout.m * share, width)
-
-
-class _Dealt(torch.autograd.Function):
-    """Forward: :func:`_deal`. Backward: :func:`_take_back`. Saves nothing."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: torch.Tensor, hand: "_Hand", dim_group: dist.ProcessGroup
-    ) -> torch.Tensor:
-        ctx.among = hand, dim_group
-        return _deal(hidden, hand, dim_group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _take_back(grad, *ctx.among), None, None
-
-
-class _TakenBack(torch.autograd.Function):
-    """Forward: :func:`_take_back`. Backward: :func:`_deal`. Saves nothing."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: torch.Tensor, hand: "_Hand", dim_group: dist.ProcessGroup
-    ) -> torch.Tensor:
-        ctx.among = hand, dim_group
-        return _take_back(hidden, hand, dim_group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _deal(grad, *ctx.among), None, None
-
-
-def _deal(hidden: torch.Tensor, hand: "_Hand", dim_group: dist.ProcessGroup) -> torch.Tensor:
-    """My chunk ``[s/T, ...]`` -> my pieces of the dim group's m chunks, in order."""
-    sent = hidden.index_select(0, hand.order.there)
-    return exchange_uneven(sent, hand.given, hand.taken, dim_group)
-
-
-def _take_back(pieces: torch.Tensor, hand: "_Hand", dim_group: dist.ProcessGroup) -> torch.Tensor:
-    """Undoes :func:`_deal`."""
-    back = exchange_uneven(pieces, hand.taken, hand.given, dim_group)
-    return back.index_select(0, hand.order.back)
 
 
 class Order(NamedTuple):

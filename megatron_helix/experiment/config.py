@@ -14,16 +14,11 @@ from megatron_helix import conversations, corpus
 from megatron_helix.basics.errors import UserError
 from megatron_helix.launching.launcher_config import LauncherConfig
 from megatron_helix.machine.hardware import Hardware
-from megatron_helix.run_config import (
-    ELEMENT_BYTES,
-    BatchConfig,
-    Config,
-    LayoutConfig,
-    ModelConfig,
-    Precision,
-    read_mapping,
-    validated,
-)
+from megatron_helix.run_config.batch import BatchConfig
+from megatron_helix.run_config.files import Config, read_mapping, validated
+from megatron_helix.run_config.layout import LayoutConfig
+from megatron_helix.run_config.model import ModelConfig
+from megatron_helix.run_config.precision import ELEMENT_BYTES, Precision
 
 Phase = Literal["train", "prefill", "decode"]
 

@@ -21,7 +21,7 @@ from megatron_helix.experiment.runs import Run
 from megatron_helix.launching.launchers import Program
 from megatron_helix.planner.deployment import Deployment
 from megatron_helix.planner.traffic import step_bytes
-from megatron_helix.run_config import BatchConfig
+from megatron_helix.run_config.batch import BatchConfig
 
 # A prompt is a line of a file, so what would end or change one is a space.
 _PLAIN = [chr(byte) if 32 <= byte < 127 and chr(byte) != "\\" else " " for byte in range(256)]

@@ -10,7 +10,7 @@ from megatron_helix.basics.errors import UserError
 from megatron_helix.experiment.config import ExperimentConfig
 from megatron_helix.experiment.dag import read_record
 from megatron_helix.planner.book import AXES
-from megatron_helix.run_config import validated
+from megatron_helix.run_config.files import validated
 
 Result = dict[str, Any]
 

@@ -17,7 +17,9 @@ from megatron_helix.basics.errors import UserError
 from megatron_helix.experiment.config import ExperimentConfig, Phase
 from megatron_helix.inference import saved_model
 from megatron_helix.launching import launchers
-from megatron_helix.run_config import LayoutConfig, ModelConfig, Precision
+from megatron_helix.run_config.layout import LayoutConfig
+from megatron_helix.run_config.model import ModelConfig
+from megatron_helix.run_config.precision import Precision
 from megatron_helix.upstream import cpu_device
 
 # One vocabulary for every layout: Megatron pads it to a multiple of this times the tensor-parallel

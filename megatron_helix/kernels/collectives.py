@@ -96,10 +96,25 @@ def reduce_scatter(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     return _ReduceScatter.apply(x, group)
 
 
-def exchange_uneven(
+class _UnevenAllToAll(torch.autograd.Function):
+    """Forward: rows to each rank, rows from each. Backward: the same rows back. Saves nothing."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
+    ) -> torch.Tensor:
+        ctx.back = received, sent, group
+        return _exchange_rows(x, sent, received, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return _exchange_rows(grad, *ctx.back), None, None, None
+
+
+def uneven_all_to_all(
     x: torch.Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
 ) -> torch.Tensor:
-    """All-to-all of parts of unequal length, without a gradient.
+    """Exchange parts of unequal length; with ``sent`` and ``received`` exchanged its own dual.
 
     Args:
         x: ``[sum(sent), ...]``: for rank 0, then for rank 1, ...
@@ -110,6 +125,12 @@ def exchange_uneven(
     Returns:
         ``[sum(received), ...]``, from rank 0, then from rank 1, ...
     """
+    return _UnevenAllToAll.apply(x, sent, received, group)
+
+
+def _exchange_rows(
+    x: torch.Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
+) -> torch.Tensor:
     x = contiguous(x)
     y = x.new_empty(sum(received), *x.shape[1:])
     dist.all_to_all_single(y, x, received, sent, group=group)

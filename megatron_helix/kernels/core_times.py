@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from pydantic import Field, PositiveInt
 
-from megatron_helix.run_config import Config
+from megatron_helix.run_config.files import Config
 
 
 class CoreTime(Config):

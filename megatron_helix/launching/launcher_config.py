@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import PositiveInt
 
-from megatron_helix.run_config import Config
+from megatron_helix.run_config.files import Config
 
 
 class LauncherConfig(Config):

@@ -12,7 +12,8 @@ from pydantic import Field, PositiveInt, ValidationInfo, field_validator
 
 from megatron_helix.basics.errors import UserError
 from megatron_helix.kernels.core_times import CoreTime
-from megatron_helix.run_config import ELEMENT_BYTES, Config, Precision, read_config
+from megatron_helix.run_config.files import Config, read_config
+from megatron_helix.run_config.precision import ELEMENT_BYTES, Precision
 
 _SI = {
     "TFLOP/s": 1e12,

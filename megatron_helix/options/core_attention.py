@@ -8,7 +8,7 @@ from megatron_helix.basics.errors import UserError
 from megatron_helix.kernels import core_times
 from megatron_helix.machine import hardware
 from megatron_helix.options.checks import require_one_of
-from megatron_helix.run_config import CoreAttention
+from megatron_helix.run_config.layout import CoreAttention
 
 CORE_ATTENTIONS = get_args(CoreAttention)
 OWN = CORE_ATTENTIONS[1:-1]  # that stand in for the layer spec's

@@ -18,13 +18,10 @@ from megatron_helix.exchange.strategy import (
 )
 from megatron_helix.exchange.traffic import BlockShape
 from megatron_helix.partition.layout import HelixLayout, require_divides
-from megatron_helix.run_config import (
-    ELEMENT_BYTES,
-    BatchConfig,
-    LayoutConfig,
-    ModelConfig,
-    Precision,
-)
+from megatron_helix.run_config.batch import BatchConfig
+from megatron_helix.run_config.layout import LayoutConfig
+from megatron_helix.run_config.model import ModelConfig
+from megatron_helix.run_config.precision import ELEMENT_BYTES, Precision
 
 # Megatron adds gradients up, and sends them, in the weights' precision but for bf16. Its Megatron
 # FSDP (grad dtype "auto") and torch FSDP2 (no mixed-precision policy) do so for bf16, too.

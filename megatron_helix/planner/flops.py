@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from megatron_helix.exchange.traffic import packed
 from megatron_helix.planner import core_attention
 from megatron_helix.planner.deployment import Deployment
-from megatron_helix.run_config import ModelConfig
+from megatron_helix.run_config.model import ModelConfig
 
 FORMULA = (
     "FLOPs of a token, forward: layers x (2 D (2 H + 2 K) d + 4 s H d + 2 (2, gated 3) D F x"

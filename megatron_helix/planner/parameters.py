@@ -8,7 +8,7 @@ each. A shape is (rows, columns); a vector has one column.
 
 from megatron_helix.exchange.traffic import packed
 from megatron_helix.planner.deployment import Deployment
-from megatron_helix.run_config import ModelConfig
+from megatron_helix.run_config.model import ModelConfig
 
 Shapes = list[tuple[int, int]]
 

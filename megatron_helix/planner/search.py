@@ -11,7 +11,10 @@ from megatron_helix.basics.errors import UserError
 from megatron_helix.machine.hardware import Hardware
 from megatron_helix.planner.deployment import Deployment, require_length, require_phase
 from megatron_helix.planner.time import Prediction, predict, require_kernels
-from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig, Precision
+from megatron_helix.run_config.batch import BatchConfig
+from megatron_helix.run_config.layout import LayoutConfig
+from megatron_helix.run_config.model import ModelConfig
+from megatron_helix.run_config.precision import Precision
 
 RANKINGS = ("tps", "tpot", "memory")
 MICRO_BATCH_STEP = 3  # of powers of two every third: a factor of 8 between sizes that are tried

@@ -42,7 +42,10 @@ from megatron_helix.planner import context, fsdp, parameters
 from megatron_helix.planner.book import AXES, FP32, INT32, INT64, Book, Transfer
 from megatron_helix.planner.deployment import Deployment
 from megatron_helix.planner.gradients import gradients, numbers
-from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig, Precision
+from megatron_helix.run_config.batch import BatchConfig
+from megatron_helix.run_config.layout import LayoutConfig
+from megatron_helix.run_config.model import ModelConfig
+from megatron_helix.run_config.precision import Precision
 
 
 def step_bytes(

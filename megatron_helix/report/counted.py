@@ -19,7 +19,7 @@ from megatron_helix.experiment.results import (
 )
 from megatron_helix.experiment.runs import Run
 from megatron_helix.report import outlook
-from megatron_helix.run_config import LayoutConfig
+from megatron_helix.run_config.layout import LayoutConfig
 from megatron_helix.verification import expectation
 
 Page = dict[str, Any]

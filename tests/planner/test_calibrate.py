@@ -14,7 +14,10 @@ from megatron_helix.planner import calibrate
 from megatron_helix.planner.book import share
 from megatron_helix.planner.deployment import Deployment
 from megatron_helix.planner.time import predict
-from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig, read_config
+from megatron_helix.run_config.batch import BatchConfig
+from megatron_helix.run_config.files import read_config
+from megatron_helix.run_config.layout import LayoutConfig
+from megatron_helix.run_config.model import ModelConfig
 from tests.distributed import run_distributed
 
 

@@ -6,7 +6,9 @@ import pytest
 
 from megatron_helix.planner import memory, parameters, traffic
 from megatron_helix.planner.deployment import Deployment
-from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig
+from megatron_helix.run_config.batch import BatchConfig
+from megatron_helix.run_config.layout import LayoutConfig
+from megatron_helix.run_config.model import ModelConfig
 
 QWEN = ModelConfig(
     name="qwen",

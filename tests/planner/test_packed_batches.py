@@ -7,13 +7,10 @@ import pytest
 
 from megatron_helix.planner import flops, memory
 from megatron_helix.planner.deployment import Deployment
-from megatron_helix.run_config import (
-    BatchConfig,
-    LayoutConfig,
-    ModelConfig,
-    document_lengths,
-    validated,
-)
+from megatron_helix.run_config.batch import BatchConfig, document_lengths
+from megatron_helix.run_config.files import validated
+from megatron_helix.run_config.layout import LayoutConfig
+from megatron_helix.run_config.model import ModelConfig
 
 MODEL = ModelConfig(
     name="small",

@@ -23,7 +23,11 @@ from megatron_helix.planner import (
 )
 from megatron_helix.planner.deployment import Deployment
 from megatron_helix.planner.time import predict
-from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig, Precision, read_config
+from megatron_helix.run_config.batch import BatchConfig
+from megatron_helix.run_config.files import read_config
+from megatron_helix.run_config.layout import LayoutConfig
+from megatron_helix.run_config.model import ModelConfig
+from megatron_helix.run_config.precision import Precision
 
 MACHINES = {
     path.stem: hardware.load(path) for path in sorted(Path("configs/hardware").glob("*.yaml"))

@@ -12,7 +12,10 @@ from megatron_helix.exchange import traffic
 from megatron_helix.experiment import config
 from megatron_helix.planner.deployment import VOCAB_MULTIPLE, Deployment
 from megatron_helix.planner.traffic import AXES, step_bytes
-from megatron_helix.run_config import BatchConfig, LayoutConfig, ModelConfig, Precision
+from megatron_helix.run_config.batch import BatchConfig
+from megatron_helix.run_config.layout import LayoutConfig
+from megatron_helix.run_config.model import ModelConfig
+from megatron_helix.run_config.precision import Precision
 from tests.covering import THOROUGH, covering, fast
 from tests.distributed import measured, run_distributed
 from tests.inference import decode_case
