@@ -78,7 +78,7 @@ def plan(
 
     def one(words: str) -> "Prediction":
         made = _layout(words, training_on=machine.devices if phase == "train" else 0)
-        here = Deployment(chosen, made, size, machine.devices, phase, width).check()
+        here = Deployment(chosen, made, size, machine.devices, phase, width, machine).check()
         return predict(here, machine, overlap=overlap)
 
     console = Console()

@@ -17,14 +17,14 @@ from megatron_helix.basics.errors import UserError
 from megatron_helix.experiment.config import ExperimentConfig, Phase
 from megatron_helix.inference import saved_model
 from megatron_helix.launching import launchers
+from megatron_helix.planner.deployment import VOCAB_MULTIPLE, Deployment
 from megatron_helix.run_config.layout import LayoutConfig
 from megatron_helix.run_config.model import ModelConfig
 from megatron_helix.run_config.precision import Precision
 from megatron_helix.upstream import cpu_device
 
-# One vocabulary for every layout: Megatron pads it to a multiple of this times the tensor-parallel
-# size, and 256 bytes need no padding up to 16 ranks.
-VOCAB_MULTIPLE = 16
+# One vocabulary for every layout: Megatron pads it to a multiple of VOCAB_MULTIPLE times the
+# tensor-parallel size, and 256 bytes need no padding up to 16 ranks.
 VOCABULARY = 256
 
 
@@ -147,6 +147,24 @@ def _data_flags(experiment: ExperimentConfig, prefix: Path) -> list[str]:
     return ["--data-path", str(path), "--split", "100,0,0"]
 
 
+def deployment(experiment: ExperimentConfig, run: Run) -> Deployment:
+    """A run of Megatron's loop as the planner sees it.
+
+    A prefill is here the forward pass of the training step, loss included: layouts compare by it.
+    """
+    batch, size, machine = experiment.counted_batch, experiment.world_size, experiment.hardware
+    return Deployment(run.model, run.layout, batch, size, "train", run.precision, machine)
+
+
+def _settled(experiment: ExperimentConfig, run: Run) -> LayoutConfig:
+    """The layout with what ``auto`` takes said: what runs is then what is predicted, anywhere."""
+    if (run.layout.m or 1) == 1 or run.phase == "decode":
+        return run.layout
+    plan = deployment(experiment, run).plan
+    split = None if plan.split == "none" else plan.split
+    return run.layout.model_copy(update={"exchange": plan.exchange, "split": split})
+
+
 def layout_flags(experiment: ExperimentConfig, run: Run) -> list[str]:
     """Everything of a run but what lies in files.
 
@@ -164,7 +182,7 @@ def layout_flags(experiment: ExperimentConfig, run: Run) -> list[str]:
     }
     own = [
         *model_flags(experiment, run.model),
-        *run.layout.flags(run.model),
+        *_settled(experiment, run).flags(run.model),
         *precision[run.precision],
         *("--global-batch-size", str(experiment.batch.sequences)),
         *("--train-iters", str(steps(experiment, run))),

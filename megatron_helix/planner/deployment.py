@@ -17,6 +17,7 @@ from megatron_helix.exchange.strategy import (
     resolve,
 )
 from megatron_helix.exchange.traffic import BlockShape
+from megatron_helix.machine.hardware import Hardware
 from megatron_helix.partition.layout import HelixLayout, require_divides
 from megatron_helix.run_config.batch import BatchConfig
 from megatron_helix.run_config.layout import LayoutConfig
@@ -66,6 +67,7 @@ class Deployment:
         world_size: ranks.
         phase: one of :data:`PHASES`.
         precision: of weights and activations; fp16 scales its loss.
+        machine: by which ``auto`` compares plans; None compares what they send, as on CPUs.
 
     Raises:
         UserError: from :meth:`check`.
@@ -77,6 +79,7 @@ class Deployment:
     world_size: int
     phase: str = "train"
     precision: Precision = "fp16"
+    machine: Hardware | None = None
 
     def check(self) -> "Deployment":
         """This deployment, if it can run.
@@ -260,6 +263,7 @@ class Deployment:
             # A forward pass alone gathers anew: only a training step knows when it is over.
             gather=layout.gather or "microbatch" if self.phase == "train" else "microbatch",
             microbatches=self.microbatches,
+            machine=self.machine,
         )
         if self.phase == "decode":
             return decode_plan(cache_split(choice, self.cut, layout.micro_batch))

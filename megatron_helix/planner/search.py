@@ -114,7 +114,8 @@ def deployments(
                     keys["distributed_optimizer"] = optimizes and "fsdp" not in keys
                     try:
                         layout = LayoutConfig(name=name(keys), **keys)
-                        here = Deployment(model, layout, batch, devices, phase, precision)
+                        known = phase, precision, machine
+                        here = Deployment(model, layout, batch, devices, *known)
                         here.check()
                         require_kernels(here, machine)
                     except (UserError, ValidationError):  # the layout in itself

@@ -36,8 +36,10 @@ def rows(experiment: ExperimentConfig) -> list[Row]:
         for run in compared(other):
             if run.layout.name not in shared or run.phase == "decode":
                 continue
-            here = replace(expectation.deployment(other, run), phase=run.phase).check()
-            figures = predict(here, machine.scaled(other.world_size))
+            whole = machine.scaled(other.world_size)
+            planned = expectation.deployment(other, run)
+            here = replace(planned, phase=run.phase, machine=whole).check()
+            figures = predict(here, whole)
             claim = claims.get((run.model.name, run.layout.name, run.phase))
             found.append(
                 {

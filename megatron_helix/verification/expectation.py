@@ -5,7 +5,7 @@ The deployment verification holds it against what the ranks found themselves to 
 
 from typing import Any
 
-from megatron_helix.experiment import decode
+from megatron_helix.experiment import decode, runs
 from megatron_helix.experiment.config import ExperimentConfig
 from megatron_helix.experiment.runs import Run
 from megatron_helix.planner.deployment import Deployment
@@ -16,10 +16,7 @@ def deployment(experiment: ExperimentConfig, run: Run) -> Deployment:
     """The run as the planner sees it."""
     if run.phase == "decode":
         return decode.deployment(experiment, run)
-    # A prefill is here the forward pass of the training step, loss included: layouts compare by it.
-    size = experiment.world_size
-    batch = experiment.counted_batch
-    return Deployment(run.model, run.layout, batch, size, "train", run.precision)
+    return runs.deployment(experiment, run)
 
 
 def describe(experiment: ExperimentConfig, run: Run) -> dict[str, Any]:

@@ -157,3 +157,21 @@ def test_text_in_larger_tokens_than_bytes_is_refused(tmp_path: Path) -> None:
     builder.finalize(str(tmp_path / "words.idx"))
     with pytest.raises(ValueError, match=r"data: must be a dataset of bytes, .*words, whose"):
         corpus.require_dataset(tmp_path / "words", "data")
+
+
+def test_what_auto_takes_on_the_experiments_machine_is_said_to_the_run() -> None:
+    """Calls that take long, or bytes that do: another plan, and the one that is predicted."""
+    taken = set()
+    for latency, bandwidth in ((1e-3, 1e-3), (1e6, 1e3)):
+        links = {
+            "bandwidth": {"value": bandwidth, "unit": "GB/s", "source": "made up"},
+            "latency": {"value": latency, "unit": "us", "source": "made up"},
+        }
+        chosen = experiment(hardware={**DOCUMENT["hardware"], "intra_node": links})
+        run = next(one for one in runs.compared(chosen) if one.layout.is_helix)
+        flags = runs.layout_flags(chosen, run)
+        plan = workflow.expectation.deployment(chosen, run).plan
+        said = flags[flags.index("--helix-exchange") + 1], flags[flags.index("--helix-split") + 1]
+        assert said == (plan.exchange, plan.split)
+        taken.add(said)
+    assert len(taken) == 2
