@@ -4,10 +4,9 @@ Stock, both span all T ranks: the embedding reduce-scatters the stream, the head
 sequence split they stay stock and are given word ids and labels in the order of the block; the
 losses are put back in order, and nothing moves for it. Where the plan is ``weights`` with a batch
 split and the micro-batch has more tokens than a head group has vocabulary, they do as the linears
-of the block do: each rank works on its own sequences with the
-vocabulary of its head group, whose m shards are gathered. The stream then enters and leaves the
-block in the block's own order, without the conversions at its ends; what is gathered in the end are
-the losses.
+of the block do: each rank works on its own sequences with the vocabulary of its head group, whose m
+shards are gathered. The stream then enters and leaves the block in the block's own order, without
+the conversions at its ends; what is gathered in the end are the losses.
 
 Sharded einsums (V vocabulary, N tokens, D hidden)::
 

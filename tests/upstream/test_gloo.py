@@ -50,6 +50,23 @@ def test_tensors_of_unequal_size_are_gathered(async_op: bool) -> None:
             assert sent_bytes == (P - 1) * sizes[rank] * WIDTH * dtype.itemsize
 
 
+def watchers() -> list[int]:
+    """Threads that look at sockets, before and after there are more groups, which work."""
+    counted = []
+    for groups in (1, 5):
+        one = torch.ones(1)
+        for _ in range(groups):
+            dist.all_reduce(one, group=dist.new_group())
+        assert one == P**groups
+        names = [task.read_text() for task in Path("/proc/self/task").glob("*/comm")]
+        counted.append(sum("gloo_tcp_loop" in name for name in names))
+    return counted
+
+
+def test_the_groups_of_a_process_share_the_thread_that_looks_at_sockets() -> None:
+    assert run_distributed(watchers, P) == [[1, 1]] * P
+
+
 def sum_all() -> list[torch.Tensor]:
     """What each case sums and scatters, as the backward pass of a gather does."""
     rank, found = dist.get_rank(), []
