@@ -20,7 +20,8 @@ FOUND = (
     "exchange=scores; --qk-l2-norm",
     "exchange=scores biasless experts=2 sp; --qk-l2-norm",
     # The layer of a stage that has that of multi-token prediction alone had no norm, for stock has.
-    "hidden=24 channels=24 ffn=24 seq=27 untied m=3 pp=2 sp exchange=weights; --qk-l2-norm;"
+    "hidden=24 channels=24 ffn=24 seq=27 batches=2 untied m=3 pp=2 sp exchange=weights;"
+    " --qk-l2-norm;"
     " --num-layers 2 --mtp-num-layers 1 --mtp-standalone"
     " --pipeline-model-parallel-layout Et|t|m|L",
 )
