@@ -58,10 +58,10 @@ def layer_seconds(
             else:
                 seconds *= 1 - machine.beside * share
             total += seconds
-    ends = traffic.block_ends(plan, layout, shape, **size) if plan.split == "batch" else {}
-    for (axis, kind), count in ends.items():  # with a sequence split word ids move, and losses
-        width = count * machine.element_bytes
-        seconds = machine.seconds(kind, width, 2, *groups[axis]) * (2 if training else 1)
+    converted = traffic.training_ends if training else traffic.block_ends
+    for (axis, kind), count in converted(plan, layout, shape, **size).items():
+        sent = count * machine.element_bytes
+        seconds = machine.seconds(kind, sent, 2, *groups[axis]) * (2 if training else 1)
         total += seconds / shape.num_layers
     passes = 3 if training else 1
     attention = _attention(layout, **size) * passes / machine.gemm.rate

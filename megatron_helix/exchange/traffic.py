@@ -168,6 +168,15 @@ def block_ends(
     return Counter({("dim", "all_to_all"): 2 * (layout.m - 1) * chunk // layout.m})
 
 
+def training_ends(
+    plan: Plan, layout: HelixLayout, shape: BlockShape, *, sequence: int, batch: int
+) -> Elements:
+    """The same where word ids go in and losses come out, which a sequence split puts in order."""
+    if plan.split == "sequence":
+        return Counter()
+    return block_ends(plan, layout, shape, sequence=sequence, batch=batch)
+
+
 def per_layer(
     plan: Plan,
     layout: HelixLayout,
@@ -183,9 +192,7 @@ def per_layer(
     ``microbatches``.
     """
     forward, backward = layer(plan, layout, shape, sequence=sequence, batch=batch)
-    ends = block_ends(plan, layout, shape, sequence=sequence, batch=batch)
-    if plan.split == "sequence":  # the embedding is given word ids, and the head labels, in order
-        ends.clear()
+    ends = training_ends(plan, layout, shape, sequence=sequence, batch=batch)
     sent = forward.total() + backward.total() + 2 * ends.total() / shape.num_layers
     if plan.exchange == "weights" and plan.gather == "step":
         once = 2 * (layout.m - 1) * shape.weights(layout) // layout.size
