@@ -61,7 +61,7 @@ def enable(
     core_attention.require_core_attention(args, on_cpu)
     core, why = core_attention.chosen(args, on_cpu=on_cpu, training=training)
     args.helix_core_attention = core  # from here on
-    asked = arguments.choice(args, machine.chosen(args, on_cpu=on_cpu)) if layout else None
+    asked = arguments.choice(args, machine.chosen(args, on_cpu=on_cpu))
     if why and args.rank == 0:
         print(why, flush=True)
 

@@ -152,13 +152,33 @@ def packed_plan(
 
 
 def _costs(
-    plan: Plan, choice: Choice, layout: HelixLayout, shape: BlockShape, **size: int
+    plan: Plan,
+    choice: Choice,
+    layout: HelixLayout,
+    shape: BlockShape,
+    *,
+    sequence: int,
+    batch: int,
 ) -> float:
     """Of a layer and micro-batch: seconds, or elements sent where no machine is described."""
-    size["microbatches"] = choice.microbatches
     if choice.machine is None:
-        return per_layer(plan, layout, shape, **size)
-    return layer_seconds(plan, layout, shape, choice.machine, **size)
+        return per_layer(
+            plan,
+            layout,
+            shape,
+            sequence=sequence,
+            batch=batch,
+            microbatches=choice.microbatches,
+        )
+    return layer_seconds(
+        plan,
+        layout,
+        shape,
+        choice.machine,
+        sequence=sequence,
+        batch=batch,
+        microbatches=choice.microbatches,
+    )
 
 
 def explain(

@@ -107,6 +107,7 @@ def measure(device: str, per_node: int) -> Measured:
     target = torch.empty_like(source)
     copied = 2 * source.nbytes / clock(lambda: target.copy_(source))
     node, _ = dist.new_subgroups(per_node)
+    assert isinstance(node, dist.ProcessGroup)
     groups = {"intra_node": node}
     if ranks > per_node:
         groups["inter_node"] = dist.group.WORLD
