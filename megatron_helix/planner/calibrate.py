@@ -108,12 +108,12 @@ def measure(device: str, per_node: int) -> Measured:
     copied = 2 * source.nbytes / clock(lambda: target.copy_(source))
     node, _ = dist.new_subgroups(per_node)
     assert isinstance(node, dist.ProcessGroup)
-    groups = {"intra_node": node}
+    groups: dict[str, dist.ProcessGroup] = {"intra_node": node}
     if ranks > per_node:
+        assert dist.group.WORLD is not None
         groups["inter_node"] = dist.group.WORLD
     links = {}
     for level, group in groups.items():
-        assert isinstance(group, dist.ProcessGroup)
         links[level] = _links(group, per_node, clock, source[: LARGE * factor])
     # On a CPU nothing is begun early: a collective would take the cores that compute.
     beside = _beside(node, a, source[: LARGE * factor]) if device == "cuda" else 0.0
