@@ -31,7 +31,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from megatron_helix.exchange.activations import context_to_segments, qkv_to_whole_heads
 from megatron_helix.exchange.plan import Plan
-from megatron_helix.exchange.shards import Ahead, GatheredWeight, Shards, StepWeight
+from megatron_helix.exchange.shards import Ahead, GatheredWeight, Shards
+from megatron_helix.exchange.step_weight import StepWeight
 from megatron_helix.exchange.tokens import to_block_order
 from megatron_helix.exchange.weights import column_linear, row_linear
 from megatron_helix.kernels.collectives import all_to_all, gather

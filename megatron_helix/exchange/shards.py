@@ -9,10 +9,10 @@ The gradient of a shard is the sum of m parts. A reduce-scatter would round it a
 parts are exchanged as they are, which sends as many bytes, and added up where stock adds up
 micro-batches (:mod:`megatron_helix.exchange.main_grad`).
 
-Nothing gathered is kept; :class:`StepWeight` trades memory for traffic.
+Nothing gathered is kept; :mod:`megatron_helix.exchange.step_weight` trades memory for traffic.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_helix.exchange import main_grad
-from megatron_helix.kernels.collectives import UnderWay, scatter_sum, start_exchange, start_gather
+from megatron_helix.kernels.collectives import UnderWay, start_exchange, start_gather
 from megatron_helix.kernels.copies import contiguous, packed
+
+FEW_RUNS = 2  # that many are sent one by one: a call more each, and nothing to put in order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,34 +33,62 @@ class Shards:
     The cut axis of the head group's weight is ``[outer, m, inner]``; a shard is one index of the
     middle. Shards travel with that axis first: a shard that is cut by columns is transposed before
     it is sent, 1/m of the copying that the gathered weight would need, and what arrives is whole
-    rows of the transposed weight, which a GEMM reads as they are.
+    rows of the transposed weight, which a GEMM reads as they are. One that wants the rows of the
+    weight itself has shards travel as they lie, and what arrives is put in order.
+
+    The two halves of a gated MLP's weight are gathered one after the other, each to where it
+    belongs; more runs than :data:`FEW_RUNS` are gathered together and put in order.
 
     Attributes:
         axis: the dimension of the weight that is cut: 0 for a column-parallel linear, 1 for row.
         outer: runs of a shard that lie apart in the whole: 1 for a contiguous shard, 2 for a gated
             MLP (gate and up), heads times blocks for attention's tiles.
+        as_they_lie: whether a shard that is cut by columns travels without being transposed.
     """
 
     axis: int
     outer: int = 1
+    as_they_lie: bool = False
 
-    def turned(self, weight: torch.Tensor) -> torch.Tensor:
-        """``weight`` with the cut axis first, or back; a view."""
-        return weight.t() if self.axis else weight
+    @property
+    def turns(self) -> bool:
+        """Whether shards travel transposed."""
+        return self.axis == 1 and not self.as_they_lie
+
+    def runs(self, shard: torch.Tensor) -> Sequence[torch.Tensor]:
+        """What of a shard travels together, views of it: ``[rows, ...]`` with the cut axis first.
+
+        The shard ``[D, F/T]`` itself where the cut axis does not travel first.
+        """
+        if self.axis == 1:
+            return [shard.t() if self.turns else shard]
+        return shard.unflatten(0, (self._apart, -1)).unbind(0)
 
     def join(self, gathered: torch.Tensor, m: int) -> torch.Tensor:
-        """``[m * rows, ...]``, turned shard after shard -> the head group's weight.
+        """``[apart, m, ...]``, each run's m shards -> the head group's weight.
 
-        A view where ``outer`` is 1.
+        Contiguous, or the transposed view of what is; a copy of ``gathered`` only where its order
+        is not that of the weight.
         """
-        runs = gathered.view(m, self.outer, -1, *gathered.shape[1:])
-        return self.turned(packed(runs.transpose(0, 1)).view(gathered.shape))
+        if self.axis == 1 and not self.turns:
+            columns = gathered[0].unflatten(-1, (self.outer, -1))  # [m, D, outer, inner]
+            return packed(columns.permute(1, 2, 0, 3)).flatten(1)
+        inner = gathered.unflatten(2, (self.outer // self._apart, -1))
+        whole = packed(inner.transpose(1, 2)).flatten(0, 3)
+        return whole.t() if self.turns else whole
 
-    def part(self, whole: torch.Tensor, m: int) -> torch.Tensor:
-        """The head group's weight -> ``[m, rows, ...]``, its turned shards; inverse of `join`."""
-        whole = self.turned(whole)
-        runs = whole.view(self.outer, m, -1, *whole.shape[1:])
-        return contiguous(runs.transpose(0, 1)).view(m, -1, *whole.shape[1:])
+    def parts(self, whole: torch.Tensor, m: int) -> Sequence[torch.Tensor]:
+        """The head group's weight -> ``[m, ...]`` for every run of a shard; inverse of `join`."""
+        if self.axis == 1 and not self.turns:
+            columns = whole.unflatten(1, (self.outer, m, -1))  # [D, outer, m, inner]
+            return [contiguous(columns.permute(2, 0, 1, 3)).flatten(2)]
+        whole = whole.t() if self.turns else whole
+        runs = whole.unflatten(0, (self._apart, self.outer // self._apart, m, -1))
+        return contiguous(runs.transpose(1, 2)).flatten(2, 3).unbind(0)
+
+    @property
+    def _apart(self) -> int:
+        return self.outer if self.axis == 0 and self.outer <= FEW_RUNS else 1
 
 
 class GatheredWeight:
@@ -73,7 +103,8 @@ class GatheredWeight:
         dim: the m ranks that hold them.
     """
 
-    _coming: UnderWay | None = None
+    _coming: "_Gathering | None" = None
+    _sums_up: Callable[[], None] | None = None
 
     def __init__(self, shard: torch.nn.Parameter, shards: Shards, dim: dist.ProcessGroup):
         self.shard, self.shards, self.dim = shard, shards, dim
@@ -95,14 +126,62 @@ class GatheredWeight:
         Returns:
             What waits for them, adds them up and gives the shard's gradient, for autograd.
         """
-        parts = self.shards.part(whole, self.dim.size())
+        parts = self.shards.parts(whole, self.dim.size())
         del whole  # the caller keeps none either: one copy less while they are exchanged
-        coming = start_exchange(parts, self.dim, early=self.early)
-        turned = self.shards.axis == 1
-        return lambda: main_grad.add(self.shard, coming.wait(), turned=turned)
+        coming, runs = self._exchange(parts), self.shards.runs
+        return lambda: main_grad.add(self.shard, [run.wait() for run in coming], runs)
 
-    def _start(self) -> UnderWay:
-        return start_gather(self.shards.turned(self.shard.detach()), self.dim, early=self.early)
+    def gradient_later(self, whole: torch.Tensor) -> torch.Tensor | None:
+        """As :meth:`gradient`, but nothing waits: the parts are added up by :meth:`settle`.
+
+        Returns:
+            What autograd is to hand on for the shard.
+        """
+        self.settle()
+        if not main_grad.takes_stand_in(self.shard):
+            return self.gradient(whole)()
+        parts = self.shards.parts(whole, self.dim.size())
+        del whole
+        coming, runs = self._exchange(parts), self.shards.runs
+        self._sums_up = lambda: main_grad.add_up(self.shard, [run.wait() for run in coming], runs)
+        main_grad.at_the_end(self.settle)
+        return main_grad.stand_in(self.shard)
+
+    def settle(self) -> None:
+        """Add up a gradient that is still on its way; at the latest when the pass ends."""
+        sums_up, self._sums_up = self._sums_up, None
+        if sums_up is not None:
+            sums_up()
+
+    def _exchange(self, parts: Sequence[torch.Tensor]) -> list[UnderWay]:
+        return [start_exchange(part, self.dim, early=self.early) for part in parts]
+
+    def _start(self) -> "_Gathering":
+        runs = self.shards.runs(self._sent())
+        m, first = self.dim.size(), runs[0]
+        whole = first.new_empty(len(runs), m, *first.shape)
+        works = [
+            start_gather(run, self.dim, early=self.early, into=place.flatten(0, 1))
+            for run, place in zip(runs, whole, strict=True)
+        ]
+        return _Gathering(whole, works)
+
+    def _sent(self) -> torch.Tensor:
+        """What of the shard is gathered, in its shape."""
+        return self.shard.detach()
+
+
+@dataclass(frozen=True)
+class _Gathering:
+    """Shards under way, run by run: ``[apart, m, ...]`` once all are there."""
+
+    whole: torch.Tensor
+    works: Sequence[UnderWay]
+
+    def wait(self) -> torch.Tensor:
+        for work in self.works:
+            work.wait()
+        return self.whole
 
 
 def runs_beside_compute(shard: torch.Tensor) -> bool:
@@ -112,66 +191,21 @@ def runs_beside_compute(shard: torch.Tensor) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Ahead:
-    """The weight that the pass will need after this one's, as far as that is certain.
+    """The weights that come after this one's in either pass, as far as that is certain.
 
     Every rank of a dim group must come to the same answer: a gather begun is a collective.
+
+    Attributes:
+        forward: used next in the forward pass, to begin gathering for.
+        backward: used next in the backward pass, the same.
+        behind: used before this one in the backward pass, its gradient perhaps on its way.
+        sums_later: whether a gradient may be added up after autograd has handed on a stand-in.
     """
 
     forward: GatheredWeight | None = None
     backward: GatheredWeight | None = None
-
-
-class StepWeight(GatheredWeight):
-    """Gathered once a step and kept over its micro-batches, as is the sum of their gradients.
-
-    The traffic of tensor parallelism n with data parallelism m and a distributed optimizer, for 1/n
-    of the weights (and of their gradients, in the dtype of ``main_grad``) in memory while a step
-    lasts. :meth:`finish` must be called when the last micro-batch of a step is through; Megatron's
-    ``finalize_model_grads_func`` is the place.
-    """
-
-    _kept: torch.Tensor | None = None
-    _sum: torch.Tensor | None = None
-
-    def start(self) -> None:
-        """As for the parent, unless the whole weight is there."""
-        if self._kept is None:
-            super().start()
-
-    def whole(self) -> torch.Tensor:
-        """As for the parent, on the first call of a step; the kept one on the others."""
-        if self._kept is None:
-            self._kept = super().whole()
-        return self._kept
-
-    def gradient(self, whole: torch.Tensor) -> Callable[[], None]:
-        """Add to the step's sum; no communication, and nothing yet for the shard."""
-        if self._sum is None:
-            self._sum = torch.zeros_like(whole, dtype=self._accumulator.dtype)
-        self._sum.add_(whole)
-        return lambda: None
-
-    def finish(self) -> None:
-        """Add this step's gradient to the shard's and forget the whole; one reduce-scatter.
-
-        In the precision of ``main_grad``, as data parallelism would.
-        """
-        whole, self._kept, self._sum = self._sum, None, None
-        if whole is not None:
-            parts = self.shards.part(whole, self.dim.size())
-            del whole
-            summed = scatter_sum(parts.flatten(0, 1), self.dim)
-            self._accumulator.add_(self.shards.turned(summed))
-
-    @property
-    def _accumulator(self) -> torch.Tensor:
-        """Where the shard's gradients are summed: Megatron's buffer; ``grad`` without DDP."""
-        main_grad = getattr(self.shard, "main_grad", None)
-        if main_grad is not None:
-            return main_grad
-        if self.shard.grad is None:
-            self.shard.grad = torch.zeros_like(self.shard)
-        return self.shard.grad
+    behind: GatheredWeight | None = None
+    sums_later: bool = False
 
 
 class _Whole(torch.autograd.Function):

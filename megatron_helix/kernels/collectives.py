@@ -166,7 +166,9 @@ class UnderWay:
         return self.result
 
 
-def start_gather(x: torch.Tensor, group: dist.ProcessGroup, *, early: bool) -> UnderWay:
+def start_gather(
+    x: torch.Tensor, group: dist.ProcessGroup, *, early: bool, into: torch.Tensor | None = None
+) -> UnderWay:
     """:func:`gather`, begun.
 
     Args:
@@ -174,14 +176,15 @@ def start_gather(x: torch.Tensor, group: dist.ProcessGroup, *, early: bool) -> U
         group: p ranks.
         early: whether to come back before it is through. NCCL then works on a stream of its own,
             beside the compute that follows.
+        into: where the result is to lie, contiguous; new memory by default.
 
     Returns:
         ``[p * a, ...]`` once waited for; of a rank alone, ``x`` itself.
     """
     x = contiguous(x)
     if group.size() == 1:
-        return UnderWay(x, None)
-    y = torch.empty((group.size() * x.size(0), *x.shape[1:]), dtype=x.dtype, device=x.device)
+        return UnderWay(x if into is None else into.copy_(x), None)
+    y = x.new_empty(group.size() * x.size(0), *x.shape[1:]) if into is None else into
     return UnderWay(y, dist.all_gather_into_tensor(y, x, group=group, async_op=early))
 
 

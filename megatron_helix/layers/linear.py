@@ -19,7 +19,8 @@ import torch
 from megatron_helix.exchange.activations import context_to_segments, qkv_to_whole_heads
 from megatron_helix.exchange.decode import qkv_to_every_rank
 from megatron_helix.exchange.plan import Plan
-from megatron_helix.exchange.shards import Ahead, GatheredWeight, Shards, StepWeight, whole
+from megatron_helix.exchange.shards import Ahead, GatheredWeight, Shards, whole
+from megatron_helix.exchange.step_weight import StepWeight
 from megatron_helix.exchange.weights import column_linear, row_linear
 from megatron_helix.layers import lookahead
 from megatron_helix.layers.norm import Norm, input_norm

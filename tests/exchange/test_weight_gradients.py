@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_helix.exchange.shards import GatheredWeight, Shards, StepWeight, whole
+from megatron_helix.exchange.shards import GatheredWeight, Shards, whole
+from megatron_helix.exchange.step_weight import StepWeight
 from megatron_helix.exchange.weights import column_linear, row_linear
 from megatron_helix.kernels.collectives import all_gather
 from megatron_helix.layers.attention import _sum_over

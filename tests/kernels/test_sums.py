@@ -71,7 +71,8 @@ def test_parts_of_a_gradient_are_rounded_to_main_grad_only(
     setattr(shard, "main_grad", accumulator)  # noqa: B010  # as Megatron does
     parts = _drawn(3, 50, 30, dtype=dtype) if turned else _drawn(3, 30, 50, dtype=dtype)
     expected = parts.float().sum(0)
-    assert main_grad.add(shard, parts, turned=turned) is None
+    runs = (lambda of: [of.t()]) if turned else (lambda of: [of])
+    assert main_grad.add(shard, [parts], runs) is None
     assert torch.equal(accumulator, expected.t() if turned else expected)
 
 
