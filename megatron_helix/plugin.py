@@ -93,9 +93,10 @@ def enable(
         # Megatron's model builder leaves weights that were drawn on the CPU there.
         model_config.pre_wrap_hooks.append(lambda model: [chunk.cuda() for chunk in model])
     if arguments.wants_helix(args):
-        linked = partial(link, forward_early=not args.overlap_param_gather)
+        early, later = not args.overlap_param_gather, not args.overlap_grad_reduce
+        linked = partial(link, forward_early=early, sums_later=later)
         model_config.pre_wrap_hooks += [vocabulary.extend, linked]
-    if arguments.wants_helix(args) and args.helix_gather == "step":
+    if arguments.wants_helix(args) and (args.helix_gather == "step" or args.fp8):
         model_config.transformer.finalize_model_grads_func = _finalize_model_grads
     return model_config
 
@@ -120,6 +121,6 @@ def _refuse_early(make: Any, helix: Any, model_config: GPTModelConfig) -> None:
 
 
 def _finalize_model_grads(model: list[torch.nn.Module], *args: Any, **kwargs: Any) -> None:
-    """Megatron's own, after the gradients of weights gathered for the step have come home."""
+    """Megatron's own, after what was kept of weights for the step has come home or is gone."""
     finish_step(model)
     finalize_model_grads(model, *args, **kwargs)

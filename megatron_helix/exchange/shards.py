@@ -120,6 +120,10 @@ class GatheredWeight:
         coming, self._coming = self._coming or self._start(), None
         return self.shards.join(coming.wait(), self.dim.size())
 
+    def empty(self, whole: torch.Tensor) -> None:
+        """Free the memory of what :meth:`whole` gave, for whoever must keep the tensor."""
+        whole.data = whole.new_empty(0)
+
     def gradient(self, whole: torch.Tensor) -> Callable[[], torch.Tensor | None]:
         """Begin to exchange the parts of the whole weight's gradient over dim.
 

@@ -1,6 +1,7 @@
 """A weight that is gathered once a step, as ``--helix-gather step`` keeps it."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -28,8 +29,16 @@ class StepWeight(GatheredWeight):
     def whole(self) -> torch.Tensor:
         """As for the parent, on the first call of a step; the kept one on the others."""
         if self._kept is None:
-            self._kept = super().whole()
+            self._kept = super().whole().detach()
         return self._kept
+
+    def trained(self) -> torch.Tensor:
+        """:meth:`whole`, a parameter whose ``main_grad`` is the step's sum, unless frozen."""
+        whole: Any = self.whole()
+        if self.shard.requires_grad:
+            whole.requires_grad_()
+            whole.main_grad = self.sum()
+        return whole
 
     def gradient(self, whole: torch.Tensor) -> Callable[[], None]:
         """Add to the step's sum; no communication, and nothing yet for the shard."""

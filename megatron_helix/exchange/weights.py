@@ -72,6 +72,7 @@ class _ColumnLinear(torch.autograd.Function):
             _start(ctx.ahead.backward)
             shard_gradient = _begun(ctx, lambda: gemm.weight_gradient(grad, x))
             grad_x = gemm.input_gradient(grad, ctx.weight.whole())
+            _settle(ctx.ahead.behind)
             return grad_x, shard_gradient(), None, None, None
         whole = ctx.weight.whole()
         _start(ctx.ahead.backward)
@@ -82,6 +83,7 @@ class _ColumnLinear(torch.autograd.Function):
         summing = start_scatter_sum(grad_x, ctx.head, early=early)
         del grad_x
         shard_gradient = _begun(ctx, lambda: gemm.weight_gradient(grad, gathering.wait()))
+        _settle(ctx.ahead.behind)
         return summing.wait(), shard_gradient(), None, None, None
 
 
@@ -117,12 +119,18 @@ class _RowLinear(torch.autograd.Function):
         whole = ctx.weight.whole()
         _start(ctx.ahead.backward)
         grad_x = gemm.input_gradient(grad, whole)
+        _settle(ctx.ahead.behind)
         return grad_x, shard_gradient(), None, None, None
 
 
 def _start(weight: GatheredWeight | None) -> None:
     if weight is not None:
         weight.start()
+
+
+def _settle(weight: GatheredWeight | None) -> None:
+    if weight is not None:
+        weight.settle()
 
 
 def _begun(ctx: Any, gradient: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor | None]:

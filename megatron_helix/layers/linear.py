@@ -6,8 +6,9 @@ contiguous in a reordering of the canonical weight, so the tensor-parallel linea
 stands; only the initialisation, the checkpoint and the exchange know of the order.
 
 What a forward does follows ``plan``, which the layer sets for every micro-batch: under ``weights``
-the gathered linear of :mod:`megatron_helix.exchange.weights`, else Megatron's own, with the
-``activations`` exchange behind the QKV projection and before the output projection.
+TransformerEngine's own linear with a gathered weight (:mod:`megatron_helix.layers.engine`) or that
+of :mod:`megatron_helix.exchange.weights`, else Megatron's own, with the ``activations`` exchange
+behind the QKV projection and before the output projection.
 """
 
 from collections.abc import Callable
@@ -18,12 +19,14 @@ import torch
 
 from megatron_helix.exchange.activations import context_to_segments, qkv_to_whole_heads
 from megatron_helix.exchange.decode import qkv_to_every_rank
+from megatron_helix.exchange.distributed_weight import DistributedShard
 from megatron_helix.exchange.plan import Plan
 from megatron_helix.exchange.shards import Ahead, GatheredWeight, Shards, whole
-from megatron_helix.exchange.step_weight import StepWeight
 from megatron_helix.exchange.weights import column_linear, row_linear
 from megatron_helix.layers import lookahead
+from megatron_helix.layers.engine import EngineLinear, in_float8, takes_gathered_weights
 from megatron_helix.layers.norm import Norm, input_norm
+from megatron_helix.layers.weight_forms import WeightForms
 from megatron_helix.partition.checkpoint import tile_in_canonical_order
 from megatron_helix.partition.layout import HelixLayout
 from megatron_helix.partition.process_groups import HelixGroups, register
@@ -75,56 +78,96 @@ class _HelixLinear(torch.nn.Module):
         self.helix_layout, self.helix_groups = layout, groups
 
     @cached_property
-    def _weight(self) -> GatheredWeight:
-        return GatheredWeight(self.weight, self.shards, self.helix_groups.dim)
-
-    @cached_property
-    def step_weight(self) -> StepWeight:
-        """The weight as ``--helix-gather step`` keeps it over a training step's micro-batches."""
-        return StepWeight(self.weight, self.shards, self.helix_groups.dim)
+    def forms(self) -> WeightForms:
+        """What is gathered of the weight, by what multiplies it."""
+        engine = isinstance(self, EngineLinear)
+        return WeightForms(self.weight, self.shards, self.helix_groups.dim, engine=engine)
 
     @cached_property
     def _input_norm(self) -> Norm:
         return input_norm(self)
 
-    def _gathered_weight(self, plan: Plan) -> GatheredWeight:
-        """The head group's weight; kept over a training step's micro-batches if the plan says."""
-        return self.step_weight if plan.gather == "step" and self.training else self._weight
-
-    def _use_weight(self) -> tuple[GatheredWeight, Ahead]:
-        """The weight, and those to begin gathering for: all linears of a block share a plan."""
-        following, preceding = self.neighbours.of_this_pass()
-        ahead = Ahead(
-            forward=following and following._gathered_weight(self.plan),
-            backward=preceding and preceding._gathered_weight(self.plan),
-        )
-        return self._gathered_weight(self.plan), ahead
-
     def _column(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Gathered column-parallel linear, with Megatron's contract about the bias."""
-        groups = self.helix_groups
-        weight, ahead = self._use_weight()
-        y = column_linear(self._input_norm(x), weight, groups.head, ahead)
-        if self.bias is None or not self.bias.numel():
-            return y, None
-        bias = whole(GatheredWeight(self.bias, self.shards, groups.dim))
-        return (y, bias) if _skips_bias(self) else (y + bias, None)
+        if isinstance(self, EngineLinear):
+            return self._by_engine(self, x, self._whole_bias)
+        weight = self._gathered()
+        y = column_linear(self._input_norm(x), weight, self.helix_groups.head, self._ahead())
+        return self._with_bias(y, self._whole_bias())
 
     def _row(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Gathered row-parallel linear, with Megatron's contract about the bias."""
-        weight, ahead = self._use_weight()
-        y = row_linear(x, weight, self.helix_groups.head, ahead)
+        """Gathered row-parallel linear, with Megatron's contract about the bias.
+
+        In half precision TransformerEngine's linear has nothing to fuse here, and would want a copy
+        of the whole weight for either pass, and of its gradient, since its shards are columns.
+        """
+        if isinstance(self, EngineLinear) and (self._keeps_step() or in_float8()):
+            return self._by_engine(self, x, lambda: self.bias)
+        y = row_linear(x, self._gathered(), self.helix_groups.head, self._ahead())
+        return self._with_bias(y, self.bias)
+
+    def _keeps_step(self) -> bool:
+        return self.plan.gather == "step" and self.training
+
+    def _gathered(self) -> GatheredWeight:
+        """The head group's weight for a GEMM that reads it either way."""
+        turned = self.forms.turned
+        return self.forms.step if self._keeps_step() else self.forms.used(turned, turned)[0]
+
+    def _ahead(self) -> Ahead:
+        """What comes after this weight in either pass: all linears of a block share a plan."""
+        following, preceding = self.neighbours.of_this_pass()
+        behind = self.neighbours.following
+        kept = self._keeps_step()
+        return Ahead(
+            forward=following and (following.forms.step if kept else following.forms.forward),
+            backward=preceding and (preceding.forms.step if kept else preceding.forms.backward),
+            behind=behind and behind.forms.backward,
+            sums_later=self.neighbours.sums_later,
+        )
+
+    def _by_engine(self, engine: EngineLinear, x: torch.Tensor, bias: Callable[[], Any]) -> Any:
+        """TransformerEngine's own linear, over the head group."""
+        shown: list[DistributedShard] = []
+
+        def lend() -> tuple[torch.Tensor, torch.Tensor | None]:
+            ahead = self._ahead()
+            if self._keeps_step():
+                whole = self.forms.step.trained()
+                if ahead.forward is not None:
+                    ahead.forward.start()
+                return whole, bias()
+            pair = self.forms.for_engine(engine.weight_quantizer())
+            shown.append(DistributedShard.of(*pair, ahead))
+            return shown[0], bias()
+
+        sums = self._keeps_step() and self.weight.requires_grad
+        y = engine.multiply(x, lend, self.helix_groups.head, sums=sums)
+        for shard in shown:
+            shard.release()
+        return y
+
+    def _whole_bias(self) -> torch.Tensor | None:
+        """The bias of the head group's features, with its gradient."""
         if self.bias is None or not self.bias.numel():
+            return None
+        return whole(GatheredWeight(self.bias, self.shards, self.helix_groups.dim))
+
+    def _with_bias(
+        self, y: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if bias is None or not bias.numel():
             return y, None
-        return (y, self.bias) if _skips_bias(self) else (y + self.bias, None)
+        return (y, bias) if _skips_bias(self) else (y + bias, None)
 
 
 def finish_step(model: list[torch.nn.Module]) -> None:
-    """Bring home the gradients of weights that were gathered for a step (`StepWeight`)."""
+    """Bring home the gradients of weights that were gathered for a step; forget what was kept."""
     for chunk in model:
         for module in chunk.modules():
             if isinstance(module, _HelixLinear):
-                module.step_weight.finish()
+                module.forms.step.finish()
+                module.forms.expire()
 
 
 def _skips_bias(linear: Any) -> bool:
@@ -250,12 +293,13 @@ class _FC2(_HelixLinear):
 _ENDS = {"linear_qkv": _QKV, "linear_proj": _Proj, "linear_fc1": _FC1, "linear_fc2": _FC2}
 
 
-def link(model: list[torch.nn.Module], *, forward_early: bool = True) -> list[torch.nn.Module]:
-    """Tell the linears of a model which weight each pass needs next (:mod:`lookahead`)."""
-    return lookahead.link(model, tuple(_ENDS.values()), forward_early=forward_early)
+def link(model: list[torch.nn.Module], **known: bool) -> list[torch.nn.Module]:
+    """Tell the linears of a model which weight each pass needs next (:func:`lookahead.link`)."""
+    return lookahead.link(model, tuple(_ENDS.values()), **known)
 
 
 @cache
 def helix_linear(name: str, linear: type) -> type:
     """The spec's class for submodule ``name`` (``linear_qkv`` and so on), with helix shards."""
-    return type(f"Helix{linear.__name__}", (_ENDS[name], linear), {})
+    engine = (EngineLinear,) if takes_gathered_weights(linear) else ()
+    return type(f"Helix{linear.__name__}", (_ENDS[name], *engine, linear), {})

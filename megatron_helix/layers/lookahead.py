@@ -29,6 +29,7 @@ class Neighbours:
         last: whether it is its layer's last.
         recompute: whether linears are run again in the backward pass.
         forward_early: whether shards are up to date before the forward pass reaches them.
+        sums_later: whether gradients may be added up later than autograd is told.
     """
 
     preceding: Any = None
@@ -37,6 +38,7 @@ class Neighbours:
     last: bool = True
     recompute: bool = False
     forward_early: bool = True
+    sums_later: bool = False
 
     def of_this_pass(self) -> tuple[Any, Any]:
         """(used next if this is the forward pass, used next in the backward pass), or None."""
@@ -48,7 +50,11 @@ class Neighbours:
 
 
 def link(
-    model: list[torch.nn.Module], ends: tuple[type, ...], *, forward_early: bool
+    model: list[torch.nn.Module],
+    ends: tuple[type, ...],
+    *,
+    forward_early: bool = True,
+    sums_later: bool = False,
 ) -> list[torch.nn.Module]:
     """Tell every linear of the model's decoder blocks its neighbours.
 
@@ -56,6 +62,7 @@ def link(
         model: Megatron's model chunks.
         ends: the linear classes, in the order in which a layer uses them.
         forward_early: whether all shards are up to date when a forward pass begins.
+        sums_later: whether nobody reduces gradients before a backward pass is through.
 
     Returns:
         ``model``; the form of Megatron's ``pre_wrap_hooks``.
@@ -63,11 +70,11 @@ def link(
     for chunk in model:
         for block in chunk.modules():
             if isinstance(block, TransformerBlock):
-                _link_block(block, ends, forward_early)
+                _link_block(block, ends, {"forward_early": forward_early, "sums_later": sums_later})
     return model
 
 
-def _link_block(block: TransformerBlock, ends: tuple[type, ...], forward_early: bool) -> None:
+def _link_block(block: TransformerBlock, ends: tuple[type, ...], known: dict[str, bool]) -> None:
     layers = [_in_order_of_use(layer, ends) for layer in block.layers]
     chain = [linear for layer in layers for linear in layer]
     recompute = _runs_linears_again(block.config)
@@ -78,7 +85,7 @@ def _link_block(block: TransformerBlock, ends: tuple[type, ...], forward_early: 
             first=any(linear is layer[0] for layer in layers if layer),
             last=any(linear is layer[-1] for layer in layers if layer),
             recompute=recompute,
-            forward_early=forward_early,
+            **known,
         )
 
 

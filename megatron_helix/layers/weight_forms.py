@@ -1,0 +1,95 @@
+"""The forms in which a linear of a decoder block gathers its weight."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_helix.exchange.float8 import Float8Shard, Float8Weight, QuantizedWhole
+from megatron_helix.exchange.shards import GatheredWeight, Shards
+from megatron_helix.exchange.step_weight import StepWeight
+
+Pair = tuple[GatheredWeight, GatheredWeight]
+
+
+class WeightForms:
+    """Of one parameter: what a forward pass gathers, and the backward pass after it.
+
+    Args:
+        shard: the parameter.
+        shards: how the shards of the dim group make the whole.
+        dim: the m ranks that hold them.
+        engine: whether the linear is TransformerEngine's, whose GEMMs read rows.
+
+    Attributes:
+        turned: for GEMMs that read a matrix either way; shards cut by columns travel transposed.
+        lying: for GEMMs that read rows.
+        step: kept over the micro-batches of a step.
+        forward: what the last forward pass gathered; None before the first one of an engine's
+            linear, which sees only then whether it multiplies in FP8.
+        backward: the same of its backward pass.
+    """
+
+    def __init__(
+        self, shard: torch.nn.Parameter, shards: Shards, dim: dist.ProcessGroup, *, engine: bool
+    ) -> None:
+        self.shard, self.shards, self.dim = shard, shards, dim
+        rows = replace(shards, as_they_lie=True)
+        self.turned = GatheredWeight(shard, shards, dim)
+        self.lying = GatheredWeight(shard, rows, dim) if shards.axis else self.turned
+        self.step = StepWeight(shard, rows if engine else shards, dim)
+        self.forward = self.backward = None if engine else self.turned
+        self._float8 = Float8Shard(shard, dim, columns=shards.axis == 1)
+        self._one_scale: Pair | None = None
+        self._blocks: tuple[QuantizedWhole, QuantizedWhole] | None = None
+
+    def used(self, forward: GatheredWeight, backward: GatheredWeight) -> Pair:
+        """Note what this pass gathers: its neighbours in later passes begin with it."""
+        self.forward, self.backward = forward, backward
+        return forward, backward
+
+    def for_engine(self, quantizer: Any) -> Pair:
+        """What TransformerEngine's GEMMs read, by its quantizer for the weight; None for none."""
+        if quantizer is None:
+            return self.used(self.lying, self.lying)
+        return self.used(
+            *(self._scaled if _has_one_scale(quantizer) else self._quantized)(quantizer)
+        )
+
+    def expire(self) -> None:
+        """Forget what is of the weight before an update."""
+        self._float8.expire()
+
+    def _scaled(self, quantizer: Any) -> Pair:
+        self._float8.adopt(quantizer)
+        if self._one_scale is None:
+            from transformer_engine.pytorch import Float8Tensor  # type: ignore[import-not-found]
+
+            rows = replace(self.shards, as_they_lie=True)
+            forward = Float8Weight(self.shard, rows, self._float8, Float8Tensor)
+            turned = Float8Weight(self.shard, self.shards, self._float8, Float8Tensor)
+            self._one_scale = (forward, turned if self.shards.axis else forward)
+        return self._one_scale
+
+    def _quantized(self, quantizer: Any) -> Pair:
+        if self._blocks is None:
+            rows = replace(self.shards, as_they_lie=True)
+            passes = (False, True)
+            forward, backward = (
+                QuantizedWhole(self.shard, rows, self.dim, columns=columns) for columns in passes
+            )
+            self._blocks = forward, backward
+        for form in self._blocks:
+            form.adopt(quantizer)
+        return self._blocks
+
+
+def _has_one_scale(quantizer: Any) -> bool:
+    """Whether FP8 with a scale a tensor, delayed or current."""
+    from transformer_engine.pytorch import (  # type: ignore[import-not-found]
+        Float8CurrentScalingQuantizer,
+        Float8Quantizer,
+    )
+
+    return isinstance(quantizer, (Float8Quantizer, Float8CurrentScalingQuantizer))
