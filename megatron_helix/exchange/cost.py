@@ -41,7 +41,7 @@ def layer_seconds(
     size = {"sequence": sequence, "batch": batch}
     directions = traffic.layer(plan, layout, shape, **size)
     early = traffic.begun_early(plan, layout, shape, **size)
-    calls = traffic.calls(plan, shape.sublayers)
+    calls = traffic.calls(plan, shape)
     groups = {"tp": (layout.size, 1), "head": (layout.n, layout.m), "dim": (layout.m, 1)}
     kept = plan.exchange == "weights" and plan.gather == "step"
     total = 0.0

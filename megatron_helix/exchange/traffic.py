@@ -62,6 +62,11 @@ class BlockShape:
         """Pairs of linears: attention's, and a dense MLP's."""
         return 2 if self.ffn else 1
 
+    @property
+    def gathered(self) -> int:
+        """Matrices of a layer that are gathered one by one: a gate and what it opens are two."""
+        return 2 * self.sublayers + int(self.gated and self.ffn > 0)
+
 
 def packed(layout: HelixLayout) -> int:
     """Channels X of packed QKV and context, ``(slots K + H) d``."""
@@ -109,10 +114,12 @@ def layer(
     return forward, backward
 
 
-def calls(plan: Plan, linears: int) -> dict[tuple[str, str, str], int]:
-    """Calls of each collective of a layer by (direction, axis, kind), for ``linears`` pairs."""
+def calls(plan: Plan, shape: BlockShape) -> dict[tuple[str, str, str], int]:
+    """Calls of each collective of a layer by (direction, axis, kind)."""
+    linears = shape.sublayers
     axis = "head" if plan.exchange == "weights" else "tp"
-    weights = 2 * linears if plan.exchange == "weights" and plan.gather == "microbatch" else 0
+    gathers = plan.exchange == "weights" and plan.gather == "microbatch"
+    weights = shape.gathered if gathers else 0
     extra = int(plan.split == "sequence")
     tokens = 2 if plan.exchange == "activations" else 0
     return {

@@ -132,7 +132,7 @@ def _layers(book: Book, first: bool, last: bool) -> None:
     every = here.layers * here.microbatches
     once = plan.exchange == "weights" and plan.gather == "step"
     weights = (here.cut.m - 1) * here.block.weights(here.cut) // here.tp if once else 0
-    calls = traffic.calls(plan, here.block.sublayers)
+    calls = traffic.calls(plan, here.block)
     for when, elements in zip(("forward", "backward"), directions, strict=True):
         for (axis, kind), count in elements.items():
             if axis == "dim" and once:  # weights, and keys and values under a sequence split
@@ -152,7 +152,7 @@ def _layers(book: Book, first: bool, last: bool) -> None:
         gathered = (here.cut.m - 1) * heads * every * here.element_bytes
         book.sent("softmax offsets", "dim", "all_gather", "backward", gathered, every)
     if once:
-        number = 2 * here.block.sublayers * here.layers
+        number = here.block.gathered * here.layers
         wide = weights * here.layers
         book.sent("weights", "dim", "all_gather", "step", wide * here.element_bytes, number)
         book.sent("weights", "dim", "reduce_scatter", "step", wide * here.gradient_bytes, number)

@@ -57,7 +57,7 @@ def test_what_is_begun_early_costs_what_a_gemm_does_not_hide() -> None:
         forward, backward = traffic.layer(plan, LAYOUT, SHAPE, **SIZE)
         early = traffic.begun_early(plan, LAYOUT, SHAPE, **SIZE)
         hidden = 0.0
-        calls = traffic.calls(plan, SHAPE.sublayers)
+        calls = traffic.calls(plan, SHAPE)
         groups = {"tp": (8, 1), "head": (2, 4), "dim": (4, 1)}
         for when, elements, beside in zip(
             ("forward", "backward"), (forward, backward), early, strict=True
