@@ -89,8 +89,8 @@ class _HelixLinear(torch.nn.Module):
 
     def _column(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Gathered column-parallel linear, with Megatron's contract about the bias."""
-        if isinstance(self, EngineLinear):
-            return self._by_engine(self, x, self._whole_bias)
+        if engine := self._engine(x):
+            return self._by_engine(engine, x, self._whole_bias)
         weight = self._gathered()
         y = column_linear(self._input_norm(x), weight, self.helix_groups.head, self._ahead())
         return self._with_bias(y, self._whole_bias())
@@ -101,10 +101,15 @@ class _HelixLinear(torch.nn.Module):
         In half precision TransformerEngine's linear has nothing to fuse here, and would want a copy
         of the whole weight for either pass, and of its gradient, since its shards are columns.
         """
-        if isinstance(self, EngineLinear) and (self._keeps_step() or in_float8()):
-            return self._by_engine(self, x, lambda: self.bias)
+        engine = self._engine(x)
+        if engine and (self._keeps_step() or in_float8()):
+            return self._by_engine(engine, x, lambda: self.bias)
         y = row_linear(x, self._gathered(), self.helix_groups.head, self._ahead())
         return self._with_bias(y, self.bias)
+
+    def _engine(self, x: torch.Tensor) -> EngineLinear | None:
+        """TransformerEngine's linear, where it is one; it would multiply fp32 in TF32."""
+        return self if isinstance(self, EngineLinear) and x.dtype != torch.float32 else None
 
     def _keeps_step(self) -> bool:
         return self.plan.gather == "step" and self.training

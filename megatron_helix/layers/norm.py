@@ -46,8 +46,8 @@ def sequence_parallel_norm(
 def input_norm(linear: Any) -> Norm:
     """The norm that TransformerEngine fuses in front of a linear, on its own; none, then ``x``.
 
-    The gathered linear multiplies with a weight the fused module does not hold, so the fused kernel
-    cannot be used; the parameters are the module's. Weights around zero have the one added in fp32,
+    For the torch path, and a TransformerEngine before 2.19, whose modules multiply nothing but what
+    they hold; the parameters are the module's. Weights around zero have the one added in fp32,
     as in TransformerEngine's kernels, of which a half would keep little: on a GPU by its own norm,
     which has not been run there yet.
     """
