@@ -61,7 +61,7 @@ class Float8Shard:
 
     def expire(self) -> None:
         """Forget the quantized shard: the parameter is about to change."""
-        self._quantized = None
+        self._quantized = None  # the next step's
 
 
 class Float8Weight(GatheredWeight):

@@ -105,7 +105,7 @@ _NARROW = (
         asks="--fp8-format",
         field="fp8",
         reason="gathers and GEMMs in FP8 have not run on a GPU yet",
-        parts="--fp8-quantizer-factory --fp8-margin --fp8-interval"
+        parts="--fp8-recipe --fp8-quantizer-factory --fp8-margin --fp8-interval"
         " --fp8-amax-history-len --fp8-amax-compute-algo --no-fp8-wgrad --fp8-output-proj"
         " --first-last-layers-bf16 --num-layers-at-start-in-bf16 --num-layers-at-end-in-bf16"
         " --keep-fp8-transpose-cache --reuse-grad-buf-for-mxfp8-param-ag"
