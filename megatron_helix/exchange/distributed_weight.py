@@ -28,7 +28,8 @@ class DistributedShard(torch.Tensor):
     """
 
     is_distributed_weight = True
-    __torch_function__ = torch._C._disabled_torch_function_impl  # what is computed of it is plain
+    # What is computed of it is a plain tensor.
+    __torch_function__: Any = torch._C._disabled_torch_function_impl
 
     _forward: GatheredWeight
     _backward: GatheredWeight
