@@ -42,42 +42,20 @@ from megatron_helix.planner import context, fsdp, parameters
 from megatron_helix.planner.book import AXES, FP32, INT32, INT64, Book, Transfer
 from megatron_helix.planner.deployment import Deployment
 from megatron_helix.planner.gradients import gradients, numbers
-from megatron_helix.run_config.batch import BatchConfig
-from megatron_helix.run_config.layout import LayoutConfig
-from megatron_helix.run_config.model import ModelConfig
-from megatron_helix.run_config.precision import Precision
 
 
-def step_bytes(
-    model: ModelConfig,
-    layout: LayoutConfig,
-    batch: BatchConfig,
-    *,
-    world_size: int,
-    rank: int,
-    phase: str = "train",
-    precision: Precision = "fp16",
-) -> dict[tuple[str, str], float]:
-    """Bytes that one rank sends in one step, by (axis, kind) as the ledger names them.
-
-    Args:
-        model: the model.
-        layout: how the ranks share it.
-        batch: of one step.
-        world_size: ranks.
-        rank: global rank.
-        phase: ``train``, ``prefill`` or ``decode``.
-        precision: of weights and activations.
+def step_bytes(here: Deployment, rank: int) -> dict[tuple[str, str], float]:
+    """Bytes that one global rank sends in one step, by (axis, kind) as the ledger names them.
 
     Raises:
         ValueError: when the layout cannot run.
     """
-    here = Deployment(model, layout, batch, world_size, phase, precision).check()
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank: need 0 <= rank < {world_size}, got {rank}")
-    stage = rank // (world_size // layout.pp)
+    here.check()
+    if not 0 <= rank < here.world_size:
+        raise ValueError(f"rank: need 0 <= rank < {here.world_size}, got {rank}")
+    per_stage = here.world_size // here.layout.pp
+    stage, leads = rank // per_stage, rank % per_stage < here.tp
     sums: Counter[tuple[str, str]] = Counter()
-    leads = rank % (world_size // layout.pp) < here.tp
     for moved in transfers(here, stage, source=rank % here.tp == 0, leads=leads):
         sums[AXES[moved.axis], moved.kind] += moved.sent_bytes  # type: ignore[assignment]
     return {key: float(sent) for key, sent in sums.items() if sent}

@@ -181,11 +181,7 @@ def test_more_micro_batches_send_in_proportion(here: Deployment, times: int) -> 
 def test_ranks_of_a_stage_send_alike(here: Deployment) -> None:
     """All but the rank that broadcasts the batch, whatever their place in the layout."""
     stage_ranks = here.world_size // here.stages
-    known = (here.model, here.layout, here.batch)
-    sent = [
-        traffic.step_bytes(*known, world_size=here.world_size, rank=rank, phase=here.phase)
-        for rank in range(stage_ranks)
-    ]
+    sent = [traffic.step_bytes(here, rank) for rank in range(stage_ranks)]
     for one in sent:
         one.pop(("TENSOR_MODEL_PARALLEL_GROUP", "broadcast"), None)
     assert all(one == sent[0] for one in sent)

@@ -169,10 +169,8 @@ def _predicted(
     world_size: int,
     precision: Precision = "fp32",
 ) -> list[Sent]:
-    return [
-        step_bytes(model, layout, batch, world_size=world_size, rank=rank, precision=precision)
-        for rank in range(world_size)
-    ]
+    here = Deployment(model, layout, batch, world_size, "train", precision)
+    return [step_bytes(here, rank) for rank in range(world_size)]
 
 
 PACKED = BATCH.model_copy(update={"documents": (1, 2, 21, 3, 1, 4)})
@@ -291,7 +289,7 @@ def test_a_decode_step_is_the_closed_form_that_generation_is_held_to(
     cut = LayoutConfig(name="case", **layout)
     ranks = cut.tensor_parallel_size
     batch = BatchConfig(sequences=cut.micro_batch, sequence_length=24)
-    here = Deployment(MODELS[model], cut, batch, ranks, "decode").check()
+    here = Deployment(MODELS[model], cut, batch, ranks, "decode", "fp32").check()
     form = traffic.decode_bytes(
         split,
         here.cut,
@@ -301,9 +299,7 @@ def test_a_decode_step_is_the_closed_form_that_generation_is_held_to(
         element_bytes=4,
         positions=batch.sequence_length,
     )
-    known = {"phase": "decode", "precision": "fp32"}
-    predicted = step_bytes(MODELS[model], cut, batch, world_size=ranks, rank=0, **known)
-    assert predicted == {(AXES[axis], kind): sent for (axis, kind), sent in form.items()}
+    assert step_bytes(here, 0) == {(AXES[axis], kind): sent for (axis, kind), sent in form.items()}
 
 
 @pytest.mark.parametrize(
@@ -327,10 +323,8 @@ def test_in_decode_every_rank_sends_every_token_to_its_experts(layout: decode_ca
     cut = LayoutConfig(name="case", ep=4, micro_batch=8, **how)
     batch = BatchConfig(sequences=8, sequence_length=16)
     ranks = run_distributed(decode_case.generate, 4, routed, layout, (8,))
-    predicted = [
-        step_bytes(model, cut, batch, world_size=4, rank=rank, phase="decode", precision="fp32")
-        for rank in range(4)
-    ]
+    here = Deployment(model, cut, batch, 4, "decode", "fp32")
+    predicted = [step_bytes(here, rank) for rank in range(4)]
     axes = {AXES[axis]: axis for axis in ("tp", "dim")}
     wanted = [{(axes.get(a, a), k): sent for (a, k), sent in one.items()} for one in predicted]
     for step in range(decode_case.NEW_TOKENS - 1):
