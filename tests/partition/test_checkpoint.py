@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from megatron_helix import pretrain_gpt
 from megatron_helix.fuzz.session import CallFailed
-from megatron_helix.launching import fork_ranks
+from megatron_helix.launching import failures, fork_ranks
 from megatron_helix.options import arguments
 from tests.covering import THOROUGH, fast
 from tests.distributed import (
@@ -333,7 +333,7 @@ def test_what_was_saved_before_a_rank_was_killed_still_loads(
     save = ("--save", str(checkpoint), "--save-interval", str(SAVED_STEP))
     flags = tiny_gpt(corpus_prefix, *MODEL, *LAYOUTS["helix_2x2"], *save, train_iters=STEPS)
     argv = pretrain_gpt.prepare(flags, 4)
-    with pytest.raises(fork_ranks.RankFailed, match="rank 1 of 4 was killed by SIGKILL"):
+    with pytest.raises(failures.RankFailed, match="rank 1 of 4 was killed by SIGKILL"):
         fork_ranks.run(
             fork_ranks.Ranks(
                 target=train_until_it_saves, args=(argv,), world_size=4, logs=tmp_path / "logs"
