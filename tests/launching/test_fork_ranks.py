@@ -174,7 +174,7 @@ def test_a_store_that_does_not_come_up_is_not_waited_for_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, timeout_s: float
 ) -> None:
     before = children()
-    monkeypatch.setattr(fork_ranks, "TCPStore", lambda *args, **kwargs: time.sleep(1000))
+    monkeypatch.setattr(dist, "TCPStore", lambda *args, **kwargs: time.sleep(1000))
     with pytest.raises(TimeoutError, match=r"^the store at which ranks meet did not come up in"):
         fork_ranks.run(ranks(lambda: None, tmp_path), timeout_s=timeout_s)
     assert not pids(tmp_path)
@@ -185,7 +185,7 @@ def test_a_store_that_does_not_come_up_is_not_waited_for_without_a_limit_either(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fork_ranks, "STORE_S", 0.5)
-    monkeypatch.setattr(fork_ranks, "TCPStore", lambda *args, **kwargs: time.sleep(1000))
+    monkeypatch.setattr(dist, "TCPStore", lambda *args, **kwargs: time.sleep(1000))
     with pytest.raises(
         failures.RunFailed, match=r"^the store at which ranks meet did not come up in"
     ):
@@ -197,7 +197,7 @@ def test_a_store_that_dies_at_once_is_an_error(
 ) -> None:
     before = children()
     nowhere = fork_ranks.Ranks(target=lambda: None, world_size=2, address="192.0.2.1")
-    monkeypatch.setattr(fork_ranks, "TCPStore", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(dist, "TCPStore", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(
         failures.RunFailed,
         match=r"^the store at which ranks meet, at 192.0.2.1, ended \(exit code 1\); .* address",
