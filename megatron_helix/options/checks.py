@@ -145,11 +145,15 @@ def require_data(args: argparse.Namespace) -> None:
                 )
 
 
-def require_loadable(args: argparse.Namespace) -> None:
+def require_loadable(args: argparse.Namespace, *, where: str = "under --helix-m > 1") -> None:
     """Check that what a run loads is described by canonical rows, which any layout can read.
 
     Checkpoints of Megatron's that are not hold memory as it lay on a rank: under another layout
     they would load without a word, in a wrong order.
+
+    Args:
+        args: of the run.
+        where: that holds.
     """
     loaded = [
         ("--load", args.load, args.ckpt_step),
@@ -165,12 +169,12 @@ def require_loadable(args: argparse.Namespace) -> None:
             continue  # nothing to load: Megatron's to judge
         if not (checkpoint / "metadata.json").exists():
             raise UserError(
-                f"{flag}: a checkpoint under --helix-m > 1 must be in torch_dist format, and"
+                f"{flag}: a checkpoint {where} must be in torch_dist format, and"
                 f" {checkpoint} is not; load it with the stock layout that saved it, and save it"
                 " with --ckpt-format torch_dist"
             )
         if args.use_distributed_optimizer and not (args.no_load_optim or args.finetune):
-            _require_canonical_optimizer(flag, checkpoint)
+            _require_canonical_optimizer(flag, checkpoint, where)
 
 
 def _checkpoint(folder: Path, step: int | None) -> Path | None:
@@ -182,14 +186,14 @@ def _checkpoint(folder: Path, step: int | None) -> Path | None:
     return folder / (f"iter_{int(last):07d}" if last.isdigit() else last) if last else None
 
 
-def _require_canonical_optimizer(flag: str, checkpoint: Path) -> None:
+def _require_canonical_optimizer(flag: str, checkpoint: Path, where: str) -> None:
     from megatron.core.dist_checkpointing import load_content_metadata
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     found = (load_content_metadata(str(checkpoint)) or {}).get("distrib_optim_sharding_type")
     if found and found not in DistributedOptimizer.checkpoint_fully_reshardable_formats:
         raise UserError(
-            f"{flag}: the optimizer state must be fully_reshardable under --helix-m > 1, and in"
+            f"{flag}: the optimizer state must be fully_reshardable {where}, and in"
             f" {checkpoint} it is {found}, in the order of a rank's memory; save with"
             " --dist-ckpt-optim-fully-reshardable, or load with --no-load-optim"
         )
