@@ -87,7 +87,8 @@ def padding_after(argv: list[str], ranks: int) -> list[tuple[str, float]]:
         nonlocal found, steps
         result = train_step(*args, **kwargs)
         steps += 1
-        found = list(_paddings(args[2], args[3], ranks))
+        if steps == STEPS:
+            found = list(_paddings(args[2], args[3], ranks))
         return result
 
     patches.observe_train_step(observed)
