@@ -188,7 +188,7 @@ UNEVEN_MODELS = {
 }
 
 
-@pytest.mark.parametrize("model", fast(["biases", "gated", "gated_experts"], UNEVEN_MODELS))
+@pytest.mark.parametrize("model", fast(["gated"], UNEVEN_MODELS))
 def test_padding_of_features_is_in_no_checkpoint(
     corpus_prefix: Path, tmp_path: Path, model: str
 ) -> None:
