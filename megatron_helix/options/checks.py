@@ -62,6 +62,30 @@ def require_plan(args: argparse.Namespace, asked: strategy.Choice, cut: HelixLay
                 ) from None
 
 
+def require_shares(args: argparse.Namespace, size: int) -> None:
+    """Check what ``size`` tensor-parallel ranks share and nothing pads; says what they could share.
+
+    Heads are the layout's to judge, and the features of MLPs are padded.
+    """
+    stream = size * args.context_parallel_size
+    counts = [
+        ("--padded-vocab-size", args.padded_vocab_size, "--helix-m x --helix-n", size),
+        (
+            *("--num-experts", args.num_experts),
+            *("--expert-model-parallel-size", args.expert_model_parallel_size),
+        ),
+    ]
+    if args.sequence_parallel and args.micro_batch_size:
+        of = "--helix-m x --helix-n" + " x --context-parallel-size" * (stream > size)
+        counts.append(("--seq-length", args.seq_length, of, stream))
+    for flag, count, of, parts in counts:
+        if count and count % parts:
+            raise UserError(
+                f"{flag}: must be a multiple of {of} ({parts}), got {count};"
+                f" use {strategy.multiples(count, parts)}"
+            )
+
+
 def _validated(args: argparse.Namespace, cut: HelixLayout) -> Iterator[tuple[str, int, str]]:
     """Micro-batches of validation: the flag they come from, their size, and what else to give."""
     if args.eval_micro_batch_size:
