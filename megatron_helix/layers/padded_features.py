@@ -20,6 +20,8 @@ spoils padding as it spoils everything; a scaled loss leaves such a step out.)
 
 A checkpoint has none of it (:func:`megatron_helix.partition.checkpoint.without_padding`), and
 weights that are drawn on the CPU are those of stock for the same seed.
+
+Grouped experts and TransformerEngine's linears, which need a GPU, have not been run padded.
 """
 
 import copy

@@ -13,11 +13,13 @@ from megatron_helix.options.features.check import require_compatible
 from megatron_helix.options.features.refused_runs import RUNS
 from megatron_helix.partition.features import padded, require_features, waste
 
-# What counts padding, or wants the features of a rank in an order of its own.
+# What counts padding, or keeps the features of a rank in another order or shape.
 _BESIDE = (
     ("log_num_zeros_in_grad", "gradients of padding are zeros that it would count"),
     ("moe_mlp_glu_interleave_size", "it has gates and features of a rank in turn"),
     ("moe_shared_expert_glu_interleave_size", "it has gates and features of a rank in turn"),
+    ("moe_single_grouped_weight", "it keeps the weights of all experts in one"),
+    ("moe_single_grouped_bias", "it keeps the biases of all experts in one"),
 )
 
 
