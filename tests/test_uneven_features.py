@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from megatron_helix import pretrain_gpt
 from megatron_helix.upstream import patches
+from tests.covering import fast
 from tests.distributed import Curve, pretrain, run_distributed, tiny_gpt
 
 LOSS_TOLERANCE, GRAD_NORM_TOLERANCE = 1e-5, 1e-4  # see tests/test_parity.py
@@ -65,7 +66,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", fast(["3x1 weights, gated", "1x3", "3x1 experts"], CASES))
 def test_features_that_the_ranks_do_not_divide_give_stocks_numbers(train: Train, case: str) -> None:
     layout, model = CASES[case]
     m, n = (int(layout[i]) for i in (1, 3))
@@ -120,8 +121,10 @@ def _paddings(model: Any, optimizer: Any, ranks: int) -> Iterator[tuple[str, tor
                     yield f"{name}: {kind}", padding
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("model", [(), (*EXPERTS, "--swiglu")], ids=["dense", "experts"])
+@pytest.mark.parametrize("precision", fast(["fp16"], ["fp32", "fp16"]))
+@pytest.mark.parametrize(
+    "model", fast([()], [(), (*EXPERTS, "--swiglu")]), ids=["dense", "experts"]
+)
 def test_padding_is_zero_after_fifty_steps(
     corpus_prefix: Path, precision: str, model: tuple[str, ...]
 ) -> None:
