@@ -168,12 +168,12 @@ def assert_same_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.T
 
 # Three ranks divide neither the features of the MLP nor those of experts.
 UNEVEN = (
-    *("--num-attention-heads", "6", "--kv-channels", "12", "--ffn-hidden-size", "254"),
+    *("--num-attention-heads", "6", "--kv-channels", "12", "--ffn-hidden-size", "250"),
     *("--seq-length", "30", "--vocab-size", "270", "--make-vocab-size-divisible-by", "1"),
 )
 HELIX_3X1 = (SP, "--helix-m", "3", "--helix-n", "1", "--helix-split", "sequence")
 UNEVEN_EXPERTS = (
-    *("--disable-bias-linear", "--num-experts", "2", "--moe-ffn-hidden-size", "38"),
+    *("--disable-bias-linear", "--num-experts", "2", "--moe-ffn-hidden-size", "40"),
     *("--moe-router-load-balancing-type", "none", "--moe-token-dispatcher-type", "alltoall"),
     *("--moe-shared-expert-intermediate-size", "46", "--moe-layer-freq", "[0,1]"),
     # Stock takes experts' moments to no other degree, either.
