@@ -95,6 +95,28 @@ def test_one_of_m_and_n_follows_from_the_other(
     assert argv[-6:-2] == ["--helix-m", m, "--helix-n", n]
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ("--seq-length", "31"),
+            r"--seq-length: must be .* \(4\), got 31; use 28 or 32",
+        ),
+        (("--padded-vocab-size", "258"), r"--padded-vocab-size: .* got 258; use 256 or 260"),
+        (
+            ("--num-experts", "5", "--expert-model-parallel-size", "2"),
+            r"--num-experts: must be a multiple of --expert-.* \(2\), got 5; use 4 or 6",
+        ),
+    ],
+)
+def test_what_nothing_pads_says_which_number_would_do(
+    corpus_prefix: Path, flags: tuple[str, ...], message: str
+) -> None:
+    cut = (TP, "4", "--sequence-parallel", "--helix-n", "auto", "--helix-split", "batch")
+    with pytest.raises(ValueError, match=message):
+        arguments.complete(tiny_gpt(corpus_prefix, *model(4, 2), *cut, *flags), 4)
+
+
 def test_where_the_heads_divide_auto_is_stock_and_says_so(
     corpus_prefix: Path, tmp_path: Path
 ) -> None:

@@ -32,6 +32,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from megatron_helix.exchange.plan import Plan
+from megatron_helix.partition.features import padded
 from megatron_helix.partition.layout import HelixLayout
 
 Elements = Counter[tuple[str, str]]
@@ -54,8 +55,9 @@ class BlockShape:
     num_layers: int
 
     def weights(self, layout: HelixLayout) -> int:
-        """Weights W of one layer's attention and dense MLP."""
-        return packed(layout) * self.hidden + (3 if self.gated else 2) * self.ffn * self.hidden
+        """Weights W of one layer's attention and dense MLP, with the features of all ranks."""
+        ffn = padded(self.ffn, layout.size)
+        return packed(layout) * self.hidden + (3 if self.gated else 2) * ffn * self.hidden
 
     @property
     def sublayers(self) -> int:

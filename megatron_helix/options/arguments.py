@@ -21,6 +21,7 @@ from megatron_helix.options.checks import (
     require_one_of,
     require_plan,
     require_rival,
+    require_shares,
 )
 from megatron_helix.options.core_attention import require_core_attention
 from megatron_helix.options.features.check import needs_order
@@ -35,7 +36,7 @@ _ASKING = ("--helix-m", "--helix-n", "--helix-exchange", "--helix-split", "--hel
 _SIZES = (
     *("num-layers", "hidden-size", "ffn-hidden-size", "num-attention-heads", "num-query-groups"),
     *("kv-channels", "num-experts", "seq-length", "micro-batch-size", "global-batch-size"),
-    *("eval-micro-batch-size", "tensor-parallel-num-weight-shards"),
+    *("eval-micro-batch-size", "tensor-parallel-num-weight-shards", "padded-vocab-size"),
 )
 _SWITCHES = (
     *("group-query-attention", "rotary-interleaved", "attention-output-gate", "swiglu"),
@@ -132,7 +133,7 @@ def _read(argv: Sequence[str]) -> argparse.Namespace:
     is to be refused before any of it.
     """
     parser = add_helix_arguments(FlagParser())
-    for name in ("tensor-model", "pipeline-model", "context"):
+    for name in ("tensor-model", "pipeline-model", "context", "expert-model"):
         parser.add_argument(f"--{name}-parallel-size", type=int, default=1)
     for name in _SIZES:
         parser.add_argument(f"--{name}", type=int)
@@ -283,6 +284,7 @@ def _helix_flags(args: argparse.Namespace, argv: Sequence[str], world_size: int)
             kv_channels=channels,
         )
         require_plan(args, choice(args), cut)
+    require_shares(args, size)
     if args.helix_m > 1:
         require_loadable(args)
     return ["--tensor-model-parallel-size", str(size)]

@@ -62,6 +62,30 @@ def require_plan(args: argparse.Namespace, asked: strategy.Choice, cut: HelixLay
                 ) from None
 
 
+def require_shares(args: argparse.Namespace, size: int) -> None:
+    """Check what ``size`` tensor-parallel ranks share and nothing pads; says what they could share.
+
+    Heads are the layout's to judge, and the features of MLPs are padded.
+    """
+    stream = size * args.context_parallel_size
+    counts = [
+        ("--padded-vocab-size", args.padded_vocab_size, "--helix-m x --helix-n", size),
+        (
+            *("--num-experts", args.num_experts),
+            *("--expert-model-parallel-size", args.expert_model_parallel_size),
+        ),
+    ]
+    if args.sequence_parallel and args.micro_batch_size:
+        of = "--helix-m x --helix-n" + " x --context-parallel-size" * (stream > size)
+        counts.append(("--seq-length", args.seq_length, of, stream))
+    for flag, count, of, parts in counts:
+        if count and count % parts:
+            raise UserError(
+                f"{flag}: must be a multiple of {of} ({parts}), got {count};"
+                f" use {strategy.multiples(count, parts)}"
+            )
+
+
 def _validated(args: argparse.Namespace, cut: HelixLayout) -> Iterator[tuple[str, int, str]]:
     """Micro-batches of validation: the flag they come from, their size, and what else to give."""
     if args.eval_micro_batch_size:
@@ -145,11 +169,15 @@ def require_data(args: argparse.Namespace) -> None:
                 )
 
 
-def require_loadable(args: argparse.Namespace) -> None:
+def require_loadable(args: argparse.Namespace, *, where: str = "under --helix-m > 1") -> None:
     """Check that what a run loads is described by canonical rows, which any layout can read.
 
     Checkpoints of Megatron's that are not hold memory as it lay on a rank: under another layout
     they would load without a word, in a wrong order.
+
+    Args:
+        args: of the run.
+        where: that holds.
     """
     loaded = [
         ("--load", args.load, args.ckpt_step),
@@ -165,12 +193,12 @@ def require_loadable(args: argparse.Namespace) -> None:
             continue  # nothing to load: Megatron's to judge
         if not (checkpoint / "metadata.json").exists():
             raise UserError(
-                f"{flag}: a checkpoint under --helix-m > 1 must be in torch_dist format, and"
+                f"{flag}: a checkpoint {where} must be in torch_dist format, and"
                 f" {checkpoint} is not; load it with the stock layout that saved it, and save it"
                 " with --ckpt-format torch_dist"
             )
         if args.use_distributed_optimizer and not (args.no_load_optim or args.finetune):
-            _require_canonical_optimizer(flag, checkpoint)
+            _require_canonical_optimizer(flag, checkpoint, where)
 
 
 def _checkpoint(folder: Path, step: int | None) -> Path | None:
@@ -182,14 +210,14 @@ def _checkpoint(folder: Path, step: int | None) -> Path | None:
     return folder / (f"iter_{int(last):07d}" if last.isdigit() else last) if last else None
 
 
-def _require_canonical_optimizer(flag: str, checkpoint: Path) -> None:
+def _require_canonical_optimizer(flag: str, checkpoint: Path, where: str) -> None:
     from megatron.core.dist_checkpointing import load_content_metadata
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     found = (load_content_metadata(str(checkpoint)) or {}).get("distrib_optim_sharding_type")
     if found and found not in DistributedOptimizer.checkpoint_fully_reshardable_formats:
         raise UserError(
-            f"{flag}: the optimizer state must be fully_reshardable under --helix-m > 1, and in"
+            f"{flag}: the optimizer state must be fully_reshardable {where}, and in"
             f" {checkpoint} it is {found}, in the order of a rank's memory; save with"
             " --dist-ckpt-optim-fully-reshardable, or load with --no-load-optim"
         )

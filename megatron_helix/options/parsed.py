@@ -15,6 +15,7 @@ from megatron_helix.options import arguments
 from megatron_helix.options.checks import require_loadable, require_plan
 from megatron_helix.options.features.check import require_compatible
 from megatron_helix.options.flags import FlagParser, add_helix_arguments
+from megatron_helix.options.uneven import require_paddable
 from megatron_helix.partition.layout import HelixLayout
 
 
@@ -95,4 +96,5 @@ def require_run(
         require_loadable(args)
         if training:
             require_plan(args, arguments.choice(args), cut)
+    require_paddable(args, transformer)
     return cut

@@ -5,12 +5,14 @@ layout saved it. A tile is many runs of consecutive canonical rows, all of one l
 becomes one ``ShardedTensor`` at its canonical place, and loading puts the runs together again.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ReplicaId, ShardedTensorFactory
 
+from megatron_helix.partition.features import padded, shares
 from megatron_helix.partition.layout import HelixLayout
 
 
@@ -59,4 +61,63 @@ def tile_in_canonical_order(
     def merge(runs: Any) -> torch.Tensor:
         return torch.cat(runs, dim=axis)
 
+    return ShardedTensorFactory(shard.key, shard.data, build, merge, shard.replica_id)
+
+
+def without_padding(
+    shard: ShardedTensor | ShardedTensorFactory, *, axis: int, features: int, parts: int
+) -> ShardedTensorFactory:
+    """A shard of an MLP's padded weight (or of a state shaped like it) as its real features alone.
+
+    Args:
+        shard: as Megatron describes it, a rank's share of each projection a piece.
+        axis: the dimension of the weight that holds features.
+        features: real ones of the whole MLP.
+        parts: ranks that share them.
+    """
+    whole = padded(features, parts)
+    share = whole // parts
+
+    def trimmed(piece: ShardedTensor) -> ShardedTensor:
+        # Megatron's uneven shards have no prepended axes: these are ones of the tensor's own.
+        ahead = (1,) * piece.prepend_axis_num
+        at = piece.prepend_axis_num + axis
+        projection, place = divmod(piece.global_offset[at], whole)
+        mine = shares(features, parts)[place // share]
+        data = piece.data.narrow(axis, 0, len(mine))  # type: ignore[union-attr]
+        offset, shape = list(piece.global_offset), list(piece.global_shape)
+        offset[at] = projection * features + mine.start
+        shape[at] = shape[at] // whole * features
+        return replace(
+            piece,
+            data=data.view(*ahead, *data.shape),
+            local_shape=(*ahead, *data.shape),
+            global_shape=tuple(shape),
+            global_offset=tuple(offset),
+            axis_fragmentations=None,
+            prepend_axis_num=0,
+        )
+
+    def build(
+        key: str, tensor: torch.Tensor, replica_id: ReplicaId, flattened_range: slice | None
+    ) -> list[ShardedTensor]:
+        if isinstance(shard, ShardedTensorFactory):
+            pieces: Any = shard.build_fn(key, tensor, replica_id, flattened_range)
+        else:
+            kind = {"dtype": tensor.dtype, "replica_id": replica_id}
+            pieces = [replace(shard, key=key, data=tensor, **kind)]
+        return [trimmed(piece) for piece in pieces]
+
+    def merge(pieces: Any) -> torch.Tensor:
+        shards = [filled(piece) for piece in pieces]
+        return shard.merge_fn(shards) if isinstance(shard, ShardedTensorFactory) else shards[0]
+
+    def filled(piece: torch.Tensor) -> torch.Tensor:
+        piece = piece.view(piece.shape[-dims:])
+        zeros = list(piece.shape)
+        zeros[axis] = share - zeros[axis]
+        return torch.cat([piece, piece.new_zeros(zeros)], dim=axis)
+
+    assert shard.data is not None
+    dims = shard.data.dim()
     return ShardedTensorFactory(shard.key, shard.data, build, merge, shard.replica_id)

@@ -18,6 +18,7 @@ from megatron_helix.exchange.strategy import (
 )
 from megatron_helix.exchange.traffic import BlockShape
 from megatron_helix.machine.hardware import Hardware
+from megatron_helix.partition.features import padded, require_features
 from megatron_helix.partition.layout import HelixLayout, require_divides
 from megatron_helix.run_config.batch import BatchConfig
 from megatron_helix.run_config.layout import LayoutConfig
@@ -114,7 +115,7 @@ class Deployment:
             expert = layout.ep * layout.etp * layout.pp
             require_divides("ep x etp x pp", expert, "the number of ranks", self.world_size)
             require_divides("ep", layout.ep, "num_experts", model.num_experts)
-            require_divides("etp", layout.etp, "ffn_hidden_size", model.ffn_hidden_size)
+            self._require_features("etp", layout.etp)
             if model.add_bias_linear and layout.etp > 1:
                 raise UserError(f"etp: experts with biases need 1, got {layout.etp}; use 1")
             if layout.gtp > 1:
@@ -129,7 +130,7 @@ class Deployment:
             require_divides("tp", self.tp, "num_attention_heads", heads)
             require_divides("tp", self.tp, "num_query_groups", groups)
         if not model.num_experts:
-            require_divides("tp (or m x n)", self.tp, "ffn_hidden_size", model.ffn_hidden_size)
+            self._require_features("tp", self.tp)
         if self.phase != "decode":
             ranks = self.tp * layout.cp
             require_divides("tp x cp", ranks, "sequence_length", batch.sequence_length)
@@ -137,6 +138,20 @@ class Deployment:
             raise UserError("cp, gtp, fsdp: are not predicted for decode; leave them out")
         self.plan  # noqa: B018  # checks exchange and split
         return self
+
+    def _require_features(self, name: str, parts: int) -> None:
+        """Check that ranks can share an MLP's features: stock's divide them."""
+        features = self.model.ffn_hidden_size
+        if self.layout.is_helix:
+            require_features("ffn_hidden_size", features, parts)
+        else:
+            require_divides(name, parts, "ffn_hidden_size", features)
+
+    @cached_property
+    def features(self) -> int:
+        """Features of an MLP, or of an expert, as its ranks store and compute them together."""
+        parts = self.layout.etp if self.model.num_experts else self.tp
+        return padded(self.model.ffn_hidden_size, parts)
 
     @cached_property
     def tp(self) -> int:

@@ -48,7 +48,7 @@ def forward(here: Deployment, stage: int, *, fused_channels: int) -> list[Work]:
     model, T, element_bytes = here.model, here.tp, here.element_bytes
     N, D = here.tokens, model.hidden_size
     layers = here.layers
-    features = (3 if model.gated else 2) * model.ffn_hidden_size
+    features = (3 if model.gated else 2) * here.features
     experts = model.num_experts
     # Weights are read once; under `weights` a rank multiplies with those of its whole head group.
     gathered = here.cut.m if here.plan.exchange == "weights" else here.layout.gtp

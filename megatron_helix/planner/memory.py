@@ -74,9 +74,7 @@ def _kept(here: Deployment, stage: int, fused_channels: int) -> float:
     if model.num_experts:
         rows = here.tokens / here.stream_ranks * model.moe_router_topk
     # Inputs of two norms and two linears; QKV and context; features before and after activation.
-    layer = (
-        N * (4 * D + packed(here.cut)) + rows * (3 if model.gated else 2) * model.ffn_hidden_size
-    )
+    layer = N * (4 * D + packed(here.cut)) + rows * (3 if model.gated else 2) * here.features
     if model.num_experts:
         layer += 2 * rows * D  # routed in, routed out
     layer_bytes = layer * here.element_bytes
@@ -117,8 +115,8 @@ def _gathered(here: Deployment, stage: int, train: bool) -> float:
     layer = parameters.layer_matrices(here) / here.layout.gtp * shards
     if here.plan.gather == "step" and train:
         return layer * here.layers * (here.element_bytes + here.gradient_bytes)
-    model = here.model
-    widest = max(packed(here.cut), (2 if model.gated else 1) * here.block.ffn)
+    model, mlp = here.model, 0 if here.model.num_experts else here.features
+    widest = max(packed(here.cut), (2 if model.gated else 1) * mlp)
     shared = widest * model.hidden_size / here.tp * here.cut.m
     # In training its gradient beside it; under `weights` the parts that go out and that come in.
     gradients = (2 if here.plan.exchange == "weights" else 1) if train else 0

@@ -44,7 +44,7 @@ def end_shapes(here: Deployment, first: bool, last: bool) -> tuple[Shapes, Shape
 def layer_shapes(here: Deployment) -> Shapes:
     """Shapes of one layer beside experts; gtp's shards, as tp's, are rows of every matrix."""
     model, T, gtp = here.model, here.tp, here.layout.gtp
-    D, F = model.hidden_size, model.ffn_hidden_size
+    D, F = model.hidden_size, here.features
     channels = model.num_attention_heads * model.kv_channels
     shapes = [((packed(here.cut) - channels) // T // gtp, D), (D // gtp, channels // T)]
     shapes += [(size, 1) for size in column_biases(here)]
@@ -63,7 +63,7 @@ def column_biases(here: Deployment) -> list[int]:
         heads = model.num_attention_heads + 2 * model.query_groups
         biases.append(heads * model.kv_channels // here.tp)
     if model.add_bias_linear and not model.num_experts:
-        biases.append((2 if model.gated else 1) * model.ffn_hidden_size // here.tp)
+        biases.append((2 if model.gated else 1) * here.features // here.tp)
     return biases
 
 
@@ -77,7 +77,7 @@ def expert_shapes(here: Deployment) -> Shapes:
     model, layout = here.model, here.layout
     if not model.num_experts:
         return []
-    D, F = model.hidden_size, model.ffn_hidden_size // layout.etp
+    D, F = model.hidden_size, here.features // layout.etp
     up = (2 if model.gated else 1) * F
     expert = [(up, D), (D, F)]
     expert += [(up, 1), (D, 1)] if model.add_bias_linear else []

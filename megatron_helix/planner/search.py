@@ -129,6 +129,8 @@ def _cuts(model: ModelConfig, devices: int, phase: str) -> Iterator[dict]:
     for tp in _divisors(devices):
         if heads % tp == 0:
             yield {"tp": tp}
+            if model.ffn_hidden_size % tp:  # where it is shared by tp, stock refuses
+                yield {"m": 1, "n": tp}
         for n in _divisors(math.gcd(tp, heads)):
             m = tp // n
             if m == 1 or model.kv_channels % m:

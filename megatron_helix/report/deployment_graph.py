@@ -163,7 +163,7 @@ def layer_steps(here: Deployment, element: int) -> list[Step]:
             Step("experts", "ep" if ep > 1 else "", routed),
             Step("combine", "ep" if ep > 1 else "", routed),
         ]
-    F, gated = model.ffn_hidden_size, 2 if model.gated else 1
+    F, gated = here.features, 2 if model.gated else 1
     return [
         *steps,
         Step("MLP up", axis, stream, **tile("W_1", gated * F * D)),

@@ -58,10 +58,11 @@ MODELS = {
         *("--yarn-beta-fast", "20", "--yarn-beta-slow", "2", "--quick-geglu"),
     ),
     "bf16": ("--bf16", "--window-size", "4,0"),
-    # A vocabulary that every tensor-parallel size pads to another one: to 608 on one rank.
+    # A vocabulary that every tensor-parallel size pads to another one: to 608 on one rank; and
+    # features that six ranks do not divide.
     "odd": (
         *("--num-attention-heads", "9", "--group-query-attention", "--num-query-groups", "3"),
-        *("--vocab-size", "599", "--ffn-hidden-size", "240"),
+        *("--vocab-size", "599", "--ffn-hidden-size", "243"),
         "--untie-embeddings-and-output-weights",
     ),
 }

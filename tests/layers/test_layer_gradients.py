@@ -30,6 +30,9 @@ BLOCKS = {
     "qk_rms_norm": Block(
         dtype=torch.float64, more={"qk_layernorm": True, "normalization": "RMSNorm"}
     ),
+    # Four ranks share 17, 17, 16 and 16 features.
+    "uneven": Block(ffn=66, bias=True, dtype=torch.float64),
+    "uneven_gated": Block(ffn=66, bias=True, gated=True, dtype=torch.float64),
     "learnable_softmax": Block(dtype=torch.float64, more={"softmax_type": "learnable"}),
 }
 
@@ -73,10 +76,18 @@ def shard(whole: torch.Tensor, name: str, layout: HelixLayout, rank: int, gated:
         return whole.chunk(layout.n)[layout.coordinates(rank)[0]]
     if "linear_fc1" in name:
         projections = whole.chunk(2) if gated else [whole]
-        return torch.cat([projection.chunk(layout.size)[rank] for projection in projections])
+        return torch.cat([features(one, 0, layout.size, rank) for one in projections])
     if "linear_fc2.weight" in name:
-        return whole.chunk(layout.size, dim=1)[rank]
+        return features(whole, 1, layout.size, rank)
     return whole
+
+
+def features(whole: torch.Tensor, axis: int, parts: int, rank: int) -> torch.Tensor:
+    """A rank's part of the features along ``axis``, padded with zeros to the longest part."""
+    parted = whole.tensor_split(parts, dim=axis)
+    zeros = torch.zeros_like(parted[0].narrow(axis, 0, 1))
+    padding = [zeros] * (parted[0].size(axis) - parted[rank].size(axis))
+    return torch.cat([parted[rank], *padding], dim=axis)
 
 
 def summed_over_ranks(name: str, weight: torch.nn.Parameter) -> bool:

@@ -141,20 +141,74 @@ def test_layouts_pass_a_checkpoint_on_bit_for_bit(
     # The weight, both moments of Adam, and the optimizer's own weight in single precision.
     assert sum("linear_qkv.weight" in key for key in expected) == 4
     for layout in ("helix_2x1_dp2", "helix_4x1", "stock_tp4"):
-        load = ("--load", str(checkpoint), "--ckpt-step", str(SAVED_STEP))
-        checkpoint = tmp_path / layout / "checkpoint"
-        save = ("--save", str(checkpoint), "--save-interval", str(SAVED_STEP + 1))
-        flags = tiny_gpt(
-            *(corpus_prefix, *MODEL, *LAYOUTS[layout], *kind, *load, *save),
-            *("--override-opt-param-scheduler",),  # its end is that of a run of no steps
-            train_iters=SAVED_STEP,
-        )
-        argv = pretrain_gpt.prepare(flags, 4)
-        living_ranks().call(pretrain_gpt.train, argv, ranks=4)
-        found = tensors_in(checkpoint, SAVED_STEP)
-        assert found.keys() == expected.keys()
-        changed = [key for key in expected if not torch.equal(found[key], expected[key])]
-        assert not changed, f"{layout}: {changed}"
+        flags = tiny_gpt(corpus_prefix, *MODEL, *LAYOUTS[layout], *kind)
+        checkpoint = passed_on(checkpoint, tmp_path / layout, flags, 4)
+        assert_same_bits(tensors_in(checkpoint, SAVED_STEP), expected)
+
+
+def passed_on(checkpoint: Path, folder: Path, flags: list[str], ranks: int) -> Path:
+    """The checkpoint that a layout saves of what it loads, without a step."""
+    saved = folder / "checkpoint"
+    load = ("--load", str(checkpoint), "--ckpt-step", str(SAVED_STEP))
+    save = ("--save", str(saved), "--save-interval", str(SAVED_STEP + 1))
+    until = ("--train-iters", str(SAVED_STEP))
+    # The end of its schedule is that of a run of no steps.
+    flags = [*flags, *load, *save, *until, "--override-opt-param-scheduler"]
+    argv = pretrain_gpt.prepare(flags, ranks)
+    living_ranks().call(pretrain_gpt.train, argv, ranks=ranks)
+    return saved
+
+
+def assert_same_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """As they are, under the same names."""
+    assert found.keys() == expected.keys()
+    changed = [key for key in expected if not torch.equal(found[key], expected[key])]
+    assert not changed
+
+
+# Three ranks divide neither the features of the MLP nor those of experts.
+UNEVEN = (
+    *("--num-attention-heads", "6", "--kv-channels", "12", "--ffn-hidden-size", "250"),
+    *("--seq-length", "30", "--vocab-size", "270", "--make-vocab-size-divisible-by", "1"),
+)
+HELIX_3X1 = (SP, "--helix-m", "3", "--helix-n", "1", "--helix-split", "sequence")
+UNEVEN_EXPERTS = (
+    *("--disable-bias-linear", "--num-experts", "2", "--moe-ffn-hidden-size", "40"),
+    *("--moe-router-load-balancing-type", "none", "--moe-token-dispatcher-type", "alltoall"),
+    *("--moe-shared-expert-intermediate-size", "46", "--moe-layer-freq", "[0,1]"),
+    # Stock takes experts' moments to no other degree, either.
+    *("--no-save-optim", "--no-load-optim"),
+)
+UNEVEN_MODELS = {
+    "biases": (),
+    "gated": ("--swiglu", "--disable-bias-linear", *OPTIMIZERS["distributed"]),
+    "gated_biases": ("--swiglu",),
+    "experts": UNEVEN_EXPERTS,
+    "gated_experts": ("--swiglu", *UNEVEN_EXPERTS),
+}
+
+
+@pytest.mark.parametrize("model", fast(["gated"], UNEVEN_MODELS))
+def test_padding_of_features_is_in_no_checkpoint(
+    corpus_prefix: Path, tmp_path: Path, model: str
+) -> None:
+    """From stock to helix, whose ranks do not divide the features, and back: bit for bit."""
+    sizes = tiny_gpt(corpus_prefix, *MODEL, *UNEVEN, *UNEVEN_MODELS[model])
+    stock = [*sizes, SP, "--tensor-model-parallel-size", "2", "--train-iters", str(STEPS)]
+    save = ("--save", str(tmp_path / "checkpoint"), "--save-interval", str(SAVED_STEP))
+    uninterrupted, first = pretrain([*stock, *save], 2), tmp_path / "checkpoint"
+    checkpoint, expected = first, tensors_in(first, SAVED_STEP)
+    # A weight and two moments; weights of a dense MLP, of an expert and of a shared one.
+    assert sum("linear_fc1.weight" in key for key in expected) >= 3
+    for layout, flags, ranks in (
+        ("helix_3x1", [*sizes, *HELIX_3X1], 3),
+        ("stock_tp1", sizes, 1),
+    ):
+        checkpoint = passed_on(checkpoint, tmp_path / layout, flags, ranks)
+        assert_same_bits(tensors_in(checkpoint, SAVED_STEP), expected)
+    if "experts" not in model:
+        load = ("--load", str(first), "--ckpt-step", str(SAVED_STEP), "--train-iters", str(STEPS))
+        assert_goes_on(pretrain([*sizes, *HELIX_3X1, *load], 3), uninterrupted)
 
 
 def test_experts_go_on_beside_a_distributed_optimizer(saved: Saved, resume: Resume) -> None:

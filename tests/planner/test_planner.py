@@ -2,6 +2,7 @@
 
 import itertools
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +277,38 @@ def test_a_phase_that_is_none_is_refused_before_the_search() -> None:
 def test_a_layout_that_cannot_run_is_refused(layout: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Deployment(DENSE, LayoutConfig(name="bad", **layout), SMALL, 16).check()
+
+
+def test_padded_features_count_as_those_that_are_stored() -> None:
+    """But for the operations that nobody could avoid."""
+    layout = LayoutConfig(name="uneven", m=4, n=4, exchange="weights", micro_batch=4)
+    few, stored = (
+        Deployment(
+            DENSE.model_copy(update={"ffn_hidden_size": size}), layout, SMALL, 16, machine=SIXTEEN
+        ).check()
+        for size in (1001, 1008)
+    )
+    assert few.features == stored.features == 1008
+    assert parameters.held(few, 0) == parameters.held(stored, 0)
+    padded, even = (predict(here, SIXTEEN) for here in (few, stored))
+    assert padded.terms == even.terms
+    assert padded.memory == even.memory
+    assert flops.useful(few) < flops.useful(stored)
+    with pytest.raises(ValueError, match="ffn_hidden_size: must be at least the 16 ranks"):
+        replace(few, model=DENSE.model_copy(update={"ffn_hidden_size": 15})).check()
+    stock = LayoutConfig(name="stock", tp=16, micro_batch=4)
+    with pytest.raises(ValueError, match="tp: must be a positive divisor of ffn_hidden_size"):
+        replace(few, layout=stock).check()
+
+
+def test_where_stock_cannot_share_the_features_helix_is_searched() -> None:
+    model = NARROW.model_copy(update={"ffn_hidden_size": 1001})
+    layouts = {
+        (here.layout.tp, here.layout.m, here.layout.n)
+        for here in search.deployments(model, SIXTEEN, SMALL, "train")
+    }
+    assert (None, 1, 16) in layouts
+    assert (16, None, None) not in layouts
 
 
 def test_context_parallelism_without_fused_attention_is_refused() -> None:

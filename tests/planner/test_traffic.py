@@ -43,6 +43,8 @@ MODELS = {
     "learned": ModelConfig(name="learned", position_embedding_type="learned_absolute", **TINY),
     "biased": ModelConfig(name="biased", add_bias_linear=True, **TINY),
     "modern": ModelConfig(name="modern", **MODERN, num_query_groups=2, **TINY),
+    "uneven": ModelConfig(name="uneven", swiglu=True, **{**TINY, "ffn_hidden_size": 250}),
+    "uneven moe": ModelConfig(name="uneven_moe", **EXPERTS, **{**TINY, "ffn_hidden_size": 250}),
     "moe": ModelConfig(name="moe", **EXPERTS, **TINY),
     "biased_moe": ModelConfig(
         name="biased_moe", add_bias_linear=True, softmax_type="learnable", **EXPERTS, **TINY
@@ -76,6 +78,8 @@ CASES = [
     ("dense", 4, {**WEIGHTS, "m": 4, "n": 1, "split": "sequence", "micro_batch": 2}),
     ("swiglu", 4, {**CUT, "m": 4, "n": 1, "exchange": "activations", "split": "batch"}),
     ("modern", 8, {**WIDE, "pp": 2}),
+    ("uneven", 8, {**WIDE, "distributed_optimizer": True}),
+    ("uneven moe", 4, {**CUT, "etp": 4, "exchange": "activations"}),
     ("modern", 8, {**CUT, "exchange": "activations", "distributed_optimizer": True}),
     ("moe", 4, {**CUT, "ep": 4, "exchange": "activations", "split": "sequence"}),
     ("moe", 4, {**CUT, "ep": 4, "exchange": "scores"}),

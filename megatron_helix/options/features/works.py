@@ -31,6 +31,16 @@ PARALLEL = (
         note="--helix-n auto; more ranks than heads or query groups, uneven counts",
     ),
     Works(
+        feature="Features of MLPs and experts that the degree does not divide",
+        names="",
+        test="tests/test_uneven_features.py"
+        "::test_features_that_the_ranks_do_not_divide_give_stocks_numbers",
+        note="padded with zeros that stay zero, count in no norm and are in no checkpoint; of"
+        " experts by their own degree. Not with activations that are not zero at zero,"
+        " --log-num-zeros-in-grad, interleaved gates, experts' weights in one or, at m = 1 too,"
+        " another owner of the weights or another checkpoint format",
+    ),
+    Works(
         feature="Pipeline parallelism",
         names="--pipeline-model-parallel-size",
         test=PARITY,
