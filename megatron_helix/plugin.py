@@ -53,8 +53,7 @@ def enable(
     if arguments.wants_helix(args):
         layout = parsed.require_run(args, model_config, training=training)
         _prepare_checkpoints(args, layout)
-        if layout.m == 1 and args.rank == 0:
-            said = f"helix 1x{layout.n}: the heads divide; this is plain tensor parallelism"
+        if (said := _said(layout)) and args.rank == 0:
             print(said, flush=True)
 
     on_cpu = cpu_device.is_enabled()
@@ -98,6 +97,19 @@ def enable(
     if arguments.wants_helix(args) and args.helix_gather == "step":
         model_config.transformer.finalize_model_grads_func = _finalize_model_grads
     return model_config
+
+
+def _said(layout: HelixLayout) -> str | None:
+    """What there is to say of a cut itself."""
+    if layout.m == 1:
+        return f"helix 1x{layout.n}: the heads divide; this is plain tensor parallelism"
+    if not layout.waste:
+        return None
+    return (
+        f"helix {layout.m}x{layout.n}: heads of {layout.kv_channels} channels are stored as"
+        f" {layout.m} segments of {layout.segment_size}; padding adds {layout.waste:.1%} to the"
+        " attention weights"
+    )
 
 
 def _prepare_checkpoints(args: argparse.Namespace, layout: HelixLayout) -> None:

@@ -64,9 +64,12 @@ class BlockShape:
 
 
 def packed(layout: HelixLayout) -> int:
-    """Channels X of packed QKV and context, ``(slots K + H) d``."""
+    """Channels X of packed QKV and context as they are stored and sent, ``(slots K + H) d``.
+
+    With what pads smaller segments, where m does not cut d into equal ones.
+    """
     heads = layout.slots * layout.num_query_groups + layout.num_attention_heads
-    return heads * layout.kv_channels
+    return heads * layout.padded_channels
 
 
 def layer(
@@ -224,9 +227,9 @@ def decode_elements(
     if split == "batch":
         narrow["dim", "all_to_all"] = (m - 1) * batch * packed(layout) // (m * size)
     elif split == "sequence":
-        qkv = layout.slots * layout.num_query_groups * layout.kv_channels
+        qkv = layout.slots * layout.num_query_groups * layout.padded_channels
         narrow["dim", "all_gather"] = (m - 1) * batch * qkv // size
-        wide["dim", "all_to_all"] = (m - 1) * batch * heads * (layout.kv_channels + m) // m
+        wide["dim", "all_to_all"] = (m - 1) * batch * heads * (layout.padded_channels + m) // m
     else:
         wide["dim", "all_reduce"] = 2 * (m - 1) * batch * heads * positions // m
     return narrow, wide

@@ -35,31 +35,67 @@ def require_plan(args: argparse.Namespace, asked: strategy.Choice, cut: HelixLay
             " --overlap-grad-reduce sends them before; leave one of the two away"
         )
     if cut.m > 1 and args.seq_length and args.micro_batch_size:
-        shape = traffic.BlockShape(
-            hidden=args.hidden_size,
-            ffn=0 if args.num_experts else args.ffn_hidden_size or 4 * args.hidden_size,
-            gated=args.swiglu or args.quick_geglu,
-            num_layers=args.num_layers,
-        )
-        parallel = {"sequence_parallel": args.sequence_parallel}
-
-        def resolve(batch: int) -> Plan:
-            if args.sft or args.dataloader_inter_document_masking:
-                tokens = batch * args.seq_length
-                return strategy.packed_plan(asked, cut, shape, tokens=tokens, **parallel)
-            sequence = args.seq_length // args.context_parallel_size
-            return strategy.resolve(asked, cut, shape, sequence=sequence, batch=batch, **parallel)
-
-        resolve(batch=args.micro_batch_size)
+        _require_chunks(args, cut)
+        _plan(args, asked, cut, args.micro_batch_size)
         for flag, batch, remedy in _validated(args, cut):
             try:
-                resolve(batch=batch)
+                _plan(args, asked, cut, batch)
             except ValueError as error:
                 cause = str(error).partition(";")[0]
                 raise UserError(
                     f"{flag}: validation reads micro-batches of {batch}, which no rank can take a"
                     f" part of: {cause}; {remedy}"
                 ) from None
+
+
+def _require_chunks(args: argparse.Namespace, cut: HelixLayout) -> None:
+    """Check that sequence parallelism can give every rank as many tokens."""
+    ranks = cut.size * args.context_parallel_size
+    if args.sequence_parallel and args.seq_length % ranks:
+        less = args.seq_length // ranks * ranks
+        use = f"{less} or {less + ranks}" if less else str(ranks)
+        raise UserError(
+            f"--seq-length: must be a multiple of --helix-m x --helix-n ({ranks} ranks, with"
+            f" --context-parallel-size) under --sequence-parallel, got {args.seq_length}; use {use}"
+        )
+
+
+def _shape(args: argparse.Namespace) -> traffic.BlockShape:
+    return traffic.BlockShape(
+        hidden=args.hidden_size,
+        ffn=0 if args.num_experts else args.ffn_hidden_size or 4 * args.hidden_size,
+        gated=args.swiglu or args.quick_geglu,
+        num_layers=args.num_layers,
+    )
+
+
+def _plan(
+    args: argparse.Namespace, asked: strategy.Choice, cut: HelixLayout, batch: int
+) -> Plan:
+    """The plan for micro-batches of ``batch`` sequences."""
+    known = asked, cut, _shape(args)
+    parallel = {"sequence_parallel": args.sequence_parallel}
+    if args.sft or args.dataloader_inter_document_masking:
+        return strategy.packed_plan(*known, tokens=batch * args.seq_length, **parallel)
+    sequence = args.seq_length // args.context_parallel_size
+    return strategy.resolve(*known, sequence=sequence, batch=batch, **parallel)
+
+
+def sent_elements(args: argparse.Namespace, asked: strategy.Choice, cut: HelixLayout) -> float:
+    """What a rank sends in a layer and micro-batch of the run, with everything that is shared out.
+
+    Raises:
+        UserError: when micro-batches cannot be exchanged and split as ``asked``.
+    """
+    plan = _plan(args, asked, cut, args.micro_batch_size)
+    return traffic.per_layer(
+        plan,
+        cut,
+        _shape(args),
+        sequence=args.seq_length // args.context_parallel_size,
+        batch=args.micro_batch_size,
+        microbatches=asked.microbatches,
+    )
 
 
 def _validated(args: argparse.Namespace, cut: HelixLayout) -> Iterator[tuple[str, int, str]]:
