@@ -24,8 +24,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from megatron_helix.exchange.tokens import chunk_positions
 from megatron_helix.exchange.padding import own_channels
+from megatron_helix.exchange.tokens import chunk_positions
 from megatron_helix.kernels.collectives import all_gather, all_to_all
 from megatron_helix.kernels.copies import joined, parted
 from megatron_helix.partition.layout import HelixLayout

@@ -80,9 +80,7 @@ class _Joined(torch.autograd.Function):
     """Forward: the first of every part, in one copy. Backward: :class:`_Parted`. Saves nothing."""
 
     @staticmethod
-    def forward(
-        ctx: Any, parts: torch.Tensor, lengths: Sequence[int], dim: int
-    ) -> torch.Tensor:
+    def forward(ctx: Any, parts: torch.Tensor, lengths: Sequence[int], dim: int) -> torch.Tensor:
         ctx.how = lengths, dim
         return _join(parts, lengths, dim)
 
@@ -95,9 +93,7 @@ class _Parted(torch.autograd.Function):
     """Forward: parts with zeros behind them. Backward: :class:`_Joined`. Saves nothing."""
 
     @staticmethod
-    def forward(
-        ctx: Any, whole: torch.Tensor, lengths: Sequence[int], dim: int
-    ) -> torch.Tensor:
+    def forward(ctx: Any, whole: torch.Tensor, lengths: Sequence[int], dim: int) -> torch.Tensor:
         ctx.how = lengths, dim
         return _part(whole, lengths, dim)
 

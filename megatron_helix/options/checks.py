@@ -69,9 +69,7 @@ def _shape(args: argparse.Namespace) -> traffic.BlockShape:
     )
 
 
-def _plan(
-    args: argparse.Namespace, asked: strategy.Choice, cut: HelixLayout, batch: int
-) -> Plan:
+def _plan(args: argparse.Namespace, asked: strategy.Choice, cut: HelixLayout, batch: int) -> Plan:
     """The plan for micro-batches of ``batch`` sequences."""
     known = asked, cut, _shape(args)
     parallel = {"sequence_parallel": args.sequence_parallel}

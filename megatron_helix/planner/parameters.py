@@ -1,9 +1,9 @@
 """Parameters that one rank holds, tensor by tensor, in elements.
 
 Stock and helix alike keep 1/T of every matrix of attention and of a dense MLP, and of the biases of
-what they cut by rows, helix with what pads smaller segments; norms, routers and the other biases are whole on every rank. Tied, embedding
-and head are one table, of which the first and the last stage have a copy each; untied, a table
-each. A shape is (rows, columns); a vector has one column.
+what they cut by rows, helix with what pads smaller segments; norms, routers and the other biases
+are whole on every rank. Tied, embedding and head are one table, of which the first and the last
+stage have a copy each; untied, a table each. A shape is (rows, columns); a vector has one column.
 """
 
 from megatron_helix.exchange.traffic import packed
