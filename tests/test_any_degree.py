@@ -40,6 +40,22 @@ DEGREES = [
 
 SOON = (4, 8)  # ranks
 
+# Degrees that divide neither heads nor head dimension: ranks, the (m, n) that auto finds, what moves.
+# Of a head's eight rotary pairs three, five and seven segments are not alike.
+UNEVEN = [
+    (3, (3, 1), ("--helix-exchange", "activations", "--helix-split", "sequence")),
+    (5, (5, 1), ("--helix-exchange", "weights")),
+    (6, (3, 2), ("--helix-exchange", "weights", "--helix-gather", "step")),
+    (6, (3, 2), ("--helix-exchange", "activations", "--micro-batch-size", "6")),
+    (7, (7, 1), ("--helix-exchange", "scores")),
+    (7, (7, 1), ("--helix-exchange", "auto")),
+]
+SHARED = (  # among all of these ranks, and those of stock
+    *("--seq-length", "210", "--max-position-embeddings", "210", "--ffn-hidden-size", "420"),
+    *("--vocab-size", "420", "--make-vocab-size-divisible-by", "1", "--global-batch-size", "12"),
+    *("--attention-output-gate", "--qk-layernorm", "--rotary-percent", "1.0"),
+)
+
 Train = Callable[..., Curve]
 
 
@@ -66,6 +82,33 @@ def test_a_degree_that_stock_refuses_gives_stocks_numbers(
     actual = train(ranks, *flags, "--helix-n", "auto", "--helix-split", "sequence")
     assert actual.losses == pytest.approx(expected.losses, rel=LOSS_TOLERANCE, abs=0)
     assert actual.grad_norms == pytest.approx(expected.grad_norms, rel=GRAD_NORM_TOLERANCE, abs=0)
+
+
+@pytest.fixture(scope="module")
+def of_stock(corpus_prefix: Path) -> Curve:
+    """The model of :data:`UNEVEN` on two ranks, which stock takes."""
+    parallel = (TP, "2", "--sequence-parallel")
+    return pretrain(tiny_gpt(corpus_prefix, *parallel, *model(4, 2, 16), *SHARED), 2)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "cut", "exchange"),
+    [pytest.param(*one, marks=() if one[0] in (3, 5) else THOROUGH) for one in UNEVEN],
+)
+def test_segments_that_are_not_alike_give_stocks_numbers(
+    corpus_prefix: Path,
+    of_stock: Curve,
+    ranks: int,
+    cut: tuple[int, int],
+    exchange: tuple[str, ...],
+) -> None:
+    parallel = (TP, str(ranks), "--sequence-parallel", "--helix-n", "auto")
+    flags = tiny_gpt(corpus_prefix, *parallel, *model(4, 2, 16), *SHARED, *exchange)
+    completed = arguments.complete(flags, ranks)
+    assert completed[completed.index("--helix-m") + 1 :][:3:2] == [str(size) for size in cut]
+    actual = pretrain(flags, ranks)
+    assert actual.losses == pytest.approx(of_stock.losses, rel=LOSS_TOLERANCE, abs=0)
+    assert actual.grad_norms == pytest.approx(of_stock.grad_norms, rel=GRAD_NORM_TOLERANCE, abs=0)
 
 
 @pytest.mark.parametrize(("heads", "groups", "channels", "_stock", "ranks", "cut"), DEGREES)
