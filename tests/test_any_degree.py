@@ -40,7 +40,7 @@ DEGREES = [
 
 SOON = (4, 8)  # ranks
 
-# Degrees that divide neither heads nor head dimension: ranks, the (m, n) that auto finds, what moves.
+# Degrees that divide neither heads nor head dimension: ranks, the (m, n) that auto finds, exchange.
 # Of a head's eight rotary pairs three, five and seven segments are not alike.
 UNEVEN = [
     (3, (3, 1), ("--helix-exchange", "activations", "--helix-split", "sequence")),
