@@ -19,7 +19,8 @@ Then padding stays zero. A product of zero with finite numbers, a sum of zeros, 
 clipped, accumulated or reduced of them is zero; a step with a gradient that is not finite is left
 out where losses are scaled, and spoils every weight elsewhere. Momentum, first and second moments
 begin as zero and stay so; Adam's update is ``0 / (sqrt(0) + eps)``; weight decay takes a part of
-zero away. Zeros add nothing to the norms of gradients and parameters.
+zero away. Zeros add nothing to the norms of gradients and parameters. (Only ``--adam-eps 0``, which
+divides by them, and a count of the zeros are refused.)
 """
 
 import torch
