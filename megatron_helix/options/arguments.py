@@ -236,40 +236,28 @@ def _complete_degree(args: argparse.Namespace, argv: Sequence[str]) -> list[str]
         other = "helix_n" if given == ["helix_m"] else "helix_m"
         setattr(args, other, size // count)
     else:
-        args.helix_m, args.helix_n = _least_sending(args, size)
+        cut = _auto(args, size)
+        args.helix_m, args.helix_n = cut.m, cut.n
     return ["--helix-m", str(args.helix_m), "--helix-n", str(args.helix_n)]
 
 
-def _least_sending(args: argparse.Namespace, size: int) -> tuple[int, int]:
-    """The (m, n) of ``size`` ranks that ``auto`` takes.
-
-    Where the heads can be dealt out to all ranks, that is plain tensor parallelism. Else the cut
-    that sends least for the run's micro-batches; where they are not known, that of fewest segments,
-    which sends least of the cuts that exchange tokens.
-    """
+def _auto(args: argparse.Namespace, size: int) -> HelixLayout:
+    """The cut of ``size`` ranks that ``auto`` takes, of all that the heads allow."""
     heads, groups, channels = _head_counts(args)
     most = math.gcd(size, heads, groups)
-    counts = {"num_attention_heads": heads, "num_query_groups": groups, "kv_channels": channels}
     cuts = []
-    for n in range(most, 0, -1):
-        if most % n == 0:
-            cut = argparse.Namespace(**{**vars(args), "helix_m": size // n, "helix_n": n})
-            try:
-                cuts.append(layout(cut, **counts))
-            except UserError:  # of fewest segments it is told
-                if n == most:
-                    raise
-    if cuts[0].m == 1 or not (args.seq_length and args.micro_batch_size):
-        return cuts[0].m, cuts[0].n
-
-    def sent(cut: HelixLayout) -> float:
+    for n in (n for n in range(most, 0, -1) if most % n == 0):
+        asked = argparse.Namespace(**{**vars(args), "helix_m": size // n, "helix_n": n})
         try:
-            return checks.sent_elements(args, choice(args), cut)
-        except UserError:  # told where it is the one that is taken
-            return math.inf
-
-    least = min(cuts, key=sent)
-    return least.m, least.n
+            cut = layout(
+                asked, num_attention_heads=heads, num_query_groups=groups, kv_channels=channels
+            )
+        except UserError:
+            if not cuts:  # of fewest segments: there are too many in the others, too
+                raise
+            break
+        cuts.append(cut)
+    return checks.least_sending(args, choice(args), cuts)
 
 
 def _head_counts(args: argparse.Namespace) -> tuple[int, int, int]:

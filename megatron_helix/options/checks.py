@@ -5,6 +5,7 @@ reads.
 """
 
 import argparse
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,8 +83,8 @@ def _require_chunks(args: argparse.Namespace, cut: HelixLayout) -> None:
         less = args.seq_length // ranks * ranks
         use = f"{less} or {less + ranks}" if less else str(ranks)
         raise UserError(
-            f"--seq-length: must be a multiple of --helix-m x --helix-n ({ranks} ranks, with"
-            f" --context-parallel-size) under --sequence-parallel, got {args.seq_length}; use {use}"
+            "--seq-length: must be a multiple of --helix-m x --helix-n (x --context-parallel-size),"
+            f" {ranks}, under --sequence-parallel, got {args.seq_length}; use {use}"
         )
 
 
@@ -106,21 +107,28 @@ def _plan(args: argparse.Namespace, asked: strategy.Choice, cut: HelixLayout, ba
     return strategy.resolve(*known, sequence=sequence, batch=batch, **parallel)
 
 
-def sent_elements(args: argparse.Namespace, asked: strategy.Choice, cut: HelixLayout) -> float:
-    """What a rank sends in a layer and micro-batch of the run, with everything that is shared out.
+def least_sending(
+    args: argparse.Namespace, asked: strategy.Choice, cuts: Sequence[HelixLayout]
+) -> HelixLayout:
+    """Of cuts that begin with that of fewest segments, the one that sends least in the run.
 
-    Raises:
-        UserError: when micro-batches cannot be exchanged and split as ``asked``.
+    Without a dim axis, that first one is plain tensor parallelism and is taken as it is; so is it
+    where the micro-batches are not known: of the cuts that exchange tokens it sends least.
     """
-    plan = _plan(args, asked, cut, args.micro_batch_size)
-    return traffic.per_layer(
-        plan,
-        cut,
-        _shape(args),
-        sequence=args.seq_length // args.context_parallel_size,
-        batch=args.micro_batch_size,
-        microbatches=asked.microbatches,
-    )
+    if cuts[0].m == 1 or not (args.seq_length and args.micro_batch_size):
+        return cuts[0]
+
+    def sent(cut: HelixLayout) -> float:
+        try:
+            plan = _plan(args, asked, cut, args.micro_batch_size)
+        except UserError:  # which is raised again if no cut can run
+            return math.inf
+        sequence = args.seq_length // args.context_parallel_size
+        size = {"sequence": sequence, "batch": args.micro_batch_size}
+        of_step = {"microbatches": asked.microbatches}
+        return traffic.per_layer(plan, cut, _shape(args), **size, **of_step)
+
+    return min(cuts, key=sent)
 
 
 def _validated(args: argparse.Namespace, cut: HelixLayout) -> Iterator[tuple[str, int, str]]:
