@@ -131,6 +131,30 @@ def least_sending(
     return min(cuts, key=sent)
 
 
+def require_experts(args: argparse.Namespace, size: int, world_size: int) -> None:
+    """Check that experts can be dealt out to ranks that need not be a power of two.
+
+    Args:
+        args: of the run.
+        size: tensor-parallel ranks.
+        world_size: ranks of the run.
+    """
+    experts, ep = args.num_experts, args.expert_model_parallel_size
+    if not experts:
+        return
+    etp = args.expert_tensor_parallel_size or size
+    beside = etp * args.pipeline_model_parallel_size
+    fit = [k for k in range(1, experts + 1) if experts % k == 0 and world_size % (k * beside) == 0]
+    if ep in fit:
+        return
+    use = " or ".join(map(str, fit)) or "1 and another --expert-tensor-parallel-size"
+    raise UserError(
+        f"--expert-model-parallel-size: must divide --num-experts ({experts}) and, with"
+        f" --expert-tensor-parallel-size ({etp}) and pipeline stages, the {world_size} ranks, got"
+        f" {ep}; use {use}"
+    )
+
+
 def _validated(args: argparse.Namespace, cut: HelixLayout) -> Iterator[tuple[str, int, str]]:
     """Micro-batches of validation: the flag they come from, their size, and what else to give."""
     if args.eval_micro_batch_size:
