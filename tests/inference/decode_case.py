@@ -23,7 +23,7 @@ from megatron_helix.upstream import patches
 from tests.cpu_config import cpu_config
 from tests.distributed import model_parallel
 
-VOCABULARY, FFN, NEW_TOKENS, POSITIONS = 240, 240, 6, 64
+VOCABULARY, FFN, NEW_TOKENS, POSITIONS = 192, 240, 6, 64
 BATCHES = (1, 3, 8)
 AXES = {"TENSOR_MODEL_PARALLEL_GROUP": "tp", "HELIX_DIM_GROUP": "dim"}
 
