@@ -398,7 +398,6 @@ def test_core_attentions_are_planned_as_what_they_are() -> None:
 def test_cuts_that_waste_too_much_are_left_out() -> None:
     """Of eight rotary pairs, three segments of three are an eighth more; five of two a quarter."""
     model = DENSE.model_copy(update={"num_attention_heads": 4, "kv_channels": 16})
-    cuts = search._cuts(model, 3 * 4 * 5 * 7, "decode")
-    found = {(cut["m"], cut["n"]) for cut in cuts if "m" in cut}
-    assert found == {(m, n) for m in (2, 3, 4) for n in (1, 2, 4)}
-    assert {layout_of(model, m, 1).waste for m, _ in found} == {0, 1 / 8}
+    segments = {cut["m"] for cut in search._cuts(model, 240, "decode") if "m" in cut}
+    assert segments == {2, 3, 4, 8}
+    assert {m: layout_of(model, m, 1).waste for m in (3, 4, 5)} == {3: 1 / 8, 4: 0, 5: 1 / 4}
