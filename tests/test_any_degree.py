@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_helix import pretrain_gpt
+from megatron_helix import plugin, pretrain_gpt
 from megatron_helix.options import arguments
+from megatron_helix.partition.layout import HelixLayout
 from megatron_helix.upstream import patches
 from tests.covering import THOROUGH
 from tests.distributed import Curve, pretrain, pretrain_launched, tiny_gpt
@@ -150,6 +151,16 @@ def test_where_the_heads_divide_auto_is_stock_and_says_so(
     assert found["auto"].sent_bytes == found["stock"].sent_bytes
     said = "helix 1x4: the heads divide; this is plain tensor parallelism"
     assert said in (tmp_path / "auto" / "logs" / "rank00.log").read_text()
+
+
+def test_what_padding_adds_is_said() -> None:
+    model = {"n": 1, "num_attention_heads": 32, "num_query_groups": 8, "kv_channels": 128}
+    assert plugin._said(HelixLayout(m=4, rotary_dim=128, **model)) is None
+    assert plugin._said(HelixLayout(m=3, rotary_dim=128, **model)) == (
+        "helix 3x1: heads of 128 channels are stored as 3 segments of 44; padding adds 3.1% to the"
+        " attention weights"
+    )
+    assert HelixLayout(m=3, **model).waste == pytest.approx(1 / 128)
 
 
 def test_the_head_check_is_relaxed_and_nothing_else_of_a_config() -> None:

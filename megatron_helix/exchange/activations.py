@@ -54,7 +54,7 @@ def qkv_to_whole_heads(
     else:
         sent = by_segment(qkv, layout, documents=documents)  # [m, s/m, b, tile]
     received = all_to_all(sent, dim_group)  # segment k of every head, for my tokens
-    tiles = received.view(*received.shape[:3], heads, blocks, max(layout.runs))
+    tiles = received.view(*received.shape[:3], heads, blocks, layout.stored_run)
     return joined(tiles, layout.runs, dim=4).flatten(2)
 
 

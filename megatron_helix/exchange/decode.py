@@ -84,7 +84,7 @@ def qkv_to_every_rank(
     heads = layout.num_query_groups // layout.n * layout.slots
     s, b, _ = qkv.shape
     gathered = all_gather(qkv, dim_group)  # [m * s, b, tile]: segment after segment
-    tiles = gathered.view(layout.m, s, b, heads, layout.segment_blocks, max(layout.runs))
+    tiles = gathered.view(layout.m, s, b, heads, layout.segment_blocks, layout.stored_run)
     return joined(tiles, layout.runs, dim=4).flatten(2)
 
 

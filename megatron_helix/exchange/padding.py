@@ -30,7 +30,7 @@ from megatron_helix.partition.layout import HelixLayout
 
 def own_channels(tiles: torch.Tensor, layout: HelixLayout, segment: int) -> torch.Tensor:
     """``[..., heads * tile] -> [..., heads * d/m]``: what a rank projects, without padding."""
-    own, stored = layout.runs[segment], max(layout.runs)
+    own, stored = layout.runs[segment], layout.stored_run
     if own == stored:
         return tiles
     return tiles.unflatten(-1, (-1, stored))[..., :own].flatten(-2)
@@ -38,7 +38,7 @@ def own_channels(tiles: torch.Tensor, layout: HelixLayout, segment: int) -> torc
 
 def own_tiles(channels: torch.Tensor, layout: HelixLayout, segment: int) -> torch.Tensor:
     """Undoes :func:`own_channels`: zeros for padding, as the output linear takes them."""
-    own, stored = layout.runs[segment], max(layout.runs)
+    own, stored = layout.runs[segment], layout.stored_run
     if own == stored:
         return channels
     runs = channels.unflatten(-1, (-1, own))

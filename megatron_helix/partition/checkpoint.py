@@ -38,7 +38,7 @@ def tile_in_canonical_order(
         sharded_offsets: offsets that outer modules prepend (layers), as given to
             ``sharded_state_dict``.
     """
-    length, run = max(layout.runs), layout.runs[layout.coordinates(rank)[1]]
+    length, run = layout.stored_run, layout.runs[layout.coordinates(rank)[1]]
     starts = order.chunk(layout.size)[rank][::length].tolist()
     total = int((order != PADDING).sum())
     regular = min(layout.runs) == length

@@ -138,15 +138,17 @@ class HelixLayout:
     @property
     def segment_size(self) -> int:
         """Channels of one head that a rank stores: d / m, or those of the largest segment."""
-        return self.segment_blocks * max(self.runs)
+        return self.segment_blocks * self.stored_run
 
     @cached_property
     def runs(self) -> tuple[int, ...]:
-        """Neighbouring channels that each segment has of a block of d; all alike where m cuts it.
-
-        Stored, every run has the length of the longest one.
-        """
+        """Neighbouring channels that each segment has of a block of d; all alike where m cuts it."""
         return self._model.runs(self.m)
+
+    @property
+    def stored_run(self) -> int:
+        """The length in which every run is stored, that of the longest."""
+        return max(self.runs)
 
     @property
     def padded_channels(self) -> int:
@@ -218,7 +220,7 @@ class HelixLayout:
 
         index = torch.arange(heads * self.kv_channels)
         index = index.view(self.n, heads // self.n, self.segment_blocks, -1)
-        tiles = index.new_full((self.m, *index.shape[:-1], max(self.runs)), PADDING)
+        tiles = index.new_full((self.m, *index.shape[:-1], self.stored_run), PADDING)
         for tile, run in zip(tiles, index.split(self.runs, dim=-1), strict=True):
             tile[..., : run.size(-1)] = run
         return tiles.transpose(0, 1).reshape(-1)
