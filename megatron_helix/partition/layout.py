@@ -142,7 +142,7 @@ class HelixLayout:
 
     @cached_property
     def runs(self) -> tuple[int, ...]:
-        """Neighbouring channels that each segment has of a block of d; all alike where m cuts it."""
+        """Neighbouring channels that each segment has of a block of d; alike where m cuts it."""
         return self._model.runs(self.m)
 
     @property
