@@ -1,6 +1,6 @@
 """What pads tiles stays zero: weights, what the optimizer keeps of them, and their gradients."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from megatron_helix import pretrain_gpt
 from megatron_helix.partition.layout import PADDING
 from megatron_helix.upstream import patches
+from tests.covering import fast
 from tests.distributed import run_distributed, tiny_gpt
 
 STEPS = 50
@@ -48,18 +49,22 @@ def train(argv: list[str]) -> tuple[int, int, list[str]]:
     return padded, others, faults
 
 
-def _tiles(model: list[torch.nn.Module]) -> Any:
-    for chunk in model:
-        for name, module in chunk.named_modules():
-            if hasattr(module, "tile_order"):
-                rank = module.helix_groups.tp.rank()
-                order = module.tile_order.chunk(module.helix_layout.size)[rank]
-                padding = (order == PADDING).nonzero().squeeze(1)
-                for part in module.tiled:
-                    yield f"{name}.{part}", getattr(module, part), module.axis, padding
+def _tiles(model: list[torch.nn.Module]) -> Iterator[tuple[str, Any, int, torch.Tensor]]:
+    """Every weight and bias that is cut in tiles, along which axis, and its padded indices."""
+    linears: list[tuple[str, Any]] = [
+        found
+        for chunk in model
+        for found in chunk.named_modules()
+        if hasattr(found[1], "tile_order")
+    ]
+    for name, linear in linears:
+        order = linear.tile_order.chunk(linear.helix_layout.size)[linear.helix_groups.tp.rank()]
+        padding = (order == PADDING).nonzero().squeeze(1)
+        for part in linear.tiled:
+            yield f"{name}.{part}", getattr(linear, part), linear.axis, padding
 
 
-def _kept(weight: torch.nn.Parameter, optimizer: Any) -> dict[str, torch.Tensor]:
+def _kept(weight: Any, optimizer: Any) -> dict[str, torch.Tensor]:
     """The weight, its gradient, and what the optimizer has of it."""
     found = {"weight": weight, "gradient": weight.main_grad}
     master = getattr(weight, "main_param", None)
@@ -71,7 +76,7 @@ def _kept(weight: torch.nn.Parameter, optimizer: Any) -> dict[str, torch.Tensor]
     return found
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", fast(["fp32", "fp16"], PRECISIONS))
 def test_padding_stays_zero_in_every_optimizer(corpus_prefix: Path, precision: str) -> None:
     flags = tiny_gpt(
         corpus_prefix,
