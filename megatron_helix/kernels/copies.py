@@ -69,7 +69,7 @@ def joined(parts: torch.Tensor, lengths: Sequence[int], dim: int) -> torch.Tenso
 def parted(whole: torch.Tensor, lengths: Sequence[int], dim: int) -> torch.Tensor:
     """Undoes :func:`joined`: ``[..., sum(lengths), ...] -> [m, ..., longest, ...]``, zeros behind.
 
-    One copy, or none where the parts lie so already.
+    As few copies as parts where these are unequal, else one, or none where they lie so already.
     """
     if min(lengths) < max(lengths):
         return _Parted.apply(whole, lengths, dim)

@@ -77,15 +77,23 @@ def require_paddable(args: argparse.Namespace, cut: HelixLayout) -> None:
 
 
 def _require_chunks(args: argparse.Namespace, cut: HelixLayout) -> None:
-    """Check that sequence parallelism can give every rank as many tokens."""
+    """Check that sequence parallelism can give every rank as many tokens of a sequence.
+
+    Packed, all tokens of a micro-batch are one row, which :func:`strategy.packed_plan` checks.
+    """
     ranks = cut.size * args.context_parallel_size
-    if args.sequence_parallel and args.seq_length % ranks:
+    if args.sequence_parallel and not _packs(args) and args.seq_length % ranks:
         less = args.seq_length // ranks * ranks
         use = f"{less} or {less + ranks}" if less else str(ranks)
         raise UserError(
             "--seq-length: must be a multiple of --helix-m x --helix-n (x --context-parallel-size),"
             f" {ranks}, under --sequence-parallel, got {args.seq_length}; use {use}"
         )
+
+
+def _packs(args: argparse.Namespace) -> bool:
+    """Whether micro-batches are rows of packed documents."""
+    return args.sft or args.dataloader_inter_document_masking
 
 
 def _shape(args: argparse.Namespace) -> traffic.BlockShape:
@@ -101,7 +109,7 @@ def _plan(args: argparse.Namespace, asked: strategy.Choice, cut: HelixLayout, ba
     """The plan for micro-batches of ``batch`` sequences."""
     known = asked, cut, _shape(args)
     parallel = {"sequence_parallel": args.sequence_parallel}
-    if args.sft or args.dataloader_inter_document_masking:
+    if _packs(args):
         return strategy.packed_plan(*known, tokens=batch * args.seq_length, **parallel)
     sequence = args.seq_length // args.context_parallel_size
     return strategy.resolve(*known, sequence=sequence, batch=batch, **parallel)
