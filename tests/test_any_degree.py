@@ -46,7 +46,7 @@ SOON = (4, 8)  # ranks
 UNEVEN = [
     (3, (3, 1), ("--helix-exchange", "activations", "--helix-split", "sequence")),
     (5, (5, 1), ("--helix-exchange", "weights")),
-    (6, (6, 1), ("--helix-exchange", "weights")),
+    (6, (3, 2), ("--helix-exchange", "weights")),
     (6, (3, 2), ("--helix-m", "3", "--helix-exchange", "weights", "--helix-gather", "step")),
     (6, (3, 2), ("--helix-exchange", "activations", "--micro-batch-size", "6")),
     (7, (7, 1), ("--helix-exchange", "scores")),
