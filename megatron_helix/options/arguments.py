@@ -35,7 +35,7 @@ _ASKING = ("--helix-m", "--helix-n", "--helix-exchange", "--helix-split", "--hel
 _SIZES = (
     *("num-layers", "hidden-size", "ffn-hidden-size", "num-attention-heads", "num-query-groups"),
     *("kv-channels", "num-experts", "seq-length", "micro-batch-size", "global-batch-size"),
-    *("eval-micro-batch-size", "tensor-parallel-num-weight-shards", "expert-tensor-parallel-size"),
+    *("eval-micro-batch-size", "tensor-parallel-num-weight-shards"),
 )
 _SWITCHES = (
     *("group-query-attention", "rotary-interleaved", "attention-output-gate", "swiglu"),
@@ -132,7 +132,7 @@ def _read(argv: Sequence[str]) -> argparse.Namespace:
     is to be refused before any of it.
     """
     parser = add_helix_arguments(FlagParser())
-    for name in ("tensor-model", "pipeline-model", "context", "expert-model"):
+    for name in ("tensor-model", "pipeline-model", "context"):
         parser.add_argument(f"--{name}-parallel-size", type=int, default=1)
     for name in _SIZES:
         parser.add_argument(f"--{name}", type=int)
@@ -292,7 +292,6 @@ def _helix_flags(args: argparse.Namespace, argv: Sequence[str], world_size: int)
         world_size,
         remedy="change --helix-m or --helix-n, or start another number of ranks",
     )
-    checks.require_experts(args, size, world_size)
     if args.num_attention_heads:  # else they come with --use-checkpoint-args
         heads, groups, channels = _head_counts(args)
         cut = layout(

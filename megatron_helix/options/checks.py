@@ -36,7 +36,6 @@ def require_plan(args: argparse.Namespace, asked: strategy.Choice, cut: HelixLay
             " --overlap-grad-reduce sends them before; leave one of the two away"
         )
     if cut.m > 1 and args.seq_length and args.micro_batch_size:
-        _require_chunks(args, cut)
         _plan(args, asked, cut, args.micro_batch_size)
         for flag, batch, remedy in _validated(args, cut):
             try:
@@ -56,7 +55,7 @@ _BESIDE_PADDING = (
 )
 
 
-def require_paddable(args: argparse.Namespace, cut: HelixLayout) -> None:
+def require_paddable_heads(args: argparse.Namespace, cut: HelixLayout) -> None:
     """Check that nothing of a run is at odds with the padding of its attention weights.
 
     Args:
@@ -76,26 +75,6 @@ def require_paddable(args: argparse.Namespace, cut: HelixLayout) -> None:
             )
 
 
-def _require_chunks(args: argparse.Namespace, cut: HelixLayout) -> None:
-    """Check that sequence parallelism can give every rank as many tokens of a sequence.
-
-    Packed, all tokens of a micro-batch are one row, which :func:`strategy.packed_plan` checks.
-    """
-    ranks = cut.size * args.context_parallel_size
-    if args.sequence_parallel and not _packs(args) and args.seq_length % ranks:
-        less = args.seq_length // ranks * ranks
-        use = f"{less} or {less + ranks}" if less else str(ranks)
-        raise UserError(
-            "--seq-length: must be a multiple of --helix-m x --helix-n (x --context-parallel-size),"
-            f" {ranks}, under --sequence-parallel, got {args.seq_length}; use {use}"
-        )
-
-
-def _packs(args: argparse.Namespace) -> bool:
-    """Whether micro-batches are rows of packed documents."""
-    return args.sft or args.dataloader_inter_document_masking
-
-
 def _shape(args: argparse.Namespace) -> traffic.BlockShape:
     return traffic.BlockShape(
         hidden=args.hidden_size,
@@ -109,7 +88,7 @@ def _plan(args: argparse.Namespace, asked: strategy.Choice, cut: HelixLayout, ba
     """The plan for micro-batches of ``batch`` sequences."""
     known = asked, cut, _shape(args)
     parallel = {"sequence_parallel": args.sequence_parallel}
-    if _packs(args):
+    if args.sft or args.dataloader_inter_document_masking:
         return strategy.packed_plan(*known, tokens=batch * args.seq_length, **parallel)
     sequence = args.seq_length // args.context_parallel_size
     return strategy.resolve(*known, sequence=sequence, batch=batch, **parallel)
@@ -137,30 +116,6 @@ def least_sending(
         return traffic.per_layer(plan, cut, _shape(args), **size, **of_step)
 
     return min(cuts, key=sent)
-
-
-def require_experts(args: argparse.Namespace, size: int, world_size: int) -> None:
-    """Check that experts can be dealt out to ranks that need not be a power of two.
-
-    Args:
-        args: of the run.
-        size: tensor-parallel ranks.
-        world_size: ranks of the run.
-    """
-    experts, ep = args.num_experts, args.expert_model_parallel_size
-    if not experts:
-        return
-    etp = args.expert_tensor_parallel_size or size
-    beside = etp * args.pipeline_model_parallel_size
-    fit = [k for k in range(1, experts + 1) if experts % k == 0 and world_size % (k * beside) == 0]
-    if ep in fit:
-        return
-    use = " or ".join(map(str, fit)) or "1 and another --expert-tensor-parallel-size"
-    raise UserError(
-        f"--expert-model-parallel-size: must divide --num-experts ({experts}) and, with"
-        f" --expert-tensor-parallel-size ({etp}) and pipeline stages, the {world_size} ranks, got"
-        f" {ep}; use {use}"
-    )
 
 
 def _validated(args: argparse.Namespace, cut: HelixLayout) -> Iterator[tuple[str, int, str]]:

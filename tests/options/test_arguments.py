@@ -11,7 +11,7 @@ import pytest
 
 from megatron_helix import pretrain_gpt
 from megatron_helix.options import arguments, parsed
-from megatron_helix.options.checks import require_paddable
+from megatron_helix.options.checks import require_paddable_heads
 from megatron_helix.partition.layout import HelixLayout
 from tests.distributed import tiny_gpt
 
@@ -106,16 +106,6 @@ REFUSALS = {
         (*cut(4, 1), "--kv-channels", "6"),
         r"^--helix-m: must be from 1 to 3, the rotary pairs of a head of --kv-channels 6, got 4;"
         r" use --helix-m 1 --helix-n 4 or --helix-m 2 --helix-n 2$",
-    ),
-    "a sequence that sequence parallelism cannot cut": (
-        (*cut(2, 2), "--sequence-parallel", "--seq-length", "30"),
-        r"^--seq-length: must be a multiple of --helix-m x --helix-n .*, 4, under"
-        r" --sequence-parallel, got 30; use 28 or 32$",
-    ),
-    "experts that the ranks cannot share": (
-        (*cut(2, 2), "--num-experts", "6", "--expert-model-parallel-size", "3"),
-        r"^--expert-model-parallel-size: must divide --num-experts \(6\) and, .*, the 4 ranks, got"
-        r" 3; use 1$",
     ),
     "a batch that cannot be split": (
         (*cut(2, 2), "--micro-batch-size", "3", "--helix-split", "batch"),
@@ -256,10 +246,10 @@ def test_what_is_at_odds_with_padding_is_refused() -> None:
     ]
     for name, value in (("log_num_zeros_in_grad", True), ("adam_eps", 0.0)):
         args = argparse.Namespace(**{name: value})
-        require_paddable(args, cuts[1])
+        require_paddable_heads(args, cuts[1])
         flag = "--" + name.replace("_", "-")
         with pytest.raises(ValueError, match=rf"^{flag}: is refused where --helix-m 3 pads"):
-            require_paddable(args, cuts[0])
+            require_paddable_heads(args, cuts[0])
 
 
 @pytest.mark.parametrize("case", NO_DATA)
