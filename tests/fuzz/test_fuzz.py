@@ -25,12 +25,12 @@ from megatron_helix.options import arguments
 from megatron_helix.options.features.works import WORKS
 from megatron_helix.partition import checkpoint
 
-DRAWS = [draw(7, number) for number in range(400)]
+DRAWS = [draw(9, number) for number in range(400)]
 ROWS = {example: row.feature for row in WORKS for example in row.examples}
 
 
 def test_a_seed_draws_the_same_cases() -> None:
-    assert [draw(7, number) for number in range(400)] == DRAWS
+    assert [draw(9, number) for number in range(400)] == DRAWS
     assert [draw(8, number) for number in range(400)] != DRAWS
     assert len(set(DRAWS)) == len(DRAWS)
 
@@ -58,6 +58,7 @@ def test_what_is_drawn_is_most_of_what_there_is() -> None:
     assert {case.stock_tp < case.tp for case in DRAWS} == {True, False}
     assert {bool(case.experts) for case in DRAWS} == {True, False}
     assert {case.pp for case in DRAWS} == {1, 2}
+    assert {case.channels % case.m > 0 for case in DRAWS} == {True, False}
     drawn = {ROWS[feature] for case in DRAWS for feature in case.features}
     assert drawn == {row.feature for row in WORKS if row.examples}
 
