@@ -22,6 +22,7 @@ from megatron_helix.layers.layer_spec import (
 from megatron_helix.layers.linear import finish_step, link
 from megatron_helix.options import arguments, core_attention, machine, parsed
 from megatron_helix.options.uneven import uneven
+from megatron_helix.partition.layout import HelixLayout
 from megatron_helix.upstream import checkpoint_reader, cpu_device, initial_weights, patches
 
 
@@ -55,12 +56,9 @@ def enable(
         layout = parsed.require_run(args, model_config, training=training)
         padded = uneven(model_config.transformer)
         _prepare_checkpoints(args, canonical=layout.m > 1 or bool(padded))
-        if args.rank == 0:
-            if layout.m == 1:
-                said = f"helix 1x{layout.n}: the heads divide; this is plain tensor parallelism"
+        for said in (*_said(layout), *padded):
+            if args.rank == 0:
                 print(said, flush=True)
-            for features in padded:
-                print(features, flush=True)
 
     on_cpu = cpu_device.is_enabled()
     core_attention.require_core_attention(args, on_cpu)
@@ -105,6 +103,19 @@ def enable(
     if arguments.wants_helix(args) and args.helix_gather == "step":
         model_config.transformer.finalize_model_grads_func = _finalize_model_grads
     return model_config
+
+
+def _said(layout: HelixLayout) -> list[str]:
+    """What there is to say of a cut itself."""
+    if layout.m == 1:
+        return [f"helix 1x{layout.n}: the heads divide; this is plain tensor parallelism"]
+    if not layout.waste:
+        return []
+    return [
+        f"helix {layout.m}x{layout.n}: heads of {layout.kv_channels} channels are stored as"
+        f" {layout.m} segments of {layout.segment_size}; padding adds {layout.waste:.1%} to the"
+        " attention weights"
+    ]
 
 
 def _prepare_checkpoints(args: argparse.Namespace, *, canonical: bool) -> None:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from megatron_helix.exchange import main_grad
 from megatron_helix.kernels.collectives import UnderWay, scatter_sum, start_exchange, start_gather
-from megatron_helix.kernels.copies import contiguous, packed
+from megatron_helix.kernels.copies import joined, parted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,8 @@ class Shards:
     """How the shards of a dim group make the weight of a head group.
 
     The cut axis of the head group's weight is ``[outer, m, inner]``; a shard is one index of the
-    middle. Shards travel with that axis first: a shard that is cut by columns is transposed before
+    middle. Where the m are not alike, a shard has zeros behind the shorter ones, which the whole is
+    without. Shards travel with that axis first: a shard that is cut by columns is transposed before
     it is sent, 1/m of the copying that the gathered weight would need, and what arrives is whole
     rows of the transposed weight, which a GEMM reads as they are.
 
@@ -37,10 +38,12 @@ class Shards:
         axis: the dimension of the weight that is cut: 0 for a column-parallel linear, 1 for row.
         outer: runs of a shard that lie apart in the whole: 1 for a contiguous shard, 2 for a gated
             MLP (gate and up), heads times blocks for attention's tiles.
+        runs: lengths of the m inner axes; none where they are alike.
     """
 
     axis: int
     outer: int = 1
+    runs: tuple[int, ...] = ()
 
     def turned(self, weight: torch.Tensor) -> torch.Tensor:
         """``weight`` with the cut axis first, or back; a view."""
@@ -52,13 +55,15 @@ class Shards:
         A view where ``outer`` is 1.
         """
         runs = gathered.view(m, self.outer, -1, *gathered.shape[1:])
-        return self.turned(packed(runs.transpose(0, 1)).view(gathered.shape))
+        lengths = self.runs or (runs.size(2),) * m
+        return self.turned(joined(runs, lengths, dim=1).flatten(0, 1))
 
     def part(self, whole: torch.Tensor, m: int) -> torch.Tensor:
         """The head group's weight -> ``[m, rows, ...]``, its turned shards; inverse of `join`."""
         whole = self.turned(whole)
-        runs = whole.view(self.outer, m, -1, *whole.shape[1:])
-        return contiguous(runs.transpose(0, 1)).view(m, -1, *whole.shape[1:])
+        runs = whole.view(self.outer, -1, *whole.shape[1:])
+        lengths = self.runs or (runs.size(1) // m,) * m
+        return parted(runs, lengths, dim=1).flatten(1, 2)
 
 
 class GatheredWeight:

@@ -237,10 +237,28 @@ def _complete_degree(args: argparse.Namespace, argv: Sequence[str]) -> list[str]
         other = "helix_n" if given == ["helix_m"] else "helix_m"
         setattr(args, other, size // count)
     else:
-        heads, groups, _ = _head_counts(args)
-        args.helix_n = math.gcd(size, heads, groups)
-        args.helix_m = size // args.helix_n
+        cut = _auto(args, size)
+        args.helix_m, args.helix_n = cut.m, cut.n
     return ["--helix-m", str(args.helix_m), "--helix-n", str(args.helix_n)]
+
+
+def _auto(args: argparse.Namespace, size: int) -> HelixLayout:
+    """The cut of ``size`` ranks that ``auto`` takes, of all that the heads allow."""
+    heads, groups, channels = _head_counts(args)
+    most = math.gcd(size, heads, groups)
+    cuts = []
+    for n in (n for n in range(most, 0, -1) if most % n == 0):
+        asked = argparse.Namespace(**{**vars(args), "helix_m": size // n, "helix_n": n})
+        try:
+            cut = layout(
+                asked, num_attention_heads=heads, num_query_groups=groups, kv_channels=channels
+            )
+        except UserError:
+            if not cuts:  # of fewest segments: there are too many in the others, too
+                raise
+            break
+        cuts.append(cut)
+    return checks.least_sending(args, choice(args), cuts)
 
 
 def _head_counts(args: argparse.Namespace) -> tuple[int, int, int]:

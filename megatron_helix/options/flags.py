@@ -41,8 +41,10 @@ def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         type=_count_or_auto,
         metavar="N",
         help="Head groups the attention heads are cut into. With --tensor-model-parallel-size, one"
-        " of M and N follows from the other; auto takes the largest N the heads allow, and is what"
-        " --helix-exchange, --helix-split or --helix-gather mean without M and N.",
+        " of M and N follows from the other; auto takes as many as there are ranks where the heads"
+        " allow it, which is plain tensor parallelism, else the cut that sends least for the run's"
+        " micro-batches. auto is what --helix-exchange, --helix-split or --helix-gather mean"
+        " without M and N.",
     )
     group.add_argument(
         "--helix-exchange",

@@ -256,15 +256,7 @@ class Deployment:
     @cached_property
     def cut(self) -> HelixLayout:
         """The m x n partition; 1 x T for a stock layout."""
-        return HelixLayout(
-            m=self.layout.m or 1,
-            n=self.layout.n or self.tp,
-            num_attention_heads=self.model.num_attention_heads,
-            num_query_groups=self.model.query_groups,
-            kv_channels=self.model.kv_channels,
-            rotary_dim=self.model.rotary_dim,
-            rotary_interleaved=self.model.rotary_interleaved,
-        )
+        return layout_of(self.model, self.layout.m or 1, self.layout.n or self.tp)
 
     @cached_property
     def plan(self) -> Plan:
@@ -319,3 +311,20 @@ class Deployment:
             return first + last
         # Word ids and labels come in order; learned positions are added to whole sequences.
         return int(first and self.model.position_embedding_type == "learned_absolute")
+
+
+def layout_of(model: ModelConfig, m: int, n: int) -> HelixLayout:
+    """The m x n partition of a model.
+
+    Raises:
+        UserError: when it cannot be cut so.
+    """
+    return HelixLayout(
+        m=m,
+        n=n,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.query_groups,
+        kv_channels=model.kv_channels,
+        rotary_dim=model.rotary_dim,
+        rotary_interleaved=model.rotary_interleaved,
+    )

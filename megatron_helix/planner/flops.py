@@ -53,6 +53,8 @@ def forward(here: Deployment, stage: int, *, fused_channels: int) -> list[Work]:
     # Weights are read once; under `weights` a rank multiplies with those of its whole head group.
     gathered = here.cut.m if here.plan.exchange == "weights" else here.layout.gtp
     projections = packed(here.cut) * D
+    if here.plan.exchange == "weights":  # gathered, they are without padding
+        projections /= 1 + here.cut.waste
     parts = [
         Work(
             what="attention linears",

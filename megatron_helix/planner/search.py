@@ -9,7 +9,12 @@ from pydantic import ValidationError
 
 from megatron_helix.basics.errors import UserError
 from megatron_helix.machine.hardware import Hardware
-from megatron_helix.planner.deployment import Deployment, require_length, require_phase
+from megatron_helix.planner.deployment import (
+    Deployment,
+    layout_of,
+    require_length,
+    require_phase,
+)
 from megatron_helix.planner.time import Prediction, predict, require_kernels
 from megatron_helix.run_config.batch import BatchConfig
 from megatron_helix.run_config.layout import LayoutConfig
@@ -17,6 +22,7 @@ from megatron_helix.run_config.model import ModelConfig
 from megatron_helix.run_config.precision import Precision
 
 RANKINGS = ("tps", "tpot", "memory")
+MOST_WASTE = 1 / 8  # of the attention weights: cuts whose segments need more padding are left out
 MICRO_BATCH_STEP = 3  # of powers of two every third: a factor of 8 between sizes that are tried
 
 
@@ -133,13 +139,22 @@ def _cuts(model: ModelConfig, devices: int, phase: str) -> Iterator[dict]:
                 yield {"m": 1, "n": tp}
         for n in _divisors(math.gcd(tp, heads)):
             m = tp // n
-            if m == 1 or model.kv_channels % m:
+            if m == 1 or not _fits(model, m, n):
                 continue
             yield {"m": m, "n": n, "exchange": "activations"}
             if phase != "decode":
                 yield {"m": m, "n": n, "exchange": "weights"}
             if phase == "train":
                 yield {"m": m, "n": n, "exchange": "weights", "gather": "step"}
+
+
+def _fits(model: ModelConfig, m: int, n: int) -> bool:
+    """Whether a head has m segments that little padding makes alike."""
+    try:
+        cut = layout_of(model, m, n)
+    except UserError:
+        return False
+    return cut.waste <= MOST_WASTE
 
 
 def _beside(

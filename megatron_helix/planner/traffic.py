@@ -170,7 +170,8 @@ def _decode_layers(book: Book) -> None:
             what = "attention and MLP linears" if stream else f"exchange {here.plan.exchange}"
             twice = here.plan.exchange == "activations"  # QKV there, context back
             calls = here.block.sublayers if stream else 2 if twice else 1
-            book.sent(what, axis, kind, "forward", count * every * width, calls * every)
+            sent = calls * round(count * width / calls)
+            book.sent(what, axis, kind, "forward", sent * every, calls * every)
 
 
 def _experts(book: Book) -> None:

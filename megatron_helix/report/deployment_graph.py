@@ -126,7 +126,7 @@ def layer_steps(here: Deployment, element: int) -> list[Step]:
     axis, ranks = ("head", here.layout.n or 1) if gathers else ("tp", T)
     stream = (ranks - 1) * _chunk(here) * here.element_bytes
     D, d, H, K = model.hidden_size, model.kv_channels, model.num_attention_heads, model.query_groups
-    tokens = _tokens(here)
+    tokens, stored = _tokens(here), here.cut.padded_channels
 
     def tile(name: str, elements: float) -> dict[str, Any]:
         sent = (m - 1) * elements / T * element
@@ -136,7 +136,7 @@ def layer_steps(here: Deployment, element: int) -> list[Step]:
         moves = exchange == "activations"
         return (m - 1) / m * tokens * channels / T * element if moves else 0.0
 
-    into_attention = swapped((H + 2 * K) * d)
+    into_attention = swapped((H + 2 * K) * stored)
     if split == "sequence":
         into_attention += (m - 1) * tokens * 2 * K * d / T * element
     if exchange == "scores":
@@ -144,13 +144,13 @@ def layer_steps(here: Deployment, element: int) -> list[Step]:
         summed = here.layout.micro_batch * heads * sequence**2
         into_attention += 2 * (m - 1) / m * summed * _SCORE_BYTES
     steps = [
-        Step("QKV projection", axis, stream, **tile("W_QKV", (H + 2 * K) * d * D)),
+        Step("QKV projection", axis, stream, **tile("W_QKV", (H + 2 * K) * stored * D)),
         Step("attention", "dim" if into_attention else "", into_attention),
         Step(
             "output projection",
             "dim" if exchange == "activations" else "",
-            swapped(H * d),
-            **tile("W_O", H * d * D),
+            swapped(H * stored),
+            **tile("W_O", H * stored * D),
         ),
         Step("add and norm", axis, stream),
     ]

@@ -45,6 +45,10 @@ MODELS = {
     "modern": ModelConfig(name="modern", **MODERN, num_query_groups=2, **TINY),
     "uneven": ModelConfig(name="uneven", swiglu=True, **{**TINY, "ffn_hidden_size": 250}),
     "uneven moe": ModelConfig(name="uneven_moe", **EXPERTS, **{**TINY, "ffn_hidden_size": 250}),
+    # Ten rotary pairs, of which four segments are not alike.
+    "unlike": ModelConfig(
+        name="unlike", **{**TINY, "kv_channels": 20}, add_qkv_bias=True, num_query_groups=2
+    ),
     "moe": ModelConfig(name="moe", **EXPERTS, **TINY),
     "biased_moe": ModelConfig(
         name="biased_moe", add_bias_linear=True, softmax_type="learnable", **EXPERTS, **TINY
@@ -77,6 +81,7 @@ CASES = [
     ("dense", 8, {**WIDE, "distributed_optimizer": True}),
     ("dense", 4, {**WEIGHTS, "m": 4, "n": 1, "split": "sequence", "micro_batch": 2}),
     ("swiglu", 4, {**CUT, "m": 4, "n": 1, "exchange": "activations", "split": "batch"}),
+    ("unlike", 4, {**WIDE, "m": 4, "n": 1}),
     ("modern", 8, {**WIDE, "pp": 2}),
     ("uneven", 8, {**WIDE, "distributed_optimizer": True}),
     ("uneven moe", 4, {**CUT, "etp": 4, "exchange": "activations"}),
@@ -109,6 +114,8 @@ SHARDED = [
     ("untied", 4, {**CUT, "exchange": "weights"}, "fp32"),
 ]
 BIASED = [
+    ("unlike", 4, {**CUT, "m": 4, "n": 1, "exchange": "activations"}, "fp32"),
+    ("unlike", 8, {**WEIGHTS, "m": 4, "n": 1, "distributed_optimizer": True}, "bf16"),
     ("biased", 8, {"tp": 4, "micro_batch": 4, "distributed_optimizer": True}, "fp32"),
     ("biased", 4, {**WIDE}, "fp32"),
     ("biased", 4, {**WEIGHTS, "gather": "step"}, "bf16"),
@@ -275,7 +282,7 @@ def _take_routed(sent: list[Sent], predicted: list[Sent]) -> None:
     assert min(routed) >= expected[0] / 2 * (1 - 1e-5)
 
 
-@pytest.mark.parametrize("model", ["dense", "gqa"])
+@pytest.mark.parametrize("model", ["dense", "gqa", "unlike"])
 @pytest.mark.parametrize(
     ("layout", "split"),
     [

@@ -28,7 +28,8 @@ PARALLEL = (
         feature="Any tensor-parallel degree",
         names="--tensor-model-parallel-size",
         test="tests/test_any_degree.py::test_a_degree_that_stock_refuses_gives_stocks_numbers",
-        note="--helix-n auto; more ranks than heads or query groups, uneven counts",
+        note="--helix-n auto; more ranks than heads or query groups, uneven counts, heads whose"
+        " channels it does not divide",
     ),
     Works(
         feature="Features of MLPs and experts that the degree does not divide",
