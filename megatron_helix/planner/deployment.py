@@ -27,7 +27,9 @@ from megatron_helix.run_config.precision import ELEMENT_BYTES, Precision
 # Megatron adds gradients up, and sends them, in the weights' precision but for bf16. Its Megatron
 # FSDP (grad dtype "auto") and torch FSDP2 (no mixed-precision policy) do so for bf16, too.
 GRADIENT_BYTES: dict[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 4}
-PHASES = ("train", "prefill", "decode")
+# A forward pass of the training loop, loss included, is what experiments call prefill: layouts
+# compare by it. The planner's prefill and decode serve.
+PHASES = ("train", "forward", "prefill", "decode")
 VOCAB_MULTIPLE = 16  # as experiments set --make-vocab-size-divisible-by
 
 
@@ -180,6 +182,11 @@ class Deployment:
         return self.batch.sequences // (self.layout.micro_batch * self.batch_ranks)
 
     @property
+    def in_loop(self) -> bool:
+        """Whether Megatron's training loop runs, with a loss of every token."""
+        return self.phase in ("train", "forward")
+
+    @property
     def sequence(self) -> int:
         """New tokens of a sequence on a context-parallel rank in one micro-batch."""
         return 1 if self.phase == "decode" else self.batch.sequence_length // self.layout.cp
@@ -287,7 +294,7 @@ class Deployment:
     @cached_property
     def embeds_in_block_order(self) -> bool:
         """Whether embedding and head work on 1/m of the tokens, as `layers.vocabulary` has it."""
-        if self.plan.exchange != "weights" or self.plan.split != "batch" or self.phase != "train":
+        if self.plan.exchange != "weights" or self.plan.split != "batch" or not self.in_loop:
             return False
         return self.tokens > self.vocabulary // self.cut.n
 
@@ -300,7 +307,7 @@ class Deployment:
         """
         if not self.plan.has_own_order or self.embeds_in_block_order:
             return 0
-        if self.plan.split == "batch" or self.phase != "train":
+        if self.plan.split == "batch" or not self.in_loop:
             return first + last
         # Word ids and labels come in order; learned positions are added to whole sequences.
         return int(first and self.model.position_embedding_type == "learned_absolute")

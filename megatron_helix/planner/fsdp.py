@@ -48,11 +48,11 @@ def _unit(book: Book, axis: str, shapes: Shapes, units: int, *, stays: bool = Fa
     ranks, _ = book.groups[axis]
     shard = shard_size(book.here, shapes, ranks)
     if stays:
-        book.call("weights", axis, "all_gather", "step", shard, units, beside=True)
+        book.call("weights", axis, "all_gather", "step", shard, units, beside="weights")
     else:
-        book.call("weights", axis, "all_gather", "forward", shard, units)
-        book.call("weights", axis, "all_gather", "backward", shard, units)
-    book.call("gradients", axis, "reduce_scatter", "backward", shard, units)
+        book.call("weights", axis, "all_gather", "forward", shard, units, beside="weights")
+        book.call("weights", axis, "all_gather", "backward", shard, units, beside="weights")
+    book.call("gradients", axis, "reduce_scatter", "backward", shard, units, beside="gradients")
 
 
 def shard_size(here: Deployment, shapes: Shapes, ranks: int) -> float:

@@ -45,8 +45,9 @@ def gradients(book: Book, first: bool, last: bool, *, leads: bool) -> None:
 def _replicated(book: Book, axis: str, tensors: list[int]) -> None:
     here = book.here
     if tensors:
-        known = {"size": here.gradient_bytes, "beside": here.layout.overlap_dp}
-        book.call("gradients", axis, "all_reduce", "step", sum(tensors), **known)
+        beside = "replicas" if here.layout.overlap_dp else None
+        size = here.gradient_bytes
+        book.call("gradients", axis, "all_reduce", "step", sum(tensors), size=size, beside=beside)
 
 
 def _distributed(book: Book, axis: str, tensors: list[int]) -> None:
@@ -57,7 +58,7 @@ def _distributed(book: Book, axis: str, tensors: list[int]) -> None:
     unit = math.lcm(ranks, 128)
     padded = sum(-(-size // 64) * 64 for size in tensors)
     shard, width = -(-padded // unit) * unit // ranks, book.here.gradient_bytes
-    beside = book.here.layout.overlap_dp
+    beside = "replicas" if book.here.layout.overlap_dp else None
     book.call("gradients", axis, "reduce_scatter", "step", shard, size=width, beside=beside)
     # Dense weights and experts have an optimizer each, and each of the two gathers all weights.
     gathers = 2 if book.here.model.num_experts and book.here.layout.ep > 1 else 1
