@@ -166,6 +166,14 @@ class Deployment:
         return self.world_size // (self.layout.ep * self.layout.etp * self.layout.pp)
 
     @property
+    def experts_apart(self) -> bool:
+        """Whether experts have an optimizer and data-parallel ranks of their own.
+
+        Megatron keeps them with the dense weights where they are cut as those are.
+        """
+        return bool(self.model.num_experts) and (self.layout.ep > 1 or self.layout.etp != self.tp)
+
+    @property
     def weight_shards(self) -> tuple[int, int]:
         """Ranks that keep a part each of what a replica has of (dense, expert) weights: FSDP's."""
         return (self.replicas, self.expert_replicas) if self.layout.fsdp else (1, 1)

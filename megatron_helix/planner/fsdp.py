@@ -32,13 +32,16 @@ def weights(book: Book, first: bool, last: bool) -> None:
     """Weights in, gradients out, of a rank of a stage that is ``first`` or ``last`` or neither."""
     here = book.here
     before, after = parameters.end_shapes(here, first, last)
-    layer, experts = parameters.layer_shapes(here), parameters.expert_shapes(here)
-    if here.layout.ep == 1:  # Megatron keeps them with the dense weights then
-        layer, experts = layer + experts, []
-    for axis, shapes in (("dp", layer), ("expert_dp", experts)):
+    for axis, shapes in zip(("dp", "expert_dp"), layer_units(here), strict=True):
         _unit(book, axis, shapes, here.layers)
     for shapes in (before, after):
         _unit(book, "dp", shapes, 1, stays=here.layout.fsdp == "megatron_fsdp")
+
+
+def layer_units(here: Deployment) -> tuple[Shapes, Shapes]:
+    """Shapes of a layer's units, over data-parallel ranks and over those of experts."""
+    layer, experts = parameters.layer_shapes(here), parameters.expert_shapes(here)
+    return (layer, experts) if here.experts_apart else (layer + experts, [])
 
 
 def _unit(book: Book, axis: str, shapes: Shapes, units: int, *, stays: bool = False) -> None:
