@@ -28,13 +28,19 @@ from megatron_helix.kernels.document_attention import DocumentAttention
 from megatron_helix.kernels.ffpa_attention import FFPAAttention
 from megatron_helix.kernels.flex_attention import FlexAttention
 from megatron_helix.kernels.prefix_attention import PrefixAttention
+from megatron_helix.kernels.split_attention import SplitAttention
 from megatron_helix.layers.attention import HelixSelfAttention
 from megatron_helix.layers.linear import helix_linear
 from megatron_helix.layers.norm import sequence_parallel_norm
 from megatron_helix.layers.transformer_layer import helix_layer
 from megatron_helix.partition.layout import HelixLayout
 
-CORE_ATTENTIONS = {"prefix": PrefixAttention, "flex": FlexAttention, "ffpa": FFPAAttention}
+CORE_ATTENTIONS = {
+    "prefix": PrefixAttention,
+    "split": SplitAttention,
+    "flex": FlexAttention,
+    "ffpa": FFPAAttention,
+}
 
 
 def helixify(spec: Any, layout: HelixLayout, choice: Choice = Choice()) -> Any:

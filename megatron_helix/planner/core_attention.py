@@ -12,7 +12,7 @@ from megatron_helix.kernels import query_pieces
 from megatron_helix.kernels.query_pieces import Piece, Sight
 from megatron_helix.planner.deployment import Deployment
 
-FUSED = ("flex", "ffpa")  # at head dimensions where the spec's core attention is not
+FUSED = ("split", "flex", "ffpa")  # at head dimensions where the spec's core attention is not
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +54,11 @@ def of_layer(here: Deployment, *, fused_channels: int) -> Core:
     if here.plan.exchange == "scores":
         return _unfused(here, whole, 1.0)
     # Under a sequence split a piece, one of 2T, attends to its own prefix: a rectangle, of which no
-    # kernel leaves out what is above the diagonal.
+    # kernel leaves out what is above the diagonal, but `split`, which cuts it in two.
     in_pieces = here.plan.split == "sequence" and here.phase != "decode"
     prefixes = (2 * here.tp + 1) / (4 * here.tp)
     if fused and asked != "prefix":
+        in_pieces &= asked != "split"
         causal = 1.0 if here.phase == "decode" else prefixes if in_pieces else 0.5
         return Core(flops=whole * causal)
     if asked in ("prefix", "auto"):

@@ -2,6 +2,7 @@
 
 import itertools
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,7 @@ def test_more_micro_batches_send_in_proportion(here: Deployment, times: int) -> 
     """What moves every micro-batch is symmetric in them; what moves once a step does not grow."""
     more = BatchConfig(sequences=SMALL.sequences * times, sequence_length=SMALL.sequence_length)
     assume(here.plan.gather == "microbatch")
-    after = Deployment(here.model, here.layout, more, here.world_size, here.phase)
+    after = replace(here, batch=more)
 
     def sent(run: Deployment) -> tuple[Counter, Counter]:
         steps, rest = Counter(), Counter()
@@ -398,12 +399,14 @@ def test_core_attentions_are_planned_as_what_they_are() -> None:
 
     flags = _with_core("prefix", length=2048).layout.flags(DENSE)
     assert flags[flags.index("--helix-core-attention") + 1] == "prefix"
-    assert of("ffpa") == of("flex") == of("spec", 512)
+    assert of("split") == of("ffpa") == of("flex") == of("spec", 512)
     assert of("auto") == of("prefix")
     assert of("auto", 512) == of("spec", 512)
     assert of("prefix", phase="prefill").kept_bytes == 0
     sequence = {"m": 4, "n": 1, "exchange": "weights", "split": "sequence"}
     assert of("prefix", **sequence).flops == pytest.approx(of("spec", **sequence).flops)
     assert of("prefix", **sequence).kept_bytes < of("spec", **sequence).kept_bytes
+    assert of("spec", 512, **sequence).flops == pytest.approx(of("split").flops * 9 / 8)
+    assert of("split", **sequence).flops == of("split").flops
     scores = {"m": 4, "n": 1, "exchange": "scores"}
     assert of("auto", **scores) == of("spec", **scores)
