@@ -65,9 +65,10 @@ def layer_seconds(
         seconds = machine.held(kind, sent, 2, *groups[axis]).lost * (2 if training else 1)
         total += seconds / shape.num_layers
     passes = 3 if training else 1
-    rate = (machine.fused_attention or machine.gemm).rate
+    fused = layout.kv_channels <= machine.fused_attention_max_channels
+    rate = ((machine.fused_attention if fused else None) or machine.gemm).rate
     attention = _attention(layout, **size) * passes / rate
-    total += attention * (_largest_over_mean(plan, layout) - 1)
+    total += attention * (_computed(plan, layout, fused=fused) - 1)
     if plan.exchange == "weights":
         # What was gathered is put in order, and so is its gradient: written once and read once.
         moved = 2 * passes * shape.weights(layout) / layout.n * machine.element_bytes
@@ -88,8 +89,13 @@ def _attention(layout: HelixLayout, *, sequence: int, batch: int) -> float:
     return 2 * batch * sequence**2 * channels / layout.size
 
 
-def _largest_over_mean(plan: Plan, layout: HelixLayout) -> float:
-    """Causal work of the rank with most of it (:mod:`megatron_helix.exchange.tokens`)."""
-    if plan.split != "sequence" or plan.balanced:
+def _computed(plan: Plan, layout: HelixLayout, *, fused: bool) -> float:
+    """What attention takes on the rank with most of it, over what it takes with a batch split.
+
+    Under a sequence split a piece, one of 2T, costs a fused kernel the rectangle of its prefix
+    (:mod:`megatron_helix.exchange.tokens`). Unfused, other splits compute no less.
+    """
+    if plan.split != "sequence":
         return 1.0
-    return 1 + (layout.m - 1) / layout.size
+    waits = 0.0 if plan.balanced else (layout.m - 1) / layout.size
+    return 1 + waits + (1 / (2 * layout.size) if fused else 0.0)

@@ -96,6 +96,20 @@ def test_the_rank_with_most_causal_work_is_waited_for() -> None:
     assert waited == pytest.approx(attention * 3 / 8, rel=1e-3)
 
 
+@pytest.mark.parametrize("channels", [128, 512])
+def test_a_prefix_costs_a_fused_kernel_its_rectangle(channels: int) -> None:
+    fast = machine(bandwidth=1e9, latency=1e-9)
+    assert fast.fused_attention is not None
+    wide = HelixLayout(m=4, n=2, num_attention_heads=16, num_query_groups=16, kv_channels=channels)
+    by_batch, by_sequence = (
+        layer_seconds(Plan(exchange="activations", split=split), wide, SHAPE, fast, **SIZE)
+        for split in ("batch", "sequence")
+    )
+    causal = 3 * 2 * 4 * 4096**2 * 2048 / 8 / fast.fused_attention.rate
+    expected = causal / 16 if channels == 128 else 0.0
+    assert by_sequence - by_batch == pytest.approx(expected, rel=1e-3, abs=1e-7)
+
+
 def test_auto_takes_the_least_time() -> None:
     """Few tokens move as tokens, many leave their place to weights; latency moves the border."""
     size = {"sequence": 4096, "sequence_parallel": True}
