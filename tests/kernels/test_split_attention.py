@@ -8,9 +8,10 @@ import torch
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 
+from megatron_helix.kernels.fused_kernels import ByCuDNN, ByFlash
 from megatron_helix.kernels.merged_attention import joined
 from megatron_helix.kernels.split_attention import SplitAttention
-from tests.core_attention_case import B, H, build, gradients, hidden, one_rank, tensors
+from tests.core_attention_case import B, D, H, build, gradients, hidden, one_rank, tensors
 
 S = 40
 CAUSAL = AttnMaskType.causal
@@ -100,6 +101,22 @@ def test_logits_as_large_as_they_come_are_merged() -> None:
         expected = gradients(stock, inputs, mask, attn_mask_type=AttnMaskType.padding)
         for name, one in gradients(core, inputs, None).items():
             torch.testing.assert_close(one, expected[name])
+
+
+@pytest.mark.parametrize("kernel", [ByCuDNN, ByFlash])
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_operators_of_a_gpu_take_what_they_are_given(kernel: type, causal: bool) -> None:
+    """Without a GPU: their shapes alone, on torch's meta device."""
+    q, k, v, grad = (
+        torch.empty(S, B, heads, D, device="meta", dtype=torch.bfloat16).permute(1, 2, 0, 3)
+        for heads in (H, 2, 2, H)
+    )
+    one = kernel(causal=causal, scale=0.25)
+    attended = one.forward(q, k, v)
+    assert attended.output.shape == q.shape
+    assert attended.lse.shape == q.shape[:3]
+    found = one.backward(grad, (q, k, v), attended)
+    assert [x.shape for x in found] == [x.shape for x in (q, k, v)]
 
 
 def test_runs_that_follow_one_another_are_one() -> None:
