@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BARS = {"tokens_per_s": 0.10, "memory_gb": 0.05, "tpot_ms": 0.25}
 NEGLIGIBLE_TPOT_MS = 0.001
-SOURCE_SHAPE = {
+SOURCE_SHAPE: dict[str, Any] = {
     **{"num_layers": 4, "hidden_size": 8192, "num_attention_heads": 16, "kv_channels": 512},
     "ffn_hidden_size": 32768,
 }

@@ -57,8 +57,9 @@ def layer_seconds(
                 seconds = machine.held(kind, sent, number, *ranks).lost
                 total += seconds * (1 - share * (1 - 1 / microbatches))
                 continue
-            for part, name in ((share, moves(axis, kind)), (1 - share, None)):
-                total += machine.held(kind, part * sent, part * number, *ranks, beside=name).lost
+            ahead, rest = ((part * sent, part * number) for part in (share, 1 - share))
+            total += machine.held(kind, *ahead, *ranks, beside=moves(axis, kind)).lost
+            total += machine.held(kind, *rest, *ranks).lost
     converted = traffic.training_ends if training else traffic.block_ends
     for (axis, kind), count in converted(plan, layout, shape, **size).items():
         sent = count * machine.element_bytes

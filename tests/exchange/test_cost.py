@@ -1,6 +1,7 @@
 """What plans cost in time: what decides between them, one thing at a time."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -32,7 +33,7 @@ def machine(**figures: float) -> Hardware:
 
     By the name of what moves; nothing else is hidden, and ranks come together.
     """
-    changed = HOPPER.model_dump(mode="json") | {"arrival": None}
+    changed: dict[str, Any] = HOPPER.model_dump(mode="json") | {"arrival": None}
     hidden = {name: figures.pop(name) for name in BESIDE if name in figures}
     changed["beside"] = {
         name: {"hidden": part, "slowed": 0.25, "source": "a test"} for name, part in hidden.items()
