@@ -117,7 +117,7 @@ def four_gpus() -> Iterator[Row]:
     results = json.loads((RESULTS / "four_h200.json").read_text())
     machine, batch = _machine("h200_4"), BatchConfig(sequences=32, sequence_length=2048)
     for cell in ("prefill-dense", "train-dense", "prefill-moe", "train-moe"):
-        experts = {"num_experts": 8} if cell.endswith("moe") else {}
+        experts: dict[str, Any] = {"num_experts": 8} if cell.endswith("moe") else {}
         model = ModelConfig(name=cell, **SOURCE_SHAPE, **experts)
         for row in results[cell]:
             if "copies" in row["layout"]:  # of a trial that was taken out again
