@@ -94,7 +94,7 @@ class Layer:
 
     def _converted(self, part: torch.Tensor, convert: Any) -> torch.Tensor:
         """``convert``, where the stream has another token order than stock's."""
-        if self.variant.exchange == STOCK or not self.module.plan.has_own_order:
+        if not self.variant.exchange or not self.module.plan.has_own_order:
             return part
         return convert(part, self.module.plan, self.shape.layout(), self.module.helix_groups.dim)
 

@@ -29,6 +29,7 @@ from megatron_helix.kernels.document_attention import DocumentAttention
 from megatron_helix.kernels.ffpa_attention import FFPAAttention
 from megatron_helix.kernels.flex_attention import FlexAttention
 from megatron_helix.kernels.prefix_attention import PrefixAttention
+from megatron_helix.kernels.split_attention import SplitAttention
 from megatron_helix.layers.attention import HelixSelfAttention
 from megatron_helix.layers.linear import helix_linear
 from megatron_helix.layers.norm import sequence_parallel_norm
@@ -36,7 +37,12 @@ from megatron_helix.layers.padded_features import DENSE, padding, padding_expert
 from megatron_helix.layers.transformer_layer import helix_layer
 from megatron_helix.partition.layout import HelixLayout
 
-CORE_ATTENTIONS = {"prefix": PrefixAttention, "flex": FlexAttention, "ffpa": FFPAAttention}
+CORE_ATTENTIONS = {
+    "prefix": PrefixAttention,
+    "split": SplitAttention,
+    "flex": FlexAttention,
+    "ffpa": FFPAAttention,
+}
 
 
 def helixify(spec: Any, layout: HelixLayout, choice: Choice = Choice()) -> Any:

@@ -68,9 +68,10 @@ def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         default=CORE_ATTENTIONS[0],
         help=f"What computes softmax(QK)V: {', '.join(CORE_ATTENTIONS)}. spec is that of the layer"
         " spec, TransformerEngine's or the local one; prefix multiplies pieces of the queries with"
-        " the keys that they see, for head dimensions without a fused kernel; flex is torch's"
-        " FlexAttention, ffpa that of the package ffpa-attn, which keep scores out of memory; auto"
-        " takes what was fastest where it was measured. Works without M and N as well.",
+        " the keys that they see, for head dimensions without a fused kernel; split attends to what"
+        " lies before a rank's queries apart from their own square, for a sequence split; flex is"
+        " torch's FlexAttention, ffpa that of the package ffpa-attn, which keep scores out of"
+        " memory; auto takes what was fastest where it was measured. Works without M and N, too.",
     )
     group.add_argument(
         "--helix-hardware",

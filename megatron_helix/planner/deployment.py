@@ -28,7 +28,9 @@ from megatron_helix.run_config.precision import ELEMENT_BYTES, Precision
 # Megatron adds gradients up, and sends them, in the weights' precision but for bf16. Its Megatron
 # FSDP (grad dtype "auto") and torch FSDP2 (no mixed-precision policy) do so for bf16, too.
 GRADIENT_BYTES: dict[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 4}
-PHASES = ("train", "prefill", "decode")
+# A forward pass of the training loop, loss included, is what experiments call prefill: layouts
+# compare by it. The planner's prefill and decode serve.
+PHASES = ("train", "forward", "prefill", "decode")
 VOCAB_MULTIPLE = 16  # as experiments set --make-vocab-size-divisible-by
 
 
@@ -179,6 +181,14 @@ class Deployment:
         return self.world_size // (self.layout.ep * self.layout.etp * self.layout.pp)
 
     @property
+    def experts_apart(self) -> bool:
+        """Whether experts have an optimizer and data-parallel ranks of their own.
+
+        Megatron keeps them with the dense weights where they are cut as those are.
+        """
+        return bool(self.model.num_experts) and (self.layout.ep > 1 or self.layout.etp != self.tp)
+
+    @property
     def weight_shards(self) -> tuple[int, int]:
         """Ranks that keep a part each of what a replica has of (dense, expert) weights: FSDP's."""
         return (self.replicas, self.expert_replicas) if self.layout.fsdp else (1, 1)
@@ -193,6 +203,11 @@ class Deployment:
     def microbatches(self) -> int:
         """Micro-batches of a step."""
         return self.batch.sequences // (self.layout.micro_batch * self.batch_ranks)
+
+    @property
+    def in_loop(self) -> bool:
+        """Whether Megatron's training loop runs, with a loss of every token."""
+        return self.phase in ("train", "forward")
 
     @property
     def sequence(self) -> int:
@@ -294,7 +309,7 @@ class Deployment:
     @cached_property
     def embeds_in_block_order(self) -> bool:
         """Whether embedding and head work on 1/m of the tokens, as `layers.vocabulary` has it."""
-        if self.plan.exchange != "weights" or self.plan.split != "batch" or self.phase != "train":
+        if self.plan.exchange != "weights" or self.plan.split != "batch" or not self.in_loop:
             return False
         return self.tokens > self.vocabulary // self.cut.n
 
@@ -307,7 +322,7 @@ class Deployment:
         """
         if not self.plan.has_own_order or self.embeds_in_block_order:
             return 0
-        if self.plan.split == "batch" or self.phase != "train":
+        if self.plan.split == "batch" or not self.in_loop:
             return first + last
         # Word ids and labels come in order; learned positions are added to whole sequences.
         return int(first and self.model.position_embedding_type == "learned_absolute")

@@ -53,7 +53,6 @@ def search(
     *,
     phase: str = "train",
     rank_by: str = "tps",
-    overlap: float = 0.0,
     precision: Precision | None = None,
 ) -> Found:
     """Predict every layout on all devices of ``machine``; ``precision`` if not the machine's.
@@ -67,7 +66,7 @@ def search(
     require_phase(phase)
     require_length(model, batch)
     for here in deployments(model, machine, batch, phase, precision):
-        predicted = predict(here, machine, overlap=overlap)
+        predicted = predict(here, machine)
         fits = predicted.memory.total <= machine.memory.rate
         (fit if fits else too_large).append(predicted)
     if not fit and not too_large:
@@ -224,8 +223,7 @@ def explain(found: Found, rank_by: str) -> str:
     """The winner in two sentences: what bounds it, and what the next best loses."""
     best = found.ranked[0]
     shares = {
-        bound: sum(term.seconds for term in best.terms if term.bound == bound)
-        for bound in ("compute", "memory", "link", "waiting")
+        bound: sum(term.seconds for term in best.terms if term.bound == bound) for bound in _BOUNDS
     }
     bound = max(shares, key=shares.__getitem__)
     layout = best.deployment.layout
@@ -261,6 +259,7 @@ _BOUNDS = {
     "compute": "arithmetic",
     "memory": "memory bandwidth",
     "link": "the links",
+    "launch": "launching kernels",
     "waiting": "waiting for other stages",
 }
 

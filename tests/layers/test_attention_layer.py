@@ -74,6 +74,9 @@ CUTS = [
     ),
     Cut(m=5, n=1, exchange="activations", sequence=10, batch=5, sequence_parallel=True),
     Cut(m=5, n=1, exchange="scores", split="none", sequence=10, batch=1),
+    Cut(m=2, n=2, exchange="weights", split="sequence", sequence_parallel=True, core="split"),
+    Cut(m=4, n=1, exchange="activations", split="sequence", core="split"),
+    Cut(m=2, n=2, exchange="activations", split="batch", core="split"),
 ]
 
 
@@ -100,7 +103,10 @@ def results_of(cut: Cut) -> list[dict[str, tuple[Result, Result]]]:
 
 
 def models_of(cut: Cut) -> dict[str, Model]:
-    """Every model that this layout can cut."""
+    """Every model that this layout can cut, and its core attention compute."""
+    if cut.core == "split":  # causal, and nothing else
+        plain = {name: MODELS[name] for name in ("plain", "no_rope", "qk_norm")}
+        return {**plain, "bias": Model(heads=8, bias=True)}
     few = {f"{groups}_groups": model for groups, model in FEWER_GROUPS_THAN_RANKS.items()}
     return {name: model for name, model in (MODELS | few).items() if _fits(cut, model)}
 
@@ -159,11 +165,19 @@ def test_cut_attention_is_whole_attention(cut: Cut, model_name: str) -> None:
         assert_close(whole_grad(name, cut, model, parts), expected, name, tol)
 
 
-@pytest.mark.parametrize("cut", [cut for cut in CUTS if cut.m < 5], ids=name_of)
-@pytest.mark.parametrize("model_name", ["bias", "softmax_learnable_offset"])
+@pytest.mark.parametrize(
+    ("cut", "model_name"),
+    [
+        pytest.param(cut, name, id=f"{name_of(cut)}-{name}")
+        for cut in CUTS
+        if cut.m < 5
+        for name in ("bias", "softmax_learnable_offset")
+        if name in models_of(cut)
+    ],
+)
 def test_copies_of_a_weight_get_equal_gradients(cut: Cut, model_name: str) -> None:
     """Else the copies of a weight on several ranks would drift apart in training."""
-    layout = layout_of(cut, MODELS[model_name])
+    layout = layout_of(cut, models_of(cut)[model_name])
     parts = [of_rank[model_name][1] for of_rank in results_of(cut)]
     copied = parts[0].weight_grads.keys() - TILED.keys() - parts[0].summed_over_ranks
     for name in copied:

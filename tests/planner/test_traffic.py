@@ -92,6 +92,9 @@ CASES = [
     ("moe", 8, {"tp": 2, "pp": 2, "ep": 4, "micro_batch": 4}),
     ("moe", 8, {"tp": 4, "ep": 2, "etp": 2, "micro_batch": 4, "distributed_optimizer": True}),
     ("moe", 4, {"tp": 2, "etp": 2, "micro_batch": 4}),
+    # Experts whole on every rank, beside attention that is cut: replicas of their own.
+    ("moe", 4, {"tp": 2, "micro_batch": 4}),
+    ("moe", 4, {**WEIGHTS, "distributed_optimizer": True}),
     ("moe", 4, {**WIDE, "ep": 4}),
     ("moe", 8, {**WIDE, "ep": 4, "gather": "step", "distributed_optimizer": True}),
 ]
