@@ -116,7 +116,7 @@ def _streamed(here: Deployment, rows: float) -> Work:
     """
     model, T = here.model, here.tp
     tokens = here.tokens / T
-    D, d, F = model.hidden_size, model.kv_channels, model.ffn_hidden_size
+    D, d, F = model.hidden_size, model.kv_channels, here.features
     H, K = model.num_attention_heads, model.query_groups
     forward = 10 * tokens * D + rows * (3 if model.gated else 2) * F
     backward = 12 * tokens * D + rows * (5 if model.gated else 3) * F
