@@ -61,7 +61,9 @@ def require_shares(args: argparse.Namespace, size: int) -> None:
             *("--expert-model-parallel-size", args.expert_model_parallel_size),
         ),
     ]
-    if args.sequence_parallel and args.micro_batch_size:
+    # Of packed rows the ranks share all of a micro-batch: the plan's to judge.
+    packs = args.sft or args.dataloader_inter_document_masking
+    if args.sequence_parallel and args.micro_batch_size and not packs:
         of = "--helix-m x --helix-n" + " x --context-parallel-size" * (stream > size)
         counts.append(("--seq-length", args.seq_length, of, stream))
     for flag, count, of, parts in counts:

@@ -6,7 +6,6 @@ from typing import get_args
 
 from megatron_helix.basics.errors import UserError
 from megatron_helix.kernels import core_times
-from megatron_helix.kernels.fused_kernels import MOST_CHANNELS
 from megatron_helix.machine import hardware
 from megatron_helix.options.checks import require_one_of
 from megatron_helix.run_config.layout import CoreAttention
@@ -149,6 +148,8 @@ def _require_plain(core: str, args: argparse.Namespace) -> None:
 
 def _require_split(args: argparse.Namespace, on_cpu: bool) -> None:
     """What torch's fused kernels have (:mod:`megatron_helix.kernels.fused_kernels`)."""
+    from megatron_helix.kernels.fused_kernels import MOST_CHANNELS  # slow: it imports torch
+
     channels = _channels(args)
     if channels > MOST_CHANNELS or channels % 8:
         raise UserError(
