@@ -1,0 +1,253 @@
+"""Rollouts in the middle of a training: what they say, what they leave behind, what they take."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.utils import unwrap_model
+from megatron.training import get_args
+
+from megatron_helix import generate, pretrain_gpt
+from megatron_helix.inference.engine import Engine
+from megatron_helix.inference.requests import Request
+from megatron_helix.inference.sampling import Sampling
+from megatron_helix.layers.linear import finish_step
+from megatron_helix.recording.comm_ledger import CommLedger, install
+from megatron_helix.rollout import Completion, rollout
+from megatron_helix.upstream import patches
+from tests.covering import fast
+from tests.distributed import launch_ranks, run_distributed, tiny_gpt
+from tests.live_bytes import LiveBytes
+
+PROMPTS = ("import os\n", "def f(x):", "class", "for ")
+NEW, STEPS, LAYERS = 8, 2, 4
+GREEDY, DRAWN = Sampling(), Sampling(temperature=0.8, top_k=20, seed=3)
+TOLERANCE = 1e-5  # log-probabilities are of order one, sums of some hundred terms in fp32
+UNTIED = "--untie-embeddings-and-output-weights"  # else a token says itself again
+SP = "--sequence-parallel"
+DROPOUT = ("--attention-dropout", "0.1", "--hidden-dropout", "0.1")
+EXPERTS = (
+    *("--num-experts", "4", "--moe-router-topk", "2", "--moe-token-dispatcher-type", "alltoall"),
+    *("--moe-input-jitter-eps", "0.01", "--disable-bias-linear", "--expert-tensor-parallel-size=1"),
+)
+WEIGHTS = ("--helix-exchange", "weights", SP)
+OVERLAPPED = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
+RECOMPUTED = ("--recompute-granularity", "full", "--recompute-method", "uniform")
+REQUEST = Request(prompts=PROMPTS, new_tokens=NEW)
+SERVED = ("2x2", "4x1 weights", "tp4", "pp2", "experts", "positions")
+# Ranks, and flags.
+CASES = {
+    "2x1 step": (2, ("--helix-m", "2", "--helix-n", "1", *WEIGHTS, "--helix-gather", "step")),
+    "2x2": (4, ("--helix-m", "2", "--helix-n", "2")),
+    "4x1 weights": (4, ("--helix-m", "4", "--helix-n", "1", *WEIGHTS)),
+    "tp4": (4, ("--tensor-model-parallel-size", "4", SP)),
+    "pp2": (4, ("--helix-m", "2", "--helix-n", "1", "--pipeline-model-parallel-size", "2")),
+    "dp2": (4, ("--helix-m", "2", "--helix-n", "1", *OVERLAPPED)),
+    "recomputed": (4, ("--helix-m", "2", "--helix-n", "2", SP, *RECOMPUTED)),
+    "experts": (4, ("--helix-m", "2", "--helix-n", "2", SP, *EXPERTS)),
+    "mtp": (2, ("--helix-m", "2", "--helix-n", "1", "--mtp-num-layers", "1")),
+    "positions": (
+        2,
+        ("--helix-m=2", "--helix-n=1", SP, "--position-embedding-type=learned_absolute"),
+    ),
+}
+
+
+def tokens(texts: tuple[str, ...]) -> list[list[int]]:
+    """Bytes."""
+    return [list(text.encode()) for text in texts]
+
+
+@dataclass
+class Said:
+    """What a rank saw of the rollouts after a step."""
+
+    greedy: list[Completion]
+    drawn: list[Completion]
+    of_training: list[list[float]]  # log-probabilities of the greedy tokens by a training forward
+
+
+@dataclass
+class Seen:
+    """What a rank saw of a training."""
+
+    losses: list[float] = field(default_factory=list)
+    said: list[Said] = field(default_factory=list)
+    outside: list[str] = field(default_factory=list)  # collectives beside prefill and steps
+    disturbed: list[str] = field(default_factory=list)
+    peak_bytes: int = 0
+
+
+def train(argv: list[str], rolls: bool) -> Seen:
+    """Train on this rank, with or without rollouts after every step."""
+    seen = Seen()
+
+    def observed(train_step: Any, *args: Any, **more: Any) -> Any:
+        result = train_step(*args, **more)
+        seen.losses += [float(result[0]["lm loss"])] if "lm loss" in result[0] else []
+        if rolls:
+            speak(args[2], seen)
+        return result
+
+    patches.observe_train_step(observed)
+    pretrain_gpt.train(argv)
+    return seen
+
+
+def speak(model: list[Any], seen: Seen) -> None:
+    """Roll out, and look at everything around it."""
+    before = state(model)
+    with watched(seen.outside), LiveBytes() as live:
+        greedy, drawn = (
+            rollout(model, tokens(PROMPTS), new_tokens=NEW, sampling=one, end_token=0, policy=of)
+            for one, of in ((GREEDY, "model"), (DRAWN, "sampled"))
+        )
+    seen.peak_bytes = live.peak
+    after = state(model)
+    seen.disturbed += [key for key in before if not same(before[key], after[key])]
+    seen.said.append(Said(greedy, drawn, by_training(model, greedy)))
+    if get_args().helix_gather == "step":
+        in_the_middle_of_a_step(model, greedy)
+
+
+def state(model: list[Any]) -> dict[str, Any]:
+    """All that a rollout must leave as it is."""
+    found: dict[str, Any] = {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(),
+        **{f"tracker {k}": v.clone() for k, v in get_cuda_rng_tracker().get_states().items()},
+        "config": dict(vars(model[0].config)),
+    }
+    for name, parameter in model[0].named_parameters():
+        if not get_args().overlap_param_gather:  # else it waits for a forward to be gathered
+            found[name] = parameter.detach().clone()
+        found[f"{name} grad"] = None if parameter.grad is None else parameter.grad.clone()
+        found[f"{name} main_grad"] = parameter.main_grad.clone()
+    for name, module in model[0].named_modules():
+        found |= {f"{name}: {key}": value for key, value in vars(module).items()}
+        for shared in ("helix_ends", "helix_vocabulary"):
+            if hasattr(module, shared):
+                found[f"{name}: {shared}"] = dict(vars(getattr(module, shared)))
+    return found
+
+
+def same(one: Any, other: Any) -> bool:
+    return (
+        torch.equal(one, other) if isinstance(one, torch.Tensor) else one is other or one == other
+    )
+
+
+@contextlib.contextmanager
+def watched(outside: list[str]) -> Iterator[None]:
+    """Note the collectives that are neither of a prefill nor of a step."""
+    ledger, inside = CommLedger(), Engine._pass
+
+    def watch(self: Engine, *args: Any) -> Any:
+        outside.extend(call.kind for call in ledger.take_calls())
+        result = inside(self, *args)
+        ledger.take_calls()
+        return result
+
+    uninstall, Engine._pass = install(ledger), watch
+    try:
+        yield
+    finally:
+        uninstall()
+        Engine._pass = inside
+    outside.extend(call.kind for call in ledger.take_calls())
+
+
+def by_training(model: list[Any], completions: list[Completion]) -> list[list[float]]:
+    """Log-probabilities of completions by a forward pass as training has it, without dropout."""
+    if get_args().pipeline_model_parallel_size > 1:
+        return []
+    rows = torch.zeros(len(PROMPTS), get_args().seq_length + 1, dtype=torch.long)
+    for row, prompt, one in zip(rows, tokens(PROMPTS), completions, strict=True):
+        row[: len(prompt) + len(one.tokens)] = torch.tensor(prompt + one.tokens)
+    inputs, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    positions = torch.arange(inputs.size(1)).expand_as(inputs)
+    mask = torch.ones(inputs.size(1), inputs.size(1)).triu(1).bool()[None, None]
+    (chunk,) = model
+    with torch.no_grad():
+        losses = chunk.eval()(inputs, positions, mask, labels=labels)
+    chunk.train()
+    return [
+        (-row[len(prompt) - 1 :][: len(one.tokens)]).tolist()
+        for row, prompt, one in zip(losses, tokens(PROMPTS), completions, strict=True)
+    ]
+
+
+def in_the_middle_of_a_step(model: list[Any], expected: list[Completion]) -> None:
+    """Weights that a step has gathered and keeps are not asked for, and stay."""
+    (chunk,) = model
+    kept = [module.step_weight for module in chunk.modules() if hasattr(module, "step_weight")]
+    assert all(weight._kept is None for weight in kept)
+    states = torch.get_rng_state(), torch.cuda.get_rng_state(), get_cuda_rng_tracker().get_states()
+    inputs = torch.zeros(4, get_args().seq_length, dtype=torch.long)
+    chunk(inputs, torch.arange(inputs.size(1)).expand_as(inputs), None, labels=inputs)
+    whole = [weight._kept for weight in kept]
+    assert all(one is not None for one in whole)
+    again = rollout(model, tokens(PROMPTS), new_tokens=NEW, sampling=GREEDY, end_token=0)
+    assert [one.tokens for one in again] == [one.tokens for one in expected]
+    assert all(weight._kept is one for weight, one in zip(kept, whole, strict=True))
+    finish_step([unwrap_model(chunk)])
+    torch.set_rng_state(states[0])
+    torch.cuda.set_rng_state(states[1])
+    get_cuda_rng_tracker().set_states(states[2])
+
+
+def served(job: generate.Job, sampling: Sampling, ranks: int, folder: Path) -> list[list[int]]:
+    """What ``helix generate`` says."""
+    launch_ranks(_serve, (job, sampling, folder / "said"), ranks, folder / "logs")
+    return json.loads((folder / "said").read_text())
+
+
+def _serve(job: generate.Job, sampling: Sampling, file: Path) -> None:
+    said: list[list[int]] = [[] for _ in PROMPTS]
+    generate.serve(job, sampling, lambda row, token: said[row].append(token))
+    if torch.distributed.get_rank() == 0:
+        file.write_text(json.dumps(said))
+
+
+def new(one: Completion) -> list[int]:
+    """The tokens, without the one that ends them, which is not printed."""
+    return one.tokens[:-1] if one.finish_reason == "stop" else one.tokens
+
+
+@pytest.mark.parametrize("name", fast(["2x1 step"], CASES))
+def test_a_training_with_rollouts(corpus_prefix: Path, tmp_path: Path, name: str) -> None:
+    ranks, layout = CASES[name]
+    save = ("--save", str(tmp_path / "saved"), "--save-interval", str(STEPS), "--no-save-optim")
+    shape = ("--num-layers", str(LAYERS), "--init-method-std", "0.1", UNTIED)
+    flags = tiny_gpt(corpus_prefix, *layout, *DROPOUT, *shape, *save, train_iters=STEPS)
+    argv = pretrain_gpt.prepare(flags, ranks)
+    plain = run_distributed(train, ranks, argv, False)
+    seen = run_distributed(train, ranks, argv, True)
+
+    # Everything is as before, and the training goes on as if nothing had been.
+    assert [one.losses for one in seen] == [one.losses for one in plain]
+    assert [one.disturbed for one in seen] == [[]] * ranks
+    # Every rank says the same, and another seed or step something else.
+    first = seen[0].said
+    assert [said.greedy for said in first] == [said.greedy for said in seen[-1].said]
+    assert [said.drawn for said in first] == [said.drawn for said in seen[-1].said]
+    assert len({str([one.tokens for one in x]) for s in first for x in (s.greedy, s.drawn)}) == 4
+    # A training forward finds the tokens as likely.
+    for said in first if "--pipeline-model-parallel-size" not in layout else ():
+        for one, expected in zip(said.greedy, said.of_training, strict=True):
+            assert one.log_probs == pytest.approx(expected, rel=TOLERANCE, abs=TOLERANCE)
+    # Nothing moves but in prefill and steps; of a pipeline, what its last stage found.
+    if "--pipeline-model-parallel-size" not in layout:
+        assert [one.outside for one in seen] == [[]] * ranks
+    # The checkpoint of that moment says the same: on one stock rank, and under this layout.
+    job = generate.prepare(tmp_path / "saved", REQUEST, (), 1)
+    assert served(job, DRAWN, 1, tmp_path) == [new(one) for one in first[-1].drawn]
+    if name in SERVED:
+        job = generate.prepare(tmp_path / "saved", REQUEST, layout, ranks)
+        assert served(job, GREEDY, ranks, tmp_path) == [new(one) for one in first[-1].greedy]
