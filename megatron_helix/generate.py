@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_helix import pretrain_gpt
-from megatron_helix.basics.errors import UserError
 from megatron_helix.inference import saved_model
 from megatron_helix.inference.requests import Request, tokenizer_of
 from megatron_helix.inference.transcript import Transcript

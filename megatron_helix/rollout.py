@@ -9,8 +9,8 @@ has many tokens, ``activations`` tokens in a step that has few. Stock layouts ro
     completions = rollout(model, prompts, new_tokens=64, end_token=0)
 
 ``model`` is the list of chunks as Megatron's loop has it, wrapped. Call it between two training
-steps, on every rank of a tensor-parallel group and of its pipeline with the same arguments;
-data-parallel replicas may each have prompts and a seed of their own.
+steps, on every rank: on those of a tensor-parallel group and of its pipeline with the same
+arguments; data-parallel replicas may each have prompts and a seed of their own.
 """
 
 import argparse
@@ -34,6 +34,7 @@ from megatron_helix.inference.unserved import require_live, require_split
 from megatron_helix.upstream import cpu_device
 
 Policy = Literal["sampled", "model"]
+AS_THE_MODEL_SAYS = Sampling(temperature=1.0)
 Prompts = Sequence[Sequence[int]]
 
 
@@ -57,7 +58,7 @@ def rollout(
     prompts: Prompts,
     *,
     new_tokens: int,
-    sampling: Sampling = Sampling(temperature=1.0),
+    sampling: Sampling = AS_THE_MODEL_SAYS,
     end_token: int | None = None,
     at_once: int | None = None,
     policy: Policy = "sampled",
@@ -95,6 +96,7 @@ def rollout(
     if policy not in ("sampled", "model"):
         raise UserError(f"policy: must be sampled or model, got {policy!r}")
     sampler = sampling.sampler(next(stage.parameters()).device, known)
+    _gather_what_is_due(model)
     with undisturbed(stage):
         engine = Engine(stage, sampler)
         served = [
@@ -137,6 +139,21 @@ def require(
             )
     for part in _in_parts(prompts, at_once):
         require_split(args, len(part) // _micro_batches(part, args.pipeline_model_parallel_size))
+
+
+@torch.no_grad()
+def _gather_what_is_due(model: Sequence[torch.nn.Module]) -> None:
+    """The weights that ``--overlap-param-gather`` leaves to the next forward pass, now.
+
+    As Megatron does before it evaluates; the pass then finds them there.
+    """
+    for chunk in model:
+        if not getattr(getattr(chunk, "ddp_config", None), "overlap_param_gather", False):
+            continue
+        ddp: Any = chunk
+        for group in (*ddp.bucket_groups, *ddp.expert_parallel_bucket_groups):
+            if not group.param_gather_dispatched or group.param_gather_handle is not None:
+                group.start_param_sync(force_sync=True)
 
 
 def _require_tokens(prompts: Prompts, known: int) -> None:
