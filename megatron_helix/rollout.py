@@ -94,7 +94,7 @@ def rollout(
     known = min(get_tokenizer().vocab_size, stage.vocab_size)
     _require_tokens(prompts, known)
     if policy not in ("sampled", "model"):
-        raise UserError(f"policy: must be sampled or model, got {policy!r}")
+        raise UserError(f"policy: must be sampled or model, got {policy!r}; give one of them")
     sampler = sampling.sampler(next(stage.parameters()).device, known)
     _gather_what_is_due(model)
     with undisturbed(stage):
@@ -122,15 +122,17 @@ def require(
     """
     require_live(args, on_cpu=cpu_device.is_enabled())
     if new_tokens < 1:
-        raise UserError(f"new_tokens: must be 1 or more, got {new_tokens}")
+        raise UserError(f"new_tokens: must be 1 or more, got {new_tokens}; give more")
     if at_once is not None and at_once < 1:
         raise UserError(f"at_once: must be 1 sequence or more, got {at_once}; None serves all")
     if not prompts:
-        raise UserError("prompts: must be one or more, got none")
+        raise UserError("prompts: must be one or more, got none; give some")
     limit = args.max_position_embeddings or args.seq_length
     for number, prompt in enumerate(prompts, 1):
         if not len(prompt):
-            raise UserError(f"prompts: must have a token or more, and number {number} has none")
+            raise UserError(
+                f"prompts: must have a token or more, and number {number} has none; leave it out"
+            )
         if len(prompt) + new_tokens > limit:
             raise UserError(
                 f"prompts: number {number} and {new_tokens} new tokens must fit the model's"
@@ -162,7 +164,7 @@ def _require_tokens(prompts: Prompts, known: int) -> None:
         if strange:
             raise UserError(
                 f"prompts: must be of the tokenizer's {known} tokens, and number {number} has"
-                f" {strange[0]}"
+                f" {strange[0]}; give ids of that tokenizer"
             )
 
 

@@ -39,13 +39,17 @@ def require(args: argparse.Namespace) -> list[list[int]]:
             given, missing = missing, given
         raise UserError(f"{given}: goes with {missing}, got none; give both, or neither")
     if interval < 1:
-        raise UserError(f"--helix-sample-interval: must be 1 step or more, got {interval}")
+        raise UserError(
+            f"--helix-sample-interval: must be 1 step or more, got {interval}; give more"
+        )
     if new_tokens < 1:
-        raise UserError(f"--helix-sample-tokens: must be 1 or more, got {new_tokens}")
+        raise UserError(f"--helix-sample-tokens: must be 1 or more, got {new_tokens}; give more")
     texts = read_prompts((), file, field=_PROMPTS)
     if not texts or not all(texts):
-        what = "is empty" if not texts else f"line {texts.index('') + 1} is empty"
-        raise UserError(f"{_PROMPTS}: must have a prompt on every line, and of {file} {what}")
+        what = "has none" if not texts else f"has none on line {texts.index('') + 1}"
+        raise UserError(
+            f"{_PROMPTS}: must have a prompt on every line, and {file} {what}; correct the file"
+        )
     tokenizer = tokenizer_of(args)
     prompts = [token_ids(text, n, tokenizer, field=_PROMPTS) for n, text in enumerate(texts, 1)]
     limit = args.max_position_embeddings or args.seq_length

@@ -1,5 +1,6 @@
 """Rollouts in the middle of a training: what they say, what they leave behind, what they take."""
 
+import argparse
 import contextlib
 import json
 from collections.abc import Iterator
@@ -9,17 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
 from megatron.training import get_args
 
 from megatron_helix import generate, pretrain_gpt
-from megatron_helix.inference.engine import Engine
+from megatron_helix.inference import saved_model
+from megatron_helix.inference.engine import Engine, cache_bytes
 from megatron_helix.inference.requests import Request
 from megatron_helix.inference.sampling import Sampling
 from megatron_helix.layers.linear import finish_step
 from megatron_helix.recording.comm_ledger import CommLedger, install
-from megatron_helix.rollout import Completion, rollout
+from megatron_helix.rollout import Completion, require, rollout
 from megatron_helix.upstream import patches
 from tests.covering import fast
 from tests.distributed import launch_ranks, run_distributed, tiny_gpt
@@ -84,7 +87,6 @@ class Seen:
     said: list[Said] = field(default_factory=list)
     outside: list[str] = field(default_factory=list)  # collectives beside prefill and steps
     disturbed: list[str] = field(default_factory=list)
-    peak_bytes: int = 0
 
 
 def train(argv: list[str], rolls: bool) -> Seen:
@@ -106,12 +108,11 @@ def train(argv: list[str], rolls: bool) -> Seen:
 def speak(model: list[Any], seen: Seen) -> None:
     """Roll out, and look at everything around it."""
     before = state(model)
-    with watched(seen.outside), LiveBytes() as live:
+    with watched(seen.outside):
         greedy, drawn = (
             rollout(model, tokens(PROMPTS), new_tokens=NEW, sampling=one, end_token=0, policy=of)
             for one, of in ((GREEDY, "model"), (DRAWN, "sampled"))
         )
-    seen.peak_bytes = live.peak
     after = state(model)
     seen.disturbed += [key for key in before if not same(before[key], after[key])]
     with generators_kept():  # of what is tried here, not of the rollout
@@ -256,12 +257,124 @@ def test_a_training_with_rollouts(corpus_prefix: Path, tmp_path: Path, name: str
     for said in first if "--pipeline-model-parallel-size" not in layout else ():
         for one, expected in zip(said.greedy, said.of_training, strict=True):
             assert one.log_probs == pytest.approx(expected, rel=TOLERANCE, abs=TOLERANCE)
-    # Nothing moves but in prefill and steps; of a pipeline, what its last stage found.
+    # Nothing moves but in prefill and steps; of a pipeline, what its last stage found; and once a
+    # step the weights that the next forward pass would have waited for.
     if "--pipeline-model-parallel-size" not in layout:
-        assert [one.outside for one in seen] == [[]] * ranks
+        moved = ["all_gather"] * STEPS if "--overlap-param-gather" in layout else []
+        assert [one.outside for one in seen] == [moved] * ranks
     # The checkpoint of that moment says the same: on one stock rank, and under this layout.
     job = generate.prepare(tmp_path / "saved", REQUEST, (), 1)
     assert served(job, DRAWN, 1, tmp_path) == [new(one) for one in first[-1].drawn]
     if name in SERVED:
         job = generate.prepare(tmp_path / "saved", REQUEST, layout, ranks)
         assert served(job, GREEDY, ranks, tmp_path) == [new(one) for one in first[-1].greedy]
+
+
+def memory(argv: list[str]) -> tuple[int, int]:
+    """Bytes of the tensors that a rollout held at once on this rank, and of its cache of them."""
+    found: list[tuple[int, int]] = []
+
+    def observed(train_step: Any, *args: Any, **more: Any) -> Any:
+        caches: list[int] = []
+        inside = Engine._pass
+
+        def watch(self: Engine, part: Any, *of: Any) -> Any:
+            result = inside(self, part, *of)
+            caches.append(cache_bytes([part]))
+            return result
+
+        Engine._pass = watch
+        try:
+            with LiveBytes() as live:
+                rollout(args[2], tokens(PROMPTS), new_tokens=NEW)
+        finally:
+            Engine._pass = inside
+        found.append((live.peak, caches[-1]))
+        return train_step(*args, **more)
+
+    patches.observe_train_step(observed)
+    pretrain_gpt.train(argv)
+    return found[0]
+
+
+def test_a_rollout_holds_its_cache_and_one_working_copy(corpus_prefix: Path) -> None:
+    """Before the first step, where no layer has a plan yet. All layers' weights would show."""
+    layout = ("--helix-m", "2", "--helix-n", "1", *WEIGHTS)
+    hidden, ffn = 64, 1024
+    shape = ("--num-layers", str(LAYERS), "--ffn-hidden-size", str(ffn))
+    argv = pretrain_gpt.prepare(tiny_gpt(corpus_prefix, *layout, *shape, train_iters=1), 2)
+    one_layer = 4 * (4 * hidden * hidden + 2 * ffn * hidden)  # bytes, gathered over the dim group
+    for peak, cache in run_distributed(memory, 2, argv):
+        assert 0 < peak - cache <= one_layer
+
+
+def test_parts_and_replicas(corpus_prefix: Path) -> None:
+    """A batch in parts says the same where the likeliest is taken; replicas say their own."""
+    layout = ("--helix-m", "2", "--helix-n", "1", "--init-method-std", "0.1", UNTIED)
+    argv = pretrain_gpt.prepare(tiny_gpt(corpus_prefix, *layout, train_iters=1), 4)
+
+    def speak_apart() -> tuple[Any, Any, Any]:
+        said: list[Any] = []
+
+        def observed(train_step: Any, *args: Any, **more: Any) -> Any:
+            first = parallel_state.get_data_parallel_rank() == 0
+            mine = tokens(PROMPTS if first else PROMPTS[:2])
+            greedy = {"new_tokens": NEW, "sampling": GREEDY}
+            said.append(rollout(args[2], mine, **greedy))
+            said.append(rollout(args[2], mine, at_once=3 if first else 1, **greedy))
+            ends = said[0][0].tokens[2]
+            said.append(rollout(args[2], mine, end_token=ends, **greedy)[0])
+            return train_step(*args, **more)
+
+        patches.observe_train_step(observed)
+        pretrain_gpt.train(argv)
+        return said[0], said[1], said[2]
+
+    ranks = run_distributed(speak_apart, 4)
+    assert ranks[0] == ranks[1]
+    assert ranks[2] == ranks[3]
+    for rank, size in ((ranks[0], 4), (ranks[2], 2)):
+        whole, parts, ended = rank
+        assert [one.tokens for one in parts] == [one.tokens for one in whole]
+        assert len(whole) == size
+        assert ended.finish_reason == "stop"
+        assert ended.tokens == whole[0].tokens[: len(ended.tokens)]
+        assert len(ended.tokens) <= 3
+    assert [one.tokens for one in ranks[2][0]] == [one.tokens for one in ranks[0][0][:2]]
+
+
+BAD = [
+    ({"prompts": []}, "prompts: must be one or more, got none"),
+    ({"prompts": [[]]}, "prompts: must have a token or more, and number 1 has none"),
+    ({"prompts": [[1], [2] * 25]}, r"number 2 and 8 new tokens must fit the model's 32 .* 25 \+ 8"),
+    ({"new_tokens": 0}, "new_tokens: must be 1 or more, got 0"),
+    ({"at_once": 0}, "at_once: must be 1 sequence or more, got 0"),
+    (
+        {"prompts": [[1]] * 3, "split": "batch"},
+        r"--helix-split: batch needs a multiple of .* got 3",
+    ),
+    ({"at_once": 3, "split": "batch"}, r"--helix-split: batch needs a multiple of .* got 3"),
+    ({"flags": ("--multi-latent-attention",)}, "--multi-latent-attention: cannot generate"),
+    ({"flags": ("--fp8-format", "hybrid")}, "generate from the checkpoint with helix generate"),
+    ({"flags": ("--use-torch-fsdp2",)}, "--use-torch-fsdp2: cannot generate, the layout has True"),
+    ({"flags": ("--context-parallel-size", "2")}, "--context-parallel-size: cannot generate"),
+    ({"flags": ("--num-experts", "4")}, "--moe-token-dispatcher-type: must be alltoall"),
+    (
+        {"flags": (*EXPERTS, "--expert-model-parallel-size", "4")},
+        "--expert-model-parallel-size: must keep the experts within a tensor-parallel group",
+    ),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), BAD, ids=lambda value: str(value)[:40])
+def test_what_cannot_be_rolled_out_is_refused(given: dict[str, Any], message: str) -> None:
+    flags = ("--helix-m", "2", "--helix-n", "1", "--tensor-model-parallel-size", "2")
+    more = (*given.get("flags", ()), "--helix-split", given.get("split", "auto"))
+    args = saved_model.parsed([*tiny_gpt(Path("corpus"), *flags), *more], argparse.Namespace())
+    with pytest.raises(ValueError, match=message):
+        require(
+            args,
+            given.get("prompts", [[1]] * 4),
+            new_tokens=given.get("new_tokens", NEW),
+            at_once=given.get("at_once"),
+        )
