@@ -44,13 +44,15 @@ def parsed(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="Folder for curves and report.")
     parser.add_argument("--ranks", type=int, default=4, help="CPU ranks.")
-    parser.add_argument("--start", type=int, default=60, help="Supervised steps before.")
-    parser.add_argument("--turns", type=int, default=60, help="Rollouts and updates.")
-    parser.add_argument("--prompts", type=int, default=32, help="Of a turn and replica.")
+    parser.add_argument("--start", type=int, default=40, help="Supervised steps before.")
+    parser.add_argument("--turns", type=int, default=80, help="Rollouts and updates.")
+    parser.add_argument("--prompts", type=int, default=16, help="Of a turn and replica.")
     parser.add_argument("--group", type=int, default=8, help="Answers to a prompt.")
     parser.add_argument("--at-once", type=int, help="Answers that are written at a time.")
     parser.add_argument("--width", type=int, default=128, help="Of the model.")
-    parser.add_argument("--lr", type=float, default=1e-3, help="Learning rate.")
+    parser.add_argument("--layers", type=int, default=2, help="Of the model.")
+    parser.add_argument("--start-lr", type=float, default=1e-3, help="Of the start.")
+    parser.add_argument("--lr", type=float, default=5e-4, help="Of the turns.")
     parser.add_argument("--seed", type=int, default=1, help="Of weights, problems and answers.")
     return parser.parse_args(argv[:end]), [*argv[end + 1 :]]
 
@@ -60,7 +62,14 @@ def flags(options: argparse.Namespace, layout: Sequence[str]) -> list[str]:
     length = -(-48 * task.LONGEST // 32) * 32
     width = options.width
     return [
-        *("--helix-device", "cpu", "--num-layers", "4", "--hidden-size", str(width)),
+        *(
+            "--helix-device",
+            "cpu",
+            "--num-layers",
+            str(options.layers),
+            "--hidden-size",
+            str(width),
+        ),
         *("--num-attention-heads", "4", "--ffn-hidden-size", str(4 * width)),
         *("--position-embedding-type", "rope", "--disable-bias-linear"),
         *("--tokenizer-type", "NullTokenizer", "--vocab-size", "256"),
@@ -98,8 +107,10 @@ def learn(options: argparse.Namespace, completed: Sequence[str]) -> list[dict[st
     replica = parallel_state.get_data_parallel_rank()
     dice = random.Random(1000 * options.seed + replica)
     lines = []
+    set_rate(optimizer, options.start_lr)
     for _ in range(options.start):
-        update(model, optimizer, pack(shown(dice, 64), get_args().seq_length))
+        update(model, optimizer, pack(shown(dice, 32), get_args().seq_length))
+    set_rate(optimizer, options.lr)
     for turn in range(1, options.turns + 1):
         start = time.perf_counter()
         written, rewards = answers(model, options, dice, seed=turn * 1000 + replica)
@@ -126,7 +137,6 @@ def set_up(completed: Sequence[str]) -> tuple[list[Any], Any]:
     from megatron.core.enums import ModelType
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.utils import get_model_config
-    from megatron.training import get_args
     from megatron.training.argument_utils import (
         gpt_config_from_args,
         pretrain_cfg_container_from_args,
@@ -149,9 +159,13 @@ def set_up(completed: Sequence[str]) -> tuple[list[Any], Any]:
     config.grad_scale_func = optimizer.scale_loss
     if config.finalize_model_grads_func is None:  # --helix-gather step brings its own
         config.finalize_model_grads_func = finalize_model_grads
-    for group in optimizer.param_groups:
-        group["lr"] = get_args().lr
     return model, optimizer
+
+
+def set_rate(optimizer: Any, rate: float) -> None:
+    """The learning rate from now on: Megatron's scheduler would set it otherwise."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
 
 
 def shown(dice: random.Random, count: int) -> list[Written]:

@@ -21,5 +21,11 @@ def solution(prompt: str) -> str:
 
 
 def reward(prompt: str, answer: str) -> float:
-    """What an answer is worth, any finite number: here 1 if it is right, and 0 if not."""
-    return float(answer == solution(prompt))
+    """What an answer is worth, any finite number: here the share of digits that stand in place.
+
+    An answer of another length is worth nothing.
+    """
+    right = solution(prompt)
+    if len(answer) != len(right):
+        return 0.0
+    return sum(one == other for one, other in zip(answer, right, strict=True)) / len(right)

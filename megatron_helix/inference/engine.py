@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.inference.utils import InferenceMode
-from megatron.core.process_groups_config import ProcessGroupCollection
 
 Sample = Callable[[torch.Tensor], torch.Tensor]
 
@@ -126,8 +125,7 @@ class Engine:
     def __init__(self, model: Any, sample: Sample):
         self.model, self.sample = model, sample
         self.config = model.config
-        groups = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "pp"])
-        self.tp_size, self.pp = groups.tp.size(), groups.pp
+        self.tp_size, self.pp = model.pg_collection.tp.size(), model.pg_collection.pp
         self.stages = dist.get_process_group_ranks(self.pp)
         self.first, self.last = self.pp.rank() == 0, self.pp.rank() == self.pp.size() - 1
         self.cut = [
