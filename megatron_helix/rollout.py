@@ -98,7 +98,7 @@ def rollout(
     sampler = sampling.sampler(next(stage.parameters()).device, known)
     _gather_what_is_due(model)
     with undisturbed(stage):
-        engine = Engine(stage, sampler)
+        engine = Engine(stage, sampler, live=True)
         served = [
             _serve(engine, part, new_tokens, end_token, sampler if policy == "sampled" else None)
             for part in _in_parts(prompts, at_once)

@@ -114,16 +114,15 @@ def cache_bytes(parts: Sequence[MicroBatch]) -> int:
 class Engine:
     """Runs micro-batches through one pipeline stage of a model.
 
-    Its tensors are no ``inference_mode``'s: what Megatron keeps of a forward pass, rotary
-    frequencies for instance, a training step after it can use.
-
     Args:
         model: this rank's stage, not wrapped, in evaluation mode.
         sample: draws tokens from logits; the same on every rank.
+        live: whether the model is trained on. What Megatron keeps of a pass, rotary frequencies for
+            instance, must then not be of ``inference_mode``, whose tensors no backward pass takes.
     """
 
-    def __init__(self, model: Any, sample: Sample):
-        self.model, self.sample = model, sample
+    def __init__(self, model: Any, sample: Sample, *, live: bool = False):
+        self.model, self.sample, self.live = model, sample, live
         self.config = model.config
         self.tp_size, self.pp = model.pg_collection.tp.size(), model.pg_collection.pp
         self.stages = dist.get_process_group_ranks(self.pp)
@@ -220,14 +219,15 @@ class Engine:
         """Prefill or one step: logits ``[b, V]`` on the last stage, else the stream."""
         start = part.context.sequence_len_offset
         length = part.end - start
-        if start:
-            with self._whole_stream():
-                return self._pass(part, start, length)
-        # Causal: what stands behind the prompt changes nothing before it.
-        return self._pass(part, start, -(-length // self.tp_size) * self.tp_size)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.no_grad() if self.live else torch.inference_mode())
+            stack.enter_context(InferenceMode.active())
+            if start:
+                stack.enter_context(self._whole_stream())
+            else:  # causal: what stands behind the prompt changes nothing before it
+                length = -(-length // self.tp_size) * self.tp_size
+            return self._pass(part, start, length)
 
-    @torch.no_grad()
-    @InferenceMode.active()
     def _pass(self, part: MicroBatch, start: int, length: int) -> torch.Tensor:
         """``length`` positions from ``start`` on."""
         tokens = part.tokens[:, start : start + length]

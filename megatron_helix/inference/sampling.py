@@ -76,12 +76,12 @@ class Sampler:
         Where the likeliest is taken that is one of a single token; it is then the model's, over the
         tokens that may be drawn.
         """
-        logits = logits[:, : self.vocabulary].float()
+        possible = logits[:, : self.vocabulary].float()
         if self.sampling.temperature:
             from megatron.core.inference.sampling import TorchSampling  # slow
 
-            logits = TorchSampling.filter_logits(logits, **self._filter)
-        return log_probs(logits, tokens)
+            possible = TorchSampling.filter_logits(possible, **self._filter)
+        return log_probs(possible, tokens)
 
     @property
     def _filter(self) -> dict[str, Any]:
