@@ -158,6 +158,19 @@ LIVE = (
         reason="a rank serves one stage of the pipeline",
         remedy="use a layout of one stage a rank",
     ),
+    Unserved(
+        name="cuda_graph_impl",
+        flag="--cuda-graph-impl",
+        reason="graphs are of the shapes that are trained on",
+        remedy="leave it away, or generate from a checkpoint",
+        when=lambda kind: kind != "none",
+    ),
+    Unserved(
+        name="flash_decode",
+        flag="--flash-decode",
+        reason="steps attend as training does",
+        remedy="leave it away",
+    ),
 )
 _FROM_A_CHECKPOINT = "save it, and generate from the checkpoint with helix generate"
 
@@ -177,7 +190,7 @@ def require_live(args: argparse.Namespace, *, on_cpu: bool) -> None:
     for row in QUANTIZED:
         _refuse(replace(row, remedy=_FROM_A_CHECKPOINT), args, _TRAINED)
     for row in (*LAYOUTS, *LIVE):
-        _refuse(row, args, "the layout has")
+        _refuse(row, args, "the training has")
     if not args.num_experts:
         return
     if args.moe_token_dispatcher_type != "alltoall":

@@ -356,8 +356,9 @@ BAD = [
     ({"at_once": 3, "split": "batch"}, r"--helix-split: batch needs a multiple of .* got 3"),
     ({"flags": ("--multi-latent-attention",)}, "--multi-latent-attention: cannot generate"),
     ({"flags": ("--fp8-format", "hybrid")}, "generate from the checkpoint with helix generate"),
-    ({"flags": ("--use-torch-fsdp2",)}, "--use-torch-fsdp2: cannot generate, the layout has True"),
+    ({"flags": ("--use-torch-fsdp2",)}, "--use-torch-fsdp2: cannot generate, the training has"),
     ({"flags": ("--context-parallel-size", "2")}, "--context-parallel-size: cannot generate"),
+    ({"flags": ("--cuda-graph-impl", "local")}, "--cuda-graph-impl: cannot generate"),
     ({"flags": ("--num-experts", "4")}, "--moe-token-dispatcher-type: must be alltoall"),
     (
         {"flags": (*EXPERTS, "--expert-model-parallel-size", "4")},
