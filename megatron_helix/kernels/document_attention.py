@@ -92,9 +92,9 @@ class DocumentAttention(DotProductAttention):
         several = documents(packed_seq_params)
         queries = _rows(query, [one.queries for one in several])
         keys, values = (_rows(x, [one.keys for one in several]) for x in (key, value))
-        for document, *of_document in zip(several, queries, keys, values, strict=True):
+        for document, q, k, v in zip(several, queries, keys, values, strict=True):
             parts.append(query.new_zeros(document.queries.start - row, *query.shape[1:]))
-            parts += self._blocks(*of_document, left, right)
+            parts += self._blocks(q, k, v, left, right)
             row = document.queries.stop
         parts.append(query.new_zeros(len(query) - row, *query.shape[1:]))
         return torch.cat(parts).flatten(1).to(value.dtype)

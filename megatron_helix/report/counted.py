@@ -42,7 +42,7 @@ def _sample_table(results: Sequence[Result]) -> Page:
     said: dict[tuple[str, int, str, str], list[str]] = {}
     for result in results:
         for one in result.get("samples", ()):
-            words = result["model"], one["step"], *(_line(one[key]) for key in ("prompt", "text"))
+            words = result["model"], one["step"], _line(one["prompt"]), _line(one["text"])
             said.setdefault(words, []).append(result["name"])
     rows = [
         [model, str(step), prompt, text, ", ".join(names)]

@@ -164,9 +164,9 @@ def watched(outside: list[str]) -> Iterator[None]:
     """Note the collectives that are neither of a prefill nor of a step."""
     ledger, inside = CommLedger(), Engine._pass
 
-    def watch(self: Engine, *args: Any) -> Any:
+    def watch(self: Engine, part: Any, start: int, length: int) -> Any:
         outside.extend(call.kind for call in ledger.take_calls())
-        result = inside(self, *args)
+        result = inside(self, part, start, length)
         ledger.take_calls()
         return result
 
@@ -278,8 +278,8 @@ def memory(argv: list[str]) -> tuple[int, int]:
         caches: list[int] = []
         inside = Engine._pass
 
-        def watch(self: Engine, part: Any, *of: Any) -> Any:
-            result = inside(self, part, *of)
+        def watch(self: Engine, part: Any, start: int, length: int) -> Any:
+            result = inside(self, part, start, length)
             caches.append(cache_bytes([part]))
             return result
 
