@@ -140,7 +140,7 @@ def _start(job: Job, sampling: Any) -> tuple[Any, Any]:
 
     model = saved_model.load(job.flags, job.saved)
     device = next(model.parameters()).device
-    engine = Engine(model.eval(), sampling.sampler(torch.device(device), job.vocabulary))
+    engine = Engine(model, sampling.sampler(torch.device(device), job.vocabulary))
     return engine, _parts(job, engine.tp_size)
 
 

@@ -115,14 +115,14 @@ class Engine:
     """Runs micro-batches through one pipeline stage of a model.
 
     Args:
-        model: this rank's stage, not wrapped, in evaluation mode.
+        model: this rank's stage, not wrapped; put into evaluation mode.
         sample: draws tokens from logits; the same on every rank.
         live: whether the model is trained on. What Megatron keeps of a pass, rotary frequencies for
             instance, must then not be of ``inference_mode``, whose tensors no backward pass takes.
     """
 
     def __init__(self, model: Any, sample: Sample, *, live: bool = False):
-        self.model, self.sample, self.live = model, sample, live
+        self.model, self.sample, self.live = model.eval(), sample, live
         self.config = model.config
         self.tp_size, self.pp = model.pg_collection.tp.size(), model.pg_collection.pp
         self.stages = dist.get_process_group_ranks(self.pp)

@@ -15,14 +15,13 @@ import torch
 
 @contextlib.contextmanager
 def undisturbed(model: torch.nn.Module) -> Iterator[None]:
-    """``model`` in evaluation mode, and afterwards every attribute of its modules as before.
+    """Generation with ``model``; afterwards every attribute of its modules is as before.
 
     Args:
         model: a chunk, not wrapped; its weights are neither copied nor moved.
     """
     held = [model.config, *_holders(model)]
     before = [dict(vars(holder)) for holder in held]
-    model.eval()
     model.config.moe_input_jitter_eps = None  # type: ignore[union-attr]
     try:
         yield
