@@ -38,7 +38,7 @@ LAYOUTS = {
     "tp2_dp2": ("--tensor-model-parallel-size", "2", SP),
 }
 RESHARDED = ("dp4", "tp2_dp2")
-COLUMNS = {
+FIGURES = {
     "switch_s": "switch, s",
     "rollout_s": "rollout, s",
     "update_s": "update, s",
@@ -64,7 +64,7 @@ def main(
     chosen = [name.strip() for name in layouts.split(",")]
     if unknown := set(chosen) - set(LAYOUTS):
         raise typer.BadParameter(f"--layouts: {', '.join(LAYOUTS)}, got {', '.join(unknown)}")
-    table = Table("layout", *COLUMNS.values())
+    measured: dict[str, list[dict[str, list[float]]]] = {}
     for name in chosen:
         replicas = {"dp4": 4, "tp2_dp2": 2}.get(name, 1)
         words = ["--out", str(out / name), "--width", str(width), "--turns", str(turns)]
@@ -76,8 +76,11 @@ def main(
         fork_ranks.run(
             fork_ranks.Ranks(target=measure, args=args, world_size=RANKS, logs=out / name / "logs")
         )
-        ranks = [json.loads((out / name / f"rank{r}.json").read_text()) for r in range(RANKS)]
-        table.add_row(name, *(_cell(key, ranks) for key in COLUMNS))
+        files = [out / name / f"rank{rank}.json" for rank in range(RANKS)]
+        measured[name] = [json.loads(file.read_text()) for file in files]
+    table = Table("of the rank with most, median over turns", *measured)
+    for key, label in FIGURES.items():
+        table.add_row(label, *(_cell(key, ranks) for ranks in measured.values()))
     Console().print(table)
 
 
@@ -98,7 +101,7 @@ def measure(options: Any, completed: Sequence[str], resharded: bool) -> None:
     replica = parallel_state.get_data_parallel_rank()
     # One generating model has all prompts; a replica that generates for itself has its own.
     dice = random.Random(options.seed)
-    found: dict[str, list[float]] = {key: [] for key in COLUMNS}
+    found: dict[str, list[float]] = {key: [] for key in FIGURES}
     ledger = CommLedger()
     install(ledger)
 

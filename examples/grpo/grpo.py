@@ -113,7 +113,8 @@ def learn(options: argparse.Namespace, completed: Sequence[str]) -> list[dict[st
     set_rate(optimizer, options.lr)
     for turn in range(1, options.turns + 1):
         start = time.perf_counter()
-        written, rewards = answers(model, options, dice, seed=turn * 1000 + replica)
+        seed = (1000 * options.seed + replica) * 1_000_000 + turn
+        written, rewards = answers(model, options, dice, seed)
         rolled = time.perf_counter()
         update(model, optimizer, pack(written, get_args().seq_length))
         line = {
