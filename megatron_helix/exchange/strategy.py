@@ -234,10 +234,12 @@ def prefill_plan(
 ) -> Plan:
     """The plan for a prefill: of what the choice allows, what sends least in a forward alone.
 
+    What needs stock's order is of training.
+
     Raises:
         UserError: when what was asked for cannot run on these tokens.
     """
-    choice = replace(choice, gather="microbatch")
+    choice = replace(choice, gather="microbatch", keeps_order=None)
     if choice.exchange != "scores":
         choice = replace(choice, split=cache_split(choice, layout, batch))
     names = ["activations", "weights"] if sequence_parallel else ["activations"]

@@ -112,6 +112,26 @@ def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         action="store_true",
         help="Run the last step under torch's profiler, for --helix-metrics.",
     )
+    group.add_argument(
+        "--helix-sample-interval",
+        type=int,
+        metavar="N",
+        help="Continue the prompts of --helix-sample-prompts after every N steps, by the likeliest"
+        " tokens, and print the text; with --helix-metrics it is kept there, too.",
+    )
+    group.add_argument(
+        "--helix-sample-prompts",
+        type=Path,
+        metavar="FILE",
+        help="Prompts, one a line; \\n is a line break.",
+    )
+    group.add_argument(
+        "--helix-sample-tokens",
+        type=int,
+        default=32,
+        metavar="N",
+        help="New tokens for each of the prompts.",
+    )
     return parser
 
 
