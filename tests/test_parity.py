@@ -128,7 +128,8 @@ def assert_same_training(actual: Curve, expected: Curve) -> None:
             ["dense_sp", "gated_sp", "moe_sp"],
             [name for name in EXCHANGES if name != "auto"],
             [(2, 2), (4, 1)],
-        )
+        ),
+        of=(0,),  # every exchange: tests/fuzz/test_slice.py
     ),
 )
 def test_training_is_as_stock(
@@ -190,7 +191,7 @@ def test_one_segment_is_stock_to_the_last_bit(stock: Stock, helix: Helix, model:
             ("triples_sp", 4, 1, "weights-sequence", 3),
             ("triples_sp", 2, 2, "auto", 3),
         ],
-        of=(0,),
+        of=(1,),
     ),
 )
 def test_micro_batches_that_m_does_not_divide(

@@ -117,10 +117,11 @@ def tensors_in(checkpoint: Path, step: int) -> dict[str, torch.Tensor]:
     [
         ("stock_tp2_pp2", "helix_2x1_pp2"),
         ("helix_2x2", "stock_tp4"),
-        ("helix_2x2", "stock_tp4_without_sp"),  # with Megatron's own norms instead of the plugin's
+        # With Megatron's own norms instead of the plugin's.
+        pytest.param("helix_2x2", "stock_tp4_without_sp", marks=THOROUGH),
         pytest.param("helix_2x2", "stock_tp2_pp2", marks=THOROUGH),
         pytest.param("helix_2x2", "helix_4x1", marks=THOROUGH),
-        ("helix_2x2", "helix_2x2"),
+        pytest.param("helix_2x2", "helix_2x2", marks=THOROUGH),
     ],
 )
 def test_one_layout_goes_on_from_anothers_checkpoint(
