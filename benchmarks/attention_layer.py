@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron_helix.exchange.tokens import from_block_order, to_block_order
 from megatron_helix.kernels.collectives import gather
 from megatron_helix.partition.layout import HelixLayout
+from megatron_helix.partition.tiles import stored
 from megatron_helix.recording.comm_ledger import CommLedger, install
 
 STOCK = "stock"
@@ -93,7 +94,7 @@ class Layer:
 
     def _converted(self, part: torch.Tensor, convert: Any) -> torch.Tensor:
         """``convert``, where the stream has another token order than stock's."""
-        if self.variant.exchange == STOCK or not self.module.plan.has_own_order:
+        if not self.variant.exchange or not self.module.plan.has_own_order:
             return part
         return convert(part, self.module.plan, self.shape.layout(), self.module.helix_groups.dim)
 
@@ -164,7 +165,7 @@ def _build(shape: Shape, variant: Variant) -> tuple[Any, torch.Tensor, dist.Proc
     with torch.no_grad():
         for axis, linear in enumerate((module.linear_qkv, module.linear_proj)):
             mine = orders[axis].chunk(layout.size)[dist.get_rank()]
-            linear.weight.copy_(weights[axis].index_select(axis, mine) / shape.hidden**0.5)
+            linear.weight.copy_(stored(weights[axis], mine, axis) / shape.hidden**0.5)
     rotary = RotaryEmbedding(shape.head_dim, 1.0, use_cpu_initialization=True)(shape.sequence)
     return module, rotary, groups.tp
 

@@ -44,7 +44,7 @@ REMEDIES = {
     "--top-p: must be between": "give a number between 0 and 1",
     "--tokens: must be 1": "ask for at least one token",
     "--microbatches: must be": "choose a divisor",
-    "--prompts: {file}": "give a UTF-8 text file that can be read",
+    "{field}: {file}": "give a UTF-8 text file that can be read",
     "{path}: must be a mapping": "start from a file of configs/ and change its values",
     "{path}: cannot be read": "check the path",
     "{path}: is not YAML": "correct the line that the message names",

@@ -111,6 +111,20 @@ def cache() -> list[str]:
     return table(["model"], map(str, DEGREES), rows)
 
 
+def waste() -> list[str]:
+    """What padding adds to the weights of attention / of the MLP under helix, in per cent."""
+    rows = []
+    for model in MODELS:
+        cells = []
+        for degree in DEGREES:
+            cut = helix(model, degree)
+            added = (cut.cut.waste, cut.features / model.ffn_hidden_size - 1) if cut else ()
+            said = " / ".join(f"{100 * one:.1f}" if one else "0" for one in added)
+            cells.append((said if any(added) else "0") if cut else "-")
+        rows.append([model.name, *cells])
+    return table(["model"], map(str, DEGREES), rows)
+
+
 def _kilobytes(here: Deployment) -> str:
     return f"{cache_bytes_of_token(here) / 1e3:.3g}"
 
@@ -169,6 +183,7 @@ def table(words: list[str], figures: Iterable[str], rows: list[list[str]]) -> li
 
 PARTS: dict[str, Callable[[], list[str]]] = {
     "degrees": degrees,
+    "waste": waste,
     "cache": cache,
     "plans": plans,
     "departures": departures,

@@ -27,7 +27,7 @@ PAGE = ROOT / "docs" / "performance.md"
 EXPERIMENT = config.load(ROOT / "configs" / "experiments" / "seed_16gpu.yaml")
 MACHINES = {
     name: hardware.load(ROOT / "configs" / "hardware" / f"{name}.yaml")
-    for name in ("h100_nvl16", "h100_2x8_ib", "h200_2", "h200_4", "h200_8")
+    for name in ("h100_nvl16", "h100_2x8_ib", "h100_2", "h200_2", "h200_4", "h200_8")
 }
 SIXTEEN = ("h100_nvl16", "h100_2x8_ib")
 SOURCE = [model.name for model in EXPERIMENT.models]
@@ -39,7 +39,6 @@ BASELINE, CUT, REPLICAS, ALONE = {"tp": 8, "pp": 2}, {"m": 4, "n": 4}, {"tp": 4}
 CUTS = [{"m": m, "n": 16 // m} for m in (2, 4, 8, 16)]
 SEQUENCES, LENGTH = EXPERIMENT.batch.sequences, EXPERIMENT.batch.sequence_length
 LENGTHS = (512, LENGTH, 8192)
-OVERLAPS = (0.0, 0.5, 1.0)
 # At least four micro-batches a step: fewer would leave the baseline's two stages to wait.
 SIZES = tuple(2**power for power in range(9))
 
@@ -108,7 +107,6 @@ class Case:
     model: str
     machine: str
     phase: str
-    overlap: float = 0.0
     length: int = LENGTH
     sequences: int = SEQUENCES
     devices: int = EXPERIMENT.world_size
@@ -148,7 +146,7 @@ def _one(case: Case, micro_batch: int, items: tuple[tuple[str, Any], ...]) -> Pr
         here = Deployment(model, layout, batch, case.devices, case.phase).check()
     except ValueError:
         return None
-    found = predict(here, machine, overlap=case.overlap)
+    found = predict(here, machine)
     return found if found.memory.total <= machine.memory.rate else None
 
 
@@ -277,16 +275,11 @@ def where() -> Iterator[str]:
             case = Case(model, machine, "prefill")
             for layout in [*case.helix(*CUTS), REPLICAS]:
                 every += 1
-                cells = [
-                    _smallest(replace(case, overlap=overlap), layout, same=same)
-                    for same in (True, False)
-                    for overlap in OVERLAPS
-                ]
+                cells = [_smallest(case, layout, same=same) for same in (True, False)]
                 if set(cells) != {"-"}:
                     said = name({**layout, "micro_batch": 0}).removesuffix("_mb0")
                     rows.append([model, machine, said, *cells])
-    heads = [f"{base} {overlap:g}" for base in ("same", "best") for overlap in OVERLAPS]
-    yield from table("model, machine, layout | " + ", ".join(heads), rows)
+    yield from table("model, machine, layout | same, best", rows)
     yield (
         f"Of {every} combinations of model, machine and layout (helix 2x8, 4x4, 8x2, 16x1 by either"
         f" exchange; tp4) the {every - len(rows)} that are not listed reach them nowhere."
@@ -301,8 +294,10 @@ def few_gpus() -> list[str]:
         for (gpus, said), ms in measured.items():
             keys = {key: value for key, value in named(said).items() if key != "micro_batch"}
             numbers = {key: int(value) if value.isdigit() else value for key, value in keys.items()}
-            machine = "h200_4" if gpus == 4 else "h200_2"
-            case = Case(model, machine, phase, sequences=FEW_SEQUENCES[gpus], devices=gpus)
+            on_h100 = gpus == 1 or (gpus == 2 and (model, phase) != ("dense", "train"))
+            machine = "h200_4" if gpus == 4 else "h100_2" if on_h100 else "h200_2"
+            loop = "train" if phase == "train" else "forward"
+            case = Case(model, machine, loop, sequences=FEW_SEQUENCES[gpus], devices=gpus)
             found = case.one(int(named(said)["micro_batch"]), numbers)
             if not found or found.deployment.layout.name != said:
                 raise ValueError(f"MEASURED_MS: {model} cannot {phase} by {said} on {gpus} GPUs")

@@ -8,7 +8,7 @@ from megatron_helix import __version__
 from megatron_helix.basics import errors, signals
 from megatron_helix.commands import calibrate, data, experiment, fuzz, generate, plan, pretrain
 from megatron_helix.commands import launch as launch_command
-from megatron_helix.launching import fork_ranks
+from megatron_helix.launching.failures import RunFailed
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -60,7 +60,7 @@ def main() -> None:
     try:
         with errors.told():
             app()
-    except fork_ranks.RunFailed as error:
+    except RunFailed as error:
         errors.leave(error, 1)
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from megatron_helix.basics import files
 from megatron_helix.basics.errors import UserError
@@ -59,6 +58,7 @@ def build(sources: Sequence[Path], prefix: Path, *, pattern: str = "*") -> Summa
             f" name other files, or another --pattern than {pattern!r}"
         )
     patches.quieten_imports()
+    import torch  # slow, as Megatron: what only names a dataset does without
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
     from megatron.core.tokenizers.text.libraries import ByteLevelTokenizer
 

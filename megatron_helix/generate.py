@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_helix import pretrain_gpt
-from megatron_helix.basics.errors import UserError
-from megatron_helix.exchange.strategy import Choice, cache_split
 from megatron_helix.inference import saved_model
 from megatron_helix.inference.requests import Request, tokenizer_of
-from megatron_helix.inference.unserved import require_served
+from megatron_helix.inference.transcript import Transcript
+from megatron_helix.inference.unserved import require_served, require_split
 from megatron_helix.options import arguments
 from megatron_helix.upstream import patches
 
@@ -84,7 +83,7 @@ def prepare(
     args = saved_model.parsed(completed, saved)
     tokenizer = tokenizer_of(args)
     prompts = request.tokens(tokenizer, args.max_position_embeddings)
-    _require_split(args, len(prompts) // request.microbatches)
+    require_split(args, len(prompts) // request.microbatches)
     rows = getattr(saved, "padded_vocab_size", None) or tokenizer.vocab_size
     return Job(
         flags=completed,
@@ -94,54 +93,6 @@ def prepare(
         tokenizer=tokenizer,
         vocabulary=min(tokenizer.vocab_size, rows),
     )
-
-
-def _require_split(args: argparse.Namespace, batch: int) -> None:
-    """Refuse a cache split or an exchange that a micro-batch of ``batch`` prompts cannot have."""
-    if not arguments.wants_helix(args) or args.helix_m == 1:
-        return
-    choice = Choice(exchange=args.helix_exchange, split=args.helix_split)
-    heads = args.num_attention_heads
-    layout = arguments.layout(
-        args,
-        num_attention_heads=heads,
-        num_query_groups=args.num_query_groups if args.group_query_attention else heads,
-        kv_channels=args.kv_channels,
-    )
-    cache_split(choice, layout, batch)
-    if choice.exchange == "weights" and not args.sequence_parallel:
-        raise UserError(
-            "--helix-exchange: weights needs --sequence-parallel for the prefill, which is not set;"
-            " add it, or use --helix-exchange activations"
-        )
-
-
-class Transcript:
-    """Which new tokens belong to which sequence, and which sequences have ended.
-
-    Args:
-        job: the request.
-    """
-
-    def __init__(self, job: Job):
-        size = len(job.prompts) // job.request.microbatches
-        self.starts = [len(prompt) for prompt in job.prompts]
-        self.new_tokens, self.size = job.request.new_tokens, size
-        self.end_token = getattr(job.tokenizer, "eod", None)
-        self.ended = [False] * len(self.starts)
-
-    def add(self, step: Any) -> list[tuple[int, int]]:
-        """The (sequence, token) pairs that a step of the engine adds."""
-        added = []
-        for row, token in enumerate(step.tokens.tolist()):
-            sequence = step.microbatch * self.size + row
-            if step.position < self.starts[sequence] or self.ended[sequence]:
-                continue
-            if token != self.end_token:
-                added.append((sequence, token))
-            last = step.position + 1 == self.starts[sequence] + self.new_tokens
-            self.ended[sequence] = last or token == self.end_token
-        return added
 
 
 def serve(job: Job, sampling: Any, emit: Emit) -> None:
@@ -155,12 +106,16 @@ def serve(job: Job, sampling: Any, emit: Emit) -> None:
     import torch
 
     engine, parts = _start(job, sampling)
-    transcript = Transcript(job)
-    steps = chain(engine.prefill(parts), engine.decode(parts, done=lambda: all(transcript.ended)))
-    for step in steps:
-        for sequence, token in transcript.add(step):
-            if torch.distributed.get_rank() == 0:
-                emit(sequence, token)
+    transcript = Transcript(
+        [len(prompt) for prompt in job.prompts],
+        job.request.new_tokens,
+        size=len(job.prompts) // job.request.microbatches,
+        end_token=getattr(job.tokenizer, "eod", None),
+    )
+    for step in chain(engine.prefill(parts), engine.decode(parts, done=transcript.done)):
+        for new in transcript.add(step):
+            if torch.distributed.get_rank() == 0 and new.token != transcript.end_token:
+                emit(new.sequence, new.token)
 
 
 def measure(job: Job, sampling: Any, folder: Path) -> None:

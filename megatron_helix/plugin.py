@@ -16,10 +16,12 @@ from megatron_helix.layers.layer_spec import (
     swap_norms,
     with_core_attention,
     with_document_attention,
+    with_padded_features,
     with_sequence_parallel_norms,
 )
 from megatron_helix.layers.linear import finish_step, link
 from megatron_helix.options import arguments, core_attention, machine, parsed
+from megatron_helix.options.uneven import uneven
 from megatron_helix.partition.layout import HelixLayout
 from megatron_helix.upstream import checkpoint_reader, cpu_device, initial_weights, patches
 
@@ -52,10 +54,11 @@ def enable(
     layout = None
     if arguments.wants_helix(args):
         layout = parsed.require_run(args, model_config, training=training)
-        _prepare_checkpoints(args, layout)
-        if layout.m == 1 and args.rank == 0:
-            said = f"helix 1x{layout.n}: the heads divide; this is plain tensor parallelism"
-            print(said, flush=True)
+        padded = uneven(model_config.transformer)
+        _prepare_checkpoints(args, canonical=layout.m > 1 or bool(padded))
+        for said in (*_said(layout), *padded):
+            if args.rank == 0:
+                print(said, flush=True)
 
     on_cpu = cpu_device.is_enabled()
     core_attention.require_core_attention(args, on_cpu)
@@ -67,7 +70,9 @@ def enable(
 
     def helix(spec: Any) -> Any:
         spec = with_document_attention(with_core_attention(spec, core))
-        return helixify(spec, layout, asked) if layout else spec
+        if layout is None:
+            return spec
+        return helixify(spec, layout, asked) if layout.m > 1 else with_padded_features(spec)
 
     def stock_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Any:
         if isinstance(base, ModuleSpec) or not callable(base):
@@ -101,9 +106,22 @@ def enable(
     return model_config
 
 
-def _prepare_checkpoints(args: argparse.Namespace, layout: HelixLayout) -> None:
+def _said(layout: HelixLayout) -> list[str]:
+    """What there is to say of a cut itself."""
+    if layout.m == 1:
+        return [f"helix 1x{layout.n}: the heads divide; this is plain tensor parallelism"]
+    if not layout.waste:
+        return []
+    return [
+        f"helix {layout.m}x{layout.n}: heads of {layout.kv_channels} channels are stored as"
+        f" {layout.m} segments of {layout.segment_size}; padding adds {layout.waste:.1%} to the"
+        " attention weights"
+    ]
+
+
+def _prepare_checkpoints(args: argparse.Namespace, *, canonical: bool) -> None:
     checkpoint_reader.read_tensors_once()
-    if layout.m > 1 and args.use_distributed_optimizer:
+    if canonical and args.use_distributed_optimizer:
         # Megatron's default keeps optimizer state in the order of a rank's memory.
         args.dist_ckpt_optim_fully_reshardable = True
 

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from megatron_helix import samples
 from megatron_helix.basics import errors, signals
 from megatron_helix.options import arguments, environment, parsed, unavailable
 from megatron_helix.options.flags import FlagParser, add_helix_arguments
@@ -82,6 +83,7 @@ def prepare(argv: Sequence[str], world_size: int, *, script: bool = False) -> li
     arguments.require_data(argv)
     if args.helix_initial_weights:
         initial_weights.require(args.helix_initial_weights)
+    samples.require(args)
     return argv
 
 
@@ -93,6 +95,7 @@ def make_ready(device: str | None) -> None:
 
         cpu_device.enable()
         patches.skip_warm_up()
+        patches.fork_checkpoint_manager()
     from megatron_helix import plugin  # noqa: F401
     from megatron_helix.upstream import gpt_training  # noqa: F401
 
@@ -164,7 +167,7 @@ def flags_beside(other: Provider | None = None) -> Provider:
 
 
 def turn_on(args: argparse.Namespace, model_config: Any) -> Any:
-    """What the parsed flags ask for: helix layers in ``model_config``, which is returned, metrics.
+    """What the parsed flags ask for: helix layers in ``model_config``, metrics, samples.
 
     The ``pretrain_gpt.py`` of a patched Megatron-LM checkout calls it too.
     """
@@ -185,6 +188,8 @@ def turn_on(args: argparse.Namespace, model_config: Any) -> Any:
                 count_flops=args.helix_core_attention != "flex",
             )
         )
+    if args.helix_sample_interval:
+        samples.install(args)  # around what is recorded: no step's figures have it in them
     return model_config
 
 

@@ -26,10 +26,12 @@ from megatron_helix.layers.layer_spec import (
     with_sequence_parallel_norms,
 )
 from megatron_helix.partition.layout import HelixLayout
+from megatron_helix.partition.tiles import stored
+from megatron_helix.upstream import patches
 from tests.cpu_config import cpu_config
 from tests.distributed import model_parallel
 
-S, B, HIDDEN, KV_CHANNELS = 8, 4, 32, 8
+HIDDEN, KV_CHANNELS = 32, 8
 
 # Dimension along which each weight is cut, and the canonical order it is stored in.
 TILED = {
@@ -42,7 +44,7 @@ OFFSET = "core_attention.softmax_offset"  # learnable; one number a head
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """How four ranks share attention."""
+    """How ranks share attention: four of them, or others with a sequence that they divide."""
 
     m: int
     n: int
@@ -50,6 +52,13 @@ class Cut:
     split: str = "batch"
     sequence_parallel: bool = False
     core: str = "spec"
+    sequence: int = 8
+    batch: int = 4
+
+    @property
+    def ranks(self) -> int:
+        """How many."""
+        return self.m * self.n
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,24 +115,25 @@ def weight_part(layout: HelixLayout, rank: int, name: str, whole: torch.Tensor) 
     """A rank's part of a weight."""
     if name in TILED:
         axis, order = TILED[name]
-        return whole.index_select(axis, order(layout).chunk(layout.size)[rank])
+        return stored(whole, order(layout).chunk(layout.size)[rank], axis)
     if name == OFFSET:
         return whole.chunk(layout.n)[layout.coordinates(rank)[0]]
     return whole
 
 
 def run(models: dict[str, Model], cut: Cut) -> dict[str, tuple[Result, Result]]:
-    """Stock attention on one rank, and this rank's part of the cut one. Runs in four ranks."""
+    """Stock attention on one rank, and this rank's part of the cut one. Runs in those ranks."""
     results = {}
-    with model_parallel(tp=4):
-        alone = [dist.new_group([rank]) for rank in range(4)][dist.get_rank()]
+    patches.relax_head_check()
+    with model_parallel(tp=cut.ranks):
+        alone = [dist.new_group([rank]) for rank in range(cut.ranks)][dist.get_rank()]
         one = ProcessGroupCollection(tp=alone, cp=alone, pp=alone)
-        four = ProcessGroupCollection.use_mpu_process_groups(["tp", "cp", "pp"])
+        all_of_them = ProcessGroupCollection.use_mpu_process_groups(["tp", "cp", "pp"])
         for name, model in models.items():
             whole = _build(model, None, one)
-            part = _build(model, cut, four)
+            part = _build(model, cut, all_of_them)
             _load(whole, part, layout_of(cut, model))
-            results[name] = _step(whole, model, None), _step(part, model, cut)
+            results[name] = _step(whole, model, cut, None), _step(part, model, cut, dist.get_rank())
             parallel_state.get_global_memory_buffer().buffer.clear()
     return results
 
@@ -178,15 +188,17 @@ def _load(whole: torch.nn.Module, part: torch.nn.Module, layout: HelixLayout) ->
             parts[name].copy_(weight_part(layout, dist.get_rank(), name, weight))
 
 
-def _step(attention: torch.nn.Module, model: Model, cut: Cut | None) -> Result:
-    x, y_grad = _random(1, S, B, HIDDEN), _random(2, S, B, HIDDEN)
-    if cut:
-        x, y_grad = (stream_part(cut, dist.get_rank(), whole) for whole in (x, y_grad))
+def _step(attention: torch.nn.Module, model: Model, cut: Cut, rank: int | None) -> Result:
+    """With a rank's part of the stream, or with all of it."""
+    s, b = cut.sequence, cut.batch
+    x, y_grad = _random(1, s, b, HIDDEN), _random(2, s, b, HIDDEN)
+    if rank is not None:
+        x, y_grad = (stream_part(cut, rank, whole) for whole in (x, y_grad))
     x = x.clone().requires_grad_()
     rotary = (
-        RotaryEmbedding(KV_CHANNELS, 1.0, use_cpu_initialization=True)(S) if model.rope else None
+        RotaryEmbedding(KV_CHANNELS, 1.0, use_cpu_initialization=True)(s) if model.rope else None
     )
-    output, bias = attention(x, _mask(model.mask), rotary_pos_emb=rotary)
+    output, bias = attention(x, _mask(model.mask, s, b), rotary_pos_emb=rotary)
     output = output if bias is None else output + bias
     custom_backward((output * y_grad).sum(), None)  # as Megatron's schedules call it
     weights = dict(attention.named_parameters())
@@ -203,14 +215,14 @@ def _step(attention: torch.nn.Module, model: Model, cut: Cut | None) -> Result:
     )
 
 
-def _mask(kind: str) -> torch.Tensor | None:
+def _mask(kind: str, s: int, b: int) -> torch.Tensor | None:
     """``[b, 1, s, s]``, true where attention may not look; if none, Megatron makes one."""
     if kind == "causal":
         return None
-    hidden = _random(3, B, 1, S, S) > 0.5
+    hidden = _random(3, b, 1, s, s) > 0.5
     if kind == "given":
-        hidden |= torch.ones(S, S, dtype=torch.bool).triu(1)
-    return hidden & ~torch.eye(S, dtype=torch.bool)  # a token always sees itself
+        hidden |= torch.ones(s, s, dtype=torch.bool).triu(1)
+    return hidden & ~torch.eye(s, dtype=torch.bool)  # a token always sees itself
 
 
 def _random(seed: int, *shape: int) -> torch.Tensor:

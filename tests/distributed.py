@@ -20,7 +20,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron_helix import pretrain_gpt
 from megatron_helix.experiment import metrics
 from megatron_helix.fuzz.session import Session
-from megatron_helix.launching import fork_ranks
+from megatron_helix.launching import failures, fork_ranks
 from megatron_helix.recording import record
 from megatron_helix.upstream import patches
 
@@ -58,7 +58,7 @@ def launch_ranks(target: Callable[..., Any], args: tuple, world_size: int, logs:
     ranks = fork_ranks.Ranks(target=target, args=args, world_size=world_size, logs=logs)
     try:
         fork_ranks.run(ranks, timeout_s=TIMEOUT_S)
-    except fork_ranks.RankFailed as failure:
+    except failures.RankFailed as failure:
         raise AssertionError(f"{failure}\n{_log_tail(ranks, failure.rank)}") from None
     except TimeoutError as hang:
         tails = "\n".join(_log_tail(ranks, rank) for rank in range(world_size))

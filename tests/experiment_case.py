@@ -19,7 +19,7 @@ DOCUMENT: dict[str, Any] = {
     ],
     "layouts": [
         {"name": "tp2_pp2", "tp": 2, "pp": 2, "micro_batch": 4},
-        {"name": "helix_2x2", "m": 2, "n": 2, "micro_batch": 4},
+        {"name": "helix_2x2", "m": 2, "n": 2, "exchange": "weights", "micro_batch": 4},
     ],
     "world_size": 4,
     "batch": {"sequences": 8, "sequence_length": 32},

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_helix import pretrain_gpt
+from megatron_helix import plugin, pretrain_gpt
 from megatron_helix.options import arguments
+from megatron_helix.partition.layout import HelixLayout
 from megatron_helix.upstream import patches
 from tests.covering import THOROUGH
 from tests.distributed import Curve, pretrain, pretrain_launched, tiny_gpt
@@ -38,7 +39,25 @@ DEGREES = [
     (6, 3, 8, 1, 4, (4, 1)),
 ]
 
-SOON = (4, 8)  # ranks
+SOON = (4,)  # ranks
+
+# Degrees that divide neither heads nor head dimension: ranks, the (m, n) that auto finds, exchange.
+# Of a head's eight rotary pairs three, five and seven segments are not alike.
+UNEVEN = [
+    (3, (3, 1), ("--helix-exchange", "activations", "--helix-split", "sequence")),
+    (5, (5, 1), ("--helix-exchange", "weights")),
+    (6, (3, 2), ("--helix-exchange", "weights")),
+    (6, (3, 2), ("--helix-m", "3", "--helix-exchange", "weights", "--helix-gather", "step")),
+    (6, (3, 2), ("--helix-exchange", "activations", "--micro-batch-size", "3")),
+    (7, (7, 1), ("--helix-exchange", "scores")),
+    (7, (7, 1), ("--helix-exchange", "auto")),
+]
+SHARED = (  # among all of these ranks, and those of stock
+    *("--seq-length", "210", "--max-position-embeddings", "210", "--ffn-hidden-size", "420"),
+    *("--vocab-size", "420", "--make-vocab-size-divisible-by", "1", "--global-batch-size", "6"),
+    *("--micro-batch-size", "2"),
+    *("--attention-output-gate", "--qk-layernorm", "--rotary-percent", "1.0"),
+)
 
 Train = Callable[..., Curve]
 
@@ -68,6 +87,33 @@ def test_a_degree_that_stock_refuses_gives_stocks_numbers(
     assert actual.grad_norms == pytest.approx(expected.grad_norms, rel=GRAD_NORM_TOLERANCE, abs=0)
 
 
+@pytest.fixture(scope="module")
+def of_stock(corpus_prefix: Path) -> Curve:
+    """The model of :data:`UNEVEN` on two ranks, which stock takes."""
+    parallel = (TP, "2", "--sequence-parallel")
+    return pretrain(tiny_gpt(corpus_prefix, *parallel, *model(4, 2, 16), *SHARED), 2)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "cut", "exchange"),
+    [pytest.param(*one, marks=() if one in UNEVEN[::6] else THOROUGH) for one in UNEVEN],
+)
+def test_segments_that_are_not_alike_give_stocks_numbers(
+    corpus_prefix: Path,
+    of_stock: Curve,
+    ranks: int,
+    cut: tuple[int, int],
+    exchange: tuple[str, ...],
+) -> None:
+    parallel = (TP, str(ranks), "--sequence-parallel", "--helix-n", "auto")
+    flags = tiny_gpt(corpus_prefix, *parallel, *model(4, 2, 16), *SHARED, *exchange)
+    m, n = (str(size) for size in cut)
+    assert arguments.complete(flags, ranks)[-6:-2] == ["--helix-m", m, "--helix-n", n]
+    actual = pretrain(flags, ranks)
+    assert actual.losses == pytest.approx(of_stock.losses, rel=LOSS_TOLERANCE, abs=0)
+    assert actual.grad_norms == pytest.approx(of_stock.grad_norms, rel=GRAD_NORM_TOLERANCE, abs=0)
+
+
 @pytest.mark.parametrize(("heads", "groups", "channels", "_stock", "ranks", "cut"), DEGREES)
 def test_auto_takes_as_many_head_groups_as_the_heads_allow(
     corpus_prefix: Path,
@@ -95,6 +141,28 @@ def test_one_of_m_and_n_follows_from_the_other(
     assert argv[-6:-2] == ["--helix-m", m, "--helix-n", n]
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ("--seq-length", "31"),
+            r"--seq-length: must be .* \(4\), got 31; use 28 or 32",
+        ),
+        (("--padded-vocab-size", "258"), r"--padded-vocab-size: .* got 258; use 256 or 260"),
+        (
+            ("--num-experts", "5", "--expert-model-parallel-size", "2"),
+            r"--num-experts: must be a multiple of --expert-.* \(2\), got 5; use 4 or 6",
+        ),
+    ],
+)
+def test_what_nothing_pads_says_which_number_would_do(
+    corpus_prefix: Path, flags: tuple[str, ...], message: str
+) -> None:
+    cut = (TP, "4", "--sequence-parallel", "--helix-n", "auto", "--helix-split", "batch")
+    with pytest.raises(ValueError, match=message):
+        arguments.complete(tiny_gpt(corpus_prefix, *model(4, 2), *cut, *flags), 4)
+
+
 def test_where_the_heads_divide_auto_is_stock_and_says_so(
     corpus_prefix: Path, tmp_path: Path
 ) -> None:
@@ -107,6 +175,16 @@ def test_where_the_heads_divide_auto_is_stock_and_says_so(
     assert found["auto"].sent_bytes == found["stock"].sent_bytes
     said = "helix 1x4: the heads divide; this is plain tensor parallelism"
     assert said in (tmp_path / "auto" / "logs" / "rank00.log").read_text()
+
+
+def test_what_padding_adds_is_said() -> None:
+    model = {"n": 1, "num_attention_heads": 32, "num_query_groups": 8, "kv_channels": 128}
+    assert plugin._said(HelixLayout(m=4, rotary_dim=128, **model)) is None
+    assert plugin._said(HelixLayout(m=3, rotary_dim=128, **model)) == (
+        "helix 3x1: heads of 128 channels are stored as 3 segments of 44; padding adds 3.1% to the"
+        " attention weights"
+    )
+    assert HelixLayout(m=3, **model).waste == pytest.approx(1 / 128)
 
 
 def test_the_head_check_is_relaxed_and_nothing_else_of_a_config() -> None:

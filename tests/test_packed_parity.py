@@ -78,7 +78,7 @@ def helix(m: int, n: int, exchange: str) -> tuple[str, ...]:
             ["dense", "gated", "moe"],
             ["very unequal", "equal", "one token", "one document"],
         ),
-        of=(0, 1, 2),  # every length: tests/layers/test_packed_gradients.py
+        of=(0, 1),  # every model and length: tests/layers/test_packed_gradients.py
     ),
 )
 def test_packed_rows_train_as_stock(

@@ -70,6 +70,7 @@ EXCHANGES = {
 }
 STEP = ("--helix-gather", "step")
 PREFIX = ("--helix-core-attention", "prefix")
+SPLIT = ("--helix-core-attention", "split")
 DP2 = ("--use-distributed-optimizer",)
 FULL_RECOMPUTE = (
     *("--recompute-granularity", "full", "--recompute-method", "uniform"),
@@ -127,7 +128,8 @@ def assert_same_training(actual: Curve, expected: Curve) -> None:
             ["dense_sp", "gated_sp", "moe_sp"],
             [name for name in EXCHANGES if name != "auto"],
             [(2, 2), (4, 1)],
-        )
+        ),
+        of=(0,),  # every exchange: tests/fuzz/test_slice.py
     ),
 )
 def test_training_is_as_stock(
@@ -189,7 +191,7 @@ def test_one_segment_is_stock_to_the_last_bit(stock: Stock, helix: Helix, model:
             ("triples_sp", 4, 1, "weights-sequence", 3),
             ("triples_sp", 2, 2, "auto", 3),
         ],
-        of=(0,),
+        of=(1,),
     ),
 )
 def test_micro_batches_that_m_does_not_divide(
@@ -240,6 +242,26 @@ def test_attention_in_pieces_trains_as_stock(
     stock: Stock, helix: Helix, model: str, m: int, n: int, exchange: str, flags: tuple[str, ...]
 ) -> None:
     assert_same_training(helix(model, m, n, exchange, *PREFIX, *flags), stock(model))
+
+
+@pytest.mark.parametrize(
+    ("model", "m", "n", "exchange", "flags"),
+    [
+        ("dense_sp", 4, 1, "weights-sequence", ()),
+        *(
+            pytest.param(*case, marks=THOROUGH)
+            for case in [
+                ("dense", 2, 2, "activations-sequence", ()),
+                ("gated_sp", 2, 2, "weights-sequence", FULL_RECOMPUTE),
+                ("dense_sp", 2, 2, "weights-batch", recompute("core_attn")),
+            ]
+        ),
+    ],
+)
+def test_attention_with_the_past_apart_trains_as_stock(
+    stock: Stock, helix: Helix, model: str, m: int, n: int, exchange: str, flags: tuple[str, ...]
+) -> None:
+    assert_same_training(helix(model, m, n, exchange, *SPLIT, *flags), stock(model))
 
 
 def test_a_stock_layout_has_attention_in_pieces_too(stock: Stock, corpus_prefix: Path) -> None:

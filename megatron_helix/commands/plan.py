@@ -24,7 +24,9 @@ FIGURES_WIDTH = 60  # of the table's columns beside the layout
 def plan(
     model: Annotated[Path, typer.Option(help="A model file (YAML).")],
     hardware: Annotated[Path, typer.Option(help="A hardware file (YAML).")],
-    phase: Annotated[str, typer.Option(help="train, prefill or decode.")] = "train",
+    phase: Annotated[
+        str, typer.Option(help="train, forward (of the training loop), prefill or decode.")
+    ] = "train",
     batch: Annotated[int, typer.Option(min=1, help="Sequences of a step.")] = 1024,
     seq: Annotated[int, typer.Option(min=1, help="Tokens of a sequence; of the context.")] = 2048,
     documents: Annotated[
@@ -35,9 +37,6 @@ def plan(
         ),
     ] = None,
     devices: Annotated[int | None, typer.Option(min=1, help="Another number of devices.")] = None,
-    overlap: Annotated[
-        float, typer.Option(help="Fraction of communication that computation may hide.")
-    ] = 0.0,
     rank_by: Annotated[str, typer.Option(help="tps, tpot or memory.")] = "tps",
     top: Annotated[int, typer.Option(min=1, help="Layouts to show.")] = 10,
     layout: Annotated[
@@ -79,12 +78,11 @@ def plan(
     def one(words: str) -> "Prediction":
         made = _layout(words, training_on=machine.devices if phase == "train" else 0)
         here = Deployment(chosen, made, size, machine.devices, phase, width, machine).check()
-        return predict(here, machine, overlap=overlap)
+        return predict(here, machine)
 
     console = Console()
     of = f", packed ({documents}; a token's document {size.keys:,.0f})" if documents else ""
     title = f"{chosen.name}, {phase}, {batch} x {seq} tokens{of}, {machine.name}"
-    title += f", overlap {overlap:g}"
     if explain:
         sum_of = one(explain)
         if as_json:
@@ -97,7 +95,7 @@ def plan(
         shown = [one(spec) for spec in layout]
         words = _too_large(shown, machine)
     else:
-        how: dict[str, Any] = {"phase": phase, "overlap": overlap, "precision": width}
+        how: dict[str, Any] = {"phase": phase, "precision": width}
         found = search.search(chosen, machine, size, rank_by=rank_by, **how)
         shown, words = found.cuts()[:top], search.explain(found, rank_by)
         words += f" {len(found.ranked):,} layouts fit, {found.too_large:,} do not."

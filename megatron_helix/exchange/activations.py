@@ -12,7 +12,9 @@ the split puts the m over s or over b)::
     context[(s, b)_m, H_n, d]  ->  context[s, b, H_n, d_m]          all-to-all over the dim group
 
 Elements a rank sends in one forward: ``(m-1)/m * s * b * (slots * K + H) * d / T``; the backward
-sends as many.
+sends as many. Where m does not cut d into equal segments, d is that with padding
+(:mod:`megatron_helix.exchange.padding`): all chunks have the size of the largest, so that every
+rank sends as much and the collective stays one of equal parts.
 """
 
 import torch
@@ -20,7 +22,7 @@ import torch.distributed as dist
 
 from megatron_helix.exchange.tokens import by_segment, in_sequence_order
 from megatron_helix.kernels.collectives import all_to_all
-from megatron_helix.kernels.copies import packed
+from megatron_helix.kernels.copies import joined, packed, parted
 from megatron_helix.partition.layout import HelixLayout
 
 
@@ -52,9 +54,8 @@ def qkv_to_whole_heads(
     else:
         sent = by_segment(qkv, layout, documents=documents)  # [m, s/m, b, tile]
     received = all_to_all(sent, dim_group)  # segment k of every head, for my tokens
-    tokens = received.shape[1:3]
-    tiles = received.view(m, *tokens, heads, blocks, layout.segment_size // blocks)
-    return packed(tiles.permute(1, 2, 3, 4, 0, 5)).view(*tokens, heads * layout.kv_channels)
+    tiles = received.view(*received.shape[:3], heads, blocks, layout.stored_run)
+    return joined(tiles, layout.runs, dim=4).flatten(2)
 
 
 def context_to_segments(
@@ -69,11 +70,10 @@ def context_to_segments(
     ``[s, b/m, H/n * d]`` or ``[s/m, b, H/n * d]`` -> ``[s, b, H/n * d/m]``.
     """
     heads = layout.num_attention_heads // layout.n
-    m, blocks = layout.m, layout.segment_blocks
-    tokens = context.shape[:2]
-    whole = context.view(*tokens, heads, blocks, m, layout.segment_size // blocks)
-    sent = packed(whole.permute(4, 0, 1, 2, 3, 5))  # [m, tokens, tile]: segment j for rank j
-    received = all_to_all(sent.view(m, *tokens, -1), dim_group)  # chunk k: tokens of rank k
+    m, tokens = layout.m, context.shape[:2]
+    whole = context.view(*tokens, heads, layout.segment_blocks, -1)
+    sent = parted(whole, layout.runs, dim=4)  # [m, tokens, tile]: segment j for rank j
+    received = all_to_all(sent.flatten(3), dim_group)  # chunk k: tokens of rank k
     if split == "batch":
         return packed(received.transpose(0, 1)).view(tokens[0], m * tokens[1], -1)
     return in_sequence_order(received.flatten(0, 1), layout, documents=documents)

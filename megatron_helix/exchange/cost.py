@@ -2,16 +2,16 @@
 
 Every plan multiplies as much, so what is counted is what they do not have in common: the time of
 collectives, as far as nothing hides it; the work of the rank that has most of it; and the copies of
-weights that are put in order. A collective takes the time of
-:meth:`megatron_helix.machine.hardware.Hardware.seconds`. How much of it is hidden is a property of
-its kind: one that is begun early runs beside a GEMM, which hides the machine's ``beside`` of it;
-one whose result the next operation waits for is all seen.
+weights that are put in order. What a collective costs is
+:meth:`megatron_helix.machine.hardware.Hardware.held`: one that is begun early runs beside a GEMM,
+and how much of it that hides is a property of what moves; one whose result the next operation waits
+for is all seen.
 """
 
 from megatron_helix.exchange import traffic
 from megatron_helix.exchange.plan import Plan
 from megatron_helix.exchange.traffic import BlockShape
-from megatron_helix.machine.hardware import Hardware
+from megatron_helix.machine.hardware import Beside, Hardware
 from megatron_helix.partition.layout import HelixLayout
 
 
@@ -51,26 +51,37 @@ def layer_seconds(
                 continue
             width = 4 if plan.exchange == "scores" and axis == "dim" else machine.element_bytes
             number = calls.get((when, axis, kind), 1)
-            seconds = machine.seconds(kind, count * width, number, *groups[axis])
             share = beside.get((axis, kind), 0.0)
+            sent, ranks = count * width, groups[axis]
             if kept and axis == "dim":  # weights come once a step, and nothing hides them then
-                seconds *= 1 - share * (1 - 1 / microbatches)
-            else:
-                seconds *= 1 - machine.beside * share
-            total += seconds
+                seconds = machine.held(kind, sent, number, *ranks).lost
+                total += seconds * (1 - share * (1 - 1 / microbatches))
+                continue
+            ahead, rest = ((part * sent, part * number) for part in (share, 1 - share))
+            total += machine.held(kind, *ahead, *ranks, beside=moves(axis, kind)).lost
+            total += machine.held(kind, *rest, *ranks).lost
     converted = traffic.training_ends if training else traffic.block_ends
     for (axis, kind), count in converted(plan, layout, shape, **size).items():
         sent = count * machine.element_bytes
-        seconds = machine.seconds(kind, sent, 2, *groups[axis]) * (2 if training else 1)
+        seconds = machine.held(kind, sent, 2, *groups[axis]).lost * (2 if training else 1)
         total += seconds / shape.num_layers
     passes = 3 if training else 1
-    attention = _attention(layout, **size) * passes / machine.gemm.rate
-    total += attention * (_largest_over_mean(plan, layout) - 1)
+    fused = layout.kv_channels <= machine.fused_attention_max_channels
+    rate = ((machine.fused_attention if fused else None) or machine.gemm).rate
+    attention = _attention(layout, **size) * passes / rate
+    total += attention * (_computed(plan, layout, fused=fused) - 1)
     if plan.exchange == "weights":
         # What was gathered is put in order, and so is its gradient: written once and read once.
         moved = 2 * passes * shape.weights(layout) / layout.n * machine.element_bytes
-        total += moved / machine.memory_bandwidth.rate / (microbatches if kept else 1)
+        total += moved / machine.streaming_rate / (microbatches if kept else 1)
     return total
+
+
+def moves(axis: str, kind: str) -> Beside:
+    """What is begun early on an axis of a layer (:func:`traffic.begun_early`)."""
+    if axis != "dim":
+        return "tokens"
+    return "weights" if kind == "all_gather" else "gradients"
 
 
 def _attention(layout: HelixLayout, *, sequence: int, batch: int) -> float:
@@ -79,8 +90,13 @@ def _attention(layout: HelixLayout, *, sequence: int, batch: int) -> float:
     return 2 * batch * sequence**2 * channels / layout.size
 
 
-def _largest_over_mean(plan: Plan, layout: HelixLayout) -> float:
-    """Causal work of the rank with most of it (:mod:`megatron_helix.exchange.tokens`)."""
-    if plan.split != "sequence" or plan.balanced:
+def _computed(plan: Plan, layout: HelixLayout, *, fused: bool) -> float:
+    """What attention takes on the rank with most of it, over what it takes with a batch split.
+
+    Under a sequence split a piece, one of 2T, costs a fused kernel the rectangle of its prefix
+    (:mod:`megatron_helix.exchange.tokens`). Unfused, other splits compute no less.
+    """
+    if plan.split != "sequence":
         return 1.0
-    return 1 + (layout.m - 1) / layout.size
+    waits = 0.0 if plan.balanced else (layout.m - 1) / layout.size
+    return 1 + waits + (1 / (2 * layout.size) if fused else 0.0)

@@ -24,8 +24,10 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from megatron_helix.exchange.padding import own_channels
 from megatron_helix.exchange.tokens import chunk_positions
 from megatron_helix.kernels.collectives import all_gather, all_to_all
+from megatron_helix.kernels.copies import joined, parted
 from megatron_helix.partition.layout import HelixLayout
 
 
@@ -80,11 +82,10 @@ def qkv_to_every_rank(
     ``[s, b, K/n * slots * d/m] -> [s, b, K/n * slots * d]``.
     """
     heads = layout.num_query_groups // layout.n * layout.slots
-    m, blocks = layout.m, layout.segment_blocks
     s, b, _ = qkv.shape
     gathered = all_gather(qkv, dim_group)  # [m * s, b, tile]: segment after segment
-    tiles = gathered.view(m, s, b, heads, blocks, layout.segment_size // blocks)
-    return tiles.permute(1, 2, 3, 4, 0, 5).reshape(s, b, heads * layout.kv_channels)
+    tiles = gathered.view(layout.m, s, b, heads, layout.segment_blocks, layout.stored_run)
+    return joined(tiles, layout.runs, dim=4).flatten(2)
 
 
 def attend_to_share(
@@ -130,12 +131,12 @@ def merge_shares(
             carries no value; None for an ordinary softmax.
 
     Returns:
-        ``[1, b, H/n * d/m]``, in tile order.
+        ``[1, b, H/n * d/m]``, in tile order, without padding.
     """
     b, heads, _ = context.shape
-    m, blocks, size = layout.m, layout.segment_blocks, layout.segment_size
-    segments = context.view(b, heads, blocks, m, size // blocks).permute(3, 0, 1, 2, 4)
-    segments = segments.reshape(m, b, heads, size)
+    m, size = layout.m, layout.segment_size
+    whole = context.view(b, heads, layout.segment_blocks, -1)
+    segments = parted(whole, layout.runs, dim=3).flatten(3)
     each = lse[None, :, :, None].expand(m, b, heads, 1)
     received = all_to_all(torch.cat([segments, each], dim=-1), dim_group)  # rank k's, my segment
     partial, weight = received.split([size, 1], dim=-1)
@@ -144,4 +145,5 @@ def merge_shares(
         extra = offset.to(weight).view(1, 1, heads, 1).expand(1, b, heads, 1)
         denominators = torch.cat([weight, extra])
     share = torch.exp(weight - torch.logsumexp(denominators, dim=0, keepdim=True))
-    return (share * partial).sum(dim=0).view(1, b, heads * size)
+    merged = (share * partial).sum(dim=0).view(1, b, heads * size)
+    return own_channels(merged, layout, dim_group.rank())

@@ -2,8 +2,8 @@
 
 Rank (i, j) holds the queries of some pieces of the sequence (:mod:`megatron_helix.exchange.tokens`
 says which) and, gathered over the dim group, the keys and values of the whole sequence. A causal
-piece needs only keys up to its own end. :class:`PrefixAttention` takes all pieces in one call;
-other core attentions are called for each.
+piece needs only keys up to its own end. :class:`PrefixAttention` and :class:`SplitAttention` take
+all pieces in one call; other core attentions are called for each.
 """
 
 from typing import Any
@@ -20,6 +20,7 @@ from megatron_helix.exchange.tokens import Piece, pieces
 from megatron_helix.kernels.ffpa_attention import FFPAAttention
 from megatron_helix.kernels.flex_attention import FlexAttention
 from megatron_helix.kernels.prefix_attention import PrefixAttention
+from megatron_helix.kernels.split_attention import SplitAttention
 from megatron_helix.partition.layout import HelixLayout
 from megatron_helix.partition.process_groups import HelixGroups
 
@@ -86,7 +87,7 @@ class PrefixPieces(torch.nn.Module):
             )
         layout, segment = self.helix_layout, self.helix_groups.segment
         mine = pieces(layout, segment, key.size(0), balanced=self.plan.balanced)
-        if isinstance(self, PrefixAttention):
+        if isinstance(self, (PrefixAttention, SplitAttention)):
             if attention_mask is not None:
                 attention_mask = torch.cat(
                     [attention_mask[..., piece.start : piece.end, :] for piece in mine], dim=-2

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from megatron_helix.exchange import main_grad
 from megatron_helix.kernels.collectives import UnderWay, start_exchange, start_gather
-from megatron_helix.kernels.copies import contiguous, packed
+from megatron_helix.kernels.copies import joined, parted
 
 FEW_RUNS = 2  # that many are sent one by one: a call more each, and nothing to put in order
 
@@ -31,7 +31,8 @@ class Shards:
     """How the shards of a dim group make the weight of a head group.
 
     The cut axis of the head group's weight is ``[outer, m, inner]``; a shard is one index of the
-    middle. Shards travel with that axis first: a shard that is cut by columns is transposed before
+    middle. Where the m are not alike, a shard has zeros behind the shorter ones, which the whole is
+    without. Shards travel with that axis first: a shard that is cut by columns is transposed before
     it is sent, 1/m of the copying that the gathered weight would need, and what arrives is whole
     rows of the transposed weight, which a GEMM reads as they are. One that wants the rows of the
     weight itself has shards travel as they lie, and what arrives is put in order.
@@ -43,11 +44,13 @@ class Shards:
         axis: the dimension of the weight that is cut: 0 for a column-parallel linear, 1 for row.
         outer: runs of a shard that lie apart in the whole: 1 for a contiguous shard, 2 for a gated
             MLP (gate and up), heads times blocks for attention's tiles.
+        lengths: of the m inner axes; none where they are alike.
         as_they_lie: whether a shard that is cut by columns travels without being transposed.
     """
 
     axis: int
     outer: int = 1
+    lengths: tuple[int, ...] = ()
     as_they_lie: bool = False
 
     @property
@@ -68,23 +71,31 @@ class Shards:
         """``[apart, m, ...]``, each run's m shards -> the head group's weight.
 
         Contiguous, or the transposed view of what is; a copy of ``gathered`` only where its order
-        is not that of the weight.
+        is not that of the weight, or has padding in it.
         """
         if self.axis == 1 and not self.turns:
             columns = gathered[0].unflatten(-1, (self.outer, -1))  # [m, D, outer, inner]
-            return packed(columns.permute(1, 2, 0, 3)).flatten(1)
-        inner = gathered.unflatten(2, (self.outer // self._apart, -1))
-        whole = packed(inner.transpose(1, 2)).flatten(0, 3)
+            return joined(columns, self._lengths(m, columns.size(-1)), dim=2).flatten(1)
+        inner = gathered.unflatten(2, (self.outer // self._apart, -1)).transpose(0, 1)
+        whole = joined(inner, self._lengths(m, inner.size(3)), dim=2).flatten(0, 2)
         return whole.t() if self.turns else whole
 
     def parts(self, whole: torch.Tensor, m: int) -> Sequence[torch.Tensor]:
-        """The head group's weight -> ``[m, ...]`` for every run of a shard; inverse of `join`."""
+        """The head group's weight -> ``[m, ...]`` for every run of a shard; inverse of `join`.
+
+        A copy only where `join` makes one; padding is zero.
+        """
         if self.axis == 1 and not self.turns:
-            columns = whole.unflatten(1, (self.outer, m, -1))  # [D, outer, m, inner]
-            return [contiguous(columns.permute(2, 0, 1, 3)).flatten(2)]
+            columns = whole.unflatten(1, (self.outer, -1))  # [D, outer, m * inner]
+            lengths = self._lengths(m, columns.size(2) // m)
+            return [parted(columns, lengths, dim=2).flatten(2)]
         whole = whole.t() if self.turns else whole
-        runs = whole.unflatten(0, (self._apart, self.outer // self._apart, m, -1))
-        return contiguous(runs.transpose(1, 2)).flatten(2, 3).unbind(0)
+        runs = whole.unflatten(0, (self._apart, self.outer // self._apart, -1))
+        lengths = self._lengths(m, runs.size(2) // m)
+        return [parted(run, lengths, dim=1).flatten(1, 2) for run in runs.unbind(0)]
+
+    def _lengths(self, m: int, alike: int) -> Sequence[int]:
+        return self.lengths or (alike,) * m
 
     @property
     def _apart(self) -> int:

@@ -139,7 +139,8 @@ def packed_plan(
     if tokens % layout.size:
         raise UserError(
             "--seq-length: packed rows must be a multiple of --helix-m x --helix-n"
-            f" ({layout.size}) tokens, got {tokens} in a micro-batch; use another --seq-length"
+            f" ({layout.size}) tokens, got {tokens} in a micro-batch; use"
+            f" {multiples(tokens, layout.size)} of them"
         )
     return resolve(
         replace(choice, split="sequence"),
@@ -215,7 +216,7 @@ def cache_split(choice: Choice, layout: HelixLayout, batch: int) -> str:
     if choice.split == "batch" and batch % layout.m:
         raise UserError(
             f"--helix-split: batch needs a multiple of --helix-m ({layout.m}) sequences, got"
-            f" {batch}; use a multiple, or --helix-split sequence"
+            f" {batch}; use {multiples(batch, layout.m)}, or --helix-split sequence"
         )
     if choice.split != "auto":
         return choice.split
@@ -233,10 +234,12 @@ def prefill_plan(
 ) -> Plan:
     """The plan for a prefill: of what the choice allows, what sends least in a forward alone.
 
+    What needs stock's order is of training.
+
     Raises:
         UserError: when what was asked for cannot run on these tokens.
     """
-    choice = replace(choice, gather="microbatch")
+    choice = replace(choice, gather="microbatch", keeps_order=None)
     if choice.exchange != "scores":
         choice = replace(choice, split=cache_split(choice, layout, batch))
     names = ["activations", "weights"] if sequence_parallel else ["activations"]
@@ -277,18 +280,18 @@ def _split(asked: str, layout: HelixLayout, sequence: int, batch: int) -> str:
     if asked == "batch":
         raise UserError(
             f"--micro-batch-size: must be a multiple of --helix-m ({layout.m}) to split the batch,"
-            f" got {batch}; use {_or_sequence(layout, sequence)}{_multiples(batch, layout.m)}"
+            f" got {batch}; use {_or_sequence(layout, sequence)}{multiples(batch, layout.m)}"
         )
     if sequence % layout.size:
         raise UserError(
             f"--seq-length: must be a multiple of --helix-m x --helix-n ({layout.size}) to split"
-            f" the sequence, got {sequence}; use {_multiples(sequence, layout.size)}, or a"
-            f" --micro-batch-size of {_multiples(batch, layout.m)} and the batch split"
+            f" the sequence, got {sequence}; use {multiples(sequence, layout.size)}, or a"
+            f" --micro-batch-size of {multiples(batch, layout.m)} and the batch split"
         )
     return "sequence"
 
 
-def _multiples(of: int, unit: int) -> str:
+def multiples(of: int, unit: int) -> str:
     """The multiples of ``unit`` next to a number."""
     below = of // unit * unit
     return f"{below} or {below + unit}" if below else str(unit)

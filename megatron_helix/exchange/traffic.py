@@ -32,6 +32,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from megatron_helix.exchange.plan import Plan
+from megatron_helix.partition.features import padded
 from megatron_helix.partition.layout import HelixLayout
 
 Elements = Counter[tuple[str, str]]
@@ -54,8 +55,9 @@ class BlockShape:
     num_layers: int
 
     def weights(self, layout: HelixLayout) -> int:
-        """Weights W of one layer's attention and dense MLP."""
-        return packed(layout) * self.hidden + (3 if self.gated else 2) * self.ffn * self.hidden
+        """Weights W of one layer's attention and dense MLP, with the features of all ranks."""
+        ffn = padded(self.ffn, layout.size)
+        return packed(layout) * self.hidden + (3 if self.gated else 2) * ffn * self.hidden
 
     @property
     def sublayers(self) -> int:
@@ -69,9 +71,12 @@ class BlockShape:
 
 
 def packed(layout: HelixLayout) -> int:
-    """Channels X of packed QKV and context, ``(slots K + H) d``."""
+    """Channels X of packed QKV and context as they are stored and sent, ``(slots K + H) d``.
+
+    With what pads smaller segments, where m does not cut d into equal ones.
+    """
     heads = layout.slots * layout.num_query_groups + layout.num_attention_heads
-    return heads * layout.kv_channels
+    return heads * layout.padded_channels
 
 
 def layer(
@@ -209,7 +214,7 @@ def per_layer(
 
 def decode_elements(
     split: str, layout: HelixLayout, shape: BlockShape, *, batch: int, positions: int = 0
-) -> tuple[Elements, Elements]:
+) -> tuple[dict[tuple[str, str], float], dict[tuple[str, str], float]]:
     """What a rank sends in one layer of a decode step, one new token for each of ``batch``.
 
     Returns:
@@ -218,24 +223,24 @@ def decode_elements(
         channels and ``Q = slots K d`` those of QKV alone, the dim axis moves ``(m-1)/m b X / T`` by
         all_to_all (batch split); ``(m-1) b Q / T`` by all_gather and ``(m-1)/m b H/n (d + m)`` by
         all_to_all in fp32 (sequence split); ``2 (m-1)/m b H/n P`` by all_reduce in fp32 (scores).
-        Only the last depends on the context, P ``positions``. What MoE layers and norms over head
+        Only the last depends on the context, P ``positions``. All-reduces need not send whole
+        elements, where T does not divide ``b D``. What MoE layers and norms over head
         segments (QK norms under ``scores``) send is not in it.
     """
     m, n, size = layout.m, layout.n, layout.size
-    reduced = shape.sublayers * 2 * (size - 1) * batch * shape.hidden // size
-    narrow: Elements = Counter({("tp", "all_reduce"): reduced})
-    wide: Elements = Counter()
+    reduced = shape.sublayers * 2 * (size - 1) * batch * shape.hidden / size
+    narrow, wide = {("tp", "all_reduce"): reduced}, {}
     heads = layout.num_attention_heads // n
     if m == 1:
         return narrow, wide
     if split == "batch":
         narrow["dim", "all_to_all"] = (m - 1) * batch * packed(layout) // (m * size)
     elif split == "sequence":
-        qkv = layout.slots * layout.num_query_groups * layout.kv_channels
+        qkv = layout.slots * layout.num_query_groups * layout.padded_channels
         narrow["dim", "all_gather"] = (m - 1) * batch * qkv // size
-        wide["dim", "all_to_all"] = (m - 1) * batch * heads * (layout.kv_channels + m) // m
+        wide["dim", "all_to_all"] = (m - 1) * batch * heads * (layout.padded_channels + m) // m
     else:
-        wide["dim", "all_reduce"] = 2 * (m - 1) * batch * heads * positions // m
+        wide["dim", "all_reduce"] = 2 * (m - 1) * batch * heads * positions / m
     return narrow, wide
 
 
@@ -253,14 +258,16 @@ def decode_bytes(
 
     Beside the layers (:func:`decode_elements`) these are the embedding's all-reduce over all T
     ranks, ``2 (T-1)/T b D``, and the gathering of the logits, ``(T-1) b V / T``. With m = 1 it is
-    plain tensor parallelism.
+    plain tensor parallelism. Bytes are rounded call by call, as the ledger does.
     """
     narrow, wide = decode_elements(split, layout, shape, batch=batch, positions=positions)
     size = layout.size
     sent: Counter[tuple[str, str]] = Counter()
     for elements, width in ((narrow, element_bytes), (wide, 4)):
         for key, count in elements.items():
-            sent[key] += shape.num_layers * count * width
-    sent["tp", "all_reduce"] += 2 * (size - 1) * batch * shape.hidden // size * element_bytes
+            calls = shape.sublayers if key[0] == "tp" else 1
+            sent[key] += shape.num_layers * calls * round(count * width / calls)
+    embedded = 2 * (size - 1) * batch * shape.hidden / size
+    sent["tp", "all_reduce"] += round(embedded * element_bytes)
     sent["tp", "all_gather"] += (size - 1) * batch * vocabulary // size * element_bytes
     return dict(sent)

@@ -54,15 +54,8 @@ def predicted_bytes(experiment: ExperimentConfig, run: Run, rank: int) -> dict[A
         contexts = contexts[:1]
     sums: dict[Any, float] = defaultdict(float)
     for context in contexts:
-        sent = step_bytes(
-            here.model,
-            here.layout,
-            BatchConfig(sequences=request.sequences, sequence_length=context),
-            world_size=experiment.world_size,
-            rank=rank,
-            phase="decode",
-            precision=run.precision,
-        )
+        batch = BatchConfig(sequences=request.sequences, sequence_length=context)
+        sent = step_bytes(replace(here, batch=batch), rank)
         for key, value in sent.items():
             sums[key] += value / len(contexts)
     return dict(sums)

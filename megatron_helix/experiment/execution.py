@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import megatron_helix
+from megatron_helix import samples
 from megatron_helix.basics import files
 from megatron_helix.experiment import decode, metrics, runs
 from megatron_helix.experiment.config import ExperimentConfig
@@ -73,6 +74,7 @@ def _trained(
         steps,
     )
     measured = asdict(metrics.read(folder / "metrics"))
+    measured["samples"] = samples.read(folder / "metrics")
     # Written by the same code in a prefill, too, where there is no gradient to speak of.
     measured["grad_norms"] = [norm for norm in measured["grad_norms"] if norm is not None]
     return measured

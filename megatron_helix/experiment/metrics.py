@@ -21,7 +21,7 @@ import numpy
 
 from megatron_helix.basics import files
 from megatron_helix.basics.errors import UserError
-from megatron_helix.recording.comm_ledger import POINT_TO_POINT
+from megatron_helix.recording.kinds import POINT_TO_POINT
 
 TAIL_BYTES = 1 << 20  # holds the last line of a rank, whatever it sent in the step
 

@@ -21,7 +21,6 @@ from megatron_helix.planner.deployment import VOCAB_MULTIPLE, Deployment
 from megatron_helix.run_config.layout import LayoutConfig
 from megatron_helix.run_config.model import ModelConfig
 from megatron_helix.run_config.precision import Precision
-from megatron_helix.upstream import cpu_device
 
 # One vocabulary for every layout: Megatron pads it to a multiple of VOCAB_MULTIPLE times the
 # tensor-parallel size, and 256 bytes need no padding up to 16 ranks.
@@ -250,6 +249,8 @@ def initial_weights(
     ]
     if experiment.flags:
         if experiment.device == "cpu":
+            from megatron_helix.upstream import cpu_device  # slow: it imports torch
+
             cpu_device.enable()  # before Megatron is imported
         flags += saved_model.of_model_among(experiment.flags)
     ranks = 1

@@ -11,6 +11,7 @@ from megatron_helix.options.features.works import WORKS
 
 FEATURES_OF_A_CASE = (0, 1, 2, 2, 3, 4)  # with these odds
 DEEP = 1 / 5  # of all cases: these save a checkpoint, and somebody else goes on from it
+UNEVEN = 1 / 6  # of all cases: the segments of their heads need not be alike
 CARELESS = 1 / 20  # of all cases: their heads and micro-batches may not fit the layout
 
 
@@ -60,6 +61,10 @@ def _sizes(dice: random.Random, cut: Case) -> Case:
     m, n, tp = (dice.choice((1, 2, 3)), 1, 1) if careless else (cut.m, cut.n, cut.tp)
     positions = dice.choice(("rope", "rope", "learned_absolute", "none"))
     unit = m * dice.choice((2, 2, 4)) if positions == "rope" else m
+    channels = [k for k in range(unit, 33, unit) if k >= 4] or [unit]
+    if dice.random() < UNEVEN:
+        pair = 2 if positions == "rope" else 1
+        channels = [k for k in range(pair * m, 33, pair) if k >= 4] or channels
     groups = n * dice.choice([k for k in (1, 1, 2, 3, 4) if n * k <= 12])
     heads = groups * dice.choice([k for k in (1, 1, 2, 3) if groups * k <= 12] or [1])
     by_sequence = cut.split == "sequence" or (cut.split == "auto" and dice.random() < 0.3)
@@ -74,7 +79,7 @@ def _sizes(dice: random.Random, cut: Case) -> Case:
         hidden=dice.choice([k for k in (24, 32, 40, 48) if k % tp == 0]),
         heads=heads,
         groups=groups if groups < heads else 0,
-        channels=dice.choice([k for k in range(unit, 33, unit) if k >= 4] or [unit]),
+        channels=dice.choice(channels),
         ffn=cut.tp * dice.choice((4, 7, 8, 12)),
         seq=seq or dice.randrange(8, 49),
         micro=dice.choice((1, 2, 3, 4)) if by_sequence else m * dice.choice((1, 1, 2)),

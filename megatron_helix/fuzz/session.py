@@ -28,6 +28,7 @@ import torch.distributed as dist
 
 from megatron_helix.fuzz.state import Snapshot, forget_models
 from megatron_helix.launching import fork_ranks
+from megatron_helix.launching.failures import RunFailed
 
 SETTLE_S = 3.0  # at most, between the first rank that failed and taking what the others say
 SAID_LINES = 15  # of a rank's output
@@ -52,7 +53,7 @@ class Failure:
     functions: tuple[str, ...] = ()
 
 
-class CallFailed(fork_ranks.RunFailed):
+class CallFailed(RunFailed):
     """A function did not return on every rank.
 
     Attributes:

@@ -10,6 +10,7 @@ What Megatron's engine refuses is here: sequence parallelism in the prefill (wit
 stages of a pipeline busy at once.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,10 +20,15 @@ import torch
 import torch.distributed as dist
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.inference.utils import InferenceMode
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.utils import set_model_to_sequence_parallel
 
 Sample = Callable[[torch.Tensor], torch.Tensor]
+
+# What Megatron's modules call their part in sequence parallelism. Its own function that sets them
+# (``set_model_to_sequence_parallel``) does not know which were off before, and finds a model again
+# by an ``id`` that another one may have by then.
+SEQUENCE_PARALLEL = (
+    *("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings"),
+)
 
 
 @dataclass(kw_only=True)
@@ -109,18 +115,24 @@ class Engine:
     """Runs micro-batches through one pipeline stage of a model.
 
     Args:
-        model: this rank's stage, not wrapped.
+        model: this rank's stage, not wrapped; put into evaluation mode.
         sample: draws tokens from logits; the same on every rank.
+        live: whether the model is trained on. What Megatron keeps of a pass, rotary frequencies for
+            instance, must then not be of ``inference_mode``, whose tensors no backward pass takes.
     """
 
-    def __init__(self, model: Any, sample: Sample):
-        self.model, self.sample = model.eval(), sample
+    def __init__(self, model: Any, sample: Sample, *, live: bool = False):
+        self.model, self.sample, self.live = model.eval(), sample, live
         self.config = model.config
-        groups = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "pp"])
-        self.tp_size, self.pp = groups.tp.size(), groups.pp
+        self.tp_size, self.pp = model.pg_collection.tp.size(), model.pg_collection.pp
         self.stages = dist.get_process_group_ranks(self.pp)
         self.first, self.last = self.pp.rank() == 0, self.pp.rank() == self.pp.size() - 1
-        self.sequence_parallel = self.config.sequence_parallel
+        self.cut = [
+            (module, name)
+            for module in (self.config, *model.modules())
+            for name in SEQUENCE_PARALLEL
+            if getattr(module, name, False) is True
+        ]
 
     def prefill(self, parts: Sequence[MicroBatch]) -> Iterator[Step]:
         """The first step of every micro-batch. Arguments and results as for :meth:`decode`."""
@@ -192,16 +204,32 @@ class Engine:
             time_s=time.perf_counter(),
         )
 
-    @torch.inference_mode()
-    @InferenceMode.active()
+    @contextlib.contextmanager
+    def _whole_stream(self) -> Iterator[None]:
+        """Without sequence parallelism: a step's one token cannot be cut."""
+        for module, name in self.cut:
+            setattr(module, name, False)
+        try:
+            yield
+        finally:
+            for module, name in self.cut:
+                setattr(module, name, True)
+
     def _forward(self, part: MicroBatch) -> torch.Tensor:
         """Prefill or one step: logits ``[b, V]`` on the last stage, else the stream."""
         start = part.context.sequence_len_offset
-        prefill = start == 0
-        set_model_to_sequence_parallel(self.model, self.sequence_parallel and prefill)
         length = part.end - start
-        if prefill:  # causal: what stands behind the prompt changes nothing before it
-            length = -(-length // self.tp_size) * self.tp_size
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.no_grad() if self.live else torch.inference_mode())
+            stack.enter_context(InferenceMode.active())
+            if start:
+                stack.enter_context(self._whole_stream())
+            else:  # causal: what stands behind the prompt changes nothing before it
+                length = -(-length // self.tp_size) * self.tp_size
+            return self._pass(part, start, length)
+
+    def _pass(self, part: MicroBatch, start: int, length: int) -> torch.Tensor:
+        """``length`` positions from ``start`` on."""
         tokens = part.tokens[:, start : start + length]
         tokens = torch.nn.functional.pad(tokens, (0, length - tokens.size(1)))
         position_ids = torch.arange(start, start + length, device=tokens.device)

@@ -114,7 +114,7 @@ class Request:
             UserError: when a prompt and what is to be generated behind it go beyond the limit, and
                 for a prompt that is not of the tokenizer's tokens.
         """
-        ids = [_read(prompt, n, tokenizer) for n, prompt in enumerate(self.prompts, 1)]
+        ids = [token_ids(prompt, n, tokenizer) for n, prompt in enumerate(self.prompts, 1)]
         for number, prompt in enumerate(ids, 1):
             # Sequences share their positions: all take as many as the longest prompt.
             if len(prompt) + self.new_tokens > limit:
@@ -127,22 +127,33 @@ class Request:
         return ids
 
 
-def _read(prompt: str, number: int, tokenizer: Tokenizer) -> list[int]:
+def token_ids(
+    prompt: str, number: int, tokenizer: Tokenizer, *, field: str = "--prompt"
+) -> list[int]:
+    """The ids of a prompt, which is the ``number``-th that ``field`` gave.
+
+    Raises:
+        UserError: when it is not of the tokenizer's tokens.
+    """
     try:
         ids = list(tokenizer.tokenize(prompt))
     except ValueError:
         ids = [-1]
     if not all(0 <= token < tokenizer.vocab_size for token in ids):
         raise UserError(
-            "--prompt: a model without a tokenizer takes token ids below"
+            f"{field}: a model without a tokenizer takes token ids below"
             f" {tokenizer.vocab_size}, one space between them, and number {number} is {prompt!r};"
             " give such, or the model's tokenizer (--tokenizer-type and its files) behind the --"
         )
     return ids
 
 
-def read_prompts(prompts: Sequence[str], file: Path | None) -> tuple[str, ...]:
+def read_prompts(
+    prompts: Sequence[str], file: Path | None, *, field: str = "--prompts"
+) -> tuple[str, ...]:
     r"""The prompts given one by one, then those of ``file``, one a line, ``\n`` for a line break.
+
+    ``field`` is what named the file.
 
     Raises:
         UserError: when the file cannot be read.
@@ -152,5 +163,5 @@ def read_prompts(prompts: Sequence[str], file: Path | None) -> tuple[str, ...]:
         try:
             lines = file.read_text().splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompts: {file} must be a text file: {error}") from None
+            raise UserError(f"{field}: {file} must be a text file: {error}") from None
     return (*prompts, *(line.replace("\\n", "\n") for line in lines))

@@ -1,6 +1,7 @@
 """How the next token is drawn from its logits; every rank draws the same."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -49,7 +50,13 @@ class Sampling:
 
 
 class Sampler:
-    """Draws tokens, one after the other, from a generator of its own."""
+    """Draws tokens, one after the other, from a generator of its own.
+
+    Args:
+        sampling: what the user asked for.
+        generator: on the device of the logits.
+        vocabulary: tokens that are drawn among: the first ones, what pads a vocabulary is not.
+    """
 
     def __init__(self, sampling: Sampling, generator: torch.Generator, vocabulary: int):
         self.sampling, self.generator, self.vocabulary = sampling, generator, vocabulary
@@ -61,10 +68,33 @@ class Sampler:
             return logits.argmax(dim=-1)
         from megatron.core.inference.sampling import TorchSampling  # slow
 
-        return TorchSampling.sample_from_logits(
-            logits,
-            self.sampling.temperature,
-            min(self.sampling.top_k, self.vocabulary),
-            self.sampling.top_p,
-            generator=self.generator,
-        )
+        return TorchSampling.sample_from_logits(logits, **self._filter, generator=self.generator)
+
+    def log_probs(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Of ``tokens`` ``[b]`` under the distribution that they are drawn from, in fp32.
+
+        Where the likeliest is taken that is one of a single token; it is then the model's, over the
+        tokens that may be drawn.
+        """
+        possible = logits[:, : self.vocabulary].float()
+        if self.sampling.temperature:
+            from megatron.core.inference.sampling import TorchSampling  # slow
+
+            possible = TorchSampling.filter_logits(possible, **self._filter)
+        return log_probs(possible, tokens)
+
+    @property
+    def _filter(self) -> dict[str, Any]:
+        """Megatron's arguments of what may be drawn, and how likely."""
+        asked = self.sampling
+        return {
+            "temperature": asked.temperature,
+            "top_k": min(asked.top_k, self.vocabulary),
+            "top_p": asked.top_p,
+        }
+
+
+def log_probs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Of ``tokens`` ``[b]`` under ``logits`` ``[b, V]``, in fp32: ``[b]``."""
+    of_all = torch.log_softmax(logits.float(), dim=-1)
+    return of_all.gather(1, tokens.to(logits.device).unsqueeze(1)).squeeze(1)

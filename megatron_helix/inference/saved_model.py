@@ -19,8 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch.nn.functional import gelu
-
 from megatron_helix.basics.errors import UserError
 from megatron_helix.inference.run_fields import RUN_FIELDS
 from megatron_helix.options.flags import FlagParser, add_helix_arguments
@@ -182,6 +180,7 @@ def config_of(args: argparse.Namespace, saved: argparse.Namespace) -> Any:
     function is.
     """
     from megatron.training.argument_utils import gpt_config_from_args
+    from torch.nn.functional import gelu
 
     model_config = gpt_config_from_args(args)
     transformer = model_config.transformer

@@ -2,10 +2,12 @@
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_helix.basics.errors import UserError
+from megatron_helix.exchange.strategy import Choice, cache_split
+from megatron_helix.options import arguments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,7 @@ class Unserved:
     when: Callable[[Any], bool] = lambda value: True
 
 
+_TRAINED = "the model was trained with"
 _QUANTIZED: dict[str, Any] = {
     "reason": "products of low precision need shapes that single tokens do not have",
     "remedy": "serve it in the precision of its weights with --bf16 or --fp16 behind the --",
@@ -141,6 +144,94 @@ LAYOUTS = (
     ),
 )
 
+# By what a training has beside them, in which a rollout is to be made.
+_SHARDED: dict[str, Any] = {
+    "reason": "every step would gather all weights from the data-parallel ranks",
+    "remedy": "use --use-distributed-optimizer, or generate from a checkpoint",
+}
+LIVE = (
+    Unserved(name="use_megatron_fsdp", flag="--use-megatron-fsdp", **_SHARDED),
+    Unserved(name="use_torch_fsdp2", flag="--use-torch-fsdp2", **_SHARDED),
+    Unserved(
+        name="virtual_pipeline_model_parallel_size",
+        flag="--pipeline-model-parallel-layout",
+        reason="a rank serves one stage of the pipeline",
+        remedy="use a layout of one stage a rank",
+    ),
+    Unserved(
+        name="cuda_graph_impl",
+        flag="--cuda-graph-impl",
+        reason="graphs are of the shapes that are trained on",
+        remedy="leave it away, or generate from a checkpoint",
+        when=lambda kind: kind != "none",
+    ),
+    Unserved(
+        name="flash_decode",
+        flag="--flash-decode",
+        reason="steps attend as training does",
+        remedy="leave it away",
+    ),
+)
+_FROM_A_CHECKPOINT = "save it, and generate from the checkpoint with helix generate"
+
+
+def require_live(args: argparse.Namespace, *, on_cpu: bool) -> None:
+    """Check that a model can be rolled out where it is trained.
+
+    Args:
+        args: of the training.
+        on_cpu: whether it is trained there.
+
+    Raises:
+        UserError: for what cannot be served, naming flag, reason and remedy.
+    """
+    for row in (*MODELS, *(ON_A_CPU if on_cpu else ())):
+        _refuse(row, args, _TRAINED)
+    for row in QUANTIZED:
+        _refuse(replace(row, remedy=_FROM_A_CHECKPOINT), args, _TRAINED)
+    for row in (*LAYOUTS, *LIVE):
+        _refuse(row, args, "the training has")
+    if not args.num_experts:
+        return
+    if args.moe_token_dispatcher_type != "alltoall":
+        raise UserError(
+            "--moe-token-dispatcher-type: must be alltoall to generate while training, got"
+            f" {args.moe_token_dispatcher_type}; train with it, or {_FROM_A_CHECKPOINT}"
+        )
+    size = args.tensor_model_parallel_size
+    experts = args.expert_model_parallel_size * (args.expert_tensor_parallel_size or size)
+    if experts > size:
+        raise UserError(
+            "--expert-model-parallel-size: must keep the experts within a tensor-parallel group to"
+            " generate while training, for replicas generate apart, got"
+            f" {experts} expert ranks and --tensor-model-parallel-size {size}; use fewer, or"
+            f" {_FROM_A_CHECKPOINT}"
+        )
+
+
+def require_split(args: argparse.Namespace, batch: int) -> None:
+    """Refuse a cache split or an exchange that a micro-batch of ``batch`` prompts cannot have.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    if not arguments.wants_helix(args) or args.helix_m == 1:
+        return
+    choice = Choice(exchange=args.helix_exchange, split=args.helix_split)
+    heads = args.num_attention_heads
+    layout = arguments.layout(
+        args,
+        num_attention_heads=heads,
+        num_query_groups=args.num_query_groups if args.group_query_attention else heads,
+        kv_channels=args.kv_channels,
+    )
+    cache_split(choice, layout, batch)
+    if choice.exchange == "weights" and not args.sequence_parallel:
+        raise UserError(
+            "--helix-exchange: weights needs --sequence-parallel for the prefill, which is not set;"
+            " add it, or use --helix-exchange activations"
+        )
+
 
 def require_served(
     args: argparse.Namespace, saved: argparse.Namespace, flags: Sequence[str], *, on_cpu: bool
@@ -157,10 +248,10 @@ def require_served(
         UserError: for what cannot be served, naming flag, reason and remedy.
     """
     for unserved in (*MODELS, *(ON_A_CPU if on_cpu else ())):
-        _refuse(unserved, args, "the model was trained with")
+        _refuse(unserved, args, _TRAINED)
     if not {"--fp16", "--bf16"} & set(flags):
         for unserved in QUANTIZED:
-            _refuse(unserved, saved, "the model was trained with")
+            _refuse(unserved, saved, _TRAINED)
     for unserved in LAYOUTS:
         _refuse(unserved, args, "the layout has")
     local = on_cpu or args.transformer_impl == "local"

@@ -2,9 +2,12 @@
 
 Packing and unpacking an exchange is such a copy, and takes longer than the link where it moves
 elements of two bytes one by one. Whole runs of channels keep their order, so that words of 16 bytes
-can be moved instead; a transposition, which has no runs, goes through tiles on a GPU.
+can be moved instead; a transposition, which has no runs, goes through tiles on a GPU. Parts of
+unequal length travel in the length of the longest, zeros behind them: the copy that joins them
+leaves the zeros away.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,6 +49,73 @@ class _Packed(torch.autograd.Function):
 def packed(x: torch.Tensor) -> torch.Tensor:
     """:func:`contiguous` with its gradient: what an exchange does with a permuted view."""
     return _Packed.apply(x)
+
+
+def joined(parts: torch.Tensor, lengths: Sequence[int], dim: int) -> torch.Tensor:
+    """Parts, one behind the other: ``[m, ..., longest, ...] -> [..., sum(lengths), ...]``.
+
+    One copy, or none where they lie so already. The dual of :func:`parted`.
+
+    Args:
+        parts: each ``[..., longest, ...]``, of which the first ones count.
+        lengths: how many, of every part.
+        dim: of a part.
+    """
+    if min(lengths) < max(lengths):
+        return _Joined.apply(parts, lengths, dim)
+    return packed(parts.movedim(0, dim)).flatten(dim, dim + 1)
+
+
+def parted(whole: torch.Tensor, lengths: Sequence[int], dim: int) -> torch.Tensor:
+    """Undoes :func:`joined`: ``[..., sum(lengths), ...] -> [m, ..., longest, ...]``, zeros behind.
+
+    As few copies as parts where these are unequal, else one, or none where they lie so already.
+    """
+    if min(lengths) < max(lengths):
+        return _Parted.apply(whole, lengths, dim)
+    return packed(whole.unflatten(dim, (len(lengths), -1)).movedim(dim, 0))
+
+
+class _Joined(torch.autograd.Function):
+    """Forward: the first of every part, in one copy. Backward: :class:`_Parted`. Saves nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, parts: torch.Tensor, lengths: Sequence[int], dim: int) -> torch.Tensor:
+        ctx.how = lengths, dim
+        return _join(parts, lengths, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _part(grad, *ctx.how), None, None
+
+
+class _Parted(torch.autograd.Function):
+    """Forward: parts with zeros behind them. Backward: :class:`_Joined`. Saves nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: torch.Tensor, lengths: Sequence[int], dim: int) -> torch.Tensor:
+        ctx.how = lengths, dim
+        return _part(whole, lengths, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _join(grad, *ctx.how), None, None
+
+
+def _join(parts: torch.Tensor, lengths: Sequence[int], dim: int) -> torch.Tensor:
+    pieces = zip(parts, lengths, strict=True)
+    return torch.cat([part.narrow(dim, 0, length) for part, length in pieces], dim)
+
+
+def _part(whole: torch.Tensor, lengths: Sequence[int], dim: int) -> torch.Tensor:
+    longest = max(lengths)
+    shape = (*whole.shape[:dim], longest, *whole.shape[dim + 1 :])
+    parts = whole.new_empty(len(lengths), *shape)
+    for part, piece in zip(parts, whole.split(list(lengths), dim), strict=True):
+        length = piece.size(dim)
+        part.narrow(dim, 0, length).copy_(piece)
+        part.narrow(dim, length, longest - length).zero_()
+    return parts
 
 
 def _transposed(x: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ document, so that stock Megatron and helix train on packed rows on CPU ranks. No
 a block of queries by the keys of their document.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -52,6 +52,15 @@ def _slices(ends: Any, padded: Any) -> list[slice]:
     return [slice(start, start + of) for start, of in zip(starts, lengths, strict=False)]
 
 
+def _rows(x: torch.Tensor, places: Sequence[slice]) -> Sequence[torch.Tensor]:
+    """The rows at each of the places, which ascend.
+
+    By one split, whose gradient is one concatenation; that of a slice is as large as ``x``.
+    """
+    edges = [0, *(edge for place in places for edge in (place.start, place.stop)), len(x)]
+    return x.split([end - start for start, end in pairwise(edges)])[1::2]
+
+
 class DocumentAttention(DotProductAttention):
     """Megatron's ``DotProductAttention``, and the same for packed documents.
 
@@ -80,10 +89,12 @@ class DocumentAttention(DotProductAttention):
         window = self.scale_mask_softmax.window_size
         left, right = window or (-1, -1 if kind.name in _FULL else 0)
         parts, row = [], 0
-        for document in documents(packed_seq_params):
+        several = documents(packed_seq_params)
+        queries = _rows(query, [one.queries for one in several])
+        keys, values = (_rows(x, [one.keys for one in several]) for x in (key, value))
+        for document, q, k, v in zip(several, queries, keys, values, strict=True):
             parts.append(query.new_zeros(document.queries.start - row, *query.shape[1:]))
-            of_document = query[document.queries], key[document.keys], value[document.keys]
-            parts += self._blocks(*of_document, left, right)
+            parts += self._blocks(q, k, v, left, right)
             row = document.queries.stop
         parts.append(query.new_zeros(len(query) - row, *query.shape[1:]))
         return torch.cat(parts).flatten(1).to(value.dtype)

@@ -17,40 +17,12 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
-
 from megatron_helix.basics import files, signals
+from megatron_helix.launching.failures import RankFailed, RunFailed, RunTimeoutError
 
 GRACE_S = 5.0  # between asking ranks that have lost a peer, or their time, to end and killing them
 SETTLE_S = 5.0  # at most, between the first failure that is seen and naming its cause
 STORE_S = 60.0  # for the store to come up
-
-
-class RunFailed(RuntimeError):
-    """A run ended before its work was done."""
-
-
-class RunTimeoutError(RunFailed, TimeoutError):
-    """A run was not done in time."""
-
-
-class RankFailed(RunFailed):
-    """A rank ended before its work was done.
-
-    Attributes:
-        rank: the first rank that ended.
-        exitcode: its exit code; the negative of a signal's number if that ended it.
-    """
-
-    def __init__(self, rank: int, world_size: int, exitcode: int, log: Path | None):
-        self.rank, self.exitcode = rank, exitcode
-        how = f"was killed by {signal.Signals(-exitcode).name}" if exitcode < 0 else "failed"
-        where = f"; its output is in {log}" if log else ""
-        super().__init__(
-            f"rank {rank} of {world_size} {how} (exit code {exitcode}); the other ranks were"
-            f" ended{where}"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,6 +235,8 @@ def _serve_rendezvous(address: str, port: Any, parent: int) -> None:
     In a process of its own: its threads must not run in one that forks, and a port that is chosen
     in the parent to be bound by rank 0 may be taken in between.
     """
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
     _die_with(parent)
     store = TCPStore(address, 0, is_master=True, wait_for_workers=False)
     port.send(store.port)
@@ -271,6 +245,8 @@ def _serve_rendezvous(address: str, port: Any, parent: int) -> None:
 
 def _run_rank(ranks: Ranks, rank: int, port: int, parent: int) -> None:
     """One rank, in its own environment and with its own output."""
+    import torch
+
     _die_with(parent)
     if ranks.enter:
         os.environ.update(ranks.enter(rank))

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_helix.basics import files, signals
 from megatron_helix.basics.errors import UserError
-from megatron_helix.launching.fork_ranks import Ranks, RunFailed
+from megatron_helix.launching.failures import RunFailed
+from megatron_helix.launching.fork_ranks import Ranks
 from megatron_helix.launching.fork_ranks import run as fork_ranks
 from megatron_helix.launching.launcher_config import LauncherConfig
 from megatron_helix.options import environment
@@ -52,12 +51,15 @@ def require(launcher: LauncherConfig, device: str, world_size: int) -> None:
             "launcher.kind: slurm needs srun and an allocation, and found none; call it from a"
             " script that sbatch has started, or use torchrun"
         )
-    wanted = world_size // launcher.nodes
-    if device == "cuda" and torch.cuda.device_count() < wanted:
-        raise UserError(
-            f"device: cuda needs {wanted} GPUs on this machine, found {torch.cuda.device_count()};"
-            " use such a machine, or say what is to be expected of it with `helix plan`"
-        )
+    if device == "cuda":
+        import torch  # slow
+
+        wanted, found = world_size // launcher.nodes, torch.cuda.device_count()
+        if found < wanted:
+            raise UserError(
+                f"device: cuda needs {wanted} GPUs on this machine, found {found}; use such a"
+                " machine, or say what is to be expected of it with `helix plan`"
+            )
 
 
 def training(flags: Sequence[str], world_size: int) -> Program:

@@ -240,8 +240,9 @@ class HelixSelfAttention(SelfAttention):
     def _keep_segments(self, config: TransformerConfig) -> None:
         """Set the head dimension that stock attention sees to one segment."""
         layout = self.helix_layout
-        self.hidden_size_per_attention_head = layout.segment_size
-        self.key_hidden_size = self.val_hidden_size = layout.segment_size
+        own = len(layout.segment_channels(self.helix_groups.segment))
+        self.hidden_size_per_attention_head = own
+        self.key_hidden_size = self.val_hidden_size = own
         for name in ("q_layernorm", "k_layernorm"):
             norm = getattr(self, name)
             # Megatron's local layers of a dense model have none for --qk-l2-norm, either.

@@ -12,6 +12,7 @@ from megatron.core.transformer.attention import (
 )
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.multi_latent_attention import MultiLatentAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
@@ -28,17 +29,24 @@ from megatron_helix.kernels.document_attention import DocumentAttention
 from megatron_helix.kernels.ffpa_attention import FFPAAttention
 from megatron_helix.kernels.flex_attention import FlexAttention
 from megatron_helix.kernels.prefix_attention import PrefixAttention
+from megatron_helix.kernels.split_attention import SplitAttention
 from megatron_helix.layers.attention import HelixSelfAttention
 from megatron_helix.layers.linear import helix_linear
 from megatron_helix.layers.norm import sequence_parallel_norm
+from megatron_helix.layers.padded_features import DENSE, padding, padding_experts
 from megatron_helix.layers.transformer_layer import helix_layer
 from megatron_helix.partition.layout import HelixLayout
 
-CORE_ATTENTIONS = {"prefix": PrefixAttention, "flex": FlexAttention, "ffpa": FFPAAttention}
+CORE_ATTENTIONS = {
+    "prefix": PrefixAttention,
+    "split": SplitAttention,
+    "flex": FlexAttention,
+    "ffpa": FFPAAttention,
+}
 
 
 def helixify(spec: Any, layout: HelixLayout, choice: Choice = Choice()) -> Any:
-    """``spec`` with attention cut m x n, and what goes with it in its layers and dense MLPs.
+    """``spec`` with attention cut m x n, and what goes with it in its layers and MLPs.
 
     Args:
         spec: a layer, block or multi-token-prediction spec: local or TransformerEngine, dense or
@@ -71,6 +79,20 @@ def helixify(spec: Any, layout: HelixLayout, choice: Choice = Choice()) -> Any:
             _require_cut(node.submodules, layout)
             return dataclasses.replace(node, module=helix_layer(node.module), params=params)
         return node
+
+    return with_padded_features(_map_spec(spec, swap))
+
+
+def with_padded_features(spec: Any) -> Any:
+    """``spec`` with MLPs and experts whose features the tensor-parallel degree need not divide.
+
+    Where it does they are built as ever.
+    """
+
+    def swap(node: Any) -> Any:
+        if isinstance(node, partial):
+            return padding(node, DENSE) if _is_dense_mlp(node) else node
+        return padding_experts(node) if isinstance(node, MoESubmodules) else node
 
     return _map_spec(spec, swap)
 

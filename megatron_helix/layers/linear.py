@@ -20,6 +20,7 @@ import torch
 from megatron_helix.exchange.activations import context_to_segments, qkv_to_whole_heads
 from megatron_helix.exchange.decode import qkv_to_every_rank
 from megatron_helix.exchange.distributed_weight import DistributedShard
+from megatron_helix.exchange.padding import own_channels, own_tiles
 from megatron_helix.exchange.plan import Plan
 from megatron_helix.exchange.shards import Ahead, GatheredWeight, Shards, whole
 from megatron_helix.exchange.weights import column_linear, row_linear
@@ -28,25 +29,45 @@ from megatron_helix.layers.engine import EngineLinear, in_float8, takes_gathered
 from megatron_helix.layers.norm import Norm, input_norm
 from megatron_helix.layers.weight_forms import WeightForms
 from megatron_helix.partition.checkpoint import tile_in_canonical_order
-from megatron_helix.partition.layout import HelixLayout
+from megatron_helix.partition.layout import PADDING, HelixLayout
 from megatron_helix.partition.process_groups import HelixGroups, register
+from megatron_helix.partition.tiles import stored
 
 Init = Callable[[torch.Tensor], Any]
 
 
-def in_tile_order(init_method: Init, order: torch.Tensor, dim: int) -> Init:
+def in_tile_order(
+    init_method: Init, order: torch.Tensor, dim: int, *, rank: int, size: int
+) -> Init:
     """``init_method`` followed by a reordering of the whole weight into tile order.
 
     With ``--use-cpu-initialization`` every rank draws the whole weight and keeps its shard: drawing
     the canonical weight first makes the global weights equal stock's. A shard drawn on its own (GPU
-    initialisation) is as random in any order and is left as drawn.
+    initialisation) is as random in any order and is left as drawn, but for padding, which is zero.
+
+    Args:
+        init_method: of the canonical weight.
+        order: canonical index of every stored one, of all ranks in turn.
+        dim: that is cut.
+        rank: of those that share the weight.
+        size: how many.
     """
+    padding = order == PADDING
+    own = padding.chunk(size)[rank].nonzero().squeeze(1)
 
     def init(weight: torch.Tensor) -> None:
-        init_method(weight)
         if weight.size(dim) == order.numel():
+            shape = [*weight.shape]
+            shape[dim] -= int(padding.sum())
+            canonical = weight.new_empty(shape)
+            init_method(canonical)
             with torch.no_grad():
-                weight.copy_(weight.index_select(dim, order.to(weight.device)))
+                weight.copy_(stored(canonical, order, dim))
+            return
+        init_method(weight)
+        if len(own):
+            with torch.no_grad():
+                weight.index_fill_(dim, own.to(weight.device), 0)
 
     return init
 
@@ -199,16 +220,23 @@ class _Tiled(_HelixLinear):
         **kwargs: Any,
     ):
         order = self.canonical_order(layout)
+        sizes = [output_size, input_size]
+        sizes[self.axis] = order.numel()  # what Megatron asks for, and padding
+        own = {"rank": groups.tp.rank(), "size": groups.tp.size()}
         super().__init__(
-            input_size,
-            output_size,
+            sizes[1],
+            sizes[0],
             layout=layout,
             groups=groups,
-            init_method=in_tile_order(init_method, order, self.axis),
+            init_method=in_tile_order(init_method, order, self.axis, **own),
             **kwargs,
         )
         self.tile_order = order
-        self.shards = Shards(axis=self.axis, outer=self.heads(layout) * layout.segment_blocks)
+        self.shards = Shards(
+            axis=self.axis,
+            outer=self.heads(layout) * layout.segment_blocks,
+            lengths=layout.runs,
+        )
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: dict | None = None
@@ -250,6 +278,8 @@ class _QKV(_Tiled):
             qkv = qkv_to_whole_heads(qkv, *among, self.plan.split, self.plan.documents)
         elif self.plan.exchange == "partials":
             qkv = qkv_to_every_rank(qkv, self.helix_layout, self.helix_groups.dim)
+        else:
+            qkv = own_channels(qkv, self.helix_layout, self.helix_groups.segment)
         return qkv, bias
 
 
@@ -267,6 +297,8 @@ class _Proj(_Tiled):
         if self.plan.exchange == "activations":
             among = self.helix_layout, self.helix_groups.dim
             context = context_to_segments(context, *among, self.plan.split, self.plan.documents)
+        else:
+            context = own_tiles(context, self.helix_layout, self.helix_groups.segment)
         return super().forward(context, *args, **kwargs)  # type: ignore[misc]
 
 

@@ -2,11 +2,15 @@
 
 A hardware file has a datasheet's figures and the fractions of them that programs get, or figures
 that ``helix calibrate`` has measured, which are achieved as they stand.
+
+A collective that is begun before its result is needed runs beside computation. How they get on is a
+property of what moves (:data:`BESIDE`): the part that is hidden, and what computation loses by it.
 """
 
 import math
 from functools import cached_property
 from pathlib import Path
+from typing import Literal, NamedTuple, get_args
 
 from pydantic import Field, PositiveInt, ValidationInfo, field_validator
 
@@ -28,9 +32,18 @@ _UNITS = {
     "gemm": ("TFLOP/s", "GFLOP/s"),
     "memory": ("GB", "GiB"),
     "memory_bandwidth": ("TB/s", "GB/s"),
+    "fused_attention": ("TFLOP/s", "GFLOP/s"),
     "bandwidth": ("GB/s",),
     "latency": ("us",),
+    "arrival": ("us",),
+    "gap": ("us",),
 }
+
+# Weights gathered for a GEMM beside one before it; gradients of weights on their way to who keeps
+# them; a column linear's input and its gradient in the backward pass; gradients and weights of
+# data-parallel replicas; keys and values in a ring, beside attention.
+Beside = Literal["weights", "gradients", "tokens", "replicas", "keys"]
+BESIDE = get_args(Beside)
 
 
 class Quantity(Config):
@@ -67,8 +80,8 @@ def _require_unit(name: str, quantity: Quantity) -> Quantity:
     return quantity
 
 
-class Link(Config):
-    """One level of links.
+class Pace(Config):
+    """Of a collective over links.
 
     Attributes:
         bandwidth: of one device, in one direction.
@@ -82,6 +95,53 @@ class Link(Config):
     @classmethod
     def _units(cls, quantity: Quantity, info: ValidationInfo) -> Quantity:
         return _require_unit(str(info.field_name), quantity)
+
+
+class Link(Pace):
+    """One level of links.
+
+    Attributes:
+        kinds: of collectives whose pace was measured apart.
+    """
+
+    kinds: dict[str, Pace] = Field(default_factory=dict)
+
+    def of(self, kind: str) -> Pace:
+        """The pace of a kind of collective."""
+        return self.kinds.get(kind, self)
+
+
+class Overlap(Config):
+    """How collectives of a kind and the computation beside them get on.
+
+    Attributes:
+        hidden: the part of what is sent that moves beside computation.
+        slowed: the part of that time that computation takes longer.
+        source: where that is from.
+    """
+
+    hidden: float = Field(ge=0, le=1)
+    slowed: float = Field(default=0.0, ge=0, le=1)
+    source: str = Field(min_length=1)
+
+
+class Held(NamedTuple):
+    """What collectives cost a rank, in seconds.
+
+    Attributes:
+        alone: with nothing beside them.
+        hidden: of that.
+        slowed: what computation beside them takes longer.
+    """
+
+    alone: float
+    hidden: float = 0.0
+    slowed: float = 0.0
+
+    @property
+    def lost(self) -> float:
+        """What a step takes longer by them."""
+        return self.alone - self.hidden + self.slowed
 
 
 class Hardware(Config):
@@ -98,9 +158,16 @@ class Hardware(Config):
         inter_node: links between nodes, one for each device; None where there is one node.
         fused_attention_max_channels: head dimension up to which attention keeps its scores on the
             chip; beyond it they go through memory.
-        beside: the part of a collective's time that a GEMM beside it hides, once what the GEMM
-            loses meanwhile is taken off: 0 where nothing is begun early, as on CPUs.
-        beside_source: where that is from.
+        fused_attention: rate of those kernels in training, causal: operations of half the square of
+            scores, a backward pass counted as two forward passes. None is that of ``gemm``.
+        streaming: the part of ``memory_bandwidth``, which a copy gets, that kernels bound by memory
+            get in the mean: norms, activations, softmax, optimizer.
+        streaming_source: where that is from.
+        gap: between two kernels of a rank.
+        arrival: how much later the last rank comes to a collective than the others; whatever is
+            begun early does not wait for it.
+        beside: by what moves (:data:`BESIDE`) how collectives get on with the computation beside
+            them; nothing is hidden of what is not there, as on CPUs, where nothing is begun early.
         core_attention: times of core attentions, for ``--helix-core-attention auto``.
         element_bytes: of weights and activations, in the precision that ``gemm`` is for.
         note: what else a reader must know.
@@ -115,16 +182,20 @@ class Hardware(Config):
     intra_node: Link
     inter_node: Link | None = Field(default=None, validate_default=True)
     fused_attention_max_channels: PositiveInt = 256
-    beside: float = Field(default=0.0, ge=0, le=1)
-    beside_source: str = ""
+    fused_attention: Quantity | None = None
+    streaming: float = Field(default=1.0, gt=0, le=1)
+    streaming_source: str = ""
+    gap: Quantity | None = None
+    arrival: Quantity | None = None
+    beside: dict[Beside, Overlap] = Field(default_factory=dict)
     core_attention: tuple[CoreTime, ...] = ()
     element_bytes: PositiveInt = 2
     note: str = ""
 
-    @field_validator("gemm", "memory", "memory_bandwidth")
+    @field_validator("gemm", "memory", "memory_bandwidth", "fused_attention", "gap", "arrival")
     @classmethod
-    def _units(cls, quantity: Quantity, info: ValidationInfo) -> Quantity:
-        return _require_unit(str(info.field_name), quantity)
+    def _units(cls, quantity: Quantity | None, info: ValidationInfo) -> Quantity | None:
+        return quantity and _require_unit(str(info.field_name), quantity)
 
     @field_validator("inter_node")
     @classmethod
@@ -152,6 +223,11 @@ class Hardware(Config):
             )
         return Hardware.model_validate({**self.model_dump(), "devices": devices})
 
+    @property
+    def streaming_rate(self) -> float:
+        """Bytes a second of kernels bound by memory."""
+        return self.memory_bandwidth.rate * self.streaming
+
     def seconds(
         self,
         kind: str,
@@ -162,7 +238,7 @@ class Hardware(Config):
         *,
         ideal: bool = False,
     ) -> float:
-        """Time of collectives by the alpha-beta model.
+        """Time of collectives by the alpha-beta model, of ranks that come to them together.
 
         A call takes a latency for every hop (:func:`hops`) and what it sends over the bandwidth:
         Chan et al., "Collective communication: theory, practice, and experience"
@@ -179,18 +255,48 @@ class Hardware(Config):
         """
         if ranks == 1:
             return 0.0
-        near = self.intra_node.bandwidth
-        inside = sent_bytes / (near.peak if ideal else near.rate)
-        latency = self.intra_node.latency.rate
+        near = self.intra_node.of(kind)
+        inside = sent_bytes / (near.bandwidth.peak if ideal else near.bandwidth.rate)
+        latency = near.latency.rate
         if ranks * stride > self.devices_per_node and self.inter_node is not None:
             local = min(ranks, max(1, self.devices_per_node // stride))
-            far = self.inter_node.bandwidth
+            far = self.inter_node.of(kind)
             leaves = crossing(kind, ranks, local) * sent_bytes
-            inside = max(inside, leaves / (far.peak if ideal else far.rate))
-            latency = max(latency, self.inter_node.latency.rate)
-        if ideal:
-            return inside
-        return inside + calls * latency * hops(kind, ranks)
+            inside = max(inside, leaves / (far.bandwidth.peak if ideal else far.bandwidth.rate))
+            latency = max(latency, far.latency.rate)
+        return inside if ideal else inside + calls * latency * hops(kind, ranks)
+
+    def held(
+        self,
+        kind: str,
+        sent_bytes: float,
+        calls: float,
+        ranks: int,
+        stride: int,
+        *,
+        beside: Beside | None = None,
+        apart: bool = True,
+    ) -> Held:
+        """What collectives cost a rank: waiting for the last one, and what is not hidden.
+
+        Args:
+            kind: of collective; these as for :meth:`seconds`.
+            sent_bytes: by a rank.
+            calls: of it.
+            ranks: of a group.
+            stride: of its neighbours.
+            beside: what moves beside computation, while ranks come together; None if the next
+                operation waits for it.
+            apart: whether ranks have computed long enough since they met last to come apart.
+        """
+        if ranks == 1:
+            return Held(0.0)
+        alone = self.seconds(kind, sent_bytes, calls, ranks, stride)
+        if known := self.beside.get(beside) if beside else None:
+            hidden = known.hidden * alone
+            return Held(alone, hidden, known.slowed * hidden)
+        waits = self.arrival.rate if self.arrival and apart else 0.0
+        return Held(alone + calls * waits)
 
 
 def hops(kind: str, ranks: int) -> int:

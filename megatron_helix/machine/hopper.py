@@ -2,9 +2,11 @@
 
 import os
 
-from megatron_helix.machine.hardware import Hardware, Link, Quantity
+from megatron_helix.machine.hardware import Hardware, Link, Overlap, Quantity
 
 CARDS = ("H100", "H200", "H800", "GH200")
+_PROFILED = "kernels of two H200 by torch's profiler (benchmarks/results/two_h200_rivals.json)"
+_LEDGER = "exposed collectives of steps of two and four H200 by the ledger (docs/log.md)"
 _MEASURED = "measured by helix calibrate with torch 2.11, two H200 of one host"
 
 HOPPER = Hardware(
@@ -28,9 +30,18 @@ HOPPER = Hardware(
         ),
         latency=Quantity(value=60, unit="us", source="assumption; a hop within a node and 10 us"),
     ),
-    beside=0.72,
-    beside_source="NCCL's kernels beside others in steps of two H200, by torch's profiler: 53 of 75"
-    " ms (weights gathered, 4 layers of 8192), 155 of 206 (12 of 3584)",
+    fused_attention=Quantity(value=422, unit="TFLOP/s", source=_PROFILED + ", head dimension 128"),
+    streaming=0.68,
+    streaming_source=_PROFILED,
+    gap=Quantity(value=7, unit="us", source=_PROFILED),
+    arrival=Quantity(value=60, unit="us", source=_LEDGER),
+    beside={
+        "weights": Overlap(hidden=0.8, slowed=0.35, source=_LEDGER),
+        "gradients": Overlap(hidden=0.3, slowed=0.35, source=_LEDGER),
+        "tokens": Overlap(hidden=0.75, slowed=0.35, source=_LEDGER),
+        "replicas": Overlap(hidden=0.73, slowed=0.35, source=_PROFILED),
+        "keys": Overlap(hidden=0.73, slowed=0.35, source="assumption; as replicas"),
+    },
 )
 
 

@@ -21,6 +21,7 @@ from megatron_helix.options.checks import (
     require_one_of,
     require_plan,
     require_rival,
+    require_shares,
 )
 from megatron_helix.options.core_attention import require_core_attention
 from megatron_helix.options.features.check import needs_order
@@ -35,7 +36,7 @@ _ASKING = ("--helix-m", "--helix-n", "--helix-exchange", "--helix-split", "--hel
 _SIZES = (
     *("num-layers", "hidden-size", "ffn-hidden-size", "num-attention-heads", "num-query-groups"),
     *("kv-channels", "num-experts", "seq-length", "micro-batch-size", "global-batch-size"),
-    *("eval-micro-batch-size", "tensor-parallel-num-weight-shards"),
+    *("eval-micro-batch-size", "tensor-parallel-num-weight-shards", "padded-vocab-size"),
 )
 _SWITCHES = (
     *("group-query-attention", "rotary-interleaved", "attention-output-gate", "swiglu"),
@@ -132,7 +133,7 @@ def _read(argv: Sequence[str]) -> argparse.Namespace:
     is to be refused before any of it.
     """
     parser = add_helix_arguments(FlagParser())
-    for name in ("tensor-model", "pipeline-model", "context"):
+    for name in ("tensor-model", "pipeline-model", "context", "expert-model"):
         parser.add_argument(f"--{name}-parallel-size", type=int, default=1)
     for name in _SIZES:
         parser.add_argument(f"--{name}", type=int)
@@ -236,10 +237,28 @@ def _complete_degree(args: argparse.Namespace, argv: Sequence[str]) -> list[str]
         other = "helix_n" if given == ["helix_m"] else "helix_m"
         setattr(args, other, size // count)
     else:
-        heads, groups, _ = _head_counts(args)
-        args.helix_n = math.gcd(size, heads, groups)
-        args.helix_m = size // args.helix_n
+        cut = _auto(args, size)
+        args.helix_m, args.helix_n = cut.m, cut.n
     return ["--helix-m", str(args.helix_m), "--helix-n", str(args.helix_n)]
+
+
+def _auto(args: argparse.Namespace, size: int) -> HelixLayout:
+    """The cut of ``size`` ranks that ``auto`` takes, of all that the heads allow."""
+    heads, groups, channels = _head_counts(args)
+    most = math.gcd(size, heads, groups)
+    cuts = []
+    for n in (n for n in range(most, 0, -1) if most % n == 0):
+        asked = argparse.Namespace(**{**vars(args), "helix_m": size // n, "helix_n": n})
+        try:
+            cut = layout(
+                asked, num_attention_heads=heads, num_query_groups=groups, kv_channels=channels
+            )
+        except UserError:
+            if not cuts:  # of fewest segments: there are too many in the others, too
+                raise
+            break
+        cuts.append(cut)
+    return checks.least_sending(args, choice(args), cuts)
 
 
 def _head_counts(args: argparse.Namespace) -> tuple[int, int, int]:
@@ -283,6 +302,7 @@ def _helix_flags(args: argparse.Namespace, argv: Sequence[str], world_size: int)
             kv_channels=channels,
         )
         require_plan(args, choice(args), cut)
+    require_shares(args, size)
     if args.helix_m > 1:
         require_loadable(args)
     return ["--tensor-model-parallel-size", str(size)]

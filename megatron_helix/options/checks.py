@@ -5,6 +5,7 @@ reads.
 """
 
 import argparse
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,31 +36,112 @@ def require_plan(args: argparse.Namespace, asked: strategy.Choice, cut: HelixLay
             " --overlap-grad-reduce sends them before; leave one of the two away"
         )
     if cut.m > 1 and args.seq_length and args.micro_batch_size:
-        shape = traffic.BlockShape(
-            hidden=args.hidden_size,
-            ffn=0 if args.num_experts else args.ffn_hidden_size or 4 * args.hidden_size,
-            gated=args.swiglu or args.quick_geglu,
-            num_layers=args.num_layers,
-        )
-        parallel = {"sequence_parallel": args.sequence_parallel}
-
-        def resolve(batch: int) -> Plan:
-            if args.sft or args.dataloader_inter_document_masking:
-                tokens = batch * args.seq_length
-                return strategy.packed_plan(asked, cut, shape, tokens=tokens, **parallel)
-            sequence = args.seq_length // args.context_parallel_size
-            return strategy.resolve(asked, cut, shape, sequence=sequence, batch=batch, **parallel)
-
-        resolve(batch=args.micro_batch_size)
+        _plan(args, asked, cut, args.micro_batch_size)
         for flag, batch, remedy in _validated(args, cut):
             try:
-                resolve(batch=batch)
+                _plan(args, asked, cut, batch)
             except ValueError as error:
                 cause = str(error).partition(";")[0]
                 raise UserError(
                     f"{flag}: validation reads micro-batches of {batch}, which no rank can take a"
                     f" part of: {cause}; {remedy}"
                 ) from None
+
+
+def require_shares(args: argparse.Namespace, size: int) -> None:
+    """Check what ``size`` tensor-parallel ranks share and nothing pads; says what they could share.
+
+    Heads are the layout's to judge, and the features of MLPs are padded.
+    """
+    stream = size * args.context_parallel_size
+    counts = [
+        ("--padded-vocab-size", args.padded_vocab_size, "--helix-m x --helix-n", size),
+        (
+            *("--num-experts", args.num_experts),
+            *("--expert-model-parallel-size", args.expert_model_parallel_size),
+        ),
+    ]
+    # Of packed rows the ranks share all of a micro-batch: the plan's to judge.
+    packs = args.sft or args.dataloader_inter_document_masking
+    if args.sequence_parallel and args.micro_batch_size and not packs:
+        of = "--helix-m x --helix-n" + " x --context-parallel-size" * (stream > size)
+        counts.append(("--seq-length", args.seq_length, of, stream))
+    for flag, count, of, parts in counts:
+        if count and count % parts:
+            raise UserError(
+                f"{flag}: must be a multiple of {of} ({parts}), got {count};"
+                f" use {strategy.multiples(count, parts)}"
+            )
+
+
+# What counts the zeros of padding, or divides them by nothing.
+_BESIDE_PADDING = (
+    ("log_num_zeros_in_grad", bool, "it would count the gradients of padding, which are zero"),
+    ("adam_eps", lambda value: value == 0, "Adam divides the zeros of padding by it"),
+)
+
+
+def require_paddable_heads(args: argparse.Namespace, cut: HelixLayout) -> None:
+    """Check that nothing of a run is at odds with the padding of its attention weights.
+
+    Args:
+        args: as Megatron has parsed them.
+        cut: the partition.
+
+    Raises:
+        UserError: naming the flag, the reason and the remedy.
+    """
+    for name, is_asked, reason in _BESIDE_PADDING if cut.waste else ():
+        value = getattr(args, name, None)
+        if value is not None and is_asked(value):
+            raise UserError(
+                f"--{name.replace('_', '-')}: is refused where --helix-m {cut.m} pads segments of"
+                f" --kv-channels {cut.kv_channels}: {reason}, got {value}; leave it away, or use a"
+                " --helix-m that divides"
+            )
+
+
+def _shape(args: argparse.Namespace) -> traffic.BlockShape:
+    return traffic.BlockShape(
+        hidden=args.hidden_size,
+        ffn=0 if args.num_experts else args.ffn_hidden_size or 4 * args.hidden_size,
+        gated=args.swiglu or args.quick_geglu,
+        num_layers=args.num_layers,
+    )
+
+
+def _plan(args: argparse.Namespace, asked: strategy.Choice, cut: HelixLayout, batch: int) -> Plan:
+    """The plan for micro-batches of ``batch`` sequences."""
+    known = asked, cut, _shape(args)
+    parallel = {"sequence_parallel": args.sequence_parallel}
+    if args.sft or args.dataloader_inter_document_masking:
+        return strategy.packed_plan(*known, tokens=batch * args.seq_length, **parallel)
+    sequence = args.seq_length // args.context_parallel_size
+    return strategy.resolve(*known, sequence=sequence, batch=batch, **parallel)
+
+
+def least_sending(
+    args: argparse.Namespace, asked: strategy.Choice, cuts: Sequence[HelixLayout]
+) -> HelixLayout:
+    """Of cuts that begin with that of fewest segments, the one that sends least in the run.
+
+    Without a dim axis, that first one is plain tensor parallelism and is taken as it is; so is it
+    where the micro-batches are not known: of the cuts that exchange tokens it sends least.
+    """
+    if cuts[0].m == 1 or not (args.seq_length and args.micro_batch_size):
+        return cuts[0]
+
+    def sent(cut: HelixLayout) -> float:
+        try:
+            plan = _plan(args, asked, cut, args.micro_batch_size)
+        except UserError:  # which is raised again if no cut can run
+            return math.inf
+        sequence = args.seq_length // args.context_parallel_size
+        size = {"sequence": sequence, "batch": args.micro_batch_size}
+        of_step = {"microbatches": asked.microbatches}
+        return traffic.per_layer(plan, cut, _shape(args), **size, **of_step)
+
+    return min(cuts, key=sent)
 
 
 def _validated(args: argparse.Namespace, cut: HelixLayout) -> Iterator[tuple[str, int, str]]:
@@ -145,11 +227,15 @@ def require_data(args: argparse.Namespace) -> None:
                 )
 
 
-def require_loadable(args: argparse.Namespace) -> None:
+def require_loadable(args: argparse.Namespace, *, where: str = "under --helix-m > 1") -> None:
     """Check that what a run loads is described by canonical rows, which any layout can read.
 
     Checkpoints of Megatron's that are not hold memory as it lay on a rank: under another layout
     they would load without a word, in a wrong order.
+
+    Args:
+        args: of the run.
+        where: that holds.
     """
     loaded = [
         ("--load", args.load, args.ckpt_step),
@@ -165,12 +251,12 @@ def require_loadable(args: argparse.Namespace) -> None:
             continue  # nothing to load: Megatron's to judge
         if not (checkpoint / "metadata.json").exists():
             raise UserError(
-                f"{flag}: a checkpoint under --helix-m > 1 must be in torch_dist format, and"
+                f"{flag}: a checkpoint {where} must be in torch_dist format, and"
                 f" {checkpoint} is not; load it with the stock layout that saved it, and save it"
                 " with --ckpt-format torch_dist"
             )
         if args.use_distributed_optimizer and not (args.no_load_optim or args.finetune):
-            _require_canonical_optimizer(flag, checkpoint)
+            _require_canonical_optimizer(flag, checkpoint, where)
 
 
 def _checkpoint(folder: Path, step: int | None) -> Path | None:
@@ -182,14 +268,14 @@ def _checkpoint(folder: Path, step: int | None) -> Path | None:
     return folder / (f"iter_{int(last):07d}" if last.isdigit() else last) if last else None
 
 
-def _require_canonical_optimizer(flag: str, checkpoint: Path) -> None:
+def _require_canonical_optimizer(flag: str, checkpoint: Path, where: str) -> None:
     from megatron.core.dist_checkpointing import load_content_metadata
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     found = (load_content_metadata(str(checkpoint)) or {}).get("distrib_optim_sharding_type")
     if found and found not in DistributedOptimizer.checkpoint_fully_reshardable_formats:
         raise UserError(
-            f"{flag}: the optimizer state must be fully_reshardable under --helix-m > 1, and in"
+            f"{flag}: the optimizer state must be fully_reshardable {where}, and in"
             f" {checkpoint} it is {found}, in the order of a rank's memory; save with"
             " --dist-ckpt-optim-fully-reshardable, or load with --no-load-optim"
         )

@@ -92,7 +92,7 @@ def _can(core: str, args: argparse.Namespace, on_cpu: bool) -> bool:
 def _require(core: str, args: argparse.Namespace, on_cpu: bool) -> None:
     if core not in OWN:
         return
-    if core in ("flex", "ffpa") and args.attention_dropout:
+    if core in ("split", "flex", "ffpa") and args.attention_dropout:
         raise UserError(
             f"--helix-core-attention: {core} needs --attention-dropout 0, since its kernel has no"
             f" dropout, got {args.attention_dropout}; set it to 0"
@@ -124,12 +124,16 @@ def _require(core: str, args: argparse.Namespace, on_cpu: bool) -> None:
             "--helix-core-attention: flex needs a GPU, since torch's FlexAttention has no backward"
             " pass on a CPU, got --helix-device cpu; leave one of the two away"
         )
+    if core in ("split", "ffpa"):
+        _require_plain(core, args)
+    if core == "split":
+        _require_split(args, on_cpu)
     if core == "ffpa":
         _require_ffpa(args, on_cpu)
 
 
-def _require_ffpa(args: argparse.Namespace, on_cpu: bool) -> None:
-    """What the kernels of ffpa-attn 0.2.4 for Hopper have."""
+def _require_plain(core: str, args: argparse.Namespace) -> None:
+    """Causal attention alone."""
     for flag, given, default in (
         ("--window-size", args.window_size, None),
         ("--softmax-type", args.softmax_type, "vanilla"),
@@ -137,9 +141,35 @@ def _require_ffpa(args: argparse.Namespace, on_cpu: bool) -> None:
     ):
         if given != default:
             raise UserError(
-                "--helix-core-attention: ffpa has no kernel for windows, softmax offsets and masks"
-                f" of documents, got {flag} {given}; use --helix-core-attention prefix"
+                f"--helix-core-attention: {core} has no kernel for windows, softmax offsets and"
+                f" masks of documents, got {flag} {given}; use --helix-core-attention prefix"
             )
+
+
+def _require_split(args: argparse.Namespace, on_cpu: bool) -> None:
+    """What torch's fused kernels have (:mod:`megatron_helix.kernels.fused_kernels`)."""
+    from megatron_helix.kernels.fused_kernels import MOST_CHANNELS  # slow: it imports torch
+
+    channels = _channels(args)
+    if channels > MOST_CHANNELS or channels % 8:
+        raise UserError(
+            f"--helix-core-attention: split has kernels for multiples of 8 up to {MOST_CHANNELS}"
+            f" channels a head, got {channels}; use --helix-core-attention prefix"
+        )
+    if not on_cpu:
+        _require_half("split", args)
+
+
+def _require_half(core: str, args: argparse.Namespace) -> None:
+    if not (args.bf16 or args.fp16):
+        raise UserError(
+            f"--helix-core-attention: {core} has kernels for half precision, got neither --bf16 nor"
+            " --fp16; add one"
+        )
+
+
+def _require_ffpa(args: argparse.Namespace, on_cpu: bool) -> None:
+    """What the kernels of ffpa-attn 0.2.4 for Hopper have."""
     channels = _channels(args)
     if channels and channels not in _FFPA_CHANNELS:
         raise UserError(
@@ -152,11 +182,7 @@ def _require_ffpa(args: argparse.Namespace, on_cpu: bool) -> None:
             "--helix-core-attention: ffpa needs a GPU, got --helix-device cpu; leave one of the two"
             " away"
         )
-    if not (args.bf16 or args.fp16):
-        raise UserError(
-            "--helix-core-attention: ffpa has kernels for half precision, got neither --bf16 nor"
-            " --fp16; add one"
-        )
+    _require_half("ffpa", args)
     if importlib.util.find_spec("ffpa_attn") is None:
         raise UserError(
             "--helix-core-attention: ffpa needs the package ffpa-attn, which is not installed; pip"

@@ -41,8 +41,10 @@ def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         type=_count_or_auto,
         metavar="N",
         help="Head groups the attention heads are cut into. With --tensor-model-parallel-size, one"
-        " of M and N follows from the other; auto takes the largest N the heads allow, and is what"
-        " --helix-exchange, --helix-split or --helix-gather mean without M and N.",
+        " of M and N follows from the other; auto takes as many as there are ranks where the heads"
+        " allow it, which is plain tensor parallelism, else the cut that sends least for the run's"
+        " micro-batches. auto is what --helix-exchange, --helix-split or --helix-gather mean"
+        " without M and N.",
     )
     group.add_argument(
         "--helix-exchange",
@@ -66,9 +68,10 @@ def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         default=CORE_ATTENTIONS[0],
         help=f"What computes softmax(QK)V: {', '.join(CORE_ATTENTIONS)}. spec is that of the layer"
         " spec, TransformerEngine's or the local one; prefix multiplies pieces of the queries with"
-        " the keys that they see, for head dimensions without a fused kernel; flex is torch's"
-        " FlexAttention, ffpa that of the package ffpa-attn, which keep scores out of memory; auto"
-        " takes what was fastest where it was measured. Works without M and N as well.",
+        " the keys that they see, for head dimensions without a fused kernel; split attends to what"
+        " lies before a rank's queries apart from their own square, for a sequence split; flex is"
+        " torch's FlexAttention, ffpa that of the package ffpa-attn, which keep scores out of"
+        " memory; auto takes what was fastest where it was measured. Works without M and N, too.",
     )
     group.add_argument(
         "--helix-hardware",
@@ -108,6 +111,26 @@ def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         "--helix-profile",
         action="store_true",
         help="Run the last step under torch's profiler, for --helix-metrics.",
+    )
+    group.add_argument(
+        "--helix-sample-interval",
+        type=int,
+        metavar="N",
+        help="Continue the prompts of --helix-sample-prompts after every N steps, by the likeliest"
+        " tokens, and print the text; with --helix-metrics it is kept there, too.",
+    )
+    group.add_argument(
+        "--helix-sample-prompts",
+        type=Path,
+        metavar="FILE",
+        help="Prompts, one a line; \\n is a line break.",
+    )
+    group.add_argument(
+        "--helix-sample-tokens",
+        type=int,
+        default=32,
+        metavar="N",
+        help="New tokens for each of the prompts.",
     )
     return parser
 

@@ -12,9 +12,10 @@ from typing import Any
 from megatron_helix.basics.errors import UserError
 from megatron_helix.exchange import strategy
 from megatron_helix.options import arguments
-from megatron_helix.options.checks import require_loadable, require_plan
+from megatron_helix.options.checks import require_loadable, require_paddable_heads, require_plan
 from megatron_helix.options.features.check import require_compatible
 from megatron_helix.options.flags import FlagParser, add_helix_arguments
+from megatron_helix.options.uneven import require_paddable
 from megatron_helix.partition.layout import HelixLayout
 
 
@@ -93,6 +94,8 @@ def require_run(
     if cut.m > 1:
         require_compatible(args, model_config, transformer)
         require_loadable(args)
+        require_paddable_heads(args, cut)
         if training:
             require_plan(args, arguments.choice(args), cut)
+    require_paddable(args, transformer)
     return cut

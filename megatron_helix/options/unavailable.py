@@ -162,7 +162,7 @@ UNAVAILABLE = (
     Unavailable(
         flags=("--hybrid-context-parallel",),
         lacks="cuts documents over ranks, which neither Megatron's local attention nor"
-        " --helix-core-attention prefix, flex or ffpa can",
+        " any --helix-core-attention can",
         instead="use --transformer-impl transformer_engine on a GPU, or a --spec whose core"
         " attention can",
         where=_attends_locally,

@@ -14,12 +14,18 @@ value) and head dimension d:
 * ``W_qkv[K_n, slot, d_m, hidden]``: rank (i, j) stores ``[K/n, slot, d/m, hidden]``;
 * ``W_o[hidden, H_n, d_m]``: rank (i, j) stores ``[hidden, H/n, d/m]``.
 
-Which rows of d make a segment: d is viewed as ``[blocks, m, d / (blocks * m)]`` and segment ``j``
-takes index ``j`` of the middle axis. ``blocks`` is 2 with rotate-half rotary embeddings, whose
-pairs are ``d/2`` apart, so that a segment is closed under rotation; it is 1 otherwise. Q, K, V and
-the columns of W_o are cut alike, which makes the exchange of a packed QKV one transposition; since
+Which rows of d make a segment: d is viewed as ``[blocks, d / blocks]``, and segment ``j`` takes run
+``j`` of m of the second axis. ``blocks`` is 2 with rotate-half rotary embeddings, whose pairs are
+``d/2`` apart, so that a segment is closed under rotation; it is 1 otherwise. Q, K, V and the
+columns of W_o are cut alike, which makes the exchange of a packed QKV one transposition; since
 attention is invariant under a permutation of d common to Q and K, and of one common to V and W_o,
 the choice costs nothing.
+
+Where m does not divide a block, runs have ``floor`` or ``ceil`` of it (whole pairs, where rotary
+pairs are neighbours), and every tile is stored in the size of the largest segment: ``d/m`` above
+and elsewhere is then :attr:`HelixLayout.segment_size`. The channels that a smaller segment does not
+fill are padding, behind each of its runs. :mod:`megatron_helix.exchange.padding` says why it is
+zero and stays so.
 
 Nothing here imports ``torch.distributed``: it is tested without processes. Bad layouts are refused
 before torch is imported.
@@ -28,12 +34,16 @@ before torch is imported.
 from __future__ import annotations  # torch is imported when an index is asked for, not before
 
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_helix.basics.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+
+PADDING = -1  # in an order of stored rows, the index of one that is no canonical row
 
 
 class _Heads(NamedTuple):
@@ -51,7 +61,24 @@ class _Heads(NamedTuple):
             return 1
         # Pairs are (k, k + rotary_dim / 2): with blocks of rotary_dim / 2 channels both of a pair
         # have the same place in their blocks.
-        return max(1, 2 * self.channels // self.rotary_dim)
+        blocks = max(1, 2 * self.channels // self.rotary_dim)
+        return blocks if self.channels % blocks == 0 else 1
+
+    @property
+    def together(self) -> int:
+        """Neighbouring channels of a block that a segment has all of."""
+        return 2 if self.rotary_dim and self.interleaved else 1
+
+    @property
+    def most_segments(self) -> int:
+        """Segments of which each has some channels of every block."""
+        return -(-self.channels // (self.segment_blocks * self.together))
+
+    def runs(self, m: int) -> tuple[int, ...]:
+        """Channels that each of m segments has of a block."""
+        block, units = self.channels // self.segment_blocks, self.most_segments
+        ends = [min(block, self.together * (j * units // m)) for j in range(m + 1)]
+        return tuple(end - start for start, end in pairwise(ends))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +97,8 @@ class HelixLayout:
         output_gate: whether every query head has a gate packed behind it in the QKV projection.
 
     Raises:
-        UserError: when n does not divide K or H, K not H, or m does not cut d into whole segments.
+        UserError: when n does not divide K or H, K not H, or there are not m channels (with rotary
+            embeddings, pairs) to cut.
     """
 
     m: int
@@ -109,8 +137,28 @@ class HelixLayout:
 
     @property
     def segment_size(self) -> int:
-        """Channels of one head that a rank owns, d / m."""
-        return self.kv_channels // self.m
+        """Channels of one head that a rank stores: d / m, or those of the largest segment."""
+        return self.segment_blocks * self.stored_run
+
+    @cached_property
+    def runs(self) -> tuple[int, ...]:
+        """Neighbouring channels that each segment has of a block of d; alike where m cuts it."""
+        return self._model.runs(self.m)
+
+    @property
+    def stored_run(self) -> int:
+        """The length in which every run is stored, that of the longest."""
+        return max(self.runs)
+
+    @property
+    def padded_channels(self) -> int:
+        """Channels of a head in its m tiles together: d, and what pads smaller segments."""
+        return self.m * self.segment_size
+
+    @property
+    def waste(self) -> float:
+        """What padding adds to the attention weights, as a part of them; 0 where m divides d."""
+        return self.padded_channels / self.kv_channels - 1
 
     @property
     def heads_per_group(self) -> int:
@@ -147,36 +195,35 @@ class HelixLayout:
         )
 
     def segment_channels(self, segment: int) -> torch.Tensor:
-        """Channels of a head that make a segment, ``[d/m]``, ascending."""
+        """Channels of a head that make a segment, ``[d/m]``, ascending; without padding."""
         import torch
 
-        blocks = self.segment_blocks
-        channels = torch.arange(self.kv_channels).view(blocks, self.m, self.segment_size // blocks)
-        return channels[:, segment].reshape(-1)
+        start, length = sum(self.runs[:segment]), self.runs[segment]
+        blocks = torch.arange(self.kv_channels).view(self.segment_blocks, -1)
+        return blocks[:, start : start + length].reshape(-1)
 
     def qkv_rows(self) -> torch.Tensor:
-        """Canonical row of every stored row of the QKV projection, ``[K * slots * d]``.
+        """Canonical row of every stored row of the QKV projection; :data:`PADDING` of padding.
 
         Stored rows are those of rank 0, of rank 1, ...: each its tile ``[K/n, slots, d/m]``.
         Canonical rows are Megatron's, ``[K, slots, d]``.
         """
-        import torch
-
-        rows = torch.arange(self.num_query_groups * self.slots * self.kv_channels)
-        return self._tiles(rows, self.num_query_groups * self.slots)
+        return self._tiles(self.num_query_groups * self.slots)
 
     def proj_columns(self) -> torch.Tensor:
-        """Canonical column of every stored column of the output projection, ``[H * d]``."""
+        """Canonical column of every stored column of the output projection; padding likewise."""
+        return self._tiles(self.num_attention_heads)
+
+    def _tiles(self, heads: int) -> torch.Tensor:
+        """Canonical indices ``[heads, d]`` reordered to ``[n, m, heads/n, d/m]``, flat."""
         import torch
 
-        columns = torch.arange(self.num_attention_heads * self.kv_channels)
-        return self._tiles(columns, self.num_attention_heads)
-
-    def _tiles(self, index: torch.Tensor, heads: int) -> torch.Tensor:
-        """``index`` of ``[heads, d]`` reordered to ``[n, m, heads/n, d/m]``, flat."""
-        blocks = self.segment_blocks
-        view = index.view(self.n, heads // self.n, blocks, self.m, self.segment_size // blocks)
-        return view.permute(0, 3, 1, 2, 4).reshape(-1)
+        index = torch.arange(heads * self.kv_channels)
+        index = index.view(self.n, heads // self.n, self.segment_blocks, -1)
+        tiles = index.new_full((self.m, *index.shape[:-1], self.stored_run), PADDING)
+        for tile, run in zip(tiles, index.split(self.runs, dim=-1), strict=True):
+            tile[..., : run.size(-1)] = run
+        return tiles.transpose(0, 1).reshape(-1)
 
 
 def _closed(channels: torch.Tensor, rotary_dim: int, interleaved: bool) -> bool:
@@ -187,21 +234,19 @@ def _closed(channels: torch.Tensor, rotary_dim: int, interleaved: bool) -> bool:
 
 def _fault(m: int, n: int, model: _Heads) -> str | None:
     """What keeps a model from being cut m x n; None if it can be."""
-    blocks = model.segment_blocks
     for name, value, of_name, of_value in (
         ("--helix-n", n, "--num-attention-heads", model.heads),
         ("--helix-n", n, "--num-query-groups", model.groups),
         ("--num-query-groups", model.groups, "--num-attention-heads", model.heads),
-        ("--helix-m", m, "--kv-channels", model.channels),
     ):
         if fault := _indivisible(name, value, of_name, of_value):
             return fault
-    if fault := _indivisible(f"{blocks} x --helix-m", blocks * m, "--kv-channels", model.channels):
-        return f"{fault} (rotary pairs must stay within a segment)"
-    if model.interleaved and model.rotary_dim and model.channels // m % 2:
+    most = model.most_segments
+    if not 1 <= m <= most:
+        units = "channels" if most == model.channels else "rotary pairs"
         return (
-            "--helix-m: interleaved rotary embeddings need segments of an even number of channels,"
-            f" got --kv-channels {model.channels} / --helix-m {m} = {model.channels // m}"
+            f"--helix-m: must be from 1 to {most}, the {units} of a head of --kv-channels"
+            f" {model.channels}, got {m}"
         )
     return None
 

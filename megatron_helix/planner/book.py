@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
+from megatron_helix.machine.hardware import Beside
 from megatron_helix.planner.deployment import Deployment
 
 AXES = {
@@ -40,7 +41,7 @@ class Transfer(NamedTuple):
         stride: distance of its neighbours in global ranks.
         calls: in a step.
         sent_bytes: by one rank in a step.
-        beside: whether it runs beside the passes though it is counted in the step.
+        beside: what moves beside computation; None if the next operation waits for it.
     """
 
     what: str
@@ -51,7 +52,7 @@ class Transfer(NamedTuple):
     stride: int
     calls: int
     sent_bytes: float
-    beside: bool = False
+    beside: Beside | None = None
 
 
 def share(kind: str, ranks: int) -> float:
@@ -105,7 +106,7 @@ class Book:
         when: str,
         sent: float,
         calls: int,
-        beside: bool = False,
+        beside: Beside | None = None,
     ) -> None:
         """``sent`` bytes by a rank in all calls."""
         ranks, stride = self.groups[axis]
@@ -132,7 +133,7 @@ class Book:
         elements: float,
         calls: int = 1,
         size: int | None = None,
-        beside: bool = False,
+        beside: Beside | None = None,
     ) -> None:
         """Calls on a tensor of ``elements``; for every micro-batch unless ``when`` is ``step``."""
         size = self.here.element_bytes if size is None else size

@@ -10,10 +10,11 @@ and four H200 of one host (``configs/hardware/h200_2.yaml``, ``h200_4.yaml``), n
 Each collective is timed at a small and a large size, among the ranks of a node and, where there are
 several nodes, among all. With the alpha-beta model of
 :meth:`megatron_helix.machine.hardware.Hardware.seconds`, ``t = hops alpha + bytes / beta``, the two
-give latency and bandwidth of each level of links; the file holds the medians over the kinds, and
-each kind in its note. GEMMs multiply random numbers, and many in a row on a GPU: constants, or one
-product alone, draw less power and run at a higher clock than a model does. Core attentions are
-timed as layers have them (:mod:`megatron_helix.planner.core_timing`).
+give latency and bandwidth of each level of links, by kind and the medians over the kinds. GEMMs
+multiply random numbers, and many in a row on a GPU: constants, or one product alone, draw less
+power and run at a higher clock than a model does. Core attentions are timed as layers have them
+(:mod:`megatron_helix.planner.core_timing`), and on GPUs collectives beside GEMMs. Not measured are
+``streaming``, ``gap``, ``arrival`` and ``fused_attention``, which are of whole steps.
 """
 
 import argparse
@@ -39,6 +40,12 @@ from megatron_helix.upstream import cpu_device
 REPEATS = 5
 GEMMS_ON_GPU = 200  # in a row: a quarter of a second
 SMALL, LARGE = 256, 2**20  # elements a rank puts in; on GPUs the large one is 64 times that
+_BEGUN_EARLY = {  # what stands for each of what moves beside computation
+    "weights": "all_gather",
+    "gradients": "all_to_all",
+    "tokens": "reduce_scatter",
+    "replicas": "reduce_scatter",
+}
 Measured = dict[str, Any]
 
 
@@ -116,7 +123,7 @@ def measure(device: str, per_node: int) -> Measured:
     for level, group in groups.items():
         links[level] = _links(group, per_node, clock, source[: LARGE * factor])
     # On a CPU nothing is begun early: a collective would take the cores that compute.
-    beside = _beside(node, a, source[: LARGE * factor]) if device == "cuda" else 0.0
+    beside = _beside(node, a, source[: LARGE * factor]) if device == "cuda" else {}
     if device == "cuda":
         held = torch.cuda.get_device_properties(0).total_memory
         name = f"{ranks} x {torch.cuda.get_device_name()}"
@@ -137,16 +144,13 @@ def measure(device: str, per_node: int) -> Measured:
     }
 
 
-def _beside(group: dist.ProcessGroup, a: torch.Tensor, x: torch.Tensor) -> float:
-    """The part of an all-gather's time that GEMMs beside it hide; has not been run on a GPU yet.
+def _beside(group: dist.ProcessGroup, a: torch.Tensor, x: torch.Tensor) -> dict[str, Any]:
+    """How collectives and GEMMs beside them get on; has not been run on a GPU yet.
 
-    Some gathers alone, GEMMs alone that take as long, and both: what both take less than the sum.
+    Some collectives alone, GEMMs alone that take as long, GEMMs while the collectives run, and both
+    until both are through. Keys and values in a ring are not measured: nothing of them is hidden.
     """
-    c, y = torch.empty_like(a), x.new_empty(group.size() * x.numel())
-
-    def gathers() -> list[Any]:
-        start = {"group": group, "async_op": True}
-        return [dist.all_gather_into_tensor(y, x, **start) for _ in range(REPEATS)]
+    c = torch.empty_like(a)
 
     def products(count: int) -> None:
         for _ in range(count):
@@ -156,16 +160,29 @@ def _beside(group: dist.ProcessGroup, a: torch.Tensor, x: torch.Tensor) -> float
         for work in works:
             work.wait()
 
-    def both(count: int) -> None:
-        works = gathers()
-        products(count)
-        wait(works)
-
-    alone = _gpu_seconds(lambda: wait(gathers()))
     one = _gpu_seconds(lambda: products(GEMMS_ON_GPU)) / GEMMS_ON_GPU
-    count = max(1, round(alone / one))
-    computed, together = _gpu_seconds(lambda: products(count)), _gpu_seconds(lambda: both(count))
-    return min(1.0, max(0.0, (alone + computed - together) / alone))
+    found = {}
+    for moved, kind in _BEGUN_EARLY.items():
+        collective = _collective(kind, x, group, async_op=True)
+
+        def begin(collective: Callable[[], Any] = collective) -> list[Any]:
+            return [collective() for _ in range(REPEATS)]
+
+        alone = _gpu_seconds(lambda begin=begin: wait(begin()))
+        count = max(1, round(alone / one))
+
+        def until_computed(begin: Any = begin, count: int = count) -> list[Any]:
+            works = begin()
+            products(count)
+            return works
+
+        computed = _gpu_seconds(lambda count=count: products(count))
+        busy = _gpu_seconds(until_computed)
+        together = _gpu_seconds(lambda both=until_computed: wait(both()))
+        hidden = min(1.0, max(0.0, 1 - (together - busy) / alone))
+        slowed = min(1.0, max(0.0, (busy - computed) / (hidden * alone))) if hidden else 0.0
+        found[moved] = {"hidden": round(hidden, 3), "slowed": round(slowed, 3)}
+    return found
 
 
 def _core_attention(device: str) -> list[dict[str, Any]]:
@@ -198,14 +215,21 @@ def _links(
     return found
 
 
-def _collective(kind: str, x: torch.Tensor, group: dist.ProcessGroup) -> Callable[[], Any]:
+def _collective(
+    kind: str, x: torch.Tensor, group: dist.ProcessGroup, *, async_op: bool = False
+) -> Callable[[], Any]:
+    """A call of it, on ``x`` in every rank."""
+    how: dict[str, Any] = {"group": group, "async_op": async_op}
     if kind == "all_reduce":
-        return lambda: dist.all_reduce(x, group=group)
+        return lambda: dist.all_reduce(x, **how)
     if kind == "all_gather":
         y = torch.empty(group.size() * x.numel(), dtype=x.dtype, device=x.device)
-        return lambda: dist.all_gather_into_tensor(y, x, group=group)
+        return lambda: dist.all_gather_into_tensor(y, x, **how)
+    if kind == "reduce_scatter":
+        y = x.new_empty(x.numel() // group.size())
+        return lambda: dist.reduce_scatter_tensor(y, x[: y.numel() * group.size()], **how)
     y = torch.empty_like(x)
-    return lambda: dist.all_to_all_single(y, x, group=group)
+    return lambda: dist.all_to_all_single(y, x, **how)
 
 
 def _cpu_seconds(work: Callable[[], Any]) -> float:
@@ -256,12 +280,17 @@ def write(measured: Measured, out: Path) -> None:
     def quantity(value: float, unit: str, scale: float) -> dict[str, Any]:
         return {"value": float(f"{value / scale:.4g}"), "unit": unit, "source": source}
 
-    def link(kinds: dict[str, tuple[float, float]]) -> dict[str, Any]:
-        bandwidth, latency = (statistics.median(each[i] for each in kinds.values()) for i in (0, 1))
+    def pace(each: tuple[float, ...]) -> dict[str, Any]:
+        bandwidth, latency = each
         return {
             "bandwidth": quantity(bandwidth, "GB/s", 1e9),
             "latency": quantity(latency, "us", 1e-6),
         }
+
+    def link(kinds: dict[str, tuple[float, float]]) -> dict[str, Any]:
+        middle = tuple(statistics.median(each[i] for each in kinds.values()) for i in (0, 1))
+        apart = {kind: pace(each) for kind, each in kinds.items()}
+        return {**pace(middle), "kinds": apart}
 
     document = {
         "name": measured["name"],
@@ -272,8 +301,7 @@ def write(measured: Measured, out: Path) -> None:
         "memory_bandwidth": quantity(measured["copied"], "GB/s", 1e9),
         **{level: link(kinds) for level, kinds in measured["links"].items()},
         "element_bytes": measured["element_bytes"],
-        "beside": round(measured["beside"], 3),
-        "beside_source": source,
+        "beside": {moved: {**each, "source": source} for moved, each in measured["beside"].items()},
         "core_attention": measured["core_attention"],
         "note": note,
     }

@@ -21,8 +21,8 @@ def parallel(book: Book) -> None:
     both = 2 * model.query_groups * channels
     if kind == "p2p":
         hops = (layout.cp - 1) * layers
-        book.call("keys and values", "cp", "send", "forward", both, hops)
-        book.call("keys and values", "cp", "send", "backward", 2 * both, hops)
+        book.call("keys and values", "cp", "send", "forward", both, hops, beside="keys")
+        book.call("keys and values", "cp", "send", "backward", 2 * both, hops, beside="keys")
     elif kind == "all_gather":
         for when in ("forward", "backward"):
             book.call("keys and values", "cp", "all_gather", when, both / 2, 2 * layers)

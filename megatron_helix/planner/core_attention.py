@@ -12,7 +12,7 @@ from megatron_helix.kernels import query_pieces
 from megatron_helix.kernels.query_pieces import Piece, Sight
 from megatron_helix.planner.deployment import Deployment
 
-FUSED = ("flex", "ffpa")  # at head dimensions where the spec's core attention is not
+FUSED = ("split", "flex", "ffpa")  # at head dimensions where the spec's core attention is not
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +53,17 @@ def of_layer(here: Deployment, *, fused_channels: int) -> Core:
     whole = _all_flops(here)
     if here.plan.exchange == "scores":
         return _unfused(here, whole, 1.0)
+    # Under a sequence split a piece, one of 2T, attends to its own prefix: a rectangle, of which no
+    # kernel leaves out what is above the diagonal, but `split`, which cuts it in two.
+    in_pieces = here.plan.split == "sequence" and here.phase != "decode"
+    prefixes = (2 * here.tp + 1) / (4 * here.tp)
     if fused and asked != "prefix":
-        return Core(flops=whole * (1.0 if here.phase == "decode" else 0.5))
+        in_pieces &= asked != "split"
+        causal = 1.0 if here.phase == "decode" else prefixes if in_pieces else 0.5
+        return Core(flops=whole * causal)
     if asked in ("prefix", "auto"):
         return _in_pieces(here, whole)
-    # Under a sequence split a piece, one of 2T, attends to its own prefix.
-    in_pieces = here.plan.split == "sequence" and here.phase != "decode"
-    return _unfused(here, whole, (2 * here.tp + 1) / (4 * here.tp) if in_pieces else 1.0)
+    return _unfused(here, whole, prefixes if in_pieces else 1.0)
 
 
 def _all_flops(here: Deployment) -> float:
@@ -119,11 +123,16 @@ def _in_pieces(here: Deployment, flops: float) -> Core:
         return scores * piece.length * piece.keys / (rows * keys)
 
     largest = max(map(of_piece, pieces))
+    # Values are a view of packed QKV, which they keep beside rotated queries and keys; not so where
+    # keys and values are gathered.
+    channels = (model.num_attention_heads + model.query_groups) * model.kv_channels
+    views = train and model.rotary_dim and here.plan.split != "sequence"
+    pinned = here.tokens * channels / here.tp if views else 0.0
     return Core(
         flops=flops * share * (7 / 6 if again else 1),
         keys_read=sum(piece.keys for piece in pieces) / keys,
         score_bytes=4 * scores * share * (15 / 12 if again else 1),
-        kept_bytes=scores * share if keep else 0.0,
+        kept_bytes=pinned * here.element_bytes + (scores * share if keep else 0.0),
         passing_bytes=largest * (1 if keep else 2),
     )
 

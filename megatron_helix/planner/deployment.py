@@ -18,6 +18,7 @@ from megatron_helix.exchange.strategy import (
 )
 from megatron_helix.exchange.traffic import BlockShape
 from megatron_helix.machine.hardware import Hardware
+from megatron_helix.partition.features import padded, require_features
 from megatron_helix.partition.layout import HelixLayout, require_divides
 from megatron_helix.run_config.batch import BatchConfig
 from megatron_helix.run_config.layout import LayoutConfig
@@ -27,7 +28,9 @@ from megatron_helix.run_config.precision import ELEMENT_BYTES, Precision
 # Megatron adds gradients up, and sends them, in the weights' precision but for bf16. Its Megatron
 # FSDP (grad dtype "auto") and torch FSDP2 (no mixed-precision policy) do so for bf16, too.
 GRADIENT_BYTES: dict[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 4}
-PHASES = ("train", "prefill", "decode")
+# A forward pass of the training loop, loss included, is what experiments call prefill: layouts
+# compare by it. The planner's prefill and decode serve.
+PHASES = ("train", "forward", "prefill", "decode")
 VOCAB_MULTIPLE = 16  # as experiments set --make-vocab-size-divisible-by
 
 
@@ -114,7 +117,7 @@ class Deployment:
             expert = layout.ep * layout.etp * layout.pp
             require_divides("ep x etp x pp", expert, "the number of ranks", self.world_size)
             require_divides("ep", layout.ep, "num_experts", model.num_experts)
-            require_divides("etp", layout.etp, "ffn_hidden_size", model.ffn_hidden_size)
+            self._require_features("etp", layout.etp)
             if model.add_bias_linear and layout.etp > 1:
                 raise UserError(f"etp: experts with biases need 1, got {layout.etp}; use 1")
             if layout.gtp > 1:
@@ -129,7 +132,7 @@ class Deployment:
             require_divides("tp", self.tp, "num_attention_heads", heads)
             require_divides("tp", self.tp, "num_query_groups", groups)
         if not model.num_experts:
-            require_divides("tp (or m x n)", self.tp, "ffn_hidden_size", model.ffn_hidden_size)
+            self._require_features("tp", self.tp)
         if self.phase != "decode":
             ranks = self.tp * layout.cp
             require_divides("tp x cp", ranks, "sequence_length", batch.sequence_length)
@@ -137,6 +140,20 @@ class Deployment:
             raise UserError("cp, gtp, fsdp: are not predicted for decode; leave them out")
         self.plan  # noqa: B018  # checks exchange and split
         return self
+
+    def _require_features(self, name: str, parts: int) -> None:
+        """Check that ranks can share an MLP's features: stock's divide them."""
+        features = self.model.ffn_hidden_size
+        if self.layout.is_helix:
+            require_features("ffn_hidden_size", features, parts)
+        else:
+            require_divides(name, parts, "ffn_hidden_size", features)
+
+    @cached_property
+    def features(self) -> int:
+        """Features of an MLP, or of an expert, as its ranks store and compute them together."""
+        parts = self.layout.etp if self.model.num_experts else self.tp
+        return padded(self.model.ffn_hidden_size, parts)
 
     @cached_property
     def tp(self) -> int:
@@ -164,6 +181,14 @@ class Deployment:
         return self.world_size // (self.layout.ep * self.layout.etp * self.layout.pp)
 
     @property
+    def experts_apart(self) -> bool:
+        """Whether experts have an optimizer and data-parallel ranks of their own.
+
+        Megatron keeps them with the dense weights where they are cut as those are.
+        """
+        return bool(self.model.num_experts) and (self.layout.ep > 1 or self.layout.etp != self.tp)
+
+    @property
     def weight_shards(self) -> tuple[int, int]:
         """Ranks that keep a part each of what a replica has of (dense, expert) weights: FSDP's."""
         return (self.replicas, self.expert_replicas) if self.layout.fsdp else (1, 1)
@@ -178,6 +203,11 @@ class Deployment:
     def microbatches(self) -> int:
         """Micro-batches of a step."""
         return self.batch.sequences // (self.layout.micro_batch * self.batch_ranks)
+
+    @property
+    def in_loop(self) -> bool:
+        """Whether Megatron's training loop runs, with a loss of every token."""
+        return self.phase in ("train", "forward")
 
     @property
     def sequence(self) -> int:
@@ -241,15 +271,7 @@ class Deployment:
     @cached_property
     def cut(self) -> HelixLayout:
         """The m x n partition; 1 x T for a stock layout."""
-        return HelixLayout(
-            m=self.layout.m or 1,
-            n=self.layout.n or self.tp,
-            num_attention_heads=self.model.num_attention_heads,
-            num_query_groups=self.model.query_groups,
-            kv_channels=self.model.kv_channels,
-            rotary_dim=self.model.rotary_dim,
-            rotary_interleaved=self.model.rotary_interleaved,
-        )
+        return layout_of(self.model, self.layout.m or 1, self.layout.n or self.tp)
 
     @cached_property
     def plan(self) -> Plan:
@@ -287,7 +309,7 @@ class Deployment:
     @cached_property
     def embeds_in_block_order(self) -> bool:
         """Whether embedding and head work on 1/m of the tokens, as `layers.vocabulary` has it."""
-        if self.plan.exchange != "weights" or self.plan.split != "batch" or self.phase != "train":
+        if self.plan.exchange != "weights" or self.plan.split != "batch" or not self.in_loop:
             return False
         return self.tokens > self.vocabulary // self.cut.n
 
@@ -300,7 +322,24 @@ class Deployment:
         """
         if not self.plan.has_own_order or self.embeds_in_block_order:
             return 0
-        if self.plan.split == "batch" or self.phase != "train":
+        if self.plan.split == "batch" or not self.in_loop:
             return first + last
         # Word ids and labels come in order; learned positions are added to whole sequences.
         return int(first and self.model.position_embedding_type == "learned_absolute")
+
+
+def layout_of(model: ModelConfig, m: int, n: int) -> HelixLayout:
+    """The m x n partition of a model.
+
+    Raises:
+        UserError: when it cannot be cut so.
+    """
+    return HelixLayout(
+        m=m,
+        n=n,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.query_groups,
+        kv_channels=model.kv_channels,
+        rotary_dim=model.rotary_dim,
+        rotary_interleaved=model.rotary_interleaved,
+    )

@@ -1,8 +1,9 @@
 """Floating-point operations and memory traffic of one rank, for one micro-batch, forward.
 
 A matrix product of ``[a, b]`` and ``[b, c]`` is ``2 a b c`` operations. Stock and helix alike, a
-rank of T does 1/T of each. A backward pass is two forward passes, in operations and in memory
-traffic; what training moves beside the layers is in :mod:`megatron_helix.planner.update`.
+rank of T does 1/T of each. A backward pass is two forward passes in operations, and in memory
+traffic where it is not counted apart; what training moves beside the layers is in
+:mod:`megatron_helix.planner.update`.
 Source of the terms: Narayanan et al., "Efficient large-scale language model training on GPU
 clusters using Megatron-LM" (2021), appendix; Chowdhery et al., "PaLM" (2022), appendix B. Memory
 traffic is counted from the kernels that Megatron and its TransformerEngine layers start: a tensor
@@ -30,11 +31,25 @@ class Work:
         what: for a reader.
         flops: operations of matrix products.
         memory_bytes: read from and written to device memory.
+        backward_bytes: the same of the backward pass; None is twice as much.
+        fused: whether it is a fused attention kernel.
     """
 
     what: str
-    flops: float
-    memory_bytes: float
+    flops: float = 0.0
+    memory_bytes: float = 0.0
+    backward_bytes: float | None = None
+    fused: bool = False
+
+    @property
+    def streams(self) -> bool:
+        """Whether its kernels are bound by memory; those of products move what they multiply."""
+        return not self.flops
+
+    def moved(self, *, forward: float, backward: float) -> float:
+        """Bytes of so many passes."""
+        back = 2 * self.memory_bytes if self.backward_bytes is None else self.backward_bytes
+        return forward * self.memory_bytes + backward * back
 
 
 def forward(here: Deployment, stage: int, *, fused_channels: int) -> list[Work]:
@@ -48,11 +63,13 @@ def forward(here: Deployment, stage: int, *, fused_channels: int) -> list[Work]:
     model, T, element_bytes = here.model, here.tp, here.element_bytes
     N, D = here.tokens, model.hidden_size
     layers = here.layers
-    features = (3 if model.gated else 2) * model.ffn_hidden_size
+    features = (3 if model.gated else 2) * here.features
     experts = model.num_experts
     # Weights are read once; under `weights` a rank multiplies with those of its whole head group.
     gathered = here.cut.m if here.plan.exchange == "weights" else here.layout.gtp
     projections = packed(here.cut) * D
+    if here.plan.exchange == "weights":  # gathered, they are without padding
+        projections /= 1 + here.cut.waste
     parts = [
         Work(
             what="attention linears",
@@ -65,7 +82,7 @@ def forward(here: Deployment, stage: int, *, fused_channels: int) -> list[Work]:
     ]
     parts += _attention(here, fused_channels)
     if copied := layers * element_bytes * _reordered(here) / T:
-        parts.append(Work(what="exchange, put in order", flops=0, memory_bytes=copied))
+        parts.append(Work(what="exchange, put in order", memory_bytes=copied))
     own = N / (here.stream_ranks if experts else T)
     rows = own * (model.moe_router_topk if experts else 1)
     held = (
@@ -78,22 +95,56 @@ def forward(here: Deployment, stage: int, *, fused_channels: int) -> list[Work]:
             memory_bytes=layers * element_bytes * (held + rows * (features + 2 * D)),
         )
     )
-    # Two norms and two residual additions read and write the stream, the activation its features,
-    # rotary embeddings queries and keys.
-    streamed = 10 * N * D / T + rows * features
-    if model.rotary_dim:
-        streamed += 2 * N * (model.num_attention_heads + model.query_groups) * model.kv_channels / T
-    if experts:  # permuted for the dispatch, sorted by expert, and both undone: read and written
-        streamed += 8 * rows * D
-    parts.append(
-        Work(what="norms, residuals", flops=0, memory_bytes=layers * element_bytes * streamed)
-    )
+    parts.append(_streamed(here, rows))
     if stage == here.stages - 1:
-        words = N if here.phase == "train" else here.layout.micro_batch
+        words = N if here.in_loop else here.layout.micro_batch
         vocabulary = here.vocabulary / T
-        moved = vocabulary * D * element_bytes + words * vocabulary * (element_bytes + 4)
+        moved = (vocabulary * D + words * vocabulary) * element_bytes
         parts.append(Work(what="LM head", flops=2 * words * vocabulary * D, memory_bytes=moved))
+        if here.in_loop:
+            parts.append(_cross_entropy(words * vocabulary, element_bytes))
     return parts
+
+
+def _streamed(here: Deployment, rows: float) -> Work:
+    """Norms, residual additions, activations and rotary embeddings of all layers, read and written.
+
+    Forward a norm reads and writes the stream, an addition reads two and writes one; backward both
+    read two and write one (the stream's gradient is a sum). An activation reads its features and
+    writes half of them if gated; backward it reads the gradient, too, and writes as many as it has
+    read. Queries are copied out of packed QKV, whose gradient is put together again.
+    """
+    model, T = here.model, here.tp
+    tokens = here.tokens / T
+    D, d, F = model.hidden_size, model.kv_channels, here.features
+    H, K = model.num_attention_heads, model.query_groups
+    forward = 10 * tokens * D + rows * (3 if model.gated else 2) * F
+    backward = 12 * tokens * D + rows * (5 if model.gated else 3) * F
+    rotated = 2 * tokens * (H + K) * d if model.rotary_dim else 0.0
+    forward += rotated + 2 * tokens * H * d
+    backward += rotated + 2 * tokens * (H + 2 * K) * d
+    if model.num_experts:  # permuted for the dispatch, sorted by expert, and both undone
+        forward += 8 * rows * D
+        backward += 16 * rows * D
+    scale = here.layers * here.element_bytes
+    return Work(
+        what="norms, residuals, activations",
+        memory_bytes=scale * forward,
+        backward_bytes=scale * backward,
+    )
+
+
+def _cross_entropy(logits: float, element_bytes: int) -> Work:
+    """Of so many logits in fp32, as ``VocabParallelCrossEntropy`` passes over them.
+
+    Forward: widened, largest, subtracted, exponential, sum, divided. Backward: scaled, narrowed.
+    """
+    widened = 4 + element_bytes if element_bytes < 4 else 0
+    return Work(
+        what="cross entropy",
+        memory_bytes=logits * (widened + 4 + 8 + 8 + 4 + 8),
+        backward_bytes=logits * (8 + widened),
+    )
 
 
 def _attention(here: Deployment, fused_channels: int) -> list[Work]:
@@ -109,11 +160,11 @@ def _attention(here: Deployment, fused_channels: int) -> list[Work]:
         moved += here.layers * here.element_bytes * 2 * runs * cache / here.cut.n
     flops = here.layers * core.flops
     if not core.score_bytes:
-        return [Work(what="attention", flops=flops, memory_bytes=moved)]
+        return [Work(what="attention", flops=flops, memory_bytes=moved, fused=True)]
     passes = here.layers * core.score_bytes
     return [
         Work(what="attention, unfused: products", flops=flops, memory_bytes=moved),
-        Work(what="attention, unfused: scores", flops=0, memory_bytes=passes),
+        Work(what="attention, unfused: scores", memory_bytes=passes),
     ]
 
 
@@ -131,7 +182,7 @@ def _reordered(here: Deployment) -> float:
 
 def useful(here: Deployment) -> float:
     """Operations of a step of the whole model, attention causal: what no layout can avoid."""
-    words = here.step_tokens if here.phase == "train" else here.batch.sequences
+    words = here.step_tokens if here.in_loop else here.batch.sequences
     keys = here.batch.keys * (1 if here.phase == "decode" else 0.5)
     passes = 3 if here.phase == "train" else 1
     return passes * of_model(here.model, tokens=here.step_tokens, words=words, keys=keys)

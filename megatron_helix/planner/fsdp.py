@@ -32,13 +32,16 @@ def weights(book: Book, first: bool, last: bool) -> None:
     """Weights in, gradients out, of a rank of a stage that is ``first`` or ``last`` or neither."""
     here = book.here
     before, after = parameters.end_shapes(here, first, last)
-    layer, experts = parameters.layer_shapes(here), parameters.expert_shapes(here)
-    if here.layout.ep == 1:  # Megatron keeps them with the dense weights then
-        layer, experts = layer + experts, []
-    for axis, shapes in (("dp", layer), ("expert_dp", experts)):
+    for axis, shapes in zip(("dp", "expert_dp"), layer_units(here), strict=True):
         _unit(book, axis, shapes, here.layers)
     for shapes in (before, after):
         _unit(book, "dp", shapes, 1, stays=here.layout.fsdp == "megatron_fsdp")
+
+
+def layer_units(here: Deployment) -> tuple[Shapes, Shapes]:
+    """Shapes of a layer's units, over data-parallel ranks and over those of experts."""
+    layer, experts = parameters.layer_shapes(here), parameters.expert_shapes(here)
+    return (layer, experts) if here.experts_apart else (layer + experts, [])
 
 
 def _unit(book: Book, axis: str, shapes: Shapes, units: int, *, stays: bool = False) -> None:
@@ -48,11 +51,11 @@ def _unit(book: Book, axis: str, shapes: Shapes, units: int, *, stays: bool = Fa
     ranks, _ = book.groups[axis]
     shard = shard_size(book.here, shapes, ranks)
     if stays:
-        book.call("weights", axis, "all_gather", "step", shard, units, beside=True)
+        book.call("weights", axis, "all_gather", "step", shard, units, beside="weights")
     else:
-        book.call("weights", axis, "all_gather", "forward", shard, units)
-        book.call("weights", axis, "all_gather", "backward", shard, units)
-    book.call("gradients", axis, "reduce_scatter", "backward", shard, units)
+        book.call("weights", axis, "all_gather", "forward", shard, units, beside="weights")
+        book.call("weights", axis, "all_gather", "backward", shard, units, beside="weights")
+    book.call("gradients", axis, "reduce_scatter", "backward", shard, units, beside="gradients")
 
 
 def shard_size(here: Deployment, shapes: Shapes, ranks: int) -> float:

@@ -12,7 +12,7 @@ def gradients(book: Book, first: bool, last: bool, *, leads: bool) -> None:
     here, layout = book.here, book.here.layout
     tensors = parameters.dense_tensors(here, first, last)
     experts = parameters.expert_tensors(here)
-    if layout.ep == 1:  # Megatron keeps them with the dense weights then
+    if not here.experts_apart:
         tensors, experts = tensors + experts, []
     untied = here.model.untie_embeddings_and_output_weights
     if layout.fsdp:
@@ -45,8 +45,9 @@ def gradients(book: Book, first: bool, last: bool, *, leads: bool) -> None:
 def _replicated(book: Book, axis: str, tensors: list[int]) -> None:
     here = book.here
     if tensors:
-        known = {"size": here.gradient_bytes, "beside": here.layout.overlap_dp}
-        book.call("gradients", axis, "all_reduce", "step", sum(tensors), **known)
+        beside = "replicas" if here.layout.overlap_dp else None
+        size = here.gradient_bytes
+        book.call("gradients", axis, "all_reduce", "step", sum(tensors), size=size, beside=beside)
 
 
 def _distributed(book: Book, axis: str, tensors: list[int]) -> None:
@@ -57,10 +58,10 @@ def _distributed(book: Book, axis: str, tensors: list[int]) -> None:
     unit = math.lcm(ranks, 128)
     padded = sum(-(-size // 64) * 64 for size in tensors)
     shard, width = -(-padded // unit) * unit // ranks, book.here.gradient_bytes
-    beside = book.here.layout.overlap_dp
+    beside = "replicas" if book.here.layout.overlap_dp else None
     book.call("gradients", axis, "reduce_scatter", "step", shard, size=width, beside=beside)
     # Dense weights and experts have an optimizer each, and each of the two gathers all weights.
-    gathers = 2 if book.here.model.num_experts and book.here.layout.ep > 1 else 1
+    gathers = 2 if book.here.experts_apart else 1
     book.call("weights", axis, "all_gather", "step", shard, gathers, beside=beside)
 
 
@@ -71,7 +72,7 @@ def numbers(book: Book, last: bool) -> None:
     if last:
         book.call(what, "dp", "all_reduce", "step", 2, size=FP32)
     scaled = here.precision == "fp16"  # each optimizer asks its ranks for overflows
-    apart = bool(here.model.num_experts) and here.layout.ep > 1  # experts have one of their own
+    apart = here.experts_apart
     if here.layout.fsdp == "torch_fsdp2":  # the norm of a rank's shards
         book.call("norm of shards", "dp", "all_reduce", "step", 1, size=FP32)
     if here.layout.distributed_optimizer or here.layout.fsdp == "megatron_fsdp":

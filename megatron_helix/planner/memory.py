@@ -43,22 +43,25 @@ def of_rank(here: Deployment, stage: int, *, fused_channels: int) -> Memory:
         fused_channels: largest head dimension with fused attention.
     """
     own, states = parameters.kept(here, stage), parameters.optimized(here, stage)
-    train = here.phase == "train"
+    train, loop = here.phase == "train", here.in_loop
     # Torch FSDP2 has no gradients before it makes those of the first micro-batch.
     fresh = here.layout.fsdp == "torch_fsdp2" and here.microbatches == 1
-    gradients = own * here.gradient_bytes if train else 0.0
-    adam = MOMENT_BYTES + (MASTER_BYTES if here.element_bytes < MASTER_BYTES else 0)
+    gradients = own * here.gradient_bytes if loop else 0.0
+    adam = MASTER_BYTES if here.element_bytes < MASTER_BYTES else 0
+    adam += MOMENT_BYTES if train else 0  # which come with the first update
     inflight = min(here.stages - stage, here.microbatches) if train else 1
     core = core_attention.of_layer(here, fused_channels=fused_channels)
     passes = Memory(
         weights=own * here.element_bytes,
         gradients=0.0 if fresh else gradients,
-        optimizer=states * adam if train else 0.0,
+        optimizer=states * adam if loop else 0.0,
         # Of one attention at a time, scores and their gradients.
         activations=inflight * _kept(here, stage, fused_channels) + core.passing_bytes,
-        kv_cache=0.0 if train else _cache(here),
+        kv_cache=0.0 if loop else _cache(here),
         gathered_weights=_gathered(here, stage, train),
     )
+    if train and here.plan.gather == "step" and here.plan.exchange == "weights":
+        passes = _through_a_step(here, passes)
     narrow = here.gradient_bytes < WIDENED_BYTES
     widened = states * WIDENED_BYTES if train and narrow else 0.0
     freed = {"activations": 0.0, "gathered_weights": 0.0}
@@ -66,29 +69,43 @@ def of_rank(here: Deployment, stage: int, *, fused_channels: int) -> Memory:
     return max(passes, end, key=lambda memory: memory.total)
 
 
+def _through_a_step(here: Deployment, passes: Memory) -> Memory:
+    """With the sums of a step's gathered gradients, which grow as activations are given up.
+
+    The second micro-batch finds them all.
+    """
+    sums = parameters.layer_matrices(here) * here.cut.m * here.layers * here.gradient_bytes
+    kept = passes.activations if here.microbatches == 1 else 0.0
+    gathered = passes.gathered_weights + max(0.0, sums - kept)
+    return replace(passes, gathered_weights=gathered)
+
+
 def _kept(here: Deployment, stage: int, fused_channels: int) -> float:
-    """Activations of a micro-batch: of all layers in training, of one at a time in inference."""
+    """Activations of a micro-batch: of all layers in training, else of half a layer at a time."""
     model, N = here.model, here.tokens / here.tp
-    D = model.hidden_size
+    D, width = model.hidden_size, here.element_bytes
     rows = N
     if model.num_experts:
         rows = here.tokens / here.stream_ranks * model.moe_router_topk
-    # Inputs of two norms and two linears; QKV and context; features before and after activation.
-    layer = (
-        N * (4 * D + packed(here.cut)) + rows * (3 if model.gated else 2) * model.ffn_hidden_size
-    )
-    if model.num_experts:
-        layer += 2 * rows * D  # routed in, routed out
-    layer_bytes = layer * here.element_bytes
-    # The softmax of the scores, where they go through memory.
-    layer_bytes += core_attention.of_layer(here, fused_channels=fused_channels).kept_bytes
+    # QKV, context, and the softmax of the scores where they go through memory.
+    attention = N * packed(here.cut) * width
+    attention += core_attention.of_layer(here, fused_channels=fused_channels).kept_bytes
     if here.packs_runs:  # the keys and values that each run of tokens attends to
         of_token = 2 * model.query_groups * model.kv_channels / here.cut.n
-        layer_bytes += (1 + 0.5 / here.cut.m) * of_token * here.tokens * here.element_bytes
-    kept = layer_bytes * (here.layers if here.phase == "train" else 1)
-    if stage == here.stages - 1 and here.phase == "train":
-        kept += N * here.vocabulary * (here.element_bytes + 4)
-    return kept
+        attention += (1 + 0.5 / here.cut.m) * of_token * here.tokens * width
+    # Features before and after activation; what is routed in and out.
+    mlp = rows * (3 if model.gated else 2) * here.features * width
+    mlp += 2 * rows * D * width if model.num_experts else 0.0
+    logits = 0.0
+    if stage == here.stages - 1 and here.in_loop:
+        logits = N * here.vocabulary * (width + 4)
+    if here.phase == "train":  # and inputs of two norms and two linears
+        return here.layers * (4 * N * D * width + attention + mlp) + logits
+    # The embedding, a layer's input, both norms' and both additions' outputs, which the layer's
+    # functions still name; and the stream of all ranks, which linears gather.
+    gathers = here.cut.n if here.plan.exchange == "weights" else here.stream_ranks
+    stream = (6 + (gathers if gathers > 1 else 0)) * N * D * width
+    return stream + max(attention, mlp, logits)
 
 
 def _cache(here: Deployment) -> float:
@@ -116,9 +133,9 @@ def _gathered(here: Deployment, stage: int, train: bool) -> float:
         return 0.0
     layer = parameters.layer_matrices(here) / here.layout.gtp * shards
     if here.plan.gather == "step" and train:
-        return layer * here.layers * (here.element_bytes + here.gradient_bytes)
-    model = here.model
-    widest = max(packed(here.cut), (2 if model.gated else 1) * here.block.ffn)
+        return layer * here.layers * here.element_bytes
+    model, mlp = here.model, 0 if here.model.num_experts else here.features
+    widest = max(packed(here.cut), (2 if model.gated else 1) * mlp)
     shared = widest * model.hidden_size / here.tp * here.cut.m
     # In training its gradient beside it; under `weights` the parts that go out and that come in.
     gradients = (2 if here.plan.exchange == "weights" else 1) if train else 0

@@ -1,9 +1,9 @@
 """Parameters that one rank holds, tensor by tensor, in elements.
 
 Stock and helix alike keep 1/T of every matrix of attention and of a dense MLP, and of the biases of
-what they cut by rows; norms, routers and the other biases are whole on every rank. Tied, embedding
-and head are one table, of which the first and the last stage have a copy each; untied, a table
-each. A shape is (rows, columns); a vector has one column.
+what they cut by rows, helix with what pads smaller segments; norms, routers and the other biases
+are whole on every rank. Tied, embedding and head are one table, of which the first and the last
+stage have a copy each; untied, a table each. A shape is (rows, columns); a vector has one column.
 """
 
 from megatron_helix.exchange.traffic import packed
@@ -44,8 +44,8 @@ def end_shapes(here: Deployment, first: bool, last: bool) -> tuple[Shapes, Shape
 def layer_shapes(here: Deployment) -> Shapes:
     """Shapes of one layer beside experts; gtp's shards, as tp's, are rows of every matrix."""
     model, T, gtp = here.model, here.tp, here.layout.gtp
-    D, F = model.hidden_size, model.ffn_hidden_size
-    channels = model.num_attention_heads * model.kv_channels
+    D, F = model.hidden_size, here.features
+    channels = model.num_attention_heads * here.cut.padded_channels
     shapes = [((packed(here.cut) - channels) // T // gtp, D), (D // gtp, channels // T)]
     shapes += [(size, 1) for size in column_biases(here)]
     shapes += _unsplit(model)
@@ -61,9 +61,9 @@ def column_biases(here: Deployment) -> list[int]:
     model, biases = here.model, []
     if model.add_bias_linear or model.add_qkv_bias:
         heads = model.num_attention_heads + 2 * model.query_groups
-        biases.append(heads * model.kv_channels // here.tp)
+        biases.append(heads * here.cut.padded_channels // here.tp)
     if model.add_bias_linear and not model.num_experts:
-        biases.append((2 if model.gated else 1) * model.ffn_hidden_size // here.tp)
+        biases.append((2 if model.gated else 1) * here.features // here.tp)
     return biases
 
 
@@ -77,7 +77,7 @@ def expert_shapes(here: Deployment) -> Shapes:
     model, layout = here.model, here.layout
     if not model.num_experts:
         return []
-    D, F = model.hidden_size, model.ffn_hidden_size // layout.etp
+    D, F = model.hidden_size, here.features // layout.etp
     up = (2 if model.gated else 1) * F
     expert = [(up, D), (D, F)]
     expert += [(up, 1), (D, 1)] if model.add_bias_linear else []

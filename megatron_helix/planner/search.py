@@ -9,7 +9,12 @@ from pydantic import ValidationError
 
 from megatron_helix.basics.errors import UserError
 from megatron_helix.machine.hardware import Hardware
-from megatron_helix.planner.deployment import Deployment, require_length, require_phase
+from megatron_helix.planner.deployment import (
+    Deployment,
+    layout_of,
+    require_length,
+    require_phase,
+)
 from megatron_helix.planner.time import Prediction, predict, require_kernels
 from megatron_helix.run_config.batch import BatchConfig
 from megatron_helix.run_config.layout import LayoutConfig
@@ -17,6 +22,7 @@ from megatron_helix.run_config.model import ModelConfig
 from megatron_helix.run_config.precision import Precision
 
 RANKINGS = ("tps", "tpot", "memory")
+MOST_WASTE = 1 / 8  # of the attention weights: cuts whose segments need more padding are left out
 MICRO_BATCH_STEP = 3  # of powers of two every third: a factor of 8 between sizes that are tried
 
 
@@ -47,7 +53,6 @@ def search(
     *,
     phase: str = "train",
     rank_by: str = "tps",
-    overlap: float = 0.0,
     precision: Precision | None = None,
 ) -> Found:
     """Predict every layout on all devices of ``machine``; ``precision`` if not the machine's.
@@ -61,7 +66,7 @@ def search(
     require_phase(phase)
     require_length(model, batch)
     for here in deployments(model, machine, batch, phase, precision):
-        predicted = predict(here, machine, overlap=overlap)
+        predicted = predict(here, machine)
         fits = predicted.memory.total <= machine.memory.rate
         (fit if fits else too_large).append(predicted)
     if not fit and not too_large:
@@ -129,15 +134,26 @@ def _cuts(model: ModelConfig, devices: int, phase: str) -> Iterator[dict]:
     for tp in _divisors(devices):
         if heads % tp == 0:
             yield {"tp": tp}
+            if model.ffn_hidden_size % tp:  # where it is shared by tp, stock refuses
+                yield {"m": 1, "n": tp}
         for n in _divisors(math.gcd(tp, heads)):
             m = tp // n
-            if m == 1 or model.kv_channels % m:
+            if m == 1 or not _fits(model, m, n):
                 continue
             yield {"m": m, "n": n, "exchange": "activations"}
             if phase != "decode":
                 yield {"m": m, "n": n, "exchange": "weights"}
             if phase == "train":
                 yield {"m": m, "n": n, "exchange": "weights", "gather": "step"}
+
+
+def _fits(model: ModelConfig, m: int, n: int) -> bool:
+    """Whether a head has m segments that little padding makes alike."""
+    try:
+        cut = layout_of(model, m, n)
+    except UserError:
+        return False
+    return cut.waste <= MOST_WASTE
 
 
 def _beside(
@@ -207,8 +223,7 @@ def explain(found: Found, rank_by: str) -> str:
     """The winner in two sentences: what bounds it, and what the next best loses."""
     best = found.ranked[0]
     shares = {
-        bound: sum(term.seconds for term in best.terms if term.bound == bound)
-        for bound in ("compute", "memory", "link", "waiting")
+        bound: sum(term.seconds for term in best.terms if term.bound == bound) for bound in _BOUNDS
     }
     bound = max(shares, key=shares.__getitem__)
     layout = best.deployment.layout
@@ -244,6 +259,7 @@ _BOUNDS = {
     "compute": "arithmetic",
     "memory": "memory bandwidth",
     "link": "the links",
+    "launch": "launching kernels",
     "waiting": "waiting for other stages",
 }
 

@@ -1,16 +1,18 @@
 """How long a step takes: the slower of arithmetic and memory, plus what communication adds.
 
 * A part of a micro-batch takes ``max(operations / GEMM rate, bytes / memory rate)``: the roofline
-  of Williams, Waterman, Patterson (2009).
-* A collective takes ``alpha`` a hop and ``bytes / beta``: :meth:`Hardware.seconds`. Of a
-  micro-batch's collectives the fraction ``overlap`` is hidden behind its computation, as far as
-  there is any.
+  of Williams, Waterman, Patterson (2009). Fused attention has a rate of its own, and kernels that
+  are bound by memory get a part of a copy's. Between two kernels of a layer lies a gap.
+* A collective takes ``alpha`` a hop and ``bytes / beta``, and the wait for the rank that comes
+  last. Of one that is begun early a part is hidden, and slows the computation beside it: both by
+  what moves, :meth:`megatron_helix.machine.hardware.Hardware.held`.
 * M micro-batches on p stages take ``(M + p - 1)`` times the slowest stage (1F1B: Narayanan et al.
   2021, section 2.2); forward alone fills and drains the same way.
 * A micro-batch's gradients are added up in memory, and once a step come their collectives and the
   optimizer: :mod:`megatron_helix.planner.update`.
 
-A rank's time is computation, communication and waiting (the pipeline's bubble, and slower stages).
+A rank's time is computation, communication and waiting (the pipeline's bubble, and slower stages);
+where nothing follows a forward pass, a stage that is through waits for nobody: it is idle.
 TPOT is communication and waiting of a rank, mean over ranks, for as many tokens as the batch has
 sequences.
 """
@@ -29,7 +31,8 @@ class Term(NamedTuple):
 
     Attributes:
         what: for a reader.
-        bound: ``compute``, ``memory``, ``link``, ``waiting``; ``hidden`` is negative time.
+        bound: ``compute``, ``memory``, ``link``, ``launch`` (gaps between kernels), ``waiting``;
+            ``hidden`` is negative time.
         seconds: of a step.
         sent_bytes: by the rank, for links.
     """
@@ -70,6 +73,7 @@ class Prediction:
         compute_s: outside collectives.
         communication_s: in collectives, and not hidden.
         waiting_s: for other ranks.
+        idle_s: behind a stage's last micro-batch, where nobody is waited for.
         memory: of the fullest rank.
         bounds: of the slowest stage.
         terms: the sum for a rank of the slowest stage.
@@ -80,6 +84,7 @@ class Prediction:
     compute_s: float
     communication_s: float
     waiting_s: float
+    idle_s: float
     memory: memory.Memory
     bounds: Bounds
     terms: tuple[Term, ...]
@@ -117,18 +122,19 @@ class _Stage:
         return self.compute_s + self.exposed_s
 
 
-def predict(here: Deployment, machine: Hardware, *, overlap: float = 0.0) -> Prediction:
+KERNELS = {"forward": 25, "backward": 45}  # of a layer, as TransformerEngine has it
+
+
+def predict(here: Deployment, machine: Hardware) -> Prediction:
     """Time, memory and bounds of one step.
 
     Args:
         here: what runs; checked already.
         machine: what it runs on.
-        overlap: fraction of a micro-batch's communication that computation may hide, 0 to 1.
 
     Raises:
         UserError: when the machine has another number of devices or figures for another precision,
-            overlap is no fraction, or the machine has no kernel for attention over context-parallel
-            ranks.
+            or no kernel for attention over context-parallel ranks.
     """
     if here.world_size != machine.devices:
         raise UserError(
@@ -140,15 +146,13 @@ def predict(here: Deployment, machine: Hardware, *, overlap: float = 0.0) -> Pre
             f"precision: {here.precision} has elements of {here.element_bytes} bytes, and"
             f" {machine.name} has figures for {machine.element_bytes}; use another hardware file"
         )
-    if not 0 <= overlap <= 1:
-        raise UserError(f"overlap: must be between 0 and 1, got {overlap}; it is a fraction")
     require_kernels(here, machine)
     # All stages between the first and the last are alike.
     kinds = sorted({0, min(1, here.stages - 1), here.stages - 1})
     counts = [1] * len(kinds)
     if len(kinds) == 3:
         counts[1] = here.stages - 2
-    stages = [_stage(here, stage, machine, overlap) for stage in kinds]
+    stages = [_stage(here, stage, machine) for stage in kinds]
     slowest = max(stages, key=lambda stage: stage.busy_s)
     rounds = (here.microbatches + here.stages - 1) / here.microbatches
     once_s, update_s = max(s.once_s for s in stages), max(s.update_s for s in stages)
@@ -159,6 +163,9 @@ def predict(here: Deployment, machine: Hardware, *, overlap: float = 0.0) -> Pre
 
     compute_s = mean([s.compute_s + s.update_s for s in stages])
     communication_s = mean([s.exposed_s + s.once_s for s in stages])
+    lost_s = max(0.0, step_s - compute_s - communication_s)
+    # Stage by stage the first micro-batch comes later, and the last one leaves earlier.
+    idle_s = 0.0 if here.phase == "train" else min(lost_s, (rounds - 1) * slowest.busy_s / 2)
     bubble = Term(what="bubble", bound="waiting", seconds=(rounds - 1) * slowest.busy_s)
     fused = machine.fused_attention_max_channels
     needs = [memory.of_rank(here, stage, fused_channels=fused) for stage in kinds]
@@ -167,7 +174,8 @@ def predict(here: Deployment, machine: Hardware, *, overlap: float = 0.0) -> Pre
         step_s=step_s,
         compute_s=compute_s,
         communication_s=communication_s,
-        waiting_s=max(0.0, step_s - compute_s - communication_s),
+        waiting_s=lost_s - idle_s,
+        idle_s=idle_s,
         memory=max(needs, key=lambda need: need.total),
         bounds=slowest.bounds,
         terms=(*slowest.terms, *([bubble] if here.stages > 1 else [])),
@@ -188,50 +196,61 @@ def require_kernels(here: Deployment, machine: Hardware) -> None:
         )
 
 
-def _stage(here: Deployment, stage: int, machine: Hardware, overlap: float) -> _Stage:
-    passes = 3 if here.phase == "train" else 1
-    times = here.microbatches * passes
+def _stage(here: Deployment, stage: int, machine: Hardware) -> _Stage:
+    train = here.phase == "train"
+    M = here.microbatches
+    passes = {"forward": M, "backward": M if train else 0}
     fused = machine.fused_attention_max_channels
     gemm, stream = machine.gemm, machine.memory_bandwidth
     work = flops.forward(here, stage, fused_channels=fused)
-    terms = []
+    terms, moved_bytes, times = [], 0.0, M * (3 if train else 1)
     for part in work:
-        arithmetic, moving = part.flops / gemm.rate, part.memory_bytes / stream.rate
+        moved = part.moved(**passes)
+        moved_bytes += moved
+        rate = (machine.fused_attention or gemm).rate if part.fused else gemm.rate
+        arithmetic = times * part.flops / rate
+        moving = moved / (machine.streaming_rate if part.streams else stream.rate)
         bound = "compute" if arithmetic > moving else "memory"
-        terms.append(Term(what=part.what, bound=bound, seconds=times * max(arithmetic, moving)))
-    added = 0.0
-    if here.phase == "train":
-        each = update.accumulation_bytes(here, stage)
-        added = here.microbatches * each
-        seconds = added / stream.rate
+        terms.append(Term(what=part.what, bound=bound, seconds=max(arithmetic, moving)))
+    if train:
+        added = M * update.accumulation_bytes(here, stage)
+        moved_bytes += added
+        seconds = added / machine.streaming_rate
         terms.append(Term(what="gradients added up", bound="memory", seconds=seconds))
+    if machine.gap:
+        count = here.layers * sum(KERNELS[each] * passes[each] for each in passes)
+        terms.append(Term(what="between kernels", bound="launch", seconds=count * machine.gap.rate))
     compute_s = sum(term.seconds for term in terms)
-    exchanged = once_s = link_s = 0.0
+    exchanged = hidden = slowed = once_s = link_s = 0.0
     for moved in traffic.transfers(here, stage):
         known = (moved.kind, moved.sent_bytes, moved.calls, moved.ranks, moved.stride)
-        seconds = machine.seconds(*known)
+        held = machine.held(*known, beside=moved.beside, apart=here.phase != "decode")
         terms.append(
             Term(
                 what=f"{moved.what}: {moved.axis} {moved.kind}, {moved.when}",
                 bound="link",
-                seconds=seconds,
+                seconds=held.alone,
                 sent_bytes=moved.sent_bytes,
             )
         )
         link_s += machine.seconds(*known, ideal=True)
         if moved.when == "step" and not moved.beside:
-            once_s += seconds
+            once_s += held.alone
         else:
-            exchanged += seconds
-    hidden = min(overlap * exchanged, compute_s)
+            exchanged += held.alone
+            hidden += held.hidden
+            slowed += held.slowed
     if hidden:
+        fits = min(1.0, compute_s / hidden)  # no more than there is to hide behind
+        hidden, slowed = hidden * fits, slowed * fits
         terms.append(Term(what="hidden behind computation", bound="hidden", seconds=-hidden))
-    update_s = updated = 0.0
-    if here.phase == "train":
+        terms.append(Term(what="computation slowed by it", bound="compute", seconds=slowed))
+    update_s = 0.0
+    if train:
         updated = update.optimizer_bytes(here, stage)
-        update_s = updated / stream.rate
+        moved_bytes += updated
+        update_s = updated / machine.streaming_rate
         terms.append(Term(what="optimizer", bound="memory", seconds=update_s))
-    moved_bytes = times * sum(part.memory_bytes for part in work) + added + updated
     bounds = Bounds(
         compute_s=times * sum(part.flops for part in work) / gemm.peak,
         memory_s=moved_bytes / stream.peak,
@@ -239,7 +258,7 @@ def _stage(here: Deployment, stage: int, machine: Hardware, overlap: float) -> _
     )
     return _Stage(
         terms=terms,
-        compute_s=compute_s,
+        compute_s=compute_s + slowed,
         exposed_s=exchanged - hidden,
         once_s=once_s,
         update_s=update_s,

@@ -37,47 +37,26 @@ fp16 whether a gradient overflowed.
 from collections import Counter
 
 from megatron_helix.exchange import traffic
+from megatron_helix.exchange.cost import moves
 from megatron_helix.exchange.plan import Plan
 from megatron_helix.planner import context, fsdp, parameters
 from megatron_helix.planner.book import AXES, FP32, INT32, INT64, Book, Transfer
 from megatron_helix.planner.deployment import Deployment
 from megatron_helix.planner.gradients import gradients, numbers
-from megatron_helix.run_config.batch import BatchConfig
-from megatron_helix.run_config.layout import LayoutConfig
-from megatron_helix.run_config.model import ModelConfig
-from megatron_helix.run_config.precision import Precision
 
 
-def step_bytes(
-    model: ModelConfig,
-    layout: LayoutConfig,
-    batch: BatchConfig,
-    *,
-    world_size: int,
-    rank: int,
-    phase: str = "train",
-    precision: Precision = "fp16",
-) -> dict[tuple[str, str], float]:
-    """Bytes that one rank sends in one step, by (axis, kind) as the ledger names them.
-
-    Args:
-        model: the model.
-        layout: how the ranks share it.
-        batch: of one step.
-        world_size: ranks.
-        rank: global rank.
-        phase: ``train``, ``prefill`` or ``decode``.
-        precision: of weights and activations.
+def step_bytes(here: Deployment, rank: int) -> dict[tuple[str, str], float]:
+    """Bytes that one global rank sends in one step, by (axis, kind) as the ledger names them.
 
     Raises:
         ValueError: when the layout cannot run.
     """
-    here = Deployment(model, layout, batch, world_size, phase, precision).check()
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank: need 0 <= rank < {world_size}, got {rank}")
-    stage = rank // (world_size // layout.pp)
+    here.check()
+    if not 0 <= rank < here.world_size:
+        raise ValueError(f"rank: need 0 <= rank < {here.world_size}, got {rank}")
+    per_stage = here.world_size // here.layout.pp
+    stage, leads = rank // per_stage, rank % per_stage < here.tp
     sums: Counter[tuple[str, str]] = Counter()
-    leads = rank % (world_size // layout.pp) < here.tp
     for moved in transfers(here, stage, source=rank % here.tp == 0, leads=leads):
         sums[AXES[moved.axis], moved.kind] += moved.sent_bytes  # type: ignore[assignment]
     return {key: float(sent) for key, sent in sums.items() if sent}
@@ -111,9 +90,9 @@ def transfers(
         _head(book)
     if here.stages > 1:
         _pipeline(book, first, last)
+    if here.in_loop and source:
+        _data(book, first, last)
     if here.phase == "train":
-        if source:
-            _data(book, first, last)
         gradients(book, first, last, leads=leads)
         numbers(book, last)
     return book.entries
@@ -133,15 +112,20 @@ def _layers(book: Book, first: bool, last: bool) -> None:
     once = plan.exchange == "weights" and plan.gather == "step"
     weights = (here.cut.m - 1) * here.block.weights(here.cut) // here.tp if once else 0
     calls = traffic.calls(plan, here.block)
-    for when, elements in zip(("forward", "backward"), directions, strict=True):
+    early = traffic.begun_early(plan, here.cut, here.block, **size)
+    for when, elements, beside in zip(("forward", "backward"), directions, early, strict=True):
         for (axis, kind), count in elements.items():
-            if axis == "dim" and once:  # weights, and keys and values under a sequence split
-                count -= weights if kind in ("all_gather", "reduce_scatter") else 0
-            if count:
-                what = "attention and MLP linears" if axis != "dim" else f"exchange {plan.exchange}"
-                width = FP32 if plan.exchange == "scores" and axis == "dim" else here.element_bytes
-                number = calls.get((when, axis, kind), 1) * every
-                book.sent(what, axis, kind, when, count * every * width, number)
+            part = beside.get((axis, kind), 0.0)
+            if axis == "dim" and once and kind in ("all_gather", "reduce_scatter"):
+                count, part = count - weights, 0.0  # keys and values under a sequence split stay
+            what = "attention and MLP linears" if axis != "dim" else f"exchange {plan.exchange}"
+            width = FP32 if plan.exchange == "scores" and axis == "dim" else here.element_bytes
+            number, sent = calls.get((when, axis, kind), 1) * every, count * every * width
+            ahead = round(part * sent), round(part * number)
+            if ahead[0]:
+                book.sent(what, axis, kind, when, *ahead, beside=moves(axis, kind))
+            if sent > ahead[0]:
+                book.sent(what, axis, kind, when, sent - ahead[0], number - ahead[1])
     if plan.exchange == "weights":
         for bias in parameters.column_biases(here):
             gathered = (here.cut.m - 1) * bias * every * here.element_bytes
@@ -154,8 +138,9 @@ def _layers(book: Book, first: bool, last: bool) -> None:
     if once:
         number = here.block.gathered * here.layers
         wide = weights * here.layers
-        book.sent("weights", "dim", "all_gather", "step", wide * here.element_bytes, number)
-        book.sent("weights", "dim", "reduce_scatter", "step", wide * here.gradient_bytes, number)
+        gathered, summed = wide * here.element_bytes, wide * here.gradient_bytes
+        book.sent("weights", "dim", "all_gather", "step", gathered, number, beside="weights")
+        book.sent("weights", "dim", "reduce_scatter", "step", summed, number)
     ends = traffic.block_ends(plan, here.cut, here.block, **size)["dim", "all_to_all"]
     if ends and (times := here.converts(first=first, last=last)):
         converted = ends // 2 * times * here.microbatches * here.element_bytes
@@ -171,8 +156,8 @@ def _weight_shards(book: Book) -> None:
     one = parameters.layer_matrices(here) / here.layout.gtp / matrices
     number = matrices * here.layers
     for when in ("forward", "backward"):
-        book.call("weights", "gtp", "all_gather", when, one, number)
-    book.call("weights", "gtp", "reduce_scatter", "backward", one, number)
+        book.call("weights", "gtp", "all_gather", when, one, number, beside="weights")
+    book.call("weights", "gtp", "reduce_scatter", "backward", one, number, beside="gradients")
 
 
 def _decode_layers(book: Book) -> None:
@@ -192,7 +177,8 @@ def _decode_layers(book: Book) -> None:
             what = "attention and MLP linears" if stream else f"exchange {here.plan.exchange}"
             twice = here.plan.exchange == "activations"  # QKV there, context back
             calls = here.block.sublayers if stream else 2 if twice else 1
-            book.sent(what, axis, kind, "forward", count * every * width, calls * every)
+            sent = calls * round(count * width / calls)
+            book.sent(what, axis, kind, "forward", sent * every, calls * every)
 
 
 def _experts(book: Book) -> None:
@@ -238,7 +224,7 @@ def _head(book: Book) -> None:
     D = here.model.hidden_size
     chunk = here.tokens * D / here.tp
     axis = "head" if here.embeds_in_block_order else "tp"
-    if here.phase != "train":
+    if not here.in_loop:
         last = here.layout.micro_batch  # logits of one token a sequence
         if here.sequence_parallel:
             book.call("LM head", "tp", "all_gather", "forward", chunk)

@@ -36,8 +36,6 @@ from megatron_helix.recording.clocks import Call, HostClock, StreamClock
 
 Entries = dict[tuple[str, str], "Traffic"]
 
-POINT_TO_POINT = ("send", "recv")
-
 
 @dataclass
 class Traffic:

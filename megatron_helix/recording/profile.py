@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megatron_helix.recording.clocks import Call
-from megatron_helix.recording.comm_ledger import POINT_TO_POINT
+from megatron_helix.recording.kinds import POINT_TO_POINT
 
 Interval = tuple[int, int]
 

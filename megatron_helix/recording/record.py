@@ -28,7 +28,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_helix.basics import files
 from megatron_helix.recording import placement, profile, rank_files
 from megatron_helix.recording.clocks import Call, HostClock, StreamClock
-from megatron_helix.recording.comm_ledger import POINT_TO_POINT, CommLedger, install, totals
+from megatron_helix.recording.comm_ledger import CommLedger, install, totals
+from megatron_helix.recording.kinds import POINT_TO_POINT
 from megatron_helix.upstream import cpu_device, patches
 
 Phase = Literal["train", "prefill"]

@@ -2,12 +2,14 @@
 
 One micro-batch's forward pass. A node is an operator on a rank; an edge within a rank is data that
 stays, an edge between ranks is what one sends the other, in bytes. A collective of p ranks in which
-each sends S bytes is S / (p - 1) bytes from each to each other. The bytes are the closed forms of
-:mod:`megatron_helix.exchange.traffic`, one collective at a time.
+each sends S bytes is S / (p - 1) bytes from each to each other, a ring S to the next. The bytes are
+the closed forms of :mod:`megatron_helix.exchange.traffic` and of the planner, one collective at a
+time. FSDP gathers a layer at once, drawn at its first operator; what Megatron FSDP gathers once a
+step, outside the layers, is not drawn.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import networkx as nx
@@ -15,7 +17,10 @@ import networkx as nx
 from megatron_helix.basics.errors import UserError
 from megatron_helix.experiment.config import ExperimentConfig
 from megatron_helix.experiment.runs import Run
+from megatron_helix.planner import context, fsdp, parameters
+from megatron_helix.planner.book import Book
 from megatron_helix.planner.deployment import Deployment
+from megatron_helix.planner.parameters import Shapes
 from megatron_helix.verification import expectation
 
 _SCORE_BYTES = 4  # scores are summed in fp32
@@ -29,15 +34,19 @@ class Step:
         operator: its name.
         axis: group whose ranks send to each other; "" where the input is on the rank already.
         sent_bytes: by each rank of the axis, to all others together.
-        tile: a weight whose tiles the dim group gathers for it; "" for none.
-        tile_bytes: sent by each rank of the dim group for that, to all others together.
+        ring: whether they pass it on, each to the next one.
+        tile: a weight whose tiles or shards are gathered for it; "" for none.
+        tile_bytes: sent by each rank for that, to all others together.
+        tile_axis: the ranks that have them.
     """
 
     operator: str
     axis: str = ""
     sent_bytes: float = 0.0
+    ring: bool = False
     tile: str = ""
     tile_bytes: float = 0.0
+    tile_axis: str = "dim"
 
 
 def build(
@@ -66,17 +75,9 @@ def build(
         precision=experiment.precision,
     )
     here = expectation.deployment(experiment, run).check()
-    for key, value in (
-        ("cp", here.layout.cp),
-        ("gtp", here.layout.gtp),
-        ("fsdp", here.layout.fsdp),
-    ):
-        if value not in (1, None):
-            raise UserError(
-                f"--layout: {run.layout.name} has {key}: {value}, whose collectives are not drawn;"
-                " name a layout without it"
-            )
     places = {place["rank"]: place for place in expectation.describe(experiment, run)["ranks"]}
+    for rank, place in places.items():
+        place["groups"] |= _beside(here, rank)
     made = nx.DiGraph()
     chains = {
         rank: _chain(made, here, place, here.element_bytes, layers or run.model.num_layers)
@@ -104,18 +105,24 @@ def _named(flag: str, items: Sequence[Any], name: str | None) -> Any:
     return found[0]
 
 
+def _beside(here: Deployment, rank: int) -> dict[str, list[int]]:
+    """The groups of a rank beside those of its layers: they share out sequences or weights."""
+    groups = {}
+    for axis in ("cp", "gtp", "dp", "expert_dp"):
+        ranks, stride = Book(here).groups[axis]
+        first = rank - rank // stride % ranks * stride
+        groups[axis] = [first + place * stride for place in range(ranks)]
+    return groups
+
+
 def _stage_before(place: dict[str, Any]) -> int:
     stages = place["groups"]["pp"]
     return stages[stages.index(place["rank"]) - 1]
 
 
-def _tokens(here: Deployment) -> int:
-    return here.batch.sequence_length * here.layout.micro_batch
-
-
 def _chunk(here: Deployment) -> float:
     """Elements of a rank's share of the stream of one micro-batch."""
-    return _tokens(here) * here.model.hidden_size / here.tp
+    return here.tokens * here.model.hidden_size / here.tp
 
 
 def layer_steps(here: Deployment, element: int) -> list[Step]:
@@ -126,9 +133,12 @@ def layer_steps(here: Deployment, element: int) -> list[Step]:
     axis, ranks = ("head", here.layout.n or 1) if gathers else ("tp", T)
     stream = (ranks - 1) * _chunk(here) * here.element_bytes
     D, d, H, K = model.hidden_size, model.kv_channels, model.num_attention_heads, model.query_groups
-    tokens = _tokens(here)
+    tokens, stored, gtp = here.tokens, here.cut.padded_channels, here.layout.gtp
 
     def tile(name: str, elements: float) -> dict[str, Any]:
+        if gtp > 1:
+            sent = (gtp - 1) * elements / T / gtp * element
+            return {"tile": name, "tile_bytes": sent, "tile_axis": "gtp"}
         sent = (m - 1) * elements / T * element
         return {"tile": name, "tile_bytes": sent} if gathers else {}
 
@@ -136,22 +146,28 @@ def layer_steps(here: Deployment, element: int) -> list[Step]:
         moves = exchange == "activations"
         return (m - 1) / m * tokens * channels / T * element if moves else 0.0
 
-    into_attention = swapped((H + 2 * K) * d)
+    into_attention = swapped((H + 2 * K) * stored)
     if split == "sequence":
         into_attention += (m - 1) * tokens * 2 * K * d / T * element
     if exchange == "scores":
         heads, sequence = H // (here.layout.n or 1), here.batch.sequence_length
         summed = here.layout.micro_batch * heads * sequence**2
         into_attention += 2 * (m - 1) / m * summed * _SCORE_BYTES
+    attention = Step("attention", "dim" if into_attention else "", into_attention)
+    projection = Step(
+        "output projection",
+        "dim" if exchange == "activations" else "",
+        swapped(H * stored),
+        **tile("W_O", H * stored * D),
+    )
+    if here.layout.cp > 1:
+        attention, projection = _over_contexts(here, projection)
+    layer, experts = fsdp.layer_units(here) if here.layout.fsdp else ([], [])
+    gathered = tile("W_QKV", (H + 2 * K) * stored * D) or _shards(here, "the layer", "dp", layer)
     steps = [
-        Step("QKV projection", axis, stream, **tile("W_QKV", (H + 2 * K) * d * D)),
-        Step("attention", "dim" if into_attention else "", into_attention),
-        Step(
-            "output projection",
-            "dim" if exchange == "activations" else "",
-            swapped(H * d),
-            **tile("W_O", H * d * D),
-        ),
+        Step("QKV projection", axis, stream, **gathered),
+        attention,
+        projection,
         Step("add and norm", axis, stream),
     ]
     if model.num_experts:
@@ -160,16 +176,46 @@ def layer_steps(here: Deployment, element: int) -> list[Step]:
         return [
             *steps,
             Step("router"),
-            Step("experts", "ep" if ep > 1 else "", routed),
+            Step(
+                "experts",
+                "ep" if ep > 1 else "",
+                routed,
+                **_shards(here, "the experts", "expert_dp", experts),
+            ),
             Step("combine", "ep" if ep > 1 else "", routed),
         ]
-    F, gated = model.ffn_hidden_size, 2 if model.gated else 1
+    F, gated = here.features, 2 if model.gated else 1
     return [
         *steps,
         Step("MLP up", axis, stream, **tile("W_1", gated * F * D)),
         Step("MLP down", **tile("W_2", F * D)),
         Step("add", axis, stream),
     ]
+
+
+def _over_contexts(here: Deployment, projection: Step) -> tuple[Step, Step]:
+    """Attention over context-parallel ranks, and the output projection behind it."""
+    kind = here.layout.cp_comm_type or "p2p"
+    book = Book(here)
+    context.parallel(book)
+    times = here.layers * here.microbatches
+    sent = {
+        moved.what: moved.sent_bytes / times for moved in book.entries if moved.when == "forward"
+    }
+    keys, heads = sent["keys and values"], sent.get("queries, context", 0.0)
+    if kind != "a2a":
+        return Step("attention", "cp", keys, ring=kind == "p2p"), projection
+    back = replace(projection, axis="cp", sent_bytes=heads / 2)
+    return Step("attention", "cp", keys + heads / 2), back
+
+
+def _shards(here: Deployment, of: str, axis: str, shapes: Shapes) -> dict[str, Any]:
+    """What FSDP gathers of a unit of these shapes."""
+    ranks, _ = Book(here).groups[axis]
+    if not shapes or ranks == 1:
+        return {}
+    sent = (ranks - 1) * fsdp.shard_size(here, shapes, ranks) * here.element_bytes
+    return {"tile": f"the weights of {of}", "tile_bytes": sent, "tile_axis": axis}
 
 
 def _token_order(here: Deployment, element: int) -> tuple[Step, str]:
@@ -188,11 +234,16 @@ def _chain(
     if not layers:
         return []
     steps = layer_steps(here, element)
-    named = [(Step("received" if place["stage"] else "embedding"), "")]
+    before, after = parameters.end_shapes(here, True, True)
+    ends = here.layout.fsdp == "torch_fsdp2"  # which has no stages
+    shards = _shards(here, "the embedding", "dp", before) if ends else {}
+    named = [(Step("received" if place["stage"] else "embedding", **shards), "")]
     named += [_token_order(here, element)] * here.converts(first=not first, last=False)
     named += [(step, f", layer {layer}") for layer in layers for step in steps]
     last = layers[-1] == here.model.num_layers - 1
     named += [_token_order(here, element)] * here.converts(first=False, last=last)
+    if ends and last:
+        named += [(Step("LM head", **_shards(here, "the LM head", "dp", after)), "")]
     tile = f", tile {place['head_group']},{place['segment']}" if "segment" in place else ""
     column = first * len(steps) + 2 * place["stage"]
     chain = []
@@ -218,25 +269,26 @@ def _connect(
         made.add_edge(chains[place["rank"]][number - 1], node)
     if step.axis:
         group = place["groups"][step.axis]
-        for other in group:
+        before = group[group.index(place["rank"]) - 1]
+        for other in [before] if step.ring else group:
             if other != place["rank"]:
-                sent = step.sent_bytes / (len(group) - 1)
+                sent = step.sent_bytes / (1 if step.ring else len(group) - 1)
                 made.add_edge(chains[other][number - 1], node, bytes=sent, axis=step.axis)
     if step.tile:
-        group = place["groups"]["dim"]
+        group = place["groups"][step.tile_axis]
         for other in group:
             tile = _tile(made, chains[other][number], step)
             sent = step.tile_bytes / (len(group) - 1)
-            apart = {} if other == place["rank"] else {"bytes": sent, "axis": "dim"}
+            apart = {} if other == place["rank"] else {"bytes": sent, "axis": step.tile_axis}
             made.add_edge(tile, node, **apart)
 
 
 def _tile(made: nx.DiGraph, user: Any, step: Step) -> Any:
-    """The node of a stored tile, beside the operator of its own rank that uses it."""
+    """The node of a stored tile or shard, beside the operator of its own rank that uses it."""
     tile = (*user, step.tile)
     if tile not in made:
         column, row = made.nodes[user]["place"]
         group = made.nodes[user]["group"]
-        label = f"own tile of {step.tile}"
+        label = f"own {'tile' if step.tile_axis == 'dim' else 'shard'} of {step.tile}"
         made.add_node(tile, label=label, group=group, place=(column - 0.55, row + 0.4))
     return tile

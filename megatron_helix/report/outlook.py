@@ -22,7 +22,7 @@ def rows(experiment: ExperimentConfig) -> list[Row]:
 
     Returns:
         A mapping each: ``hardware``, ``model``, ``phase``, ``layout``, ``tokens_per_s``,
-        ``tpot_ms`` and ``memory_bytes`` (of the fullest rank), predicted with nothing hidden;
+        ``tpot_ms`` and ``memory_bytes`` (of the fullest rank), predicted;
         ``claimed`` (``tokens_per_s``, ``tpot_ms`` and ``of``; or None), and ``source``, which is
         "predicted". None of them where there is no outlook.
     """
@@ -70,8 +70,7 @@ def note(outlook: OutlookConfig) -> str:
     of = sorted({claim.of for claim in other.claims})
     return (
         f"{other.precision}, {other.batch.sequences:,} sequences of"
-        f" {other.batch.sequence_length:,} tokens, no communication hidden; nothing here was"
-        " measured."
+        f" {other.batch.sequence_length:,} tokens; nothing here was measured."
         + (f" Claimed: by {'; '.join(of)}." if of else "")
         + " In brackets: against the first layout. The planner's model of a GPU, and how far it was"
         " off where it was measured: docs/planner.md, docs/performance.md."

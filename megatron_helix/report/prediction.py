@@ -10,11 +10,12 @@ from megatron_helix.verification import expectation
 
 
 def of_run(experiment: ExperimentConfig, run: Run) -> dict[str, Any] | None:
-    """TPS and TPOT of a run on the experiment's hardware, nothing hidden; None without hardware."""
+    """TPS and TPOT of a run on the experiment's hardware; None without hardware."""
     if experiment.hardware is None:
         return None
     machine = experiment.hardware.scaled(experiment.world_size)
-    here = replace(expectation.deployment(experiment, run), phase=run.phase).check()
+    phase = "forward" if run.phase == "prefill" else run.phase
+    here = replace(expectation.deployment(experiment, run), phase=phase).check()
     found = predict(here, machine)
     return {
         "tokens_per_s": found.tokens_per_s,

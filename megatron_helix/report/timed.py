@@ -65,7 +65,7 @@ def _source_table(experiment: ExperimentConfig, results: Sequence[Result]) -> Pa
         rows.append(row)
     note = "In brackets: against the first layout."
     if machine:
-        note = f"Predicted for {machine.name}, with no communication hidden. {note}"
+        note = f"Predicted for {machine.name}. {note}"
     if claims:
         of = "; ".join(sorted({claim.of for claim in experiment.claims}))
         note = f"Claimed figures are those of {of}. {note}"

@@ -9,7 +9,7 @@ from megatron_helix.run_config.files import Config
 from megatron_helix.run_config.model import ModelConfig
 from megatron_helix.run_config.words import valued
 
-CoreAttention = Literal["spec", "prefix", "flex", "ffpa", "auto"]
+CoreAttention = Literal["spec", "prefix", "split", "flex", "ffpa", "auto"]
 
 
 class LayoutConfig(Config):

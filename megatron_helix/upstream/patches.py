@@ -10,9 +10,14 @@ import warnings
 from collections.abc import Callable
 from functools import cache, partial, wraps
 from importlib.metadata import version
+from multiprocessing import get_context
+from multiprocessing.managers import SyncManager
+from signal import SIGKILL
 from typing import Any
 
 from packaging.version import Version
+
+from megatron_helix.basics import signals
 
 SUPPORTED = ("0.19", "0.20")  # first, and first no longer
 
@@ -68,6 +73,25 @@ def read_flag_help_once() -> None:
     help_of = cache(partial(ArgumentGroupFactory._get_field_docstrings, factory))
     ArgumentGroupFactory._get_field_docstrings = lambda self, config: help_of(config)
     add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+
+
+@cache
+def fork_checkpoint_manager() -> None:
+    """The process through which a checkpoint's writers report is a fork of its rank, on the CPU.
+
+    Megatron spawns it, and it imports Megatron again: 4 s of CPU a rank. A fork has its rank's
+    pipes and sockets, and ends with it, lest nobody see that the rank has ended.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    def results_queue(mp_mode: str = "fork") -> Any:
+        if filesystem_async._results_queue is None:
+            manager = SyncManager(ctx=get_context("fork"))
+            manager.start(signals.end_with_parent, (SIGKILL,))
+            filesystem_async._results_queue = manager.Queue()
+        return filesystem_async._results_queue
+
+    filesystem_async.get_write_results_queue = results_queue
 
 
 def skip_warm_up() -> None:

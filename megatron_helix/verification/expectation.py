@@ -49,16 +49,9 @@ def predicted_bytes(experiment: ExperimentConfig, run: Run, rank: int) -> dict[A
     """What the planner says a rank sends in one step, by (axis, kind) as the ledger names them."""
     if run.phase == "decode":
         return decode.predicted_bytes(experiment, run, rank)
+    here = deployment(experiment, run)
     if run.phase == "train":
-        return step_bytes(
-            run.model,
-            run.layout,
-            experiment.counted_batch,
-            world_size=experiment.world_size,
-            rank=rank,
-            precision=run.precision,
-        )
-    here = deployment(experiment, run).check()
+        return step_bytes(here, rank)
     stage = rank // (experiment.world_size // run.layout.pp)
     source = rank % run.layout.tensor_parallel_size == 0
     sums: dict[Any, float] = {}

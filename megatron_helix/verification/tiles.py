@@ -20,6 +20,7 @@ def fingerprints(
     """
     import torch
 
+    from megatron_helix.partition.tiles import stored
     from megatron_helix.recording.placement import ATTENTION_WEIGHTS, sha256
     from megatron_helix.verification.expectation import deployment
 
@@ -34,7 +35,7 @@ def fingerprints(
             order = cut.qkv_rows() if axis == 0 else cut.proj_columns()
         for layer, weight in enumerate(whole):
             for rank, part in enumerate(order.view(T, -1)):
-                tile = weight.index_select(axis, part)
+                tile = stored(weight, part, axis)
                 for dtype in dtypes:
                     found[rank, layer, name, dtype] = sha256(tile.to(getattr(torch, dtype)))
     return found

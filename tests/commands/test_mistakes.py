@@ -116,9 +116,8 @@ MISTAKES = [
     ("generate --load missing --prompt a", "--load: must be a folder that Megatron saved"),
     ("generate --load . --prompt a --top-p 2", "--top-p: must be between 0 (off) and 1, got 2.0"),
     ("generate --load .", "--prompt: needs at least one; give --prompt TEXT or --prompts FILE"),
-    ("PLAN --phase sleep", "phase: must be one of train, prefill, decode, got 'sleep'"),
+    ("PLAN --phase sleep", "phase: must be one of train, forward, prefill, decode, got 'sleep'"),
     ("PLAN --rank-by luck", "rank-by: must be one of tps, tpot, memory, got 'luck'"),
-    ("PLAN --overlap 2 --layout tp=16,micro_batch=4", "overlap: must be between 0 and 1, got 2.0"),
     ("PLAN --layout tp=0,micro_batch=4", "layout: tp: Input should be greater than 0, got 'tp=0"),
     (
         "PLAN --layout nothing",

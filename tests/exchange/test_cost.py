@@ -1,15 +1,16 @@
 """What plans cost in time: what decides between them, one thing at a time."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from megatron_helix.exchange import traffic
-from megatron_helix.exchange.cost import layer_seconds
+from megatron_helix.exchange.cost import layer_seconds, moves
 from megatron_helix.exchange.plan import Plan
 from megatron_helix.exchange.strategy import Choice, explain, resolve
 from megatron_helix.exchange.traffic import BlockShape
-from megatron_helix.machine.hardware import Hardware
+from megatron_helix.machine.hardware import BESIDE, Hardware
 from megatron_helix.machine.hopper import HOPPER, of_card
 from megatron_helix.partition.layout import HelixLayout
 
@@ -28,12 +29,17 @@ PLANS = [
 
 
 def machine(**figures: float) -> Hardware:
-    """Hopper with other figures: ``beside``, ``latency`` in us, ``bandwidth`` in GB/s."""
-    changed = HOPPER.model_dump(mode="json")
-    changed["beside"] = figures.get("beside", 0.0)
+    """Hopper with other figures: ``latency`` in us, ``bandwidth`` in GB/s, and what is hidden.
+
+    By the name of what moves; nothing else is hidden, and ranks come together.
+    """
+    changed: dict[str, Any] = HOPPER.model_dump(mode="json") | {"arrival": None}
+    hidden = {name: figures.pop(name) for name in BESIDE if name in figures}
+    changed["beside"] = {
+        name: {"hidden": part, "slowed": 0.25, "source": "a test"} for name, part in hidden.items()
+    }
     for name, value in figures.items():
-        if name != "beside":
-            changed["intra_node"][name]["value"] = value
+        changed["intra_node"][name]["value"] = value
     return Hardware.model_validate(changed)
 
 
@@ -50,24 +56,28 @@ def test_on_slow_links_time_is_bytes(plan: Plan) -> None:
     assert seconds(plan, slow, microbatches=2) == pytest.approx(expected, rel=1e-4)
 
 
-def test_what_is_begun_early_costs_what_a_gemm_does_not_hide() -> None:
-    here, all_seen = machine(beside=0.75), machine()
+@pytest.mark.parametrize("moved", ["weights", "gradients", "tokens"])
+def test_what_is_begun_early_costs_what_a_gemm_does_not_hide(moved: str) -> None:
+    """Less what the GEMM loses by it; and of one kind of what moves, not of the others."""
+    here, all_seen = machine(**{moved: 0.8}), machine()
     tokens, weights = PLANS[0], PLANS[2]
     for plan in (tokens, weights):
         forward, backward = traffic.layer(plan, LAYOUT, SHAPE, **SIZE)
         early = traffic.begun_early(plan, LAYOUT, SHAPE, **SIZE)
-        hidden = 0.0
+        gained = 0.0
         calls = traffic.calls(plan, SHAPE)
         groups = {"tp": (8, 1), "head": (2, 4), "dim": (4, 1)}
         for when, elements, beside in zip(
             ("forward", "backward"), (forward, backward), early, strict=True
         ):
             for (axis, kind), share in beside.items():
+                if moves(axis, kind) != moved:
+                    continue
                 count = elements[axis, kind] * here.element_bytes
                 known = (kind, count, calls[when, axis, kind], *groups[axis])
-                hidden += share * 0.75 * here.seconds(*known)
-        assert hidden
-        assert seconds(plan, all_seen) - seconds(plan, here) == pytest.approx(hidden)
+                gained += share * 0.8 * (1 - 0.25) * here.seconds(*known)
+        assert (gained > 0) == (moved == "tokens" or plan is weights)
+        assert seconds(plan, all_seen) - seconds(plan, here) == pytest.approx(gained)
 
 
 def test_calls_cost_their_latency() -> None:
@@ -81,9 +91,24 @@ def test_the_rank_with_most_causal_work_is_waited_for() -> None:
     fast = machine(bandwidth=1e9, latency=1e-9)
     even = Plan(exchange="activations", split="sequence")
     uneven = replace(even, balanced=False)
-    attention = 3 * 2 * 4 * 4096**2 * 2048 / 8 / fast.gemm.rate
+    assert fast.fused_attention is not None
+    attention = 3 * 2 * 4 * 4096**2 * 2048 / 8 / fast.fused_attention.rate
     waited = seconds(uneven, fast) - seconds(even, fast)
     assert waited == pytest.approx(attention * 3 / 8, rel=1e-3)
+
+
+@pytest.mark.parametrize("channels", [128, 512])
+def test_a_prefix_costs_a_fused_kernel_its_rectangle(channels: int) -> None:
+    fast = machine(bandwidth=1e9, latency=1e-9)
+    assert fast.fused_attention is not None
+    wide = HelixLayout(m=4, n=2, num_attention_heads=16, num_query_groups=16, kv_channels=channels)
+    by_batch, by_sequence = (
+        layer_seconds(Plan(exchange="activations", split=split), wide, SHAPE, fast, **SIZE)
+        for split in ("batch", "sequence")
+    )
+    causal = 3 * 2 * 4 * 4096**2 * 2048 / 8 / fast.fused_attention.rate
+    expected = causal / 16 if channels == 128 else 0.0
+    assert by_sequence - by_batch == pytest.approx(expected, rel=1e-3, abs=1e-7)
 
 
 def test_auto_takes_the_least_time() -> None:

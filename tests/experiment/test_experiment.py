@@ -366,7 +366,6 @@ def test_slurm_starts_one_torchrun_a_node(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_predicted_bytes_of_training_are_the_planners() -> None:
     run = runs.compared(experiment())[1]
-    same = step_bytes(
-        run.model, run.layout, experiment().batch, world_size=4, rank=1, precision="fp32"
-    )
-    assert workflow.expectation.predicted_bytes(experiment(), run, 1) == same
+    here = workflow.expectation.deployment(experiment(), run)
+    assert here.machine == experiment().hardware
+    assert workflow.expectation.predicted_bytes(experiment(), run, 1) == step_bytes(here, 1)

@@ -167,7 +167,10 @@ def test_what_auto_takes_on_the_experiments_machine_is_said_to_the_run() -> None
             "bandwidth": {"value": bandwidth, "unit": "GB/s", "source": "made up"},
             "latency": {"value": latency, "unit": "us", "source": "made up"},
         }
-        chosen = experiment(hardware={**DOCUMENT["hardware"], "intra_node": links})
+        chosen = experiment(
+            hardware={**DOCUMENT["hardware"], "intra_node": links},
+            layouts=[DOCUMENT["layouts"][0], {**DOCUMENT["layouts"][1], "exchange": "auto"}],
+        )
         run = next(one for one in runs.compared(chosen) if one.layout.is_helix)
         flags = runs.layout_flags(chosen, run)
         plan = workflow.expectation.deployment(chosen, run).plan

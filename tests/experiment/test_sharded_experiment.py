@@ -1,11 +1,14 @@
 """An experiment with a layout that shards weights: started, compared and verified as any other."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from megatron_helix import workflow
+from megatron_helix.experiment import runs
+from megatron_helix.planner.traffic import transfers
 from megatron_helix.report import deployment_graph
 from tests.covering import THOROUGH
 from tests.experiment_case import DOCUMENT, experiment
@@ -93,11 +96,43 @@ def test_what_cannot_run_is_refused_before_anything_is_made(
     assert not (tmp_path / "out").exists()
 
 
-def test_what_a_graph_would_leave_out_is_not_drawn() -> None:
-    with pytest.raises(
-        ValueError, match="--layout: fsdp4 has fsdp: torch_fsdp2, whose collectives"
-    ):
-        deployment_graph.build(experiment(**SHARDED), layout="fsdp4")
+GQA = {**TINY, "num_query_groups": 4}
+DRAWN = {
+    "fsdp2": {"tp": 1, "fsdp": "torch_fsdp2"},
+    "fsdp2 and tp": {"tp": 2, "fsdp": "torch_fsdp2"},
+    "megatron fsdp": {"tp": 1, "fsdp": "megatron_fsdp"},
+    "experts": {"tp": 1, "ep": 2, "fsdp": "megatron_fsdp"},
+    "gtp": {"tp": 1, "gtp": 2},
+    "gtp and tp": {"tp": 2, "gtp": 2},
+    **{f"cp {kind}": {"tp": 1, "cp": 4, "cp_comm_type": kind} for kind in ("p2p", "all_gather")},
+    "cp a2a": {"tp": 2, "cp": 2, "cp_comm_type": "a2a"},
+}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_the_graph_of_a_rival_sends_what_is_predicted(name: str) -> None:
+    """Forward, but for the collectives of tokens at a model's ends, as of every layout."""
+    model = {**GQA, "num_experts": 4} if name == "experts" else GQA
+    layouts = [LAYOUTS[0], {"name": "drawn", "micro_batch": 1, **DRAWN[name]}]
+    chosen = experiment(**{**SHARDED, "models": [model], "layouts": layouts})
+    made = deployment_graph.build(chosen, layout="drawn")
+    run = runs.Run(
+        model=chosen.models[0], layout=chosen.layouts[1], phase="train", precision="fp32"
+    )
+    here = workflow.expectation.deployment(chosen, run)
+    predicted: Counter[str] = Counter()
+    for moved in transfers(here, 0):
+        ends = ("batch", "embedding", "LM head", "cross entropy", "expert counts")
+        if moved.when == "forward" and moved.what not in ends:
+            predicted[moved.axis] += moved.sent_bytes  # type: ignore[assignment]
+    for rank in range(4):
+        sent: Counter[str] = Counter()
+        for _, _, data in made.out_edges([n for n in made if n[0] == rank], data=True):
+            if "bytes" in data:
+                sent[data["axis"]] += data["bytes"] * here.microbatches
+        if name == "experts":  # probabilities go to experts beside rows, and are not drawn
+            sent["ep"] = predicted["ep"] = 0
+        assert dict(sent) == pytest.approx(dict(predicted))
 
 
 def test_the_baseline_saves_in_the_format_that_all_read() -> None:

@@ -25,12 +25,12 @@ from megatron_helix.options import arguments
 from megatron_helix.options.features.works import WORKS
 from megatron_helix.partition import checkpoint
 
-DRAWS = [draw(7, number) for number in range(400)]
+DRAWS = [draw(9, number) for number in range(400)]
 ROWS = {example: row.feature for row in WORKS for example in row.examples}
 
 
 def test_a_seed_draws_the_same_cases() -> None:
-    assert [draw(7, number) for number in range(400)] == DRAWS
+    assert [draw(9, number) for number in range(400)] == DRAWS
     assert [draw(8, number) for number in range(400)] != DRAWS
     assert len(set(DRAWS)) == len(DRAWS)
 
@@ -58,6 +58,7 @@ def test_what_is_drawn_is_most_of_what_there_is() -> None:
     assert {case.stock_tp < case.tp for case in DRAWS} == {True, False}
     assert {bool(case.experts) for case in DRAWS} == {True, False}
     assert {case.pp for case in DRAWS} == {1, 2}
+    assert {case.channels % case.m > 0 for case in DRAWS} == {True, False}
     drawn = {ROWS[feature] for case in DRAWS for feature in case.features}
     assert drawn == {row.feature for row in WORKS if row.examples}
 
@@ -268,7 +269,7 @@ def wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[
 
 def test_a_wrong_helix_is_found_and_made_small(wrong: Callable[..., Laboratory]) -> None:
     """Weights are drawn without a thought of who has which: the first loss shows it."""
-    here = wrong("megatron_helix.layers.linear.in_tile_order", lambda init, order, dim: init)
+    here = wrong("megatron_helix.layers.linear.in_tile_order", lambda init, *order, **own: init)
     case = parse("layers=2 hidden=48 n=2 sp micro=4; --swiglu; --qk-layernorm")
     outcome = here.attempt(case)
     assert outcome.status == trial.DIFFERS

@@ -362,3 +362,18 @@ def test_only_likely_tokens_are_drawn(sampling: Sampling, possible: set[int]) ->
     logits = torch.tensor([0.3, 0.6, 0.1, 9.0]).log().expand(200, 4)
     sampler = sampling.sampler(torch.device("cpu"), 3)
     assert set(sampler(logits).tolist()) == possible
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(temperature=0.5), Sampling(temperature=2.0, top_k=2), Sampling()]
+)
+def test_the_log_probabilities_of_drawn_tokens_are_the_samplers(sampling: Sampling) -> None:
+    logits = torch.tensor([[0.3, 0.6, 0.1, 9.0]]).log()  # the fourth is padding of the vocabulary
+    sampler = sampling.sampler(torch.device("cpu"), 3)
+    chances = torch.tensor([0.3, 0.6, 0.1]) ** (1 / (sampling.temperature or 1))
+    if sampling.top_k:
+        chances[2] = 0
+    expected = torch.log(chances / chances.sum())
+    for token in range(2):
+        found = sampler.log_probs(logits, torch.tensor([token]))
+        assert found.item() == pytest.approx(expected[token].item(), rel=1e-5)

@@ -58,10 +58,11 @@ MODELS = {
         *("--yarn-beta-fast", "20", "--yarn-beta-slow", "2", "--quick-geglu"),
     ),
     "bf16": ("--bf16", "--window-size", "4,0"),
-    # A vocabulary that every tensor-parallel size pads to another one: to 608 on one rank.
+    # A vocabulary that every tensor-parallel size pads to another one: to 608 on one rank; and
+    # features that six ranks do not divide.
     "odd": (
         *("--num-attention-heads", "9", "--group-query-attention", "--num-query-groups", "3"),
-        *("--vocab-size", "599", "--ffn-hidden-size", "240"),
+        *("--vocab-size", "599", "--ffn-hidden-size", "243"),
         "--untie-embeddings-and-output-weights",
     ),
 }
@@ -103,7 +104,7 @@ CASES = [
     *(("bf16", layout) for layout in ("tp1", "2x1", "pp2")),
     *(("odd", layout) for layout in ("tp1", "tp3", "2x3")),
 ]
-SOON = [("windows", "2x1"), ("experts", "tp1"), ("bf16", "2x1")]
+SOON = [("windows", "2x1"), ("experts", "tp1")]
 ROWS = [pytest.param(*case, marks=() if case in SOON else THOROUGH) for case in CASES]
 
 

@@ -50,6 +50,29 @@ def test_gradients_go_back_through_the_copy() -> None:
     assert torch.equal(x.grad, weight.permute(1, 2, 0, 3))
 
 
+@pytest.mark.parametrize("lengths", [(3, 3, 3), (2, 3, 3), (1,)])
+@pytest.mark.parametrize("dim", [0, 2])
+def test_parts_of_unequal_length_are_joined_without_what_fills_them_up(
+    lengths: tuple[int, ...], dim: int
+) -> None:
+    shape = [4, 5, 6]
+    shape[dim] = sum(lengths)
+    whole = torch.randn(shape, requires_grad=True)
+    parts = copies.parted(whole, lengths, dim)
+    assert parts.is_contiguous()
+    for part, length, piece in zip(parts, lengths, whole.split(lengths, dim), strict=True):
+        assert torch.equal(part.narrow(dim, 0, length), piece)
+        assert not part.narrow(dim, length, max(lengths) - length).count_nonzero()
+    weight = torch.randn_like(parts)
+    parts.backward(weight)
+    assert torch.equal(whole.grad, copies.joined(weight, lengths, dim))
+
+    given = torch.randn_like(weight).requires_grad_()
+    joined = copies.joined(given, lengths, dim)
+    joined.backward(whole.detach())
+    assert torch.equal(given.grad, copies.parted(whole.detach(), lengths, dim))
+
+
 INTERPRETED = """
 import torch
 from megatron_helix.kernels.transposition import transposed

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_helix.basics import signals
-from megatron_helix.launching import fork_ranks, launchers
+from megatron_helix.launching import failures, fork_ranks, launchers
 from megatron_helix.launching.launcher_config import LauncherConfig
 from tests.covering import THOROUGH, fast
 from tests.launch_case import ENDS_WITHIN_S, ctrl_c, is_alive, pids, ranks, wait_for
@@ -249,7 +249,7 @@ def test_a_torchrun_that_is_killed_leaves_no_rank_behind(
         if have_begun(tmp_path):
             os.kill(torchrun_of(pids(tmp_path)[0]), signal.SIGKILL)
 
-    with pytest.raises(fork_ranks.RunFailed, match=r"a rank failed \(exit code -9\)"):
+    with pytest.raises(failures.RunFailed, match=r"a rank failed \(exit code -9\)"):
         saver(1000.0, kill)
     wait_for(lambda: not any(is_alive(pid) for pid in pids(tmp_path)))
 
@@ -311,7 +311,7 @@ def test_a_rank_of_torchrun_that_fails_ends_the_run(
     words = ["sleeper", str(tmp_path), "1"]
     program = launchers.Program(words=words, forked=lambda: pytest.fail("torchrun does not fork"))
     with pytest.raises(
-        fork_ranks.RunFailed, match=r"a rank failed \(exit code 1\); its output is in"
+        failures.RunFailed, match=r"a rank failed \(exit code 1\); its output is in"
     ):
         launchers.start(LauncherConfig(kind="torchrun"), program, 2, tmp_path / "logs")
     assert "ZeroDivisionError" in "".join(

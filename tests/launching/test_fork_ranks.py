@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 
-from megatron_helix.launching import fork_ranks
+from megatron_helix.launching import failures, fork_ranks
 from tests.launch_case import ENDS_WITHIN_S, children, is_alive, pids, ranks, wait_for
 
 
@@ -56,9 +56,7 @@ def test_finished_ranks_leave_their_output_and_their_environment_is_torchruns(
 def test_a_killed_rank_ends_the_others_and_is_named(tmp_path: Path) -> None:
     before = children()
     suicide = in_a_collective_without_rank_1(lambda: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(
-        fork_ranks.RankFailed, match=r"rank 1 of 3 was killed by SIGKILL"
-    ) as failure:
+    with pytest.raises(failures.RankFailed, match=r"rank 1 of 3 was killed by SIGKILL") as failure:
         fork_ranks.run(ranks(suicide, tmp_path), timeout_s=ENDS_WITHIN_S)
     assert (failure.value.rank, failure.value.exitcode) == (1, -signal.SIGKILL)
     assert "rank01.log" in str(failure.value)
@@ -77,7 +75,7 @@ def test_the_killed_rank_is_named_though_a_lower_one_has_failed_too(tmp_path: Pa
         stats = [Path(f"/proc/{pid}/stat").read_text() for pid in pids(tmp_path)]
         return [stat.rpartition(")")[2].split()[0] for stat in stats] == ["Z", "Z"]
 
-    with pytest.raises(fork_ranks.RankFailed, match=r"rank 1 of 2 was killed by SIGKILL"):
+    with pytest.raises(failures.RankFailed, match=r"rank 1 of 2 was killed by SIGKILL"):
         fork_ranks.run(ranks(end, tmp_path, 2), poll=lambda: wait_for(have_ended))
 
 
@@ -90,7 +88,7 @@ def test_a_rank_that_is_seen_to_be_killed_late_is_still_the_cause(tmp_path: Path
         time.sleep(2)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    with pytest.raises(fork_ranks.RankFailed, match=r"rank 1 of 2 was killed by SIGKILL"):
+    with pytest.raises(failures.RankFailed, match=r"rank 1 of 2 was killed by SIGKILL"):
         fork_ranks.run(ranks(end, tmp_path, 2), timeout_s=ENDS_WITHIN_S)
 
 
@@ -107,7 +105,7 @@ def test_ranks_that_ignore_sigterm_are_killed(
             raise SystemExit(3)
         time.sleep(10 * ENDS_WITHIN_S)
 
-    with pytest.raises(fork_ranks.RankFailed, match=r"rank 0 of 3 failed \(exit code 3\)"):
+    with pytest.raises(failures.RankFailed, match=r"rank 0 of 3 failed \(exit code 3\)"):
         fork_ranks.run(ranks(run, tmp_path), timeout_s=ENDS_WITHIN_S)
     assert len(pids(tmp_path)) == 3
     assert not any(is_alive(pid) for pid in pids(tmp_path))
@@ -130,7 +128,7 @@ def test_a_rank_that_fails_while_it_is_looked_at_is_not_lost(tmp_path: Path) -> 
 
     watched = ranks(lambda: None, tmp_path, 1)
     store = SimpleNamespace(exitcode=None, sentinel=os.pipe()[0])
-    with pytest.raises(fork_ranks.RankFailed, match=r"rank 0 of 1 failed \(exit code 3\)"):
+    with pytest.raises(failures.RankFailed, match=r"rank 0 of 1 failed \(exit code 3\)"):
         fork_ranks._watch(watched, [Process()], store, None, None)
 
 
@@ -139,7 +137,7 @@ def test_an_exception_in_a_rank_is_in_its_log(tmp_path: Path) -> None:
         raise ZeroDivisionError("the mistake of rank 1")
 
     run = in_a_collective_without_rank_1(mistake)
-    with pytest.raises(fork_ranks.RankFailed, match=r"rank \d of 3 failed \(exit code 1\)"):
+    with pytest.raises(failures.RankFailed, match=r"rank \d of 3 failed \(exit code 1\)"):
         fork_ranks.run(ranks(run, tmp_path), timeout_s=ENDS_WITHIN_S)
     log = (tmp_path / "logs" / "rank01.log").read_text()
     assert "Traceback" in log
@@ -176,7 +174,7 @@ def test_a_store_that_does_not_come_up_is_not_waited_for_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, timeout_s: float
 ) -> None:
     before = children()
-    monkeypatch.setattr(fork_ranks, "TCPStore", lambda *args, **kwargs: time.sleep(1000))
+    monkeypatch.setattr(dist, "TCPStore", lambda *args, **kwargs: time.sleep(1000))
     with pytest.raises(TimeoutError, match=r"^the store at which ranks meet did not come up in"):
         fork_ranks.run(ranks(lambda: None, tmp_path), timeout_s=timeout_s)
     assert not pids(tmp_path)
@@ -187,9 +185,9 @@ def test_a_store_that_does_not_come_up_is_not_waited_for_without_a_limit_either(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fork_ranks, "STORE_S", 0.5)
-    monkeypatch.setattr(fork_ranks, "TCPStore", lambda *args, **kwargs: time.sleep(1000))
+    monkeypatch.setattr(dist, "TCPStore", lambda *args, **kwargs: time.sleep(1000))
     with pytest.raises(
-        fork_ranks.RunFailed, match=r"^the store at which ranks meet did not come up in"
+        failures.RunFailed, match=r"^the store at which ranks meet did not come up in"
     ):
         fork_ranks.run(ranks(lambda: None, tmp_path))
 
@@ -199,9 +197,9 @@ def test_a_store_that_dies_at_once_is_an_error(
 ) -> None:
     before = children()
     nowhere = fork_ranks.Ranks(target=lambda: None, world_size=2, address="192.0.2.1")
-    monkeypatch.setattr(fork_ranks, "TCPStore", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(dist, "TCPStore", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(
-        fork_ranks.RunFailed,
+        failures.RunFailed,
         match=r"^the store at which ranks meet, at 192.0.2.1, ended \(exit code 1\); .* address",
     ):
         fork_ranks.run(nowhere)
@@ -218,7 +216,7 @@ def test_a_store_that_dies_while_ranks_run_ends_them(tmp_path: Path) -> None:
             os.kill(store, signal.SIGKILL)
 
     with pytest.raises(
-        fork_ranks.RunFailed, match=r"ranks meet, at 127.0.0.1, ended \(exit code -9\)"
+        failures.RunFailed, match=r"ranks meet, at 127.0.0.1, ended \(exit code -9\)"
     ):
         fork_ranks.run(ranks(lambda: time.sleep(1000), tmp_path), poll=kill_store)
     assert children() == before

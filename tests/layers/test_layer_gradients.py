@@ -1,4 +1,4 @@
-"""Transformer layers cut m x n on four ranks against Megatron's own on one, in double precision.
+"""Transformer layers cut m x n against Megatron's own on one rank, in double precision.
 
 Output, input gradient and the gradient of every weight of a block of two layers (a first and a last
 one, with what lies between), put together again from the shards.
@@ -16,32 +16,36 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_helix.exchange.strategy import Choice
 from megatron_helix.layers.linear import finish_step
 from megatron_helix.partition.layout import HelixLayout
+from megatron_helix.partition.tiles import stored
+from megatron_helix.upstream import patches
 from tests import block_case
 from tests.attention_case import OFFSET, TILED
 from tests.block_case import Block
 from tests.distributed import model_parallel, run_distributed
 
-S = 8
+DOUBLE = {"dtype": torch.float64, "ffn": 60}  # which four ranks and six can share
 BLOCKS = {
-    "plain": Block(bias=True, dtype=torch.float64),
-    "gated_gqa": Block(gated=True, heads=8, groups=2, dtype=torch.float64),
-    "gated_bias": Block(gated=True, bias=True, rope=False, dtype=torch.float64),
-    "qk_layer_norm": Block(bias=True, dtype=torch.float64, more={"qk_layernorm": True}),
-    "qk_rms_norm": Block(
-        dtype=torch.float64, more={"qk_layernorm": True, "normalization": "RMSNorm"}
-    ),
-    "learnable_softmax": Block(dtype=torch.float64, more={"softmax_type": "learnable"}),
+    "plain": Block(bias=True, **DOUBLE),
+    "gated_gqa": Block(gated=True, heads=8, groups=2, **DOUBLE),
+    "gated_bias": Block(gated=True, bias=True, rope=False, **DOUBLE),
+    "qk_layer_norm": Block(bias=True, **DOUBLE, more={"qk_layernorm": True}),
+    "qk_rms_norm": Block(**DOUBLE, more={"qk_layernorm": True, "normalization": "RMSNorm"}),
+    # Four ranks share 17, 17, 16 and 16 features.
+    "uneven": Block(ffn=66, bias=True, dtype=torch.float64),
+    "uneven_gated": Block(ffn=66, bias=True, gated=True, dtype=torch.float64),
+    "learnable_softmax": Block(**DOUBLE, more={"softmax_type": "learnable"}),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """How four ranks share a block, and how many sequences they get."""
+    """How ranks share a block, and how many sequences of which length they get."""
 
     m: int
     n: int
     choice: Choice
     batch: int = 4
+    sequence: int = 8
 
     def __str__(self) -> str:
         words = [self.choice.exchange, self.choice.split, self.choice.gather]
@@ -59,6 +63,14 @@ CUTS = [
         ("weights", "sequence", "microbatch", 3),
         ("scores", "auto", "microbatch", 1),
     )
+] + [  # four rotary pairs, or eight channels, in three segments: tiles are padded
+    Cut(m=3, n=2, choice=Choice(exchange=exchange, gather=gather), batch=batch, sequence=12)
+    for exchange, gather, batch in (
+        ("activations", "microbatch", 3),
+        ("weights", "step", 3),
+        ("weights", "microbatch", 2),
+        ("scores", "microbatch", 1),
+    )
 ]
 Tensors = dict[str, torch.Tensor]
 
@@ -68,15 +80,23 @@ def shard(whole: torch.Tensor, name: str, layout: HelixLayout, rank: int, gated:
     of_attention = name.partition("self_attention.")[2]
     if of_attention in TILED:
         axis, order = TILED[of_attention]
-        return whole.index_select(axis, order(layout).chunk(layout.size)[rank])
+        return stored(whole, order(layout).chunk(layout.size)[rank], axis)
     if of_attention == OFFSET:
         return whole.chunk(layout.n)[layout.coordinates(rank)[0]]
     if "linear_fc1" in name:
         projections = whole.chunk(2) if gated else [whole]
-        return torch.cat([projection.chunk(layout.size)[rank] for projection in projections])
+        return torch.cat([features(one, 0, layout.size, rank) for one in projections])
     if "linear_fc2.weight" in name:
-        return whole.chunk(layout.size, dim=1)[rank]
+        return features(whole, 1, layout.size, rank)
     return whole
+
+
+def features(whole: torch.Tensor, axis: int, parts: int, rank: int) -> torch.Tensor:
+    """A rank's part of the features along ``axis``, padded with zeros to the longest part."""
+    parted = whole.tensor_split(parts, dim=axis)
+    zeros = torch.zeros_like(parted[0].narrow(axis, 0, 1))
+    padding = [zeros] * (parted[0].size(axis) - parted[rank].size(axis))
+    return torch.cat([parted[rank], *padding], dim=axis)
 
 
 def summed_over_ranks(name: str, weight: torch.nn.Parameter) -> bool:
@@ -87,30 +107,33 @@ def summed_over_ranks(name: str, weight: torch.nn.Parameter) -> bool:
 
 
 def compare(cut: Cut) -> dict[str, tuple[Tensors, Tensors]]:
-    """(expected, actual) by what it is, for every block; what a rank has. Runs in four ranks."""
+    """(expected, actual) by what it is, for every block; what a rank has. Runs in all ranks."""
     results = {}
-    with model_parallel(tp=4):
+    ranks = cut.m * cut.n
+    patches.relax_head_check()
+    with model_parallel(tp=ranks):
         rank = dist.get_rank()
-        alone = [dist.new_group([other]) for other in range(4)][rank]
+        alone = [dist.new_group([other]) for other in range(ranks)][rank]
         one = ProcessGroupCollection(tp=alone, cp=alone, pp=alone)
-        four = ProcessGroupCollection.use_mpu_process_groups()
+        all_of_them = ProcessGroupCollection.use_mpu_process_groups()
         for name, block in BLOCKS.items():
             layout = block.layout(cut.m, cut.n)
             if block.groups % cut.n:
                 continue
             whole = block_case.build(block, one)
-            part = block_case.build(block, four, layout, cut.choice)
+            part = block_case.build(block, all_of_them, layout, cut.choice)
             mine = dict(part.named_parameters())
             assert mine.keys() == dict(whole.named_parameters()).keys()
             with torch.no_grad():
                 for key, weight in whole.named_parameters():
                     weight.copy_(_random(sum(map(ord, key)), *weight.shape) / block.hidden**0.5)
                     mine[key].copy_(shard(weight, key, layout, rank, block.gated))
-            x, y_grad = (_random(seed, S, cut.batch, block.hidden) for seed in (1, 2))
-            expected = _step(whole, block, x, y_grad)
-            actual = _step(part, block, x.chunk(4)[rank], y_grad.chunk(4)[rank])
+            shape = cut.sequence, cut.batch, block.hidden
+            stream = [_random(seed, *shape) for seed in (1, 2)]
+            expected = _step(whole, block, cut.sequence, *stream)
+            actual = _step(part, block, cut.sequence, *(t.chunk(ranks)[rank] for t in stream))
             for key in ("output", "input"):
-                expected[key] = expected[key].chunk(4)[rank]
+                expected[key] = expected[key].chunk(ranks)[rank]
             for key, weight in mine.items():
                 if summed_over_ranks(key, weight):
                     dist.all_reduce(actual[key])
@@ -119,9 +142,10 @@ def compare(cut: Cut) -> dict[str, tuple[Tensors, Tensors]]:
     return results
 
 
-def _step(layers: torch.nn.ModuleList, block: Block, x: torch.Tensor, y_grad: torch.Tensor):
+def _step(layers: torch.nn.ModuleList, block: Block, sequence: int, *part: torch.Tensor) -> Tensors:
+    x, y_grad = part
     x = x.clone().requires_grad_()
-    y = block_case.run(layers, block, x, S)
+    y = block_case.run(layers, block, x, sequence)
     custom_backward((y * y_grad).sum(), None)  # as Megatron's schedules call it
     finish_step([layers])
     grads = {name: weight.grad for name, weight in layers.named_parameters()}
@@ -135,7 +159,7 @@ def _random(seed: int, *shape: int) -> torch.Tensor:
 @cache
 def results_of(cut: Cut) -> list[dict[str, tuple[Tensors, Tensors]]]:
     """Of every rank and block, run together: forking ranks costs more than what they do."""
-    return run_distributed(compare, 4, cut)
+    return run_distributed(compare, cut.m * cut.n, cut)
 
 
 @pytest.mark.parametrize("name", BLOCKS)

@@ -74,10 +74,13 @@ def test_a_linear_without_a_norm_gets_its_input() -> None:
     assert input_norm(SimpleNamespace())(x) is x
 
 
+@pytest.mark.parametrize("m", [2, 3])  # of 64 channels three segments are not alike
 @pytest.mark.parametrize("around_zero", [False, True], ids=["around_one", "around_zero"])
 @pytest.mark.parametrize("normalization", NORMS)
-def test_the_norm_over_segments_is_rounded_once(normalization: str, around_zero: bool) -> None:
-    layout = HelixLayout(m=2, n=1, num_attention_heads=2, num_query_groups=2, kv_channels=WIDTH)
+def test_the_norm_over_segments_is_rounded_once(
+    normalization: str, around_zero: bool, m: int
+) -> None:
+    layout = HelixLayout(m=m, n=1, num_attention_heads=2, num_query_groups=2, kv_channels=WIDTH)
     linear = _fused_linear(normalization, torch.bfloat16, around_zero=around_zero)
     x = _drawn(3, 128, WIDTH, dtype=torch.bfloat16)
     exact, _, _ = _exact(linear, x, torch.zeros(128, WIDTH))
@@ -95,7 +98,7 @@ def test_the_norm_over_segments_is_rounded_once(normalization: str, around_zero:
         )
         return norm(x[:, layout.segment_channels(dist.get_rank())]).detach()
 
-    for segment, found in enumerate(run_distributed(normalized, 2)):
+    for segment, found in enumerate(run_distributed(normalized, m)):
         expected = exact[:, layout.segment_channels(segment)]
         off = (found.double() - expected).abs()
         allowed = expected.abs() * torch.finfo(torch.bfloat16).eps / 2 + 1e-5

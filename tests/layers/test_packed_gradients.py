@@ -26,7 +26,8 @@ from tests.packed_case import LENGTHS, params
 S = 32
 DOUBLE = torch.float64
 BLOCKS = {
-    "gated gqa": Block(gated=True, heads=8, groups=2, dtype=DOUBLE),
+    # Five rotary pairs, of which neither two segments nor four are alike.
+    "gated gqa": Block(gated=True, heads=8, groups=2, kv_channels=10, dtype=DOUBLE),
     "qk norm, gate, biases": Block(
         bias=True, dtype=DOUBLE, more={"qk_layernorm": True, "attention_output_gate": True}
     ),

@@ -1,5 +1,6 @@
 """The flags: what is refused, with which words, and what is filled in."""
 
+import argparse
 import itertools
 import os
 import subprocess
@@ -10,6 +11,8 @@ import pytest
 
 from megatron_helix import pretrain_gpt
 from megatron_helix.options import arguments, parsed
+from megatron_helix.options.checks import require_paddable_heads
+from megatron_helix.partition.layout import HelixLayout
 from tests.distributed import tiny_gpt
 
 TP = "--tensor-model-parallel-size"
@@ -99,10 +102,10 @@ REFUSALS = {
         r"^--helix-n: must be a positive divisor of --num-query-groups \(2\), got 4; use"
         r" --helix-m 2 --helix-n 2 or --helix-m 4 --helix-n 1$",
     ),
-    "m does not divide the head dimension": (
+    "more segments than rotary pairs": (
         (*cut(4, 1), "--kv-channels", "6"),
-        r"^--helix-m: must be a positive divisor of --kv-channels \(6\), got 4; use --helix-m 1"
-        r" --helix-n 4$",
+        r"^--helix-m: must be from 1 to 3, the rotary pairs of a head of --kv-channels 6, got 4;"
+        r" use --helix-m 1 --helix-n 4 or --helix-m 2 --helix-n 2$",
     ),
     "a batch that cannot be split": (
         (*cut(2, 2), "--micro-batch-size", "3", "--helix-split", "batch"),
@@ -150,7 +153,7 @@ REFUSALS = {
     ),
     "unknown core attention": (
         ("--helix-core-attention", "flash"),
-        r"^--helix-core-attention: must be one of spec, prefix, flex, ffpa, auto, got 'flash'$",
+        r"^--helix-core-attention: must be one of spec, prefix, split, flex, .*, got 'flash'$",
     ),
     "FlexAttention with dropout": (
         (*FLEX, "--attention-dropout", "0.1"),
@@ -216,14 +219,37 @@ def test_flags_that_cannot_run_are_refused(corpus_prefix: Path, case: str) -> No
 
 
 def test_degrees_are_named_where_no_cut_of_so_many_ranks_is_there(corpus_prefix: Path) -> None:
-    model = ("--num-attention-heads", "40", "--kv-channels", "128")
-    flags = tiny_gpt(corpus_prefix, *model, "--helix-n", "auto", TP, "3")
+    model = ("--num-attention-heads", "40", "--kv-channels", "16")
+    flags = tiny_gpt(corpus_prefix, *model, "--helix-n", "auto", TP, "11")
     message = (
-        r"^--helix-m: must be a positive divisor of --kv-channels \(128\), got 3; no m x n = 3 cuts"
-        r" this model; degrees that do: 2 \(1 x 2\) and 4 \(1 x 4\)$"
+        r"^--helix-m: must be from 1 to 8, the rotary pairs of a head of --kv-channels 16, got 11;"
+        r" no m x n = 11 cuts this model; degrees that do: 10 \(1 x 10\) and 12 \(3 x 4\)$"
     )
     with pytest.raises(ValueError, match=message):
-        arguments.complete(flags, world_size=3)
+        arguments.complete(flags, world_size=11)
+
+
+def test_auto_takes_the_cut_that_sends_least(corpus_prefix: Path) -> None:
+    """With few tokens that of fewest segments; weights move where there are many."""
+    model = ("--num-attention-heads", "12", "--kv-channels", "16", "--sequence-parallel")
+    for length, expected in ((16, ["2", "4"]), (4096, ["4", "2"])):
+        size = ("--seq-length", str(length), "--max-position-embeddings", str(length))
+        flags = tiny_gpt(corpus_prefix, *model, *size, "--helix-n", "auto", TP, "8")
+        argv = arguments.complete(flags, world_size=8)
+        assert argv[argv.index("--helix-m") + 1 :][:3:2] == expected
+
+
+def test_what_is_at_odds_with_padding_is_refused() -> None:
+    cuts = [
+        HelixLayout(m=m, n=1, num_attention_heads=4, num_query_groups=4, kv_channels=16)
+        for m in (3, 4)
+    ]
+    for name, value in (("log_num_zeros_in_grad", True), ("adam_eps", 0.0)):
+        args = argparse.Namespace(**{name: value})
+        require_paddable_heads(args, cuts[1])
+        flag = "--" + name.replace("_", "-")
+        with pytest.raises(ValueError, match=rf"^{flag}: is refused where --helix-m 3 pads"):
+            require_paddable_heads(args, cuts[0])
 
 
 @pytest.mark.parametrize("case", NO_DATA)

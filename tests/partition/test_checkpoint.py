@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from megatron_helix import pretrain_gpt
 from megatron_helix.fuzz.session import CallFailed
-from megatron_helix.launching import fork_ranks
+from megatron_helix.launching import failures, fork_ranks
 from megatron_helix.options import arguments
 from tests.covering import THOROUGH, fast
 from tests.distributed import (
@@ -117,10 +117,11 @@ def tensors_in(checkpoint: Path, step: int) -> dict[str, torch.Tensor]:
     [
         ("stock_tp2_pp2", "helix_2x1_pp2"),
         ("helix_2x2", "stock_tp4"),
-        ("helix_2x2", "stock_tp4_without_sp"),  # with Megatron's own norms instead of the plugin's
+        # With Megatron's own norms instead of the plugin's.
+        pytest.param("helix_2x2", "stock_tp4_without_sp", marks=THOROUGH),
         pytest.param("helix_2x2", "stock_tp2_pp2", marks=THOROUGH),
         pytest.param("helix_2x2", "helix_4x1", marks=THOROUGH),
-        ("helix_2x2", "helix_2x2"),
+        pytest.param("helix_2x2", "helix_2x2", marks=THOROUGH),
     ],
 )
 def test_one_layout_goes_on_from_anothers_checkpoint(
@@ -141,20 +142,74 @@ def test_layouts_pass_a_checkpoint_on_bit_for_bit(
     # The weight, both moments of Adam, and the optimizer's own weight in single precision.
     assert sum("linear_qkv.weight" in key for key in expected) == 4
     for layout in ("helix_2x1_dp2", "helix_4x1", "stock_tp4"):
-        load = ("--load", str(checkpoint), "--ckpt-step", str(SAVED_STEP))
-        checkpoint = tmp_path / layout / "checkpoint"
-        save = ("--save", str(checkpoint), "--save-interval", str(SAVED_STEP + 1))
-        flags = tiny_gpt(
-            *(corpus_prefix, *MODEL, *LAYOUTS[layout], *kind, *load, *save),
-            *("--override-opt-param-scheduler",),  # its end is that of a run of no steps
-            train_iters=SAVED_STEP,
-        )
-        argv = pretrain_gpt.prepare(flags, 4)
-        living_ranks().call(pretrain_gpt.train, argv, ranks=4)
-        found = tensors_in(checkpoint, SAVED_STEP)
-        assert found.keys() == expected.keys()
-        changed = [key for key in expected if not torch.equal(found[key], expected[key])]
-        assert not changed, f"{layout}: {changed}"
+        flags = tiny_gpt(corpus_prefix, *MODEL, *LAYOUTS[layout], *kind)
+        checkpoint = passed_on(checkpoint, tmp_path / layout, flags, 4)
+        assert_same_bits(tensors_in(checkpoint, SAVED_STEP), expected)
+
+
+def passed_on(checkpoint: Path, folder: Path, flags: list[str], ranks: int) -> Path:
+    """The checkpoint that a layout saves of what it loads, without a step."""
+    saved = folder / "checkpoint"
+    load = ("--load", str(checkpoint), "--ckpt-step", str(SAVED_STEP))
+    save = ("--save", str(saved), "--save-interval", str(SAVED_STEP + 1))
+    until = ("--train-iters", str(SAVED_STEP))
+    # The end of its schedule is that of a run of no steps.
+    flags = [*flags, *load, *save, *until, "--override-opt-param-scheduler"]
+    argv = pretrain_gpt.prepare(flags, ranks)
+    living_ranks().call(pretrain_gpt.train, argv, ranks=ranks)
+    return saved
+
+
+def assert_same_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """As they are, under the same names."""
+    assert found.keys() == expected.keys()
+    changed = [key for key in expected if not torch.equal(found[key], expected[key])]
+    assert not changed
+
+
+# Three ranks divide neither the features of the MLP nor those of experts.
+UNEVEN = (
+    *("--num-attention-heads", "6", "--kv-channels", "12", "--ffn-hidden-size", "250"),
+    *("--seq-length", "30", "--vocab-size", "270", "--make-vocab-size-divisible-by", "1"),
+)
+HELIX_3X1 = (SP, "--helix-m", "3", "--helix-n", "1", "--helix-split", "sequence")
+UNEVEN_EXPERTS = (
+    *("--disable-bias-linear", "--num-experts", "2", "--moe-ffn-hidden-size", "40"),
+    *("--moe-router-load-balancing-type", "none", "--moe-token-dispatcher-type", "alltoall"),
+    *("--moe-shared-expert-intermediate-size", "46", "--moe-layer-freq", "[0,1]"),
+    # Stock takes experts' moments to no other degree, either.
+    *("--no-save-optim", "--no-load-optim"),
+)
+UNEVEN_MODELS = {
+    "biases": (),
+    "gated": ("--swiglu", "--disable-bias-linear", *OPTIMIZERS["distributed"]),
+    "gated_biases": ("--swiglu",),
+    "experts": UNEVEN_EXPERTS,
+    "gated_experts": ("--swiglu", *UNEVEN_EXPERTS),
+}
+
+
+@pytest.mark.parametrize("model", fast(["gated"], UNEVEN_MODELS))
+def test_padding_of_features_is_in_no_checkpoint(
+    corpus_prefix: Path, tmp_path: Path, model: str
+) -> None:
+    """From stock to helix, whose ranks do not divide the features, and back: bit for bit."""
+    sizes = tiny_gpt(corpus_prefix, *MODEL, *UNEVEN, *UNEVEN_MODELS[model])
+    stock = [*sizes, SP, "--tensor-model-parallel-size", "2", "--train-iters", str(STEPS)]
+    save = ("--save", str(tmp_path / "checkpoint"), "--save-interval", str(SAVED_STEP))
+    uninterrupted, first = pretrain([*stock, *save], 2), tmp_path / "checkpoint"
+    checkpoint, expected = first, tensors_in(first, SAVED_STEP)
+    # A weight and two moments; weights of a dense MLP, of an expert and of a shared one.
+    assert sum("linear_fc1.weight" in key for key in expected) >= 3
+    for layout, flags, ranks in (
+        ("helix_3x1", [*sizes, *HELIX_3X1], 3),
+        ("stock_tp1", sizes, 1),
+    ):
+        checkpoint = passed_on(checkpoint, tmp_path / layout, flags, ranks)
+        assert_same_bits(tensors_in(checkpoint, SAVED_STEP), expected)
+    if "experts" not in model:
+        load = ("--load", str(first), "--ckpt-step", str(SAVED_STEP), "--train-iters", str(STEPS))
+        assert_goes_on(pretrain([*sizes, *HELIX_3X1, *load], 3), uninterrupted)
 
 
 def test_experts_go_on_beside_a_distributed_optimizer(saved: Saved, resume: Resume) -> None:
@@ -220,6 +275,67 @@ def test_stock_then_helix_then_stock_is_one_curve(
     norms = uninterrupted.grad_norms[:SAVED_STEP] + helix.grad_norms + stock.grad_norms
     assert losses == pytest.approx(uninterrupted.losses, rel=LOSS_TOLERANCE, abs=0)
     assert norms == pytest.approx(uninterrupted.grad_norms, rel=GRAD_NORM_TOLERANCE, abs=0)
+
+
+# Degrees that divide neither heads nor head dimension. A sequence, features and a vocabulary that
+# all of them share; of a head's eight rotary pairs three segments and five are not alike.
+SHARED = (
+    *(SP, "--seq-length", "60", "--max-position-embeddings", "60", "--ffn-hidden-size", "240"),
+    *("--vocab-size", "300", "--make-vocab-size-divisible-by", "1"),
+)
+CHAIN = {
+    2: ("--tensor-model-parallel-size", "2"),
+    3: ("--helix-m", "3", "--helix-n", "1", "--helix-exchange", "weights"),
+    5: ("--helix-m", "5", "--helix-n", "1", "--helix-exchange", "activations"),
+    4: ("--tensor-model-parallel-size", "4"),
+}
+
+
+@pytest.mark.parametrize("optimizer", fast(["distributed"], OPTIMIZERS))
+def test_a_chain_of_segments_that_are_not_alike_is_one_curve(
+    corpus_prefix: Path, tmp_path: Path, optimizer: str
+) -> None:
+    """Two steps under each layout; and, saved again at once, the same bits under all."""
+    known = (*MODEL, *SHARED, *OPTIMIZERS[optimizer])
+
+    def flags(ranks: int, *more: str, until: int) -> list[str]:
+        iters = str(len(CHAIN) * SAVED_STEP)  # of the schedule of the whole curve
+        stop = ("--exit-interval", str(until))
+        every = ("--train-iters", iters, *stop)
+        return tiny_gpt(corpus_prefix, *known, *CHAIN[ranks], *more, *every)
+
+    uninterrupted = pretrain(flags(2, until=100), 2)
+    losses, norms, load = [], [], ()
+    first = None
+    for turn, ranks in enumerate(CHAIN, start=1):
+        until, folder = turn * SAVED_STEP, str(tmp_path / f"{ranks}")
+        save = ("--save", folder, "--save-interval", str(until))
+        curve = pretrain(flags(ranks, *load, *save, until=until), ranks)
+        losses += curve.losses
+        norms += curve.grad_norms
+        load = ("--load", folder)
+        first = first or folder
+    assert losses == pytest.approx(uninterrupted.losses, rel=LOSS_TOLERANCE, abs=0)
+    assert norms == pytest.approx(uninterrupted.grad_norms, rel=GRAD_NORM_TOLERANCE, abs=0)
+
+    assert first is not None
+    expected, checkpoint = tensors_in(Path(first), SAVED_STEP), first
+    for ranks in (3, 5, 4):
+        again = str(tmp_path / f"again{ranks}")
+        more = ("--load", checkpoint, "--save", again, "--save-interval", "100")
+        argv = pretrain_gpt.prepare(
+            tiny_gpt(
+                *(corpus_prefix, *known, *CHAIN[ranks], *more, "--override-opt-param-scheduler"),
+                train_iters=SAVED_STEP,
+            ),
+            ranks,
+        )
+        living_ranks().call(pretrain_gpt.train, argv, ranks=ranks)
+        found = tensors_in(Path(again), SAVED_STEP)
+        assert found.keys() == expected.keys()
+        changed = [key for key in expected if not torch.equal(found[key], expected[key])]
+        assert not changed, f"{ranks} ranks: {changed}"
+        checkpoint = again
 
 
 @pytest.mark.parametrize(
@@ -333,7 +449,7 @@ def test_what_was_saved_before_a_rank_was_killed_still_loads(
     save = ("--save", str(checkpoint), "--save-interval", str(SAVED_STEP))
     flags = tiny_gpt(corpus_prefix, *MODEL, *LAYOUTS["helix_2x2"], *save, train_iters=STEPS)
     argv = pretrain_gpt.prepare(flags, 4)
-    with pytest.raises(fork_ranks.RankFailed, match="rank 1 of 4 was killed by SIGKILL"):
+    with pytest.raises(failures.RankFailed, match="rank 1 of 4 was killed by SIGKILL"):
         fork_ranks.run(
             fork_ranks.Ranks(
                 target=train_until_it_saves, args=(argv,), world_size=4, logs=tmp_path / "logs"

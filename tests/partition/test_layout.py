@@ -7,19 +7,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_helix.partition.layout import HelixLayout
+from megatron_helix.partition import tiles
+from megatron_helix.partition.layout import PADDING, HelixLayout
 
 MHA = {"m": 2, "n": 2, "num_attention_heads": 4, "num_query_groups": 4, "kv_channels": 16}
 
 
 @st.composite
 def layouts(draw: st.DrawFn) -> HelixLayout:
-    """Layouts that fit by construction: each size is a product of its divisors."""
+    """Layouts that fit by construction; m need not divide the head dimension."""
     m, n = draw(st.integers(1, 4)), draw(st.integers(1, 4))
     groups = n * draw(st.integers(1, 3))
-    # Rotary dimensions that are 1, 1/2 or 1/4 of a head, or nothing. Eight channels a segment make
-    # all of them, and interleaved pairs, fit.
-    kv_channels = 8 * m * draw(st.integers(1, 2))
+    # Rotary dimensions that are 1, 1/2 or 1/4 of a head, or nothing. Eight channels a segment and
+    # more make all of them, and interleaved pairs, fit.
+    kv_channels = 8 * draw(st.integers(m, 3 * m))
     rotary_dim = draw(st.sampled_from([0, kv_channels // 4, kv_channels // 2, kv_channels]))
     return HelixLayout(
         m=m,
@@ -41,7 +42,7 @@ def tiles_by_rank(order: torch.Tensor, layout: HelixLayout) -> list[torch.Tensor
 def channels_of(layout: HelixLayout, segment: int) -> set[int]:
     """Channels of a head that belong to a segment, read off rank ``segment``'s projection tile."""
     columns = tiles_by_rank(layout.proj_columns(), layout)[segment]
-    return set((columns % layout.kv_channels).tolist())
+    return set((columns[columns != PADDING] % layout.kv_channels).tolist())
 
 
 def rotary_pairs(layout: HelixLayout) -> list[tuple[int, int]]:
@@ -59,11 +60,43 @@ def pairs_are_whole(layout: HelixLayout) -> bool:
 
 
 @given(layouts())
-def test_stored_order_is_a_permutation_of_the_canonical_one(layout: HelixLayout) -> None:
-    rows = layout.num_query_groups * layout.slots * layout.kv_channels
-    columns = layout.num_attention_heads * layout.kv_channels
-    assert torch.equal(layout.qkv_rows().sort().values, torch.arange(rows))
-    assert torch.equal(layout.proj_columns().sort().values, torch.arange(columns))
+def test_stored_order_is_a_permutation_of_the_canonical_one_and_padding(
+    layout: HelixLayout,
+) -> None:
+    for order, heads in (
+        (layout.qkv_rows(), layout.num_query_groups * layout.slots),
+        (layout.proj_columns(), layout.num_attention_heads),
+    ):
+        real = order[order != PADDING]
+        assert torch.equal(real.sort().values, torch.arange(heads * layout.kv_channels))
+        assert len(order) == heads * layout.padded_channels
+        assert len(order) / len(real) == pytest.approx(1 + layout.waste)
+        assert (len(order) == len(real)) == (len(set(layout.runs)) == 1)
+
+
+@given(layouts())
+def test_a_weight_comes_back_from_its_tiles(layout: HelixLayout) -> None:
+    whole = torch.rand(3, layout.num_attention_heads * layout.kv_channels)
+    stored = tiles.stored(whole, layout.proj_columns(), axis=1)
+    assert torch.equal(tiles.canonical(stored, layout.proj_columns(), axis=1), whole)
+    assert stored.count_nonzero() == whole.count_nonzero()  # what is padded is zero
+
+
+@given(layouts())
+def test_segments_are_as_alike_as_whole_pairs_can_be(layout: HelixLayout) -> None:
+    step = 2 if layout.rotary_dim and layout.rotary_interleaved else 1
+    assert max(layout.runs) - min(layout.runs) in (0, step)
+    assert layout.segment_size == layout.segment_blocks * max(layout.runs)
+
+
+@given(layouts())
+def test_segments_of_equal_size_are_a_transposition(layout: HelixLayout) -> None:
+    if layout.waste:
+        return
+    shape = (layout.num_attention_heads // layout.n, layout.segment_blocks, layout.m, -1)
+    whole = torch.arange(layout.num_attention_heads * layout.kv_channels)
+    tiles = whole.view(layout.n, *shape).permute(0, 3, 1, 2, 4)
+    assert torch.equal(layout.proj_columns(), tiles.reshape(-1))
 
 
 @given(layouts())
@@ -76,12 +109,14 @@ def test_a_tile_holds_one_segment_of_every_head_of_one_head_group(layout: HelixL
     ):
         for rank, tile in enumerate(tiles_by_rank(order, layout)):
             i, j = layout.coordinates(rank)
-            held = torch.stack([tile // d, tile % d]).view(2, heads // layout.n, -1)
             per_group = heads // layout.n
+            runs = tile.view(per_group, layout.segment_blocks, -1)
+            assert (runs[..., layout.runs[j] :] == PADDING).all()  # behind every run
+            real = runs[..., : layout.runs[j]].reshape(per_group, -1)
+            held = torch.stack([real // d, real % d])
             expected = torch.arange(i * per_group, (i + 1) * per_group)
             assert (held[0] == expected[:, None]).all()  # whole heads, in order
             assert (held[1] == held[1][:1]).all()  # the same channels of every head
-            assert held.size(2) == d // layout.m
             assert set(held[1][0].tolist()) == channels_of(layout, j)
 
 
@@ -152,31 +187,29 @@ def test_slots_are_queries_gates_key_and_value_of_a_group(gate: bool, slots: int
             r" --helix-m 4 --helix-n 2 or --helix-m 8 --helix-n 1$",
         ),
         (
-            {"m": 3},
-            r"^--helix-m: must be a positive divisor of --kv-channels \(16\), got 3; no m x n = 6"
-            r" cuts this model; degrees that do: 4 \(1 x 4\) and 8 \(2 x 4\)$",
+            {"m": 17, "n": 1},
+            r"^--helix-m: must be from 1 to 16, the channels of a head of --kv-channels 16, got 17;"
+            r" no m x n = 17 cuts this model; degrees that do: 16 \(4 x 4\) and 18 \(9 x 2\)$",
         ),
         (
             {"m": 16, "rotary_dim": 16},
-            r"^2 x --helix-m: must be a positive divisor of --kv-channels \(16\), got 32"
-            r" \(rotary pairs must stay within a segment\); use --helix-m 8 --helix-n 4$",
+            r"^--helix-m: must be from 1 to 8, the rotary pairs of a head of --kv-channels 16, got"
+            r" 16; use --helix-m 8 --helix-n 4$",
         ),
         (
             {"m": 8, "rotary_dim": 8},  # half a head rotated: pairs are a quarter head apart
-            r"^4 x --helix-m: must be a positive divisor of --kv-channels \(16\), got 32 .*; use"
-            r" --helix-m 4 --helix-n 4$",
+            r"^--helix-m: must be from 1 to 4, the rotary pairs .*; use --helix-m 4 --helix-n 4$",
         ),
         (
             {"m": 16, "rotary_dim": 16, "rotary_interleaved": True},
-            r"^--helix-m: interleaved rotary embeddings need segments of an even number of"
-            r" channels, got --kv-channels 16 / --helix-m 16 = 1; use --helix-m 8 --helix-n 4$",
+            r"^--helix-m: must be from 1 to 8, the rotary pairs .*; use --helix-m 8 --helix-n 4$",
         ),
         (
             {"n": 2, "num_attention_heads": 6, "num_query_groups": 4},
             r"^--num-query-groups: must be a positive divisor of --num-attention-heads \(6\), got"
             r" 4; no m x n cuts this model$",
         ),
-        ({"m": 0}, r"^--helix-m: must be a positive divisor of --kv-channels \(16\), got 0;"),
+        ({"m": 0}, r"^--helix-m: must be from 1 to 16, .*, got 0;"),
         ({"n": -2}, r"^--helix-n: must be a positive divisor of .*, got -2;"),
     ],
 )

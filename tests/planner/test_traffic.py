@@ -43,6 +43,12 @@ MODELS = {
     "learned": ModelConfig(name="learned", position_embedding_type="learned_absolute", **TINY),
     "biased": ModelConfig(name="biased", add_bias_linear=True, **TINY),
     "modern": ModelConfig(name="modern", **MODERN, num_query_groups=2, **TINY),
+    "uneven": ModelConfig(name="uneven", swiglu=True, **{**TINY, "ffn_hidden_size": 250}),
+    "uneven moe": ModelConfig(name="uneven_moe", **EXPERTS, **{**TINY, "ffn_hidden_size": 250}),
+    # Ten rotary pairs, of which four segments are not alike.
+    "unlike": ModelConfig(
+        name="unlike", **{**TINY, "kv_channels": 20}, add_qkv_bias=True, num_query_groups=2
+    ),
     "moe": ModelConfig(name="moe", **EXPERTS, **TINY),
     "biased_moe": ModelConfig(
         name="biased_moe", add_bias_linear=True, softmax_type="learnable", **EXPERTS, **TINY
@@ -75,7 +81,10 @@ CASES = [
     ("dense", 8, {**WIDE, "distributed_optimizer": True}),
     ("dense", 4, {**WEIGHTS, "m": 4, "n": 1, "split": "sequence", "micro_batch": 2}),
     ("swiglu", 4, {**CUT, "m": 4, "n": 1, "exchange": "activations", "split": "batch"}),
+    ("unlike", 4, {**WIDE, "m": 4, "n": 1}),
     ("modern", 8, {**WIDE, "pp": 2}),
+    ("uneven", 8, {**WIDE, "distributed_optimizer": True}),
+    ("uneven moe", 4, {**CUT, "etp": 4, "exchange": "activations"}),
     ("modern", 8, {**CUT, "exchange": "activations", "distributed_optimizer": True}),
     ("moe", 4, {**CUT, "ep": 4, "exchange": "activations", "split": "sequence"}),
     ("moe", 4, {**CUT, "ep": 4, "exchange": "scores"}),
@@ -83,6 +92,9 @@ CASES = [
     ("moe", 8, {"tp": 2, "pp": 2, "ep": 4, "micro_batch": 4}),
     ("moe", 8, {"tp": 4, "ep": 2, "etp": 2, "micro_batch": 4, "distributed_optimizer": True}),
     ("moe", 4, {"tp": 2, "etp": 2, "micro_batch": 4}),
+    # Experts whole on every rank, beside attention that is cut: replicas of their own.
+    ("moe", 4, {"tp": 2, "micro_batch": 4}),
+    ("moe", 4, {**WEIGHTS, "distributed_optimizer": True}),
     ("moe", 4, {**WIDE, "ep": 4}),
     ("moe", 8, {**WIDE, "ep": 4, "gather": "step", "distributed_optimizer": True}),
 ]
@@ -105,6 +117,8 @@ SHARDED = [
     ("untied", 4, {**CUT, "exchange": "weights"}, "fp32"),
 ]
 BIASED = [
+    ("unlike", 4, {**CUT, "m": 4, "n": 1, "exchange": "activations"}, "fp32"),
+    ("unlike", 8, {**WEIGHTS, "m": 4, "n": 1, "distributed_optimizer": True}, "bf16"),
     ("biased", 8, {"tp": 4, "micro_batch": 4, "distributed_optimizer": True}, "fp32"),
     ("biased", 4, {**WIDE}, "fp32"),
     ("biased", 4, {**WEIGHTS, "gather": "step"}, "bf16"),
@@ -169,10 +183,8 @@ def _predicted(
     world_size: int,
     precision: Precision = "fp32",
 ) -> list[Sent]:
-    return [
-        step_bytes(model, layout, batch, world_size=world_size, rank=rank, precision=precision)
-        for rank in range(world_size)
-    ]
+    here = Deployment(model, layout, batch, world_size, "train", precision)
+    return [step_bytes(here, rank) for rank in range(world_size)]
 
 
 PACKED = BATCH.model_copy(update={"documents": (1, 2, 21, 3, 1, 4)})
@@ -273,7 +285,7 @@ def _take_routed(sent: list[Sent], predicted: list[Sent]) -> None:
     assert min(routed) >= expected[0] / 2 * (1 - 1e-5)
 
 
-@pytest.mark.parametrize("model", ["dense", "gqa"])
+@pytest.mark.parametrize("model", ["dense", "gqa", "unlike"])
 @pytest.mark.parametrize(
     ("layout", "split"),
     [
@@ -291,7 +303,7 @@ def test_a_decode_step_is_the_closed_form_that_generation_is_held_to(
     cut = LayoutConfig(name="case", **layout)
     ranks = cut.tensor_parallel_size
     batch = BatchConfig(sequences=cut.micro_batch, sequence_length=24)
-    here = Deployment(MODELS[model], cut, batch, ranks, "decode").check()
+    here = Deployment(MODELS[model], cut, batch, ranks, "decode", "fp32").check()
     form = traffic.decode_bytes(
         split,
         here.cut,
@@ -301,9 +313,7 @@ def test_a_decode_step_is_the_closed_form_that_generation_is_held_to(
         element_bytes=4,
         positions=batch.sequence_length,
     )
-    known = {"phase": "decode", "precision": "fp32"}
-    predicted = step_bytes(MODELS[model], cut, batch, world_size=ranks, rank=0, **known)
-    assert predicted == {(AXES[axis], kind): sent for (axis, kind), sent in form.items()}
+    assert step_bytes(here, 0) == {(AXES[axis], kind): sent for (axis, kind), sent in form.items()}
 
 
 @pytest.mark.parametrize(
@@ -327,10 +337,8 @@ def test_in_decode_every_rank_sends_every_token_to_its_experts(layout: decode_ca
     cut = LayoutConfig(name="case", ep=4, micro_batch=8, **how)
     batch = BatchConfig(sequences=8, sequence_length=16)
     ranks = run_distributed(decode_case.generate, 4, routed, layout, (8,))
-    predicted = [
-        step_bytes(model, cut, batch, world_size=4, rank=rank, phase="decode", precision="fp32")
-        for rank in range(4)
-    ]
+    here = Deployment(model, cut, batch, 4, "decode", "fp32")
+    predicted = [step_bytes(here, rank) for rank in range(4)]
     axes = {AXES[axis]: axis for axis in ("tp", "dim")}
     wanted = [{(axes.get(a, a), k): sent for (a, k), sent in one.items()} for one in predicted]
     for step in range(decode_case.NEW_TOKENS - 1):

@@ -64,7 +64,8 @@ def watchers() -> list[int]:
 
 
 def test_the_groups_of_a_process_share_the_thread_that_looks_at_sockets() -> None:
-    assert run_distributed(watchers, P) == [[1, 1]] * P
+    for before, after in run_distributed(watchers, P):
+        assert after == before
 
 
 def sum_all() -> list[torch.Tensor]:

@@ -201,7 +201,7 @@ _EXPERTS = (
         asks="--perform-rl-step",
         field="perform_rl_step",
         reason="its rollouts are made by Megatron's inference engine, whose paged cache holds whole"
-        " heads",
+        " heads (`megatron_helix.rollout` makes them in a loop of one's own)",
         parts="--rl-prompts-per-eval --grpo-prompts-per-step --grpo-group-size --rl-generation-lag"
         " --rl-submission-granularity --rl-consumption-granularity --grpo-iterations"
         " --grpo-clamp-eps-lower --grpo-clamp-eps-upper --grpo-kl-beta --grpo-entropy-term-weight"

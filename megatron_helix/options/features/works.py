@@ -28,7 +28,18 @@ PARALLEL = (
         feature="Any tensor-parallel degree",
         names="--tensor-model-parallel-size",
         test="tests/test_any_degree.py::test_a_degree_that_stock_refuses_gives_stocks_numbers",
-        note="--helix-n auto; more ranks than heads or query groups, uneven counts",
+        note="--helix-n auto; more ranks than heads or query groups, uneven counts, heads whose"
+        " channels it does not divide",
+    ),
+    Works(
+        feature="Features of MLPs and experts that the degree does not divide",
+        names="",
+        test="tests/test_uneven_features.py"
+        "::test_features_that_the_ranks_do_not_divide_give_stocks_numbers",
+        note="padded with zeros that stay zero, count in no norm and are in no checkpoint; of"
+        " experts by their own degree. Not with activations that are not zero at zero,"
+        " --log-num-zeros-in-grad, interleaved gates, experts' weights in one or, at m = 1 too,"
+        " another owner of the weights or another checkpoint format",
     ),
     Works(
         feature="Pipeline parallelism",

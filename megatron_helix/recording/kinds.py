@@ -1,0 +1,3 @@
+"""Kinds of collectives, as the ledger names them."""
+
+POINT_TO_POINT = ("send", "recv")

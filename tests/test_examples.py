@@ -1,0 +1,77 @@
+"""The loops in ``examples/``, on tiny settings."""
+
+import json
+import math
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from megatron_helix import pretrain_gpt
+from tests.distributed import run_distributed
+
+FOLDER = Path(__file__).parents[1] / "examples" / "grpo"
+OWN = ("grpo", "report", "rows", "task")  # modules of the folder, which a script finds beside it
+
+
+@pytest.fixture
+def grpo(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The script as a module, as python has it when it is called by its path."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import grpo  # pyright: ignore[reportMissingImports]
+
+    yield grpo
+    for name in OWN:
+        sys.modules.pop(name, None)
+
+
+def test_two_turns_of_grpo(grpo: ModuleType, tmp_path: Path) -> None:
+    sizes = ("--start", "1", "--turns", "2", "--prompts", "2", "--group", "4", "--width", "64")
+    words = ["--out", str(tmp_path), "--ranks", "4", *sizes, "--layers", "1", "--at-once", "4"]
+    options, layout = grpo.parsed([*words, "--", *grpo.LAYOUT])
+    completed = pretrain_gpt.prepare(grpo.flags(options, layout), options.ranks)
+    ranks = run_distributed(_learn, 4, str(FOLDER), options, completed)
+    for lines in ranks:
+        assert [(one["turn"], one["reward"], one["length"]) for one in lines] == [
+            (one["turn"], one["reward"], one["length"]) for one in ranks[0]
+        ]
+        assert all(0 <= one["reward"] <= 1 and 1 <= one["length"] <= 5 for one in lines)
+    kept = [json.loads(line) for line in (tmp_path / "turns.jsonl").read_text().splitlines()]
+    assert kept == ranks[0]
+    page = grpo.report.write(tmp_path, [tmp_path]).read_text()
+    assert f"| {tmp_path.name} | 2 |" in page
+    assert (tmp_path / "curves.svg").stat().st_size > 1000
+
+
+def _learn(folder: str, *args: object) -> object:
+    sys.path.insert(0, folder)
+    import grpo  # pyright: ignore[reportMissingImports]
+
+    return grpo.learn(*args)
+
+
+def test_advantages_are_of_a_group(grpo: ModuleType) -> None:
+    assert list(grpo.advantages([0.0, 1.0, 0.5, 0.5], 2)) == [-1.0, 1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, "good", None])
+def test_a_reward_that_is_no_number_is_refused(grpo: ModuleType, value: object) -> None:
+    with pytest.raises(ValueError, match="reward: must be a finite number, got"):
+        grpo.finite(value)
+
+
+def test_rows_hold_every_answer_once(grpo: ModuleType) -> None:
+    """What a row's loss is of are the answers' tokens, in order."""
+    dice = random.Random(1)
+    written = grpo.shown(dice, 9)
+    rows = grpo.pack(written, 64)
+    assert all(row.tokens.shape == (1, 64) for row in rows)
+    labels = torch.cat([row.labels[row.mask > 0] for row in rows])
+    assert labels.tolist() == [token for one in written for token in one.answer]
+    assert all(int(row.packed.cu_seqlens_q[-1]) == 64 for row in rows)
+    before = torch.cat([row.tokens[row.mask > 0] for row in rows])
+    assert before.tolist() == [t for one in written for t in [one.prompt[-1], *one.answer[:-1]]]
