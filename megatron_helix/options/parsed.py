@@ -15,6 +15,7 @@ from megatron_helix.options import arguments
 from megatron_helix.options.checks import require_loadable, require_paddable_heads, require_plan
 from megatron_helix.options.features.check import require_compatible
 from megatron_helix.options.flags import FlagParser, add_helix_arguments
+from megatron_helix.options.float8 import require_float8
 from megatron_helix.options.uneven import require_paddable
 from megatron_helix.partition.layout import HelixLayout
 
@@ -95,6 +96,7 @@ def require_run(
         require_compatible(args, model_config, transformer)
         require_loadable(args)
         require_paddable_heads(args, cut)
+        require_float8(arguments.choice(args), transformer, cut)
         if training:
             require_plan(args, arguments.choice(args), cut)
     require_paddable(args, transformer)

@@ -47,7 +47,7 @@ def uneven(config: Any) -> list[Uneven]:
     """
     tp, etp = config.tensor_model_parallel_size, config.expert_tensor_parallel_size or 1
     shared = config.moe_shared_expert_intermediate_size
-    found = [("--ffn-hidden-size", config.ffn_hidden_size, tp)] * _has_dense_layers(config)
+    found = [("--ffn-hidden-size", config.ffn_hidden_size, tp)] * has_dense_layers(config)
     if config.num_moe_experts:
         found.append(("--moe-ffn-hidden-size", config.moe_ffn_hidden_size, etp))
         found += [("--moe-shared-expert-intermediate-size", shared, tp)] * bool(shared)
@@ -60,7 +60,8 @@ def uneven(config: Any) -> list[Uneven]:
     ]
 
 
-def _has_dense_layers(config: Any) -> bool:
+def has_dense_layers(config: Any) -> bool:
+    """Whether some layers of a ``TransformerConfig`` have a dense MLP."""
     frequency = config.moe_layer_freq
     if not config.num_moe_experts:
         return True
