@@ -65,6 +65,7 @@ def tile_in_canonical_order(
         return [
             _irregular(
                 ShardedTensor.from_rank_offsets(key, piece, *sharded_offsets, **known),
+                piece,
                 axis=prepended + axis,
                 start=start,
                 total=total,
@@ -82,15 +83,16 @@ def tile_in_canonical_order(
     return ShardedTensorFactory(shard.key, shard.data, build, merge, shard.replica_id)
 
 
-def _irregular(piece: ShardedTensor, *, axis: int, start: int, total: int) -> ShardedTensor:
-    """A piece as the part from ``start`` on of ``total`` indices of ``axis``.
+def _irregular(
+    piece: ShardedTensor, real: torch.Tensor, *, axis: int, start: int, total: int
+) -> ShardedTensor:
+    """The ``real`` data of a piece, as the part from ``start`` on of ``total`` indices of ``axis``.
 
     Megatron counts prepended axes, each of one index here, among those of such a part.
     """
     shape, offset = list(piece.global_shape), list(piece.global_offset)
     shape[axis], offset[axis] = total, start
-    assert piece.data is not None
-    data = piece.data[(None,) * piece.prepend_axis_num]
+    data = real[(None,) * piece.prepend_axis_num]
     return replace(
         piece,
         data=data,
@@ -120,9 +122,9 @@ def without_padding(
         at = piece.prepend_axis_num + axis
         projection, place = divmod(piece.global_offset[at], whole)
         mine = shares(features, parts)[place // share]
-        data = piece.data.narrow(axis, 0, len(mine))  # type: ignore[union-attr]
         return _irregular(
-            replace(piece, data=data),
+            piece,
+            piece.data.narrow(axis, 0, len(mine)),  # type: ignore[union-attr]
             axis=at,
             start=projection * features + mine.start,
             total=piece.global_shape[at] // whole * features,
