@@ -112,10 +112,13 @@ def messages() -> Iterator[Message]:
     Raises:
         ValueError: for an error whose text cannot be read from the code.
     """
-    for path in sorted(PACKAGE.rglob("*.py")):
+    trees = {
+        path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))
+    }
+    with_own = {node.name for tree in trees.values() for node in ast.walk(tree) if _own_text(node)}
+    for path, tree in trees.items():
         area = AREAS.get(path.relative_to(PACKAGE).parts[0].removesuffix(".py"), FLAGS)
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        for text in (*_raised(tree, path), *_of_classes(tree)):
+        for text in (*_raised(tree, path, with_own), *_of_classes(tree)):
             yield Message(area, text, _remedy(text))
     for path in sorted((ROOT / "scripts").glob("*.s*")):
         for text in _of_script(path.read_text(encoding="utf-8").replace("\\\n", " ")):
@@ -130,9 +133,8 @@ def _of_script(source: str) -> Iterator[str]:
         yield re.sub(r"\$\w+", lambda name: f"{{{name[0]}}}", text.removeprefix("error: "))
 
 
-def _raised(tree: ast.Module, path: Path) -> Iterator[str]:
-    """The texts of the errors that a module raises."""
-    with_own = {node.name for node in ast.walk(tree) if _own_text(node)}
+def _raised(tree: ast.Module, path: Path, with_own: set[str]) -> Iterator[str]:
+    """The texts of the errors that a module raises, but for those that word themselves."""
     for node in ast.walk(tree):
         if not isinstance(node, ast.Raise) or not isinstance(node.exc, ast.Call):
             continue

@@ -179,11 +179,11 @@ def test_where_the_heads_divide_auto_is_stock_and_says_so(
 
 def test_what_padding_adds_is_said() -> None:
     model = {"n": 1, "num_attention_heads": 32, "num_query_groups": 8, "kv_channels": 128}
-    assert plugin._said(HelixLayout(m=4, rotary_dim=128, **model)) is None
-    assert plugin._said(HelixLayout(m=3, rotary_dim=128, **model)) == (
+    assert plugin._said(HelixLayout(m=4, rotary_dim=128, **model)) == []
+    assert plugin._said(HelixLayout(m=3, rotary_dim=128, **model)) == [
         "helix 3x1: heads of 128 channels are stored as 3 segments of 44; padding adds 3.1% to the"
         " attention weights"
-    )
+    ]
     assert HelixLayout(m=3, **model).waste == pytest.approx(1 / 128)
 
 

@@ -267,7 +267,7 @@ def policy_loss(
     the cross entropy.
     """
     now = -losses.float()
-    drawn = torch.where(row.log_probs != 0, row.log_probs, now.detach())
+    drawn = torch.where(row.log_probs.isnan(), now.detach(), row.log_probs)
     ratio = torch.exp(now - drawn)
     gain = torch.minimum(ratio * row.advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * row.advantages)
     loss = -(gain * row.mask).sum()

@@ -4,6 +4,7 @@ A row is one micro-batch. Its sequences are documents that do not see each other
 (``packed_seq_params``); what is left of it is one more, which no loss is of.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
@@ -19,7 +20,8 @@ class Written:
     Attributes:
         prompt: token ids.
         answer: token ids, the one that ends it included.
-        log_probs: of the answer's tokens when they were drawn; none in the supervised start.
+        log_probs: of the answer's tokens when they were drawn; none in the supervised start, which
+            a row has as not a number.
         advantage: how much better the answer was than the others to this prompt.
     """
 
@@ -75,7 +77,7 @@ def _row(sequences: list[Written], length: int) -> Row:
         columns["labels"] += whole[1:]
         columns["mask"] += [*before, *[1.0] * len(one.answer)]
         columns["advantages"] += [*before, *[one.advantage] * len(one.answer)]
-        columns["log_probs"] += [*before, *(one.log_probs or [0.0] * len(one.answer))]
+        columns["log_probs"] += [*before, *(one.log_probs or [math.nan] * len(one.answer))]
     tensors = {
         name: torch.tensor([values + [0] * rest], dtype=_TYPES[name]).cuda()
         for name, values in columns.items()

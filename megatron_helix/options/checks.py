@@ -74,33 +74,6 @@ def require_shares(args: argparse.Namespace, size: int) -> None:
             )
 
 
-# What counts the zeros of padding, or divides them by nothing.
-_BESIDE_PADDING = (
-    ("log_num_zeros_in_grad", bool, "it would count the gradients of padding, which are zero"),
-    ("adam_eps", lambda value: value == 0, "Adam divides the zeros of padding by it"),
-)
-
-
-def require_paddable_heads(args: argparse.Namespace, cut: HelixLayout) -> None:
-    """Check that nothing of a run is at odds with the padding of its attention weights.
-
-    Args:
-        args: as Megatron has parsed them.
-        cut: the partition.
-
-    Raises:
-        UserError: naming the flag, the reason and the remedy.
-    """
-    for name, is_asked, reason in _BESIDE_PADDING if cut.waste else ():
-        value = getattr(args, name, None)
-        if value is not None and is_asked(value):
-            raise UserError(
-                f"--{name.replace('_', '-')}: is refused where --helix-m {cut.m} pads segments of"
-                f" --kv-channels {cut.kv_channels}: {reason}, got {value}; leave it away, or use a"
-                " --helix-m that divides"
-            )
-
-
 def _shape(args: argparse.Namespace) -> traffic.BlockShape:
     return traffic.BlockShape(
         hidden=args.hidden_size,

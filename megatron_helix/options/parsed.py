@@ -12,11 +12,11 @@ from typing import Any
 from megatron_helix.basics.errors import UserError
 from megatron_helix.exchange import strategy
 from megatron_helix.options import arguments
-from megatron_helix.options.checks import require_loadable, require_paddable_heads, require_plan
+from megatron_helix.options.checks import require_loadable, require_plan
 from megatron_helix.options.features.check import require_compatible
 from megatron_helix.options.flags import FlagParser, add_helix_arguments
 from megatron_helix.options.float8 import require_float8
-from megatron_helix.options.uneven import require_paddable
+from megatron_helix.options.uneven import require_paddable, require_paddable_heads
 from megatron_helix.partition.layout import HelixLayout
 
 

@@ -1,6 +1,7 @@
-"""Features of MLPs that the ranks do not divide: what their padding needs, and what it wastes.
+"""What the ranks do not divide and zeros pad: what that needs, and what it wastes.
 
-How they are padded is in :mod:`megatron_helix.layers.padded_features`.
+How features of MLPs are padded is in :mod:`megatron_helix.layers.padded_features`, how segments of
+heads are in :mod:`megatron_helix.exchange.padding`.
 """
 
 import argparse
@@ -12,10 +13,16 @@ from megatron_helix.options.checks import require_loadable
 from megatron_helix.options.features.check import require_compatible
 from megatron_helix.options.features.refused_runs import RUNS
 from megatron_helix.partition.features import padded, require_features, waste
+from megatron_helix.partition.layout import HelixLayout
 
-# What counts padding, or keeps the features of a rank in another order or shape.
+# What counts the zeros of padding, or divides them by nothing.
+_ZEROS = (
+    ("log_num_zeros_in_grad", bool, "gradients of padding are zeros that it would count"),
+    ("adam_eps", lambda value: value == 0, "Adam divides the zeros of padding by it"),
+)
+
+# What keeps the features of a rank in another order or shape.
 _BESIDE = (
-    ("log_num_zeros_in_grad", "gradients of padding are zeros that it would count"),
     ("moe_mlp_glu_interleave_size", "it has gates and features of a rank in turn"),
     ("moe_shared_expert_glu_interleave_size", "it has gates and features of a rank in turn"),
     ("moe_single_grouped_weight", "it keeps the weights of all experts in one"),
@@ -68,6 +75,31 @@ def has_dense_layers(config: Any) -> bool:
     return frequency > 1 if isinstance(frequency, int) else 0 in frequency
 
 
+def require_paddable_heads(args: argparse.Namespace, cut: HelixLayout) -> None:
+    """Check that nothing of a run is at odds with the padding of its attention weights.
+
+    Args:
+        args: as Megatron has parsed them.
+        cut: the partition.
+
+    Raises:
+        UserError: naming the flag, the reason and the remedy.
+    """
+    if cut.waste:
+        padding = f"where --helix-m {cut.m} pads segments of --kv-channels {cut.kv_channels}"
+        _require_zeros(args, padding, "use a --helix-m that divides")
+
+
+def _require_zeros(args: argparse.Namespace, padding: str, otherwise: str) -> None:
+    for name, is_asked, reason in _ZEROS:
+        value = getattr(args, name, None)
+        if value is not None and is_asked(value):
+            raise UserError(
+                f"--{name.replace('_', '-')}: is refused {padding}: {reason}, got {value}; leave it"
+                f" away, or {otherwise}"
+            )
+
+
 def require_paddable(args: argparse.Namespace, config: Any) -> None:
     """Check that nothing of a run with uneven features is at odds with padding.
 
@@ -81,6 +113,7 @@ def require_paddable(args: argparse.Namespace, config: Any) -> None:
     divisible = (
         f"use {found[0].flag} {padded(found[0].features, found[0].parts)}, which they divide"
     )
+    _require_zeros(args, padding, divisible)
     for name, reason in _BESIDE:
         value = getattr(args, name, None) or getattr(config, name, None)
         if value:

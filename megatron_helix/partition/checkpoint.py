@@ -65,6 +65,7 @@ def tile_in_canonical_order(
         return [
             _irregular(
                 ShardedTensor.from_rank_offsets(key, piece, *sharded_offsets, **known),
+                piece,
                 axis=prepended + axis,
                 start=start,
                 total=total,
@@ -82,17 +83,18 @@ def tile_in_canonical_order(
     return ShardedTensorFactory(shard.key, shard.data, build, merge, shard.replica_id)
 
 
-def _irregular(whole: ShardedTensor, *, axis: int, start: int, total: int) -> ShardedTensor:
-    """A tensor that fills ``axis``, as the part from ``start`` on of ``total`` indices.
+def _irregular(
+    piece: ShardedTensor, real: torch.Tensor, *, axis: int, start: int, total: int
+) -> ShardedTensor:
+    """The ``real`` data of a piece, as the part from ``start`` on of ``total`` indices of ``axis``.
 
     Megatron counts prepended axes, each of one index here, among those of such a part.
     """
-    shape, offset = list(whole.global_shape), list(whole.global_offset)
+    shape, offset = list(piece.global_shape), list(piece.global_offset)
     shape[axis], offset[axis] = total, start
-    assert whole.data is not None
-    data = whole.data[(None,) * whole.prepend_axis_num]
+    data = real[(None,) * piece.prepend_axis_num]
     return replace(
-        whole,
+        piece,
         data=data,
         local_shape=tuple(data.shape),
         global_shape=tuple(shape),
@@ -117,23 +119,15 @@ def without_padding(
     share = whole // parts
 
     def trimmed(piece: ShardedTensor) -> ShardedTensor:
-        # Megatron's uneven shards have no prepended axes: these are ones of the tensor's own.
-        ahead = (1,) * piece.prepend_axis_num
         at = piece.prepend_axis_num + axis
         projection, place = divmod(piece.global_offset[at], whole)
         mine = shares(features, parts)[place // share]
-        data = piece.data.narrow(axis, 0, len(mine))  # type: ignore[union-attr]
-        offset, shape = list(piece.global_offset), list(piece.global_shape)
-        offset[at] = projection * features + mine.start
-        shape[at] = shape[at] // whole * features
-        return replace(
+        return _irregular(
             piece,
-            data=data.view(*ahead, *data.shape),
-            local_shape=(*ahead, *data.shape),
-            global_shape=tuple(shape),
-            global_offset=tuple(offset),
-            axis_fragmentations=None,
-            prepend_axis_num=0,
+            piece.data.narrow(axis, 0, len(mine)),  # type: ignore[union-attr]
+            axis=at,
+            start=projection * features + mine.start,
+            total=piece.global_shape[at] // whole * features,
         )
 
     def build(

@@ -12,7 +12,7 @@ from megatron_helix.fuzz.trial import Laboratory, Outcome
 from megatron_helix.options import arguments
 from megatron_helix.options.features.works import WORKS
 
-SEED, STREAM, CASES = 0, 400, 44
+SEED, STREAM, CASES = 0, 600, 46
 WORLDS = (2, 4, 4, 6)  # of eight ranks one case costs as much as three of four
 
 FOUND = (
@@ -108,6 +108,14 @@ def test_helix_gives_stocks_numbers(
 @pytest.mark.parametrize("line", FOUND)
 def test_what_a_hunt_has_found_stays_mended(laboratory: Laboratory, line: str) -> None:
     outcome = laboratory.attempt(parse(line))
+    assert outcome.status == trial.EQUAL, report.describe(outcome)
+
+
+@pytest.mark.parametrize("deep", ["helix", "turned"])
+def test_padded_tiles_go_through_checkpoints(laboratory: Laboratory, deep: str) -> None:
+    """Of five rotary pairs three segments are not alike."""
+    case = parse(f"channels=10 seq=12 micro=3 m=3 sp exchange=weights deep={deep}")
+    outcome = laboratory.attempt(case)
     assert outcome.status == trial.EQUAL, report.describe(outcome)
 
 

@@ -95,20 +95,24 @@ def test_packed_sequences_and_biases_are_refused() -> None:
 @pytest.mark.usefixtures("alone")
 @torch.no_grad()
 def test_an_offset_rounds_no_more_than_stock() -> None:
-    """In half precision, against stock in double; the formula has two roundings, as stock's."""
+    """In half precision, against stock in double; the formula has two roundings, as stock's.
+
+    Over some draws of the offset: of one, the two round to either side by a tenth and more.
+    """
     options = {"softmax_type": "learnable"}
     half = {**options, "params_dtype": torch.bfloat16}
-    stock = build(DotProductAttention, AttnMaskType.causal, **half)
-    flex = build(FlexAttention, AttnMaskType.causal, **half)
-    exact = build(DotProductAttention, AttnMaskType.causal, **options)
-    for core in (flex, exact):
-        core.load_state_dict(stock.state_dict())
     inputs = [x.bfloat16() for x in tensors(S, S, H)]
-    expected = exact(*(x.double() for x in inputs), None, attn_mask_type=AttnMaskType.causal)
-
-    def error(core: Any) -> float:
-        found = core(*inputs, None, attn_mask_type=AttnMaskType.causal)
-        assert found.dtype == torch.bfloat16
-        return float((found.double() - expected).norm() / expected.norm())
-
-    assert 0 < error(flex) <= 1.1 * error(stock)
+    errors: dict[str, float] = {"flex": 0.0, "stock": 0.0}
+    for seed in range(8):
+        torch.manual_seed(seed)
+        stock = build(DotProductAttention, AttnMaskType.causal, **half)
+        flex = build(FlexAttention, AttnMaskType.causal, **half)
+        exact = build(DotProductAttention, AttnMaskType.causal, **options)
+        for core in (flex, exact):
+            core.load_state_dict(stock.state_dict())
+        expected = exact(*(x.double() for x in inputs), None, attn_mask_type=AttnMaskType.causal)
+        for name, core in (("flex", flex), ("stock", stock)):
+            found = core(*inputs, None, attn_mask_type=AttnMaskType.causal)
+            assert found.dtype == torch.bfloat16
+            errors[name] += float((found.double() - expected).norm() / expected.norm())
+    assert 0 < errors["flex"] <= 1.1 * errors["stock"]

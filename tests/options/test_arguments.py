@@ -11,7 +11,7 @@ import pytest
 
 from megatron_helix import pretrain_gpt
 from megatron_helix.options import arguments, parsed
-from megatron_helix.options.checks import require_paddable_heads
+from megatron_helix.options.uneven import require_paddable_heads
 from megatron_helix.partition.layout import HelixLayout
 from tests.distributed import tiny_gpt
 

@@ -54,6 +54,7 @@ def shifted(x: torch.Tensor) -> torch.Tensor:
     [
         ({}, {"activation_func": shifted}, "^activation_func: shifted is not zero at zero"),
         ({"log_num_zeros_in_grad": True}, {}, "^--log-num-zeros-in-grad: is refused where"),
+        ({"adam_eps": 0.0}, {}, "^--adam-eps: is refused where .*, got 0.0"),
         ({}, {"moe_mlp_glu_interleave_size": 2}, "^--moe-mlp-glu-interleave-size: is refused"),
         ({"ckpt_format": "torch"}, {}, "^--ckpt-format torch: is refused where --ffn-hidden-size"),
         ({"optimizer": "muon"}, {}, "^--optimizer muon: is refused where --ffn-hidden-size 254"),

@@ -291,7 +291,8 @@ CHAIN = {
 }
 
 
-@pytest.mark.parametrize("optimizer", fast(["distributed"], OPTIMIZERS))
+@THOROUGH
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_chain_of_segments_that_are_not_alike_is_one_curve(
     corpus_prefix: Path, tmp_path: Path, optimizer: str
 ) -> None:
