@@ -58,14 +58,15 @@ class DistributedShard(torch.Tensor):
     def materialize_group_for_forward(self) -> torch.Tensor:
         """The head group's weight, ``[out, in]``, for ``x W^T``."""
         whole = self._forward.whole()
-        if self._ahead.forward is not None:
-            self._ahead.forward.start()
+        self._ahead.begin_forward()
         self._handed = self._to_hand(whole)
         return self._handed
 
     def materialize_group_for_backward(self) -> torch.Tensor:
         """The head group's weight once more, for ``dY W``."""
         whole = self._backward.whole()
+        if self._ahead.behind is not None:
+            self._ahead.behind.send()
         if self._ahead.backward is not None:
             self._ahead.backward.start()
         return self._to_hand(whole)

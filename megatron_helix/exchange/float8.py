@@ -71,12 +71,18 @@ class Float8Weight(GatheredWeight):
         source: the quantized shard.
         shards: how the shards make the whole.
         wrap: TransformerEngine's ``Float8Tensor``.
+        home: as for the parent.
     """
 
     def __init__(
-        self, shard: torch.nn.Parameter, shards: Shards, source: Float8Shard, wrap: Wrap
+        self,
+        shard: torch.nn.Parameter,
+        shards: Shards,
+        source: Float8Shard,
+        wrap: Wrap,
+        home: dist.ProcessGroup | None = None,
     ) -> None:
-        super().__init__(shard, shards, source.dim)
+        super().__init__(shard, shards, source.dim, home)
         self.source, self.wrap = source, wrap
 
     def start(self) -> None:
@@ -118,9 +124,15 @@ class QuantizedWhole(GatheredWeight):
     quantizer: Any = None
 
     def __init__(
-        self, shard: torch.nn.Parameter, shards: Shards, dim: dist.ProcessGroup, *, columns: bool
+        self,
+        shard: torch.nn.Parameter,
+        shards: Shards,
+        dim: dist.ProcessGroup,
+        home: dist.ProcessGroup | None = None,
+        *,
+        columns: bool,
     ) -> None:
-        super().__init__(shard, shards, dim)
+        super().__init__(shard, shards, dim, home)
         self.columns = columns
 
     def adopt(self, quantizer: Any) -> None:

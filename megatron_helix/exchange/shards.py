@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_helix.exchange import main_grad
-from megatron_helix.kernels.collectives import UnderWay, start_exchange, start_gather
+from megatron_helix.kernels.collectives import UnderWay, start_exchanges, start_gathers
 from megatron_helix.kernels.copies import joined, parted
 
 FEW_RUNS = 2  # that many are sent one by one: a call more each, and nothing to put in order
@@ -112,13 +112,22 @@ class GatheredWeight:
         shard: this rank's parameter.
         shards: how the shards make the whole.
         dim: the m ranks that hold them.
+        home: the same ranks, over which gradients go; ``dim`` by default. NCCL's kernels of one
+            group wait for each other, so that a gather would wait for gradients before it.
     """
 
     _coming: "_Gathering | None" = None
+    _leaves: Callable[[], None] | None = None
     _sums_up: Callable[[], None] | None = None
 
-    def __init__(self, shard: torch.nn.Parameter, shards: Shards, dim: dist.ProcessGroup):
-        self.shard, self.shards, self.dim = shard, shards, dim
+    def __init__(
+        self,
+        shard: torch.nn.Parameter,
+        shards: Shards,
+        dim: dist.ProcessGroup,
+        home: dist.ProcessGroup | None = None,
+    ):
+        self.shard, self.shards, self.dim, self.home = shard, shards, dim, home or dim
         self.early = runs_beside_compute(shard)
 
     def start(self) -> None:
@@ -147,7 +156,7 @@ class GatheredWeight:
         return lambda: main_grad.add(self.shard, [run.wait() for run in coming], runs)
 
     def gradient_later(self, whole: torch.Tensor) -> torch.Tensor | None:
-        """As :meth:`gradient`, but nothing waits: the parts are added up by :meth:`settle`.
+        """As :meth:`gradient`, but later: :meth:`send` begins it, :meth:`settle` adds the parts up.
 
         Returns:
             What autograd is to hand on for the shard.
@@ -157,29 +166,39 @@ class GatheredWeight:
             return self.gradient(whole)()
         parts = self.shards.parts(whole, self.dim.size())
         del whole
-        coming, runs = self._exchange(parts), self.shards.runs
-        self._sums_up = lambda: main_grad.add_up(self.shard, [run.wait() for run in coming], runs)
+
+        def leave() -> None:
+            coming, runs = self._exchange(parts), self.shards.runs
+            self._sums_up = lambda: main_grad.add_up(
+                self.shard, [run.wait() for run in coming], runs
+            )
+
+        self._leaves = leave
         main_grad.at_the_end(self.settle)
         return main_grad.stand_in(self.shard)
 
+    def send(self) -> None:
+        """Begin to exchange a gradient that is to go later: in front of a GEMM that hides it."""
+        leaves, self._leaves = self._leaves, None
+        if leaves is not None:
+            leaves()
+
     def settle(self) -> None:
         """Add up a gradient that is still on its way; at the latest when the pass ends."""
+        self.send()
         sums_up, self._sums_up = self._sums_up, None
         if sums_up is not None:
             sums_up()
 
-    def _exchange(self, parts: Sequence[torch.Tensor]) -> list[UnderWay]:
-        return [start_exchange(part, self.dim, early=self.early) for part in parts]
+    def _exchange(self, parts: Sequence[torch.Tensor]) -> Sequence[UnderWay]:
+        return start_exchanges(parts, self.home, early=self.early)
 
     def _start(self) -> "_Gathering":
         runs = self.shards.runs(self._sent())
         m, first = self.dim.size(), runs[0]
         whole = first.new_empty(len(runs), m, *first.shape)
-        works = [
-            start_gather(run, self.dim, early=self.early, into=place.flatten(0, 1))
-            for run, place in zip(runs, whole, strict=True)
-        ]
-        return _Gathering(whole, works)
+        into = [place.flatten(0, 1) for place in whole]
+        return _Gathering(whole, start_gathers(runs, self.dim, early=self.early, into=into))
 
     def _sent(self) -> torch.Tensor:
         """What of the shard is gathered, in its shape."""
@@ -212,15 +231,26 @@ class Ahead:
 
     Attributes:
         forward: used next in the forward pass, to begin gathering for.
+        bias: of that one.
+        beyond: used after that one, whose GEMM is too short to hide the gather: to begin behind
+            this one's.
         backward: used next in the backward pass, the same.
         behind: used before this one in the backward pass, its gradient perhaps on its way.
         sums_later: whether a gradient may be added up after autograd has handed on a stand-in.
     """
 
     forward: GatheredWeight | None = None
+    bias: GatheredWeight | None = None
+    beyond: GatheredWeight | None = None
     backward: GatheredWeight | None = None
     behind: GatheredWeight | None = None
     sums_later: bool = False
+
+    def begin_forward(self) -> None:
+        """Begin to gather what the next linear of a forward pass needs."""
+        for weight in (self.forward, self.bias):
+            if weight is not None:
+                weight.start()
 
 
 class _Whole(torch.autograd.Function):

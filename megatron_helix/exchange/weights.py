@@ -60,13 +60,16 @@ class _ColumnLinear(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.weight, ctx.head, ctx.ahead = weight, head, ahead
         x, whole = gather(x, head), weight.whole()
-        _start(ahead.forward)
-        return gemm.output(x, whole)
+        ahead.begin_forward()
+        y = gemm.output(x, whole)
+        _start(ahead.beyond)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         (x,) = ctx.saved_tensors
         early = ctx.weight.early
+        _send(ctx.ahead.behind)
         if ctx.head.size() == 1:
             ctx.weight.start()
             _start(ctx.ahead.backward)
@@ -107,18 +110,20 @@ class _RowLinear(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.weight, ctx.head, ctx.ahead = weight, head, ahead
         whole = weight.whole()
-        _start(ahead.forward)
+        ahead.begin_forward()
         return scatter_sum(gemm.output(x, whole), head)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         (x,) = ctx.saved_tensors
         grad = gather(grad, ctx.head)
+        _send(ctx.ahead.behind)
+        # One gather in front of this GEMM, the exchange in front of the other.
+        ctx.weight.start()
+        _start(ctx.ahead.backward)
         # Of the transposed weight, dW^T = X^T dY, for that is how its shards travel.
         shard_gradient = _begun(ctx, lambda: gemm.weight_gradient(x, grad).t())
-        whole = ctx.weight.whole()
-        _start(ctx.ahead.backward)
-        grad_x = gemm.input_gradient(grad, whole)
+        grad_x = gemm.input_gradient(grad, ctx.weight.whole())
         _settle(ctx.ahead.behind)
         return grad_x, shard_gradient(), None, None, None
 
@@ -126,6 +131,11 @@ class _RowLinear(torch.autograd.Function):
 def _start(weight: GatheredWeight | None) -> None:
     if weight is not None:
         weight.start()
+
+
+def _send(weight: GatheredWeight | None) -> None:
+    if weight is not None:
+        weight.send()
 
 
 def _settle(weight: GatheredWeight | None) -> None:

@@ -4,6 +4,7 @@ Every tensor that goes into a collective is made contiguous first: ``torch.empty
 permuted tensor keeps its strides, and a collective into such a buffer scrambles silently.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,6 +189,28 @@ def start_gather(
     return UnderWay(y, dist.all_gather_into_tensor(y, x, group=group, async_op=early))
 
 
+def start_gathers(
+    xs: Sequence[torch.Tensor],
+    group: dist.ProcessGroup,
+    *,
+    early: bool,
+    into: Sequence[torch.Tensor],
+) -> Sequence[UnderWay]:
+    """:func:`start_gather` of each; begun early on a GPU, all of them are one kernel.
+
+    NCCL's kernels of a group wait for each other, and under ``CUDA_DEVICE_MAX_CONNECTIONS=1`` what
+    is launched behind the last one waits until that has started: of two kernels in front of a GEMM
+    the first would be exposed.
+    """
+    if not _is_one_kernel(xs, group, early):
+        places = zip(xs, into, strict=True)
+        return [start_gather(x, group, early=early, into=place) for x, place in places]
+    with dist._coalescing_manager(group=group, async_ops=True) as work:
+        for x, place in zip(xs, into, strict=True):
+            dist.all_gather_into_tensor(place, contiguous(x), group=group)
+    return [UnderWay(place, work) for place in into]
+
+
 def start_scatter_sum(x: torch.Tensor, group: dist.ProcessGroup, *, early: bool) -> UnderWay:
     """:func:`scatter_sum`, begun; ``[p * a, ...] -> [a, ...]``. ``early`` as in `start_gather`."""
     assert x.size(0) % group.size() == 0, (x.shape, group.size())
@@ -206,6 +229,24 @@ def start_exchange(x: torch.Tensor, group: dist.ProcessGroup, *, early: bool) ->
         return UnderWay(x, None)
     y = torch.empty_like(x)
     return UnderWay(y, dist.all_to_all_single(y, x, group=group, async_op=early))
+
+
+def start_exchanges(
+    xs: Sequence[torch.Tensor], group: dist.ProcessGroup, *, early: bool
+) -> Sequence[UnderWay]:
+    """:func:`start_exchange` of each, as :func:`start_gathers`."""
+    if not _is_one_kernel(xs, group, early):
+        return [start_exchange(x, group, early=early) for x in xs]
+    xs = [contiguous(x) for x in xs]
+    results = [torch.empty_like(x) for x in xs]
+    with dist._coalescing_manager(group=group, device=xs[0].device, async_ops=True) as work:
+        for x, result in zip(xs, results, strict=True):
+            dist.all_to_all_single(result, x, group=group, async_op=True)
+    return [UnderWay(result, work) for result in results]
+
+
+def _is_one_kernel(xs: Sequence[torch.Tensor], group: dist.ProcessGroup, early: bool) -> bool:
+    return early and len(xs) > 1 and group.size() > 1 and xs[0].device.type == "cuda"
 
 
 def _sum(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

@@ -102,7 +102,8 @@ class _HelixLinear(torch.nn.Module):
     def forms(self) -> WeightForms:
         """What is gathered of the weight, by what multiplies it."""
         engine = isinstance(self, EngineLinear)
-        return WeightForms(self.weight, self.shards, self.helix_groups.dim, engine=engine)
+        among = self.helix_groups.dim, self.helix_groups.home
+        return WeightForms(self.weight, self.shards, *among, engine=engine)
 
     @cached_property
     def _input_norm(self) -> Norm:
@@ -143,10 +144,13 @@ class _HelixLinear(torch.nn.Module):
     def _ahead(self) -> Ahead:
         """What comes after this weight in either pass: all linears of a block share a plan."""
         following, preceding = self.neighbours.of_this_pass()
+        beyond = following and self.neighbours.beyond
         behind = self.neighbours.following
         kept = self._keeps_step()
         return Ahead(
             forward=following and (following.forms.step if kept else following.forms.forward),
+            bias=following and following.gathered_bias,
+            beyond=beyond and (beyond.forms.step if kept else beyond.forms.forward),
             backward=preceding and (preceding.forms.step if kept else preceding.forms.backward),
             behind=behind and behind.forms.backward,
             sums_later=self.neighbours.sums_later,
@@ -160,8 +164,7 @@ class _HelixLinear(torch.nn.Module):
             ahead = self._ahead()
             if self._keeps_step():
                 whole = self.forms.step.trained()
-                if ahead.forward is not None:
-                    ahead.forward.start()
+                ahead.begin_forward()
                 return whole, bias()
             pair = self.forms.for_engine(engine.weight_quantizer())
             shown.append(DistributedShard.of(*pair, ahead))
@@ -171,13 +174,23 @@ class _HelixLinear(torch.nn.Module):
         y = engine.multiply(x, lend, self.helix_groups.head, sums=sums)
         for shard in shown:
             shard.release()
+        if beyond := self._ahead().beyond:
+            beyond.start()
         return y
+
+    @cached_property
+    def gathered_bias(self) -> GatheredWeight | None:
+        """The bias of the head group's features, none where there is none.
+
+        Over the group of gradients, so that neither it nor the weight waits for the other.
+        """
+        if self.bias is None or not self.bias.numel() or self.shards.axis:
+            return None
+        return GatheredWeight(self.bias, self.shards, self.helix_groups.home)
 
     def _whole_bias(self) -> torch.Tensor | None:
         """The bias of the head group's features, with its gradient."""
-        if self.bias is None or not self.bias.numel():
-            return None
-        return whole(GatheredWeight(self.bias, self.shards, self.helix_groups.dim))
+        return self.gathered_bias and whole(self.gathered_bias)
 
     def _with_bias(
         self, y: torch.Tensor, bias: torch.Tensor | None

@@ -25,6 +25,8 @@ class Neighbours:
     Attributes:
         preceding: the linear before; None for the block's first.
         following: the linear after; None for the block's last.
+        beyond: the linear after ``following`` where that multiplies too little to hide a gather: of
+            the QKV projection that of a dense MLP, past the output projection.
         first: whether it is its layer's first.
         last: whether it is its layer's last.
         recompute: whether linears are run again in the backward pass.
@@ -34,6 +36,7 @@ class Neighbours:
 
     preceding: Any = None
     following: Any = None
+    beyond: Any = None
     first: bool = True
     last: bool = True
     recompute: bool = False
@@ -78,10 +81,12 @@ def _link_block(block: TransformerBlock, ends: tuple[type, ...], known: dict[str
     layers = [_in_order_of_use(layer, ends) for layer in block.layers]
     chain = [linear for layer in layers for linear in layer]
     recompute = _runs_linears_again(block.config)
+    third = {layer[0]: layer[2] for layer in layers if len(layer) == len(ends)}
     for place, linear in enumerate(chain):
         linear.neighbours = Neighbours(
             preceding=chain[place - 1] if place else None,
             following=chain[place + 1] if place + 1 < len(chain) else None,
+            beyond=third.get(linear),
             first=any(linear is layer[0] for layer in layers if layer),
             last=any(linear is layer[-1] for layer in layers if layer),
             recompute=recompute,

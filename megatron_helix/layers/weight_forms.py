@@ -20,6 +20,7 @@ class WeightForms:
         shard: the parameter.
         shards: how the shards of the dim group make the whole.
         dim: the m ranks that hold them.
+        home: the same, over which gradients go.
         engine: whether the linear is TransformerEngine's, whose GEMMs read rows.
 
     Attributes:
@@ -32,12 +33,18 @@ class WeightForms:
     """
 
     def __init__(
-        self, shard: torch.nn.Parameter, shards: Shards, dim: dist.ProcessGroup, *, engine: bool
+        self,
+        shard: torch.nn.Parameter,
+        shards: Shards,
+        dim: dist.ProcessGroup,
+        home: dist.ProcessGroup,
+        *,
+        engine: bool,
     ) -> None:
-        self.shard, self.shards, self.dim = shard, shards, dim
+        self.shard, self.shards, self.dim, self.home = shard, shards, dim, home
         rows = replace(shards, as_they_lie=True)
-        self.turned = GatheredWeight(shard, shards, dim)
-        self.lying = GatheredWeight(shard, rows, dim) if shards.axis else self.turned
+        self.turned = GatheredWeight(shard, shards, dim, home)
+        self.lying = GatheredWeight(shard, rows, dim, home) if shards.axis else self.turned
         self.step = StepWeight(shard, rows if engine else shards, dim)
         self.forward = self.backward = None if engine else self.turned
         self._float8 = Float8Shard(shard, dim, columns=shards.axis == 1)
@@ -67,8 +74,9 @@ class WeightForms:
             from transformer_engine.pytorch import Float8Tensor  # type: ignore[import-not-found]
 
             rows = replace(self.shards, as_they_lie=True)
-            forward = Float8Weight(self.shard, rows, self._float8, Float8Tensor)
-            turned = Float8Weight(self.shard, self.shards, self._float8, Float8Tensor)
+            source = self._float8, Float8Tensor, self.home
+            forward = Float8Weight(self.shard, rows, *source)
+            turned = Float8Weight(self.shard, self.shards, *source)
             self._one_scale = (forward, turned if self.shards.axis else forward)
         return self._one_scale
 
@@ -77,7 +85,8 @@ class WeightForms:
             rows = replace(self.shards, as_they_lie=True)
             passes = (False, True)
             forward, backward = (
-                QuantizedWhole(self.shard, rows, self.dim, columns=columns) for columns in passes
+                QuantizedWhole(self.shard, rows, self.dim, self.home, columns=columns)
+                for columns in passes
             )
             self._blocks = forward, backward
         for form in self._blocks:

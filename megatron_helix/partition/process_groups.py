@@ -26,11 +26,14 @@ class HelixGroups:
     Attributes:
         tp: the whole tensor-parallel group, m * n ranks.
         dim: the m ranks that own the same heads, in segment order.
+        home: the same ranks, for gradients on their way home: over NCCL a communicator of its own,
+            so that they and gathers need not wait for each other.
         head: the n ranks that own the same segment, in head-group order.
     """
 
     tp: dist.ProcessGroup
     dim: dist.ProcessGroup
+    home: dist.ProcessGroup
     head: dist.ProcessGroup
 
     @property
@@ -81,9 +84,13 @@ def carve(layout: HelixLayout, tp_group: dist.ProcessGroup) -> HelixGroups:
     if options:
         options._timeout = timeout  # torch warns of two that differ
 
+    dim = group(layout.dim_group(tp_group.rank()), "HELIX_DIM_GROUP", options)
     return HelixGroups(
         tp=tp_group,
-        dim=group(layout.dim_group(tp_group.rank()), "HELIX_DIM_GROUP", options),
+        dim=dim,
+        home=group(layout.dim_group(tp_group.rank()), "HELIX_DIM_GROUP", options)
+        if on_nccl
+        else dim,
         head=group(layout.head_group(tp_group.rank()), "HELIX_HEAD_GROUP"),
     )
 
