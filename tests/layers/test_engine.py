@@ -188,7 +188,9 @@ def test_tiles_with_padding_are_multiplied_without_it() -> None:
 def uses() -> tuple[list[str], float]:
     """What a step of the chain does with its weights, in order, where gathers begin early."""
     early, shards.runs_beside_compute = shards.runs_beside_compute, lambda _: True
-    methods = {name: getattr(GatheredWeight, name) for name in ("_start", "whole", "settle")}
+    methods = {
+        name: getattr(GatheredWeight, name) for name in ("_start", "whole", "send", "settle")
+    }
     log: list[str] = []
     try:
         chain = Chain(2, 1, engine_class, torch.float64)
@@ -204,9 +206,11 @@ def uses() -> tuple[list[str], float]:
             return call
 
         always: Any = lambda _: True  # noqa: E731
-        pending = lambda weight: weight._sums_up is not None  # noqa: E731
+        leaving: Any = lambda weight: weight._leaves is not None  # noqa: E731
+        pending = lambda weight: weight._sums_up is not None or leaving(weight)  # noqa: E731
         GatheredWeight._start = noted("gather", methods["_start"], always)
         GatheredWeight.whole = noted("use", methods["whole"], always)
+        GatheredWeight.send = noted("send", methods["send"], leaving)
         GatheredWeight.settle = noted("add", methods["settle"], pending)
         with _rows_in_engine():
             chain.step(PLAIN)  # a first pass finds out what its linears gather
@@ -223,14 +227,15 @@ def uses() -> tuple[list[str], float]:
             setattr(GatheredWeight, name, method)
 
 
-def test_the_next_weight_is_on_its_way_and_gradients_are_added_behind_the_next() -> None:
+def test_the_next_weight_is_on_its_way_and_gradients_are_sent_and_added_by_the_next() -> None:
     for log, difference in run_distributed(uses, 2):
         assert difference < 1e-13
         assert log == [
             *("use qkv", "gather qkv", "gather proj", "use proj", "gather fc1"),
             *("use fc1", "gather fc2", "use fc2"),
-            *("use fc2", "gather fc2", "gather fc1", "use fc1", "gather proj", "add fc2"),
-            *("use proj", "gather qkv", "add fc1", "use qkv", "add proj", "add qkv"),
+            *("use fc2", "gather fc2", "gather fc1", "use fc1", "send fc2", "gather proj"),
+            *("add fc2", "use proj", "send fc1", "gather qkv", "add fc1"),
+            *("use qkv", "send proj", "add proj", "add qkv", "send qkv"),
         ]
 
 

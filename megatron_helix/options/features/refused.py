@@ -101,19 +101,6 @@ _PACKING = (
 
 _NARROW = (
     Refused(
-        feature="FP8",
-        asks="--fp8-format",
-        field="fp8",
-        reason="gathers and GEMMs in FP8 have not run on a GPU yet",
-        parts="--fp8-recipe --fp8-quantizer-factory --fp8-margin --fp8-interval"
-        " --fp8-amax-history-len --fp8-amax-compute-algo --no-fp8-wgrad --fp8-output-proj"
-        " --first-last-layers-bf16 --num-layers-at-start-in-bf16 --num-layers-at-end-in-bf16"
-        " --keep-fp8-transpose-cache --reuse-grad-buf-for-mxfp8-param-ag"
-        " --moe-router-padding-for-fp8 --moe-router-padding-for-quantization"
-        " --use-grouped-gemm-for-dense-mlp --no-stream-ckpt-dequant fp8_param tp_only_amax_red"
-        " activation_func_fp8_input_store disable_parameter_transpose_cache",
-    ),
-    Refused(
         feature="FP8 with a scale for every 32 elements",
         asks="--fp8-recipe",
         field="fp8_recipe",

@@ -212,6 +212,21 @@ BATCH = (
 PRECISION = (
     Works(feature="bfloat16", names="--bf16 params_dtype pipeline_dtype", test=HALF),
     Works(
+        feature="FP8 on Hopper",
+        names="--fp8-format --fp8-recipe --fp8-quantizer-factory --fp8-margin --fp8-interval"
+        " --fp8-amax-history-len --fp8-amax-compute-algo --no-fp8-wgrad --fp8-output-proj"
+        " --first-last-layers-bf16 --num-layers-at-start-in-bf16 --num-layers-at-end-in-bf16"
+        " --keep-fp8-transpose-cache --reuse-grad-buf-for-mxfp8-param-ag"
+        " --moe-router-padding-for-fp8 --moe-router-padding-for-quantization"
+        " --use-grouped-gemm-for-dense-mlp --no-stream-ckpt-dequant fp8 fp8_param tp_only_amax_red"
+        " activation_func_fp8_input_store disable_parameter_transpose_cache",
+        test="tests/exchange/test_float8.py"
+        "::test_what_is_gathered_in_fp8_is_the_whole_weight_quantized",
+        note="recipes tensorwise, delayed and blockwise, with activations or weights; weights are"
+        " gathered in FP8 with one scale for the whole (blockwise: gathered in half precision,"
+        " quantized whole)",
+    ),
+    Works(
         feature="float16, dynamic loss scale",
         names="--fp16 --initial-loss-scale --loss-scale --min-loss-scale --loss-scale-window"
         " --hysteresis",
