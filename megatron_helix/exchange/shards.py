@@ -257,15 +257,27 @@ class _Whole(torch.autograd.Function):
     """Forward: all-gather the shards over dim. Backward: the parts exchanged and added up."""
 
     @staticmethod
-    def forward(ctx: Any, shard: torch.Tensor, weight: GatheredWeight) -> torch.Tensor:
-        ctx.weight = weight
+    def forward(
+        ctx: Any, shard: torch.Tensor, weight: GatheredWeight, sums_later: bool
+    ) -> torch.Tensor:
+        ctx.weight, ctx.sums_later = weight, sums_later
         return weight.whole()
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None]:
-        return ctx.weight.gradient(grad.contiguous())(), None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
+        weight, grad = ctx.weight, grad.contiguous()
+        if not ctx.sums_later:
+            return weight.gradient(grad)(), None, None
+        gradient = weight.gradient_later(grad)
+        weight.send()
+        return gradient, None, None
 
 
-def whole(weight: GatheredWeight) -> torch.Tensor:
-    """The head group's weight, with its gradient: for what is no linear."""
-    return _Whole.apply(weight.shard, weight)
+def whole(weight: GatheredWeight, *, sums_later: bool = False) -> torch.Tensor:
+    """The head group's weight, with its gradient: for what is no linear.
+
+    Args:
+        weight: gathered now.
+        sums_later: whether its gradient may be added up when the backward pass is through.
+    """
+    return _Whole.apply(weight.shard, weight, sums_later)

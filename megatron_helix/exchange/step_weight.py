@@ -45,6 +45,10 @@ class StepWeight(GatheredWeight):
         self.sum().add_(whole)
         return lambda: None
 
+    def gradient_later(self, whole: torch.Tensor) -> None:
+        """As :meth:`gradient`."""
+        self.gradient(whole)
+
     def sum(self) -> torch.Tensor:
         """Where a step's gradients of the whole weight are summed, like :meth:`whole` in memory."""
         if self._sum is None:

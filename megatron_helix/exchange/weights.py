@@ -74,6 +74,7 @@ class _ColumnLinear(torch.autograd.Function):
             ctx.weight.start()
             _start(ctx.ahead.backward)
             shard_gradient = _begun(ctx, lambda: gemm.weight_gradient(grad, x))
+            ctx.weight.send()
             grad_x = gemm.input_gradient(grad, ctx.weight.whole())
             _settle(ctx.ahead.behind)
             return grad_x, shard_gradient(), None, None, None
@@ -94,8 +95,9 @@ class _RowLinear(torch.autograd.Function):
     """Forward: all-gather the weight over dim, multiply, reduce-scatter over head. Saves x.
 
     Backward: output gradient all-gathered over head, weight gathered again; weight gradient
-    exchanged over dim. Dual of :class:`_ColumnLinear` in its token collectives. Begun early, the
-    exchange runs beside the GEMM of the input gradient.
+    exchanged over dim. Dual of :class:`_ColumnLinear` in its token collectives. The exchange runs
+    beside the GEMM of the input gradient or, where sums may come later, behind it: beside what the
+    layer does next.
     """
 
     @staticmethod
@@ -124,6 +126,7 @@ class _RowLinear(torch.autograd.Function):
         # Of the transposed weight, dW^T = X^T dY, for that is how its shards travel.
         shard_gradient = _begun(ctx, lambda: gemm.weight_gradient(x, grad).t())
         grad_x = gemm.input_gradient(grad, ctx.weight.whole())
+        ctx.weight.send()
         _settle(ctx.ahead.behind)
         return grad_x, shard_gradient(), None, None, None
 
@@ -144,8 +147,13 @@ def _settle(weight: GatheredWeight | None) -> None:
 
 
 def _begun(ctx: Any, gradient: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor | None]:
-    """What waits for the shard's gradient, begun; a frozen one has none."""
-    return ctx.weight.gradient(gradient()) if ctx.needs_input_grad[1] else lambda: None
+    """What waits for the shard's gradient, begun or to be sent later; a frozen one has none."""
+    if not ctx.needs_input_grad[1]:
+        return lambda: None
+    if ctx.ahead.sums_later:
+        found = ctx.weight.gradient_later(gradient())
+        return lambda: found
+    return ctx.weight.gradient(gradient())
 
 
 def column_linear(

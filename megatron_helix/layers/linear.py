@@ -190,7 +190,8 @@ class _HelixLinear(torch.nn.Module):
 
     def _whole_bias(self) -> torch.Tensor | None:
         """The bias of the head group's features, with its gradient."""
-        return self.gathered_bias and whole(self.gathered_bias)
+        later = self.neighbours.sums_later
+        return self.gathered_bias and whole(self.gathered_bias, sums_later=later)
 
     def _with_bias(
         self, y: torch.Tensor, bias: torch.Tensor | None

@@ -218,7 +218,7 @@ PRECISION = (
         " --first-last-layers-bf16 --num-layers-at-start-in-bf16 --num-layers-at-end-in-bf16"
         " --keep-fp8-transpose-cache --reuse-grad-buf-for-mxfp8-param-ag"
         " --moe-router-padding-for-fp8 --moe-router-padding-for-quantization"
-        " --use-grouped-gemm-for-dense-mlp --no-stream-ckpt-dequant fp8 fp8_param tp_only_amax_red"
+        " --use-grouped-gemm-for-dense-mlp --no-stream-ckpt-dequant fp8_param tp_only_amax_red"
         " activation_func_fp8_input_store disable_parameter_transpose_cache",
         test="tests/exchange/test_float8.py"
         "::test_what_is_gathered_in_fp8_is_the_whole_weight_quantized",
