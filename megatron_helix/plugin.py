@@ -101,7 +101,7 @@ def enable(
         early, later = not args.overlap_param_gather, not args.overlap_grad_reduce
         linked = partial(link, forward_early=early, sums_later=later)
         model_config.pre_wrap_hooks += [vocabulary.extend, linked]
-    if arguments.wants_helix(args) and (args.helix_gather == "step" or args.fp8):
+    if arguments.wants_helix(args) and (args.helix_gather != "microbatch" or args.fp8):
         model_config.transformer.finalize_model_grads_func = _finalize_model_grads
     return model_config
 

@@ -68,6 +68,7 @@ EXCHANGES = {
     "scores": ("--helix-exchange", "scores"),
     "auto": (),
 }
+ONCE = ("--helix-gather", "once")
 STEP = ("--helix-gather", "step")
 PREFIX = ("--helix-core-attention", "prefix")
 SPLIT = ("--helix-core-attention", "split")
@@ -270,20 +271,22 @@ def test_a_stock_layout_has_attention_in_pieces_too(stock: Stock, corpus_prefix:
 
 
 @pytest.mark.parametrize(
-    ("model", "m", "n", "exchange"),
+    ("model", "m", "n", "exchange", "kept"),
     covering(
         [
-            ("dense_sp", 2, 2, "weights-batch"),
-            ("gated_sp", 4, 1, "weights-sequence"),
-            ("moe_sp", 2, 2, "weights-batch"),
+            ("dense_sp", 2, 2, "weights-batch", STEP),
+            ("gated_sp", 2, 2, "weights-batch", ONCE),
+            ("gated_sp", 4, 1, "weights-sequence", STEP),
+            ("moe_sp", 2, 2, "weights-batch", STEP),
+            ("moe_sp", 4, 1, "weights-batch", ONCE),
         ],
-        of=(1, 2),
+        of=(1, 2, 4),
     ),
 )
 def test_weights_gathered_once_a_step(
-    stock: Stock, helix: Helix, model: str, m: int, n: int, exchange: str
+    stock: Stock, helix: Helix, model: str, m: int, n: int, exchange: str, kept: tuple[str, ...]
 ) -> None:
-    assert_same_training(helix(model, m, n, exchange, *STEP), stock(model))
+    assert_same_training(helix(model, m, n, exchange, *kept), stock(model))
 
 
 @pytest.mark.parametrize(

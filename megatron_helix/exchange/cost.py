@@ -43,7 +43,6 @@ def layer_seconds(
     early = traffic.begun_early(plan, layout, shape, **size)
     calls = traffic.calls(plan, shape)
     groups = {"tp": (layout.size, 1), "head": (layout.n, layout.m), "dim": (layout.m, 1)}
-    kept = plan.exchange == "weights" and plan.gather == "step"
     total = 0.0
     for when, elements, beside in zip(("forward", "backward"), directions, early, strict=True):
         for (axis, kind), count in elements.items():
@@ -53,6 +52,7 @@ def layer_seconds(
             number = calls.get((when, axis, kind), 1)
             share = beside.get((axis, kind), 0.0)
             sent, ranks = count * width, groups[axis]
+            kept = plan.keeps_weights if kind == "all_gather" else plan.keeps_gradients
             if kept and axis == "dim":  # weights come once a step, and nothing hides them then
                 seconds = machine.held(kind, sent, number, *ranks).lost
                 total += seconds * (1 - share * (1 - 1 / microbatches))

@@ -12,7 +12,7 @@ class Plan:
         exchange: ``activations``, ``weights`` or ``scores``; ``partials`` in a decode step on a
             cache that is split by position (:mod:`megatron_helix.exchange.decode`).
         split: ``batch`` or ``sequence``; ``none`` for scores.
-        gather: ``microbatch`` or ``step``; of meaning for ``weights`` only.
+        gather: ``microbatch``, ``once`` or ``step``; of meaning for ``weights`` only.
         balanced: whether a sequence split deals out pieces of equal causal work
             (:mod:`megatron_helix.exchange.tokens`), or the chunks as the stream has them.
         documents: where those of a packed row begin and end, ``(0, ..., s)``; none where rows are
@@ -24,6 +24,16 @@ class Plan:
     gather: str = "microbatch"
     balanced: bool = True
     documents: tuple[int, ...] = ()
+
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether gathered weights are kept for a step."""
+        return self.exchange == "weights" and self.gather != "microbatch"
+
+    @property
+    def keeps_gradients(self) -> bool:
+        """Whether their gradients are too, summed over the micro-batches."""
+        return self.exchange == "weights" and self.gather == "step"
 
     @property
     def dealing(self) -> dict[str, Any]:

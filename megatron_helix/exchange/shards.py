@@ -9,7 +9,8 @@ The gradient of a shard is the sum of m parts. A reduce-scatter would round it a
 parts are exchanged as they are, which sends as many bytes, and added up where stock adds up
 micro-batches (:mod:`megatron_helix.exchange.main_grad`).
 
-Nothing gathered is kept; :mod:`megatron_helix.exchange.step_weight` trades memory for traffic.
+Nothing gathered is kept, unless it is told to: memory for traffic. Then it is whole from its first
+use in a step to the step's end. :mod:`megatron_helix.exchange.step_weight` keeps gradients as well.
 """
 
 from collections.abc import Callable, Sequence
@@ -114,8 +115,13 @@ class GatheredWeight:
         dim: the m ranks that hold them.
         home: the same ranks, over which gradients go; ``dim`` by default. NCCL's kernels of one
             group wait for each other, so that a gather would wait for gradients before it.
+
+    Attributes:
+        keeps: whether what is gathered is kept until :meth:`forget`.
     """
 
+    keeps = False
+    _kept: torch.Tensor | None = None
     _coming: "_Gathering | None" = None
     _leaves: Callable[[], None] | None = None
     _sums_up: Callable[[], None] | None = None
@@ -132,13 +138,22 @@ class GatheredWeight:
 
     def start(self) -> None:
         """Begin the gather that the next :meth:`whole` waits for."""
-        if self.early and self._coming is None:
+        if self.early and self._coming is None and self._kept is None:
             self._coming = self._start()
 
     def whole(self) -> torch.Tensor:
         """The head group's weight, ``[F/n, D]`` or ``[D, F/n]``; one all-gather over dim."""
+        if self._kept is not None:
+            return self._kept.detach()
         coming, self._coming = self._coming or self._start(), None
-        return self.shards.join(coming.wait(), self.dim.size())
+        whole = self.shards.join(coming.wait(), self.dim.size())
+        if self.keeps:
+            self._kept = whole.detach()
+        return whole
+
+    def forget(self) -> None:
+        """Let go of what was kept: the parameter is about to change."""
+        self._kept = None
 
     def empty(self, whole: torch.Tensor) -> None:
         """Free the memory of what :meth:`whole` gave, for whoever must keep the tensor."""

@@ -1,4 +1,4 @@
-"""A weight that is gathered once a step, as ``--helix-gather step`` keeps it."""
+"""A weight and the sum of its gradients, kept for a step, as ``--helix-gather step`` has them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,19 +18,8 @@ class StepWeight(GatheredWeight):
     ``finalize_model_grads_func`` is the place.
     """
 
-    _kept: torch.Tensor | None = None
+    keeps = True
     _sum: torch.Tensor | None = None
-
-    def start(self) -> None:
-        """As for the parent, unless the whole weight is there."""
-        if self._kept is None:
-            super().start()
-
-    def whole(self) -> torch.Tensor:
-        """As for the parent, on the first call of a step; the kept one on the others."""
-        if self._kept is None:
-            self._kept = super().whole().detach()
-        return self._kept
 
     def trained(self) -> torch.Tensor:
         """:meth:`whole`, a parameter whose ``main_grad`` is the step's sum, unless frozen."""
@@ -60,7 +49,8 @@ class StepWeight(GatheredWeight):
 
         In the precision of ``main_grad``, as data parallelism would.
         """
-        whole, self._kept, self._sum = self._sum, None, None
+        self.forget()
+        whole, self._sum = self._sum, None
         if whole is None:
             return
         parts = self.shards.parts(whole, self.dim.size())

@@ -18,7 +18,7 @@ from megatron_helix.partition.layout import HelixLayout
 
 EXCHANGES = ("auto", "activations", "weights", "scores")
 SPLITS = ("auto", "batch", "sequence")
-GATHERS = ("microbatch", "step")
+GATHERS = ("microbatch", "once", "step")
 
 
 @dataclass(frozen=True, kw_only=True)

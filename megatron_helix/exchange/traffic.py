@@ -25,7 +25,8 @@ of keys and values over dim, fwd all_gather and bwd all_to_all of ``(m-1) N 2 K 
 ``weights`` converts the stream at the block's two ends: ``2 (m-1)/m c`` of dim all_to_all in all,
 forward and as much backward; with a sequence split only where embedding or head cannot be given
 their tokens in the block's order. With ``gather="step"`` the weight terms come once a
-step: forward all_gather and backward reduce_scatter.
+step: forward all_gather and backward reduce_scatter. With ``gather="once"`` the forward all_gather
+comes once a step, and the backward all_to_all with every micro-batch.
 """
 
 from collections import Counter
@@ -84,8 +85,8 @@ def layer(
 ) -> tuple[Elements, Elements]:
     """(forward, backward) elements of one layer and micro-batch, by (axis, kind).
 
-    With ``gather="step"`` the gathering of weights stands in the forward pass and its reduction in
-    the backward pass of each micro-batch; :func:`per_layer` shares them out.
+    What comes once a step, the gathering of weights in the forward pass and their gradients'
+    reduction in the backward pass, stands in each micro-batch; :func:`per_layer` shares it out.
     """
     m, n, size = layout.m, layout.n, layout.size
     tokens = sequence * batch
@@ -102,11 +103,9 @@ def layer(
     elif plan.exchange == "weights":
         moved = (m - 1) * shape.weights(layout) // size
         forward["dim", "all_gather"] += moved
-        if plan.gather == "microbatch":
+        if not plan.keeps_weights:
             backward["dim", "all_gather"] += moved
-            backward["dim", "all_to_all"] += moved
-        else:
-            backward["dim", "reduce_scatter"] += moved
+        backward["dim", "reduce_scatter" if plan.keeps_gradients else "all_to_all"] += moved
     else:
         heads = layout.num_attention_heads // n
         summed = 2 * (m - 1) * batch * heads * sequence**2 // m
@@ -123,8 +122,9 @@ def calls(plan: Plan, shape: BlockShape) -> dict[tuple[str, str, str], int]:
     """Calls of each collective of a layer by (direction, axis, kind)."""
     linears = shape.sublayers
     axis = "head" if plan.exchange == "weights" else "tp"
-    gathers = plan.exchange == "weights" and plan.gather == "microbatch"
-    weights = shape.gathered if gathers else 0
+    weights = shape.gathered if plan.exchange == "weights" else 0
+    gathers = 0 if plan.keeps_weights else weights
+    sends = 0 if plan.keeps_gradients else weights
     extra = int(plan.split == "sequence")
     tokens = 2 if plan.exchange == "activations" else 0
     return {
@@ -133,9 +133,9 @@ def calls(plan: Plan, shape: BlockShape) -> dict[tuple[str, str, str], int]:
         ("forward", axis, "reduce_scatter"): linears,
         ("backward", axis, "reduce_scatter"): linears,
         ("forward", "dim", "all_to_all"): tokens,
-        ("backward", "dim", "all_to_all"): tokens + weights + extra,
-        ("forward", "dim", "all_gather"): weights + extra,
-        ("backward", "dim", "all_gather"): weights,
+        ("backward", "dim", "all_to_all"): tokens + sends + extra,
+        ("forward", "dim", "all_gather"): gathers + extra,
+        ("backward", "dim", "all_gather"): gathers,
     }
 
 
@@ -162,11 +162,12 @@ def begun_early(
             both += (layout.m - 1) * tokens * channels // layout.size
         share = weights / both if both else 0.0
         forward["dim", "all_gather"] = share
-        if plan.gather == "microbatch":
+        if not plan.keeps_weights:
             backward["dim", "all_gather"] = 1.0
-            backward["dim", "all_to_all"] = share
-        else:
+        if plan.keeps_gradients:
             backward["dim", "reduce_scatter"] = 1.0  # the all-to-all is of keys and values alone
+        else:
+            backward["dim", "all_to_all"] = share
     return forward, backward
 
 
@@ -206,9 +207,8 @@ def per_layer(
     forward, backward = layer(plan, layout, shape, sequence=sequence, batch=batch)
     ends = training_ends(plan, layout, shape, sequence=sequence, batch=batch)
     sent = forward.total() + backward.total() + 2 * ends.total() / shape.num_layers
-    if plan.exchange == "weights" and plan.gather == "step":
-        once = 2 * (layout.m - 1) * shape.weights(layout) // layout.size
-        sent -= once * (1 - 1 / microbatches)
+    once = (plan.keeps_weights + plan.keeps_gradients) * (layout.m - 1) * shape.weights(layout)
+    sent -= once / layout.size * (1 - 1 / microbatches)
     return sent
 
 

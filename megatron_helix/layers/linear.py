@@ -134,10 +134,11 @@ class _HelixLinear(torch.nn.Module):
         return self if isinstance(self, EngineLinear) and x.dtype != torch.float32 else None
 
     def _keeps_step(self) -> bool:
-        return self.plan.gather == "step" and self.training
+        return self.plan.keeps_gradients and self.training
 
     def _gathered(self) -> GatheredWeight:
         """The head group's weight for a GEMM that reads it either way."""
+        self.forms.keeps = self.plan.keeps_weights and self.training
         turned = self.forms.turned
         return self.forms.step if self._keeps_step() else self.forms.used(turned, turned)[0]
 
@@ -166,6 +167,7 @@ class _HelixLinear(torch.nn.Module):
                 whole = self.forms.step.trained()
                 ahead.begin_forward()
                 return whole, bias()
+            self.forms.keeps = self.plan.keeps_weights and self.training
             pair = self.forms.for_engine(engine.weight_quantizer())
             shown.append(DistributedShard.of(*pair, ahead))
             return shown[0], bias()

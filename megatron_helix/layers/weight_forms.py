@@ -24,6 +24,7 @@ class WeightForms:
         engine: whether the linear is TransformerEngine's, whose GEMMs read rows.
 
     Attributes:
+        keeps: whether what is gathered is to be kept for the step.
         turned: for GEMMs that read a matrix either way; shards cut by columns travel transposed.
         lying: for GEMMs that read rows.
         step: kept over the micro-batches of a step.
@@ -46,6 +47,7 @@ class WeightForms:
         self.turned = GatheredWeight(shard, shards, dim, home)
         self.lying = GatheredWeight(shard, rows, dim, home) if shards.axis else self.turned
         self.step = StepWeight(shard, rows if engine else shards, dim)
+        self.keeps = False
         self.forward = self.backward = None if engine else self.turned
         self._float8 = Float8Shard(shard, dim, columns=shards.axis == 1)
         self._one_scale: Pair | None = None
@@ -54,6 +56,7 @@ class WeightForms:
     def used(self, forward: GatheredWeight, backward: GatheredWeight) -> Pair:
         """Note what this pass gathers: its neighbours in later passes begin with it."""
         self.forward, self.backward = forward, backward
+        forward.keeps = backward.keeps = self.keeps
         return forward, backward
 
     def for_engine(self, quantizer: Any) -> Pair:
@@ -67,6 +70,8 @@ class WeightForms:
     def expire(self) -> None:
         """Forget what is of the weight before an update."""
         self._float8.expire()
+        for form in (self.turned, self.lying, *(self._one_scale or ()), *(self._blocks or ())):
+            form.forget()
 
     def _scaled(self, quantizer: Any) -> Pair:
         self._float8.adopt(quantizer)

@@ -61,7 +61,8 @@ def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         "--helix-gather",
         default=strategy.GATHERS[0],
         help=f"How often the exchange weights gathers a weight: {', '.join(strategy.GATHERS)}."
-        " step keeps the gathered weights of a step over its micro-batches, 1/N of all weights.",
+        " once keeps the gathered weights of a step over its micro-batches, 1/N of all weights;"
+        " step their gradients as well, which then come home once.",
     )
     group.add_argument(
         "--helix-core-attention",

@@ -175,8 +175,8 @@ def _reordered(here: Deployment) -> float:
     gathered weights of attention, whose shards are cut in every head; an MLP's lie in order.
     """
     if here.plan.exchange == "weights":
-        once = here.plan.gather == "step"
-        return 0.0 if once else 2 * packed(here.cut) * here.model.hidden_size * here.cut.m
+        passes = 2 - here.plan.keeps_weights - here.plan.keeps_gradients
+        return passes * packed(here.cut) * here.model.hidden_size * here.cut.m
     return 4 * here.tokens * packed(here.cut) if here.plan.exchange == "activations" else 0.0
 
 

@@ -60,7 +60,7 @@ def of_rank(here: Deployment, stage: int, *, fused_channels: int) -> Memory:
         kv_cache=0.0 if loop else _cache(here),
         gathered_weights=_gathered(here, stage, train),
     )
-    if train and here.plan.gather == "step" and here.plan.exchange == "weights":
+    if train and here.plan.keeps_gradients:
         passes = _through_a_step(here, passes)
     narrow = here.gradient_bytes < WIDENED_BYTES
     widened = states * WIDENED_BYTES if train and narrow else 0.0
@@ -132,11 +132,12 @@ def _gathered(here: Deployment, stage: int, train: bool) -> float:
     if shards == 1:
         return 0.0
     layer = parameters.layer_matrices(here) / here.layout.gtp * shards
-    if here.plan.gather == "step" and train:
-        return layer * here.layers * here.element_bytes
+    kept = layer * here.layers * here.element_bytes if here.plan.keeps_weights and train else 0.0
+    if kept and here.plan.keeps_gradients:
+        return kept
     model, mlp = here.model, 0 if here.model.num_experts else here.features
     widest = max(packed(here.cut), (2 if model.gated else 1) * mlp)
     shared = widest * model.hidden_size / here.tp * here.cut.m
     # In training its gradient beside it; under `weights` the parts that go out and that come in.
     gradients = (2 if here.plan.exchange == "weights" else 1) if train else 0
-    return shared * here.element_bytes * (1 + gradients)
+    return kept + shared * here.element_bytes * ((0 if kept else 1) + gradients)

@@ -144,7 +144,8 @@ def _cuts(model: ModelConfig, devices: int, phase: str) -> Iterator[dict]:
             if phase != "decode":
                 yield {"m": m, "n": n, "exchange": "weights"}
             if phase == "train":
-                yield {"m": m, "n": n, "exchange": "weights", "gather": "step"}
+                for gather in ("once", "step"):
+                    yield {"m": m, "n": n, "exchange": "weights", "gather": gather}
 
 
 def _fits(model: ModelConfig, m: int, n: int) -> bool:
@@ -195,8 +196,8 @@ def name(keys: dict) -> str:
     words = [f"tp{tp}"] if tp else [f"helix_{keys['m']}x{keys['n']}"]
     if keys.get("exchange"):
         words.append(keys["exchange"])
-    if keys.get("gather") == "step":
-        words.append("step")
+    if keys.get("gather", "microbatch") != "microbatch":
+        words.append(keys["gather"])
     words += [keys["fsdp"]] if keys.get("fsdp") else []
     for key in ("pp", "cp", "gtp", "ep", "etp"):
         words += [f"{key}{keys[key]}"] if keys.get(key, 1) > 1 else []

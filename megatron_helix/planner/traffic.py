@@ -109,14 +109,14 @@ def _layers(book: Book, first: bool, last: bool) -> None:
     size = {"sequence": here.sequence, "batch": here.layout.micro_batch}
     directions = traffic.layer(plan, here.cut, here.block, **size)
     every = here.layers * here.microbatches
-    once = plan.exchange == "weights" and plan.gather == "step"
-    weights = (here.cut.m - 1) * here.block.weights(here.cut) // here.tp if once else 0
+    weights = (here.cut.m - 1) * here.block.weights(here.cut) // here.tp
+    once = {"all_gather": plan.keeps_weights, "reduce_scatter": plan.keeps_gradients}
     calls = traffic.calls(plan, here.block)
     early = traffic.begun_early(plan, here.cut, here.block, **size)
     for when, elements, beside in zip(("forward", "backward"), directions, early, strict=True):
         for (axis, kind), count in elements.items():
             part = beside.get((axis, kind), 0.0)
-            if axis == "dim" and once and kind in ("all_gather", "reduce_scatter"):
+            if axis == "dim" and once.get(kind):
                 count, part = count - weights, 0.0  # keys and values under a sequence split stay
             what = "attention and MLP linears" if axis != "dim" else f"exchange {plan.exchange}"
             width = FP32 if plan.exchange == "scores" and axis == "dim" else here.element_bytes
@@ -135,12 +135,12 @@ def _layers(book: Book, first: bool, last: bool) -> None:
         heads = here.model.num_attention_heads // here.cut.n
         gathered = (here.cut.m - 1) * heads * every * here.element_bytes
         book.sent("softmax offsets", "dim", "all_gather", "backward", gathered, every)
-    if once:
-        number = here.block.gathered * here.layers
-        wide = weights * here.layers
-        gathered, summed = wide * here.element_bytes, wide * here.gradient_bytes
+    number, wide = here.block.gathered * here.layers, weights * here.layers
+    if plan.keeps_weights:
+        gathered = wide * here.element_bytes
         book.sent("weights", "dim", "all_gather", "step", gathered, number, beside="weights")
-        book.sent("weights", "dim", "reduce_scatter", "step", summed, number)
+    if plan.keeps_gradients:
+        book.sent("weights", "dim", "reduce_scatter", "step", wide * here.gradient_bytes, number)
     ends = traffic.block_ends(plan, here.cut, here.block, **size)["dim", "all_to_all"]
     if ends and (times := here.converts(first=first, last=last)):
         converted = ends // 2 * times * here.microbatches * here.element_bytes

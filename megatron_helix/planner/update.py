@@ -44,7 +44,7 @@ def accumulation_bytes(here: Deployment, stage: int) -> float:
     others = 0.0
     if here.plan.exchange == "weights":
         others = (here.cut.m - 1) * parameters.layer_matrices(here) * here.layers
-    others *= one if here.plan.gather == "step" else here.element_bytes
+    others *= one if here.plan.keeps_gradients else here.element_bytes
     return sum(parameters.held(here, stage)) * one + others
 
 

@@ -29,11 +29,13 @@ ACTIVATIONS = Plan(exchange="activations", split="batch")
 SEQUENCE = Plan(exchange="activations", split="sequence")
 WEIGHTS = Plan(exchange="weights", split="batch")
 CHUNKS = Plan(exchange="weights", split="sequence")
+ONCE = Plan(exchange="weights", split="batch", gather="once")
 STEP = Plan(exchange="weights", split="batch", gather="step")
 STEPS = {
     "there and back": (ACTIVATIONS, WEIGHTS, SEQUENCE),
     "back and there": (WEIGHTS, ACTIVATIONS, CHUNKS),
     "kept": (STEP, ACTIVATIONS, WEIGHTS, STEP),
+    "kept once": (ONCE, ACTIVATIONS, ONCE, WEIGHTS),
 }
 OVERLAPPED = {"overlap_grad_reduce": True, "use_distributed_optimizer": True, "bucket_size": 4096}
 BLOCK = Block(heads=4, groups=4, kv_channels=8, bias=True)

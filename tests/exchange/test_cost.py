@@ -22,6 +22,7 @@ PLANS = [
     for exchange, gather in (
         ("activations", "microbatch"),
         ("weights", "microbatch"),
+        ("weights", "once"),
         ("weights", "step"),
     )
     for split in ("batch", "sequence")

@@ -44,12 +44,15 @@ def test_weights_needs_at_most_one_layers_gathered_weights_more(m: int, block: B
     one_layer = (attention + mlp) // n * 4  # bytes
     stock = run_distributed(peak_bytes, 4, block, m, None)
     gathered = Choice(exchange="weights", split="batch")
+    once = Choice(exchange="weights", split="batch", gather="once")
     kept = Choice(exchange="weights", split="batch", gather="step")
     by_microbatch = run_distributed(peak_bytes, 4, block, m, gathered)
+    by_once = run_distributed(peak_bytes, 4, block, m, once)
     by_step = run_distributed(peak_bytes, 4, block, m, kept)
     for rank in range(4):
         assert by_microbatch[rank] - stock[rank] <= one_layer
         # Gathered once a step, the weights of all layers stay: here this would show.
+        assert by_once[rank] - by_microbatch[rank] > (block.layers - 1) * one_layer
         assert by_step[rank] - by_microbatch[rank] > (block.layers - 1) * one_layer
 
 

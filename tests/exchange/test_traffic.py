@@ -40,6 +40,7 @@ PLANS = [
     Plan(exchange="activations", split="sequence"),
     Plan(exchange="weights", split="batch"),
     Plan(exchange="weights", split="sequence"),
+    Plan(exchange="weights", split="batch", gather="once"),
     Plan(exchange="weights", split="batch", gather="step"),
     Plan(exchange="scores", split="none"),
 ]

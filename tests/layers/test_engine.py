@@ -31,6 +31,7 @@ SIZES = {
 COLUMNS = ("linear_qkv", "linear_fc1")
 MICRO_BATCHES = 2
 PLAIN = Plan(exchange="weights", split="batch")
+ONCE = Plan(exchange="weights", split="batch", gather="once")
 STEP = Plan(exchange="weights", split="batch", gather="step")
 Tensors = dict[str, torch.Tensor]
 
@@ -159,6 +160,7 @@ def differences(m: int, n: int, late: bool, main_grad: bool, rows: bool = True) 
         exact = oracle.step(PLAIN)
         found["plain"] = _farthest(engine.step(PLAIN), exact)
         found["again"] = _farthest(engine.step(PLAIN), exact)
+        found["once"] = _farthest(engine.step(ONCE), exact)
         found["step"] = _farthest(engine.step(STEP), exact)
         found["after step"] = _farthest(engine.step(PLAIN), exact)
     for each in engine.linears.values():
@@ -251,14 +253,14 @@ def sent(m: int, n: int, plan: Plan) -> dict[tuple[str, str], int]:
     return {key: entry.elements for key, entry in ledger.take().items()}
 
 
-@pytest.mark.parametrize("plan", [PLAIN, STEP], ids=["microbatch", "step"])
+@pytest.mark.parametrize("plan", [PLAIN, ONCE, STEP], ids=["microbatch", "once", "step"])
 def test_a_step_sends_what_the_closed_forms_say(plan: Plan) -> None:
     m, n = 2, 2
     T = m * n
     weights = sum(inputs * outputs for inputs, outputs in SIZES.values())
     biases = sum(SIZES[name][1] for name in COLUMNS)
     gathers = 2 * MICRO_BATCHES if plan is PLAIN else 1
-    sends = MICRO_BATCHES if plan is PLAIN else 0
+    sends = 0 if plan is STEP else MICRO_BATCHES
     tokens = (n - 1) * N * D // T * MICRO_BATCHES * 2  # two column and two row linears
     expected = {
         ("HELIX_DIM_GROUP", "all_gather"): (m - 1)

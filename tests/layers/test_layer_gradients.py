@@ -60,6 +60,7 @@ CUTS = [
         ("activations", "batch", "microbatch", 4),
         ("activations", "sequence", "microbatch", 3),
         ("weights", "batch", "microbatch", 4),
+        ("weights", "batch", "once", 4),
         ("weights", "batch", "step", 4),
         ("weights", "sequence", "microbatch", 3),
         ("scores", "auto", "microbatch", 1),

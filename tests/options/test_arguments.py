@@ -149,7 +149,7 @@ REFUSALS = {
     ),
     "unknown gathering": (
         (*cut(2, 2), "--helix-gather", "never"),
-        r"^--helix-gather: must be one of microbatch, step, got 'never'$",
+        r"^--helix-gather: must be one of microbatch, once, step, got 'never'$",
     ),
     "unknown core attention": (
         ("--helix-core-attention", "flash"),

@@ -75,6 +75,7 @@ CASES = [
     ("gqa", 4, {**WEIGHTS, "split": "sequence", "gather": "step"}),
     ("swiglu", 4, {**WIDE}),
     ("dense", 4, {**WIDE, "m": 4, "n": 1, "gather": "step"}),
+    ("swiglu", 4, {**WIDE, "m": 4, "n": 1, "gather": "once"}),
     ("dense", 4, {**WEIGHTS, "m": 1, "n": 4}),
     ("dense", 8, {**WIDE, "pp": 2}),
     ("gqa", 8, {**WIDE, "pp": 2, "split": "sequence", "gather": "step"}),
