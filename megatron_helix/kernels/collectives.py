@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _coalescing_manager
 
 from megatron_helix.kernels import sums
 from megatron_helix.kernels.copies import contiguous
@@ -205,7 +206,7 @@ def start_gathers(
     if not _is_one_kernel(xs, group, early):
         places = zip(xs, into, strict=True)
         return [start_gather(x, group, early=early, into=place) for x, place in places]
-    with dist._coalescing_manager(group=group, async_ops=True) as work:
+    with _coalescing_manager(group=group, async_ops=True) as work:
         for x, place in zip(xs, into, strict=True):
             dist.all_gather_into_tensor(place, contiguous(x), group=group)
     return [UnderWay(place, work) for place in into]
@@ -239,7 +240,7 @@ def start_exchanges(
         return [start_exchange(x, group, early=early) for x in xs]
     xs = [contiguous(x) for x in xs]
     results = [torch.empty_like(x) for x in xs]
-    with dist._coalescing_manager(group=group, device=xs[0].device, async_ops=True) as work:
+    with _coalescing_manager(group=group, device=xs[0].device, async_ops=True) as work:
         for x, result in zip(xs, results, strict=True):
             dist.all_to_all_single(result, x, group=group, async_op=True)
     return [UnderWay(result, work) for result in results]
