@@ -72,8 +72,10 @@ def layer_seconds(
     total += attention * (_computed(plan, layout, fused=fused) - 1)
     if plan.exchange == "weights":
         # What was gathered is put in order, and so is its gradient: written once and read once.
-        moved = 2 * passes * shape.weights(layout) / layout.n * machine.element_bytes
-        total += moved / machine.streaming_rate / (microbatches if kept else 1)
+        gathers = (passes - training) / (microbatches if plan.keeps_weights else 1)
+        gradients = training / (microbatches if plan.keeps_gradients else 1)
+        moved = 2 * (gathers + gradients) * shape.weights(layout) / layout.n
+        total += moved * machine.element_bytes / machine.streaming_rate
     return total
 
 

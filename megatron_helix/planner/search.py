@@ -196,8 +196,8 @@ def name(keys: dict) -> str:
     words = [f"tp{tp}"] if tp else [f"helix_{keys['m']}x{keys['n']}"]
     if keys.get("exchange"):
         words.append(keys["exchange"])
-    if keys.get("gather", "microbatch") != "microbatch":
-        words.append(keys["gather"])
+    if (gather := keys.get("gather")) and gather != "microbatch":
+        words.append(gather)
     words += [keys["fsdp"]] if keys.get("fsdp") else []
     for key in ("pp", "cp", "gtp", "ep", "etp"):
         words += [f"{key}{keys[key]}"] if keys.get(key, 1) > 1 else []
