@@ -82,7 +82,9 @@ class DistributedShard(torch.Tensor):
 
     def grad_buffer(self) -> torch.Tensor:
         """Not for gradients that are sent in the weight's own precision."""
-        raise NotImplementedError("the weight gradient of a gathered weight is not fused")
+        raise NotImplementedError(
+            "the weight gradient of a gathered weight is not fused; leave fuse_wgrad_accumulation"
+        )
 
     def release(self) -> None:
         """Empty what was handed over for the forward pass, which may be kept beyond it."""

@@ -207,7 +207,7 @@ def name(keys: dict) -> str:
 
 _NAMED = re.compile(
     r"(?:tp(?P<tp>\d+)|helix_(?P<m>\d+)x(?P<n>\d+))"
-    r"(?:_(?P<exchange>auto|activations|weights|scores))?(?:_(?P<gather>step))?"
+    r"(?:_(?P<exchange>auto|activations|weights|scores))?(?:_(?P<gather>once|step))?"
     r"(?:_(?P<fsdp>megatron_fsdp|torch_fsdp2))?(?:_pp(?P<pp>\d+))?"
     r"(?:_cp(?P<cp>\d+)(?:_(?P<cp_comm_type>p2p|a2a|all_gather))?)?(?:_gtp(?P<gtp>\d+))?(?:_ep(?P<ep>\d+))?(?:_etp(?P<etp>\d+))?"
     r"_mb(?P<micro_batch>\d+)"

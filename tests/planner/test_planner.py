@@ -215,7 +215,7 @@ def test_a_thousand_gpus_have_so_many_layouts_of_the_widest_model() -> None:
     """Experts multiply them; a prediction takes below a millisecond of one core."""
     batch = BatchConfig(sequences=4096, sequence_length=2048)
     found = sum(1 for _ in search.deployments(MOE, SIXTEEN.scaled(1024), batch, "train"))
-    assert 5000 < found < 10_000
+    assert 5000 < found < 13_000
 
 
 def test_a_thousand_gpus_are_searched_in_full() -> None:
