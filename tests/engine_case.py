@@ -6,6 +6,7 @@ TransformerEngine 2.20.2, ``transformer_engine/pytorch``: ``distributed_weight.p
 of a weight is asserted here.
 """
 
+import weakref
 from typing import Any
 
 import torch
@@ -34,6 +35,10 @@ class _Multiply(torch.autograd.Function):
         assert x.shape[-1] == weight.shape[-1], "GEMM not possible"
         ctx.save_for_backward(x, weight)
         ctx.bias, ctx.fuses = bias is not None, engine.fuse_wgrad_accumulation
+        if ctx.fuses and weight.requires_grad:
+            ctx.origin = weakref.ref(weight)
+            lazy = hasattr(weight, "__fsdp_param__")
+            ctx.main_grad = weight.get_main_grad if lazy else lambda: weight.main_grad
         whole = weight
         if _is_distributed(weight):
             assert not ctx.fuses
@@ -66,8 +71,10 @@ class _Multiply(torch.autograd.Function):
                 wgrad = saved.finalize_group_grads(wgrad)
                 assert wgrad is None or wgrad.shape == saved.shape
             elif ctx.fuses:
-                saved.main_grad += wgrad
-                wgrad = None
+                ctx.main_grad().add_(wgrad)
+                origin = ctx.origin()
+                told = hasattr(origin, "grad_added_to_main_grad")
+                wgrad = torch.full_like(saved, torch.nan) if told else None  # a stand-in
         return dgrad, wgrad, grad.flatten(0, -2).sum(0) if ctx.bias else None, None
 
 

@@ -246,6 +246,19 @@ def start_exchanges(
     return [UnderWay(result, work) for result in results]
 
 
+def start_scatter_sums(
+    xs: Sequence[torch.Tensor], group: dist.ProcessGroup, *, early: bool
+) -> Sequence[UnderWay]:
+    """:func:`start_scatter_sum` of each, as :func:`start_gathers`."""
+    if not _is_one_kernel(xs, group, early):
+        return [start_scatter_sum(x, group, early=early) for x in xs]
+    results = [x.new_empty(x.size(0) // group.size(), *x.shape[1:]) for x in xs]
+    with _coalescing_manager(group=group, async_ops=True) as work:
+        for x, result in zip(xs, results, strict=True):
+            dist.reduce_scatter_tensor(result, contiguous(x), group=group)
+    return [UnderWay(result, work) for result in results]
+
+
 def _is_one_kernel(xs: Sequence[torch.Tensor], group: dist.ProcessGroup, early: bool) -> bool:
     return early and len(xs) > 1 and group.size() > 1 and xs[0].device.type == "cuda"
 

@@ -153,7 +153,7 @@ class _HelixLinear(torch.nn.Module):
             bias=following and following.gathered_bias,
             beyond=beyond and (beyond.forms.step if kept else beyond.forms.forward),
             backward=preceding and (preceding.forms.step if kept else preceding.forms.backward),
-            behind=behind and behind.forms.backward,
+            behind=behind and (behind.forms.step if kept else behind.forms.backward),
             sums_later=self.neighbours.sums_later,
         )
 
@@ -164,7 +164,7 @@ class _HelixLinear(torch.nn.Module):
         def lend() -> tuple[torch.Tensor, torch.Tensor | None]:
             ahead = self._ahead()
             if self._keeps_step():
-                whole = self.forms.step.trained()
+                whole = self.forms.step.trained(ahead.behind)
                 ahead.begin_forward()
                 return whole, bias()
             self.forms.keeps = self.plan.keeps_weights and self.training

@@ -46,7 +46,7 @@ class WeightForms:
         rows = replace(shards, as_they_lie=True)
         self.turned = GatheredWeight(shard, shards, dim, home)
         self.lying = GatheredWeight(shard, rows, dim, home) if shards.axis else self.turned
-        self.step = StepWeight(shard, rows if engine else shards, dim)
+        self.step = StepWeight(shard, rows if engine else shards, dim, home)
         self.keeps = False
         self.forward = self.backward = None if engine else self.turned
         self._float8 = Float8Shard(shard, dim, columns=shards.axis == 1)

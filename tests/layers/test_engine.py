@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron_helix.exchange import shards
 from megatron_helix.exchange.plan import Plan
 from megatron_helix.exchange.shards import GatheredWeight
+from megatron_helix.exchange.step_weight import StepWeight
 from megatron_helix.layers import linear
 from megatron_helix.layers.lookahead import Neighbours
 from megatron_helix.partition.layout import HelixLayout
@@ -76,7 +77,7 @@ class Chain:
                 **known,
             )
 
-    def step(self, plan: Plan) -> Tensors:
+    def step(self, plan: Plan, micro_batches: int = MICRO_BATCHES) -> Tensors:
         """Outputs and gradients of a step."""
         found: Tensors = {}
         for each in self.linears.values():
@@ -85,7 +86,7 @@ class Chain:
                 parameter.grad = None
                 if hasattr(parameter, "main_grad"):
                     parameter.main_grad.zero_()
-        for turn in range(MICRO_BATCHES):
+        for turn in range(micro_batches):
             ys, grads = [], []
             for place, (name, each) in enumerate(self.linears.items()):
                 x = self._input(name, 10 * turn + place)
@@ -239,6 +240,47 @@ def test_the_next_weight_is_on_its_way_and_gradients_are_sent_and_added_by_the_n
             *("add fc2", "use proj", "send fc1", "gather qkv", "add fc1"),
             *("use qkv", "send proj", "add proj", "add qkv", "send qkv"),
         ]
+
+
+def returns() -> tuple[list[list[str]], list[float]]:
+    """When steps send sums home, where that begins early, and how far their gradients are off."""
+    early, shards.runs_beside_compute = shards.runs_beside_compute, lambda _: True
+    log: list[str] = []
+    original = {name: getattr(StepWeight, name) for name in ("_return", "finish")}
+
+    def noted(name: str) -> Any:
+        def call(weight: StepWeight) -> None:
+            log.append(name)
+            original[name](weight)
+
+        return call
+
+    try:
+        for name in original:
+            setattr(StepWeight, name, noted(name))
+        chain = Chain(2, 1, engine_class, torch.float64)
+        oracle = Chain(2, 1, oracle_class, torch.float64)
+        chain.link(sums_later=True)
+        oracle.link()
+        logs, distances = [], []
+        for micro_batches in (2, 2, 3, 1):
+            log.clear()
+            found = chain.step(STEP, micro_batches)
+            logs.append([*log])
+            distances.append(_farthest(found, oracle.step(PLAIN, micro_batches)))
+        return logs, distances
+    finally:
+        shards.runs_beside_compute = early
+        for name, method in original.items():
+            setattr(StepWeight, name, method)
+
+
+def test_sums_of_a_step_go_home_with_its_last_gradient() -> None:
+    late, early = ["finish", "_return"] * 4, ["_return"] * 4 + ["finish"] * 4
+    for logs, distances in run_distributed(returns, 2):
+        # As many as in the step before; more are a sum of their own, fewer go when all is through.
+        assert logs == [late, early, ["_return"] * 4 + late, late]
+        assert max(distances) < 1e-13
 
 
 def sent(m: int, n: int, plan: Plan) -> dict[tuple[str, str], int]:
