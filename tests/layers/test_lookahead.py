@@ -60,7 +60,8 @@ def test_an_early_gather_is_the_next_one_and_moves_nothing_more(
                 file.write(f"{word}\n")
 
     def whole(weight: GatheredWeight) -> object:
-        note(weight, "early" if weight._coming else "late")
+        if weight._kept is None:
+            note(weight, "early" if weight._coming else "late")
         return original(weight)
 
     def begun(weight: GatheredWeight) -> object:
