@@ -15,15 +15,15 @@ causal = Sight(left=None, right=0)
 cases = [
     (causal, 1.0, [(0, 20)], half),
     (causal, 3.0, [(4, 4), (12, 8)], single),
-    (Sight(left=5, right=0), 1.0, [(0, 20)], half),
-    (Sight(left=3, right=4), 2.0, [(0, 20)], single),
-    (Sight(left=None, right=None), 1.0, [(0, 20)], half),
+    (Sight(left=5, right=0), 1.0, [(8, 12)], half),
+    (Sight(left=3, right=4), 2.0, [(0, 8)], single),
+    (Sight(left=None, right=None), 1.0, [(0, 8)], half),
 ]
 for sight, coefficient, runs, dtype in cases:
     allowed = {"rtol": 0, "atol": 1e-6 if dtype == single else 2**-11}
     how = Scores(sight=sight, coefficient=coefficient)
     for piece in cut(runs, 20, sight, least=8):
-        scores = torch.randn(1, 2, piece.length, piece.keys).to(dtype)
+        scores = torch.randn(2, 1, piece.length, piece.keys).to(dtype)
         visible = _visible(piece, sight)
         expected, found, even = scores.clone(), scores.clone(), torch.zeros_like(scores)
         masked_softmax.softmax_(expected, piece, how, None, None)
