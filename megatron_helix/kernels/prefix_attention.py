@@ -94,6 +94,7 @@ class PrefixAttention(DotProductAttention):
             rate=self.attention_dropout.p if self.training else 0.0,
             keep=torch.is_grad_enabled() and scores <= query.numel() + key.numel() + value.numel(),
         )
+        value = _apart(value, query, key)
         given = piecewise.Given(query, key, value, self.softmax_offset, attention_mask)
         if work.rate and not self.config.sequence_parallel:
             with get_cuda_rng_tracker().fork():
@@ -109,3 +110,14 @@ class PrefixAttention(DotProductAttention):
             left, right = window
             return Sight(left=None if left < 0 else left, right=None if right < 0 else right)
         return masked_softmax.CAUSAL if mask_type in _CAUSAL else Sight(left=None, right=None)
+
+
+def _apart(value: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+    """A copy, where ``value`` alone would keep packed QKV in memory for the backward pass.
+
+    Of packed QKV it is a view; queries and keys are none once they are rotated.
+    """
+    storage = value.untyped_storage()
+    mine = all(x.untyped_storage().data_ptr() != storage.data_ptr() for x in others)
+    packed = mine and storage.nbytes() >= 2 * value.nbytes
+    return value.clone() if packed and torch.is_grad_enabled() else value

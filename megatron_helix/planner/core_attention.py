@@ -100,8 +100,7 @@ def _unfused(here: Deployment, flops: float, share: float) -> Core:
 
 
 def _in_pieces(here: Deployment, flops: float) -> Core:
-    """``prefix``: scores of one part of a piece at a time, and of probabilities that it computes
-    again their gradients beside them.
+    """``prefix``: one tensor of a part's scores at a time, two where they are computed again.
 
     Their probabilities are kept where that takes no more memory than queries, keys and values;
     else a backward pass makes them again: a product of seven instead of six, three passes over
@@ -127,16 +126,11 @@ def _in_pieces(here: Deployment, flops: float) -> Core:
         max(1, round(sequences)), max(1, round(heads)), max(1, round(groups)), model.kv_channels
     )
     at_once = parts.largest(parts.divide(pieces, shape), shape) * here.element_bytes
-    # Values are a view of packed QKV, which they keep beside rotated queries and keys; not so where
-    # keys and values are gathered.
-    channels = (model.num_attention_heads + model.query_groups) * model.kv_channels
-    views = train and model.rotary_dim and here.plan.split != "sequence"
-    pinned = here.tokens * channels / here.tp if views else 0.0
     return Core(
         flops=flops * share * (7 / 6 if again else 1),
         keys_read=sum(piece.keys for piece in pieces) / keys,
         score_bytes=4 * scores * share * (15 / 12 if again else 1),
-        kept_bytes=pinned * here.element_bytes + (scores * share if keep else 0.0),
+        kept_bytes=scores * share if keep else 0.0,
         passing_bytes=at_once * (2 if again else 1),
     )
 

@@ -85,3 +85,18 @@ def test_memory_is_that_of_the_gradients_what_is_kept_and_one_part(channels: int
     expected = 4 * query.numel() + (kept + core.scores if keeps else 2 * core.scores)
     masks = 16 * 16 * (2 * 8 + 3)  # of positions, on the diagonal
     assert 8 * expected <= counted.peak <= 8 * expected + masks
+
+
+@pytest.mark.parametrize("rotated", [True, False])
+def test_packed_queries_keys_and_values_are_kept_where_all_of_them_are_views(rotated: bool) -> None:
+    core = build(PrefixAttention, AttnMaskType.causal)
+    packed = torch.randn(8, B, H, 3 * D, dtype=torch.float64, requires_grad=True)
+    query, key, value = (packed * 1).split(D, dim=-1)
+    if rotated:
+        query, key = query * 1, key * 1
+    kept: set[int] = set()
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: kept.add(x.untyped_storage().nbytes()) or x, lambda x: x
+    ):
+        core(query, key, value, None)
+    assert (packed.nbytes in kept) != rotated
