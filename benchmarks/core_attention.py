@@ -8,7 +8,8 @@ A shape is BATCH x HEADS[/QUERY GROUPS] x LENGTH x HEAD DIMENSION, causal. The a
 * ``spec``: TransformerEngine's module, if it is installed, on the backend of ``--te-backend``, and
   with slices of the queries on slices of the keys, 2 and 4 of them;
 * ``Megatron``: its own ``DotProductAttention``;
-* ``prefix``: the module as it is, and with the queries in 1, 2, 4 and 8 pieces;
+* ``prefix``: the module as it is, with all heads of a piece at once, and with the queries in 1, 2,
+  4 and 8 pieces;
 * ``split``, ``flex``, ``ffpa``: as ``--helix-core-attention`` has them, where they can run, and
   ffpa-attn's kernels in Triton;
 * ``SDPA`` and ``torch``: torch's fused call, and the formula.
@@ -126,6 +127,7 @@ def _arms(shape: Any, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], At
     yield "Megatron", module(DotProductAttention)
     prefix = CORE_ATTENTIONS["prefix"]
     yield "prefix", module(prefix)
+    yield "prefix undivided", module(prefix, scores=2**62)
     for pieces in (1, 2, 4, 8):
         yield f"prefix {pieces}", module(prefix, least=-(-shape.length // pieces), most=pieces)
     for name in able(shape.channels, on_cpu=cpu_device.is_enabled()):
