@@ -5,10 +5,13 @@
 
 A shape is BATCH x HEADS[/QUERY GROUPS] x LENGTH x HEAD DIMENSION, causal. The arms, one by one:
 
-* ``spec``: TransformerEngine's module, if it is installed, on the backend of ``--te-backend``;
+* ``spec``: TransformerEngine's module, if it is installed, on the backend of ``--te-backend``, and
+  with slices of the queries on slices of the keys, 2 and 4 of them;
 * ``Megatron``: its own ``DotProductAttention``;
-* ``prefix``: the module as it is, and with the queries in 1, 2, 4 and 8 pieces;
-* ``flex``, ``ffpa``: as ``--helix-core-attention`` has them, where they can run;
+* ``prefix``: the module as it is, with all heads of a piece at once, and with the queries in 1, 2,
+  4 and 8 pieces;
+* ``split``, ``flex``, ``ffpa``: as ``--helix-core-attention`` has them, where they can run, and
+  ffpa-attn's kernels in Triton;
 * ``SDPA`` and ``torch``: torch's fused call, and the formula.
 
 Errors are those of output and of the gradients of query, key and value, relative to the same inputs
@@ -20,6 +23,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -81,12 +85,13 @@ def main(
                 if device == "cuda":
                     torch.cuda.empty_cache()
             console.print(table)
+            if out:  # after every shape: a limit of time may end it
+                card = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+                result = {"device": card, "torch": torch.__version__, "te_backend": te_backend}
+                result |= {"source": "measured", "rows": rows}
+                out.parent.mkdir(parents=True, exist_ok=True)
+                out.write_text(json.dumps(result, indent=1) + "\n")
     dist.destroy_process_group()
-    if out:
-        card = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-        result = {"device": card, "torch": torch.__version__, "te_backend": te_backend}
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps({**result, "source": "measured", "rows": rows}, indent=1) + "\n")
 
 
 def _shape(words: str) -> Any:
@@ -117,16 +122,50 @@ def _arms(shape: Any, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], At
     spec = core_timing.spec_core()
     if spec is not DotProductAttention:
         yield "spec", module(spec)
+        for pieces in (2, 4):
+            yield f"spec {pieces}", partial(_sliced, spec, shape, dtype, pieces)
     yield "Megatron", module(DotProductAttention)
     prefix = CORE_ATTENTIONS["prefix"]
     yield "prefix", module(prefix)
+    yield "prefix undivided", module(prefix, scores=2**62)
     for pieces in (1, 2, 4, 8):
-        yield f"prefix, {pieces}", module(prefix, least=-(-shape.length // pieces), most=pieces)
+        yield f"prefix {pieces}", module(prefix, least=-(-shape.length // pieces), most=pieces)
     for name in able(shape.channels, on_cpu=cpu_device.is_enabled()):
         if name != "prefix":
             yield name, module(CORE_ATTENTIONS[name])
+        if name == "ffpa":
+            yield "ffpa Triton", lambda: _ffpa_triton
     yield "SDPA", lambda: _sdpa
     yield "torch", lambda: _formula
+
+
+def _sliced(kind: Any, shape: Any, dtype: torch.dtype, pieces: int) -> Attend:
+    """Queries in slices, each on a slice of the keys, as autograd sees them."""
+    from megatron.core.transformer.enums import AttnMaskType
+
+    from megatron_helix.planner import core_timing
+
+    core, size = core_timing.build(kind, shape, dtype), -(-shape.length // pieces)
+    aligned = {"attn_mask_type": AttnMaskType.causal_bottom_right}
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        ends = range(size, query.size(0) + size, size)
+        return torch.cat(
+            [core(query[end - size : end], key[:end], value[:end], None, **aligned) for end in ends]
+        )
+
+    return attend
+
+
+def _ffpa_triton(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    from ffpa_attn import ffpa_attn_func  # type: ignore[import-not-found]
+
+    grouped = query.size(2) != key.size(2)
+    query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+    context = ffpa_attn_func(
+        query, key, value, is_causal=True, enable_gqa=grouped, backend="triton"
+    )
+    return context.permute(2, 0, 1, 3).flatten(2)
 
 
 def _sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

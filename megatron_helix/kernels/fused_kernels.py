@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-MOST_CHANNELS = 256
 _CUDNN_CHANNELS = 128
 _aten = torch.ops.aten
 

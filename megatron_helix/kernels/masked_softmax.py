@@ -1,11 +1,10 @@
 """Softmax of the scores of one piece of queries, and its gradient, without a mask in memory.
 
 Only the keys at the edge of what a piece sees are masked, by a comparison of positions: of a causal
-piece those of its own queries. Where TransformerEngine is installed, its fused kernel for a causal
-mask that is aligned to the last key does it all at once.
+piece those of its own queries. On a GPU one kernel does it all
+(:mod:`megatron_helix.kernels.softmax_kernels`), unless there is a mask or a softmax offset.
 """
 
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -36,14 +35,14 @@ def columns(keys: int, offset: torch.Tensor | None) -> int:
     return keys if offset is None else keys + ALIGNED
 
 
-def softmax(
+def softmax_(
     scores: torch.Tensor,
     piece: Piece,
     how: Scores,
     mask: torch.Tensor | None,
     offset: torch.Tensor | None,
-) -> torch.Tensor:
-    """Probabilities of one piece's scores, in their dtype; overwrites the scores.
+) -> None:
+    """Make one piece's scores probabilities, in their own memory.
 
     Args:
         scores: ``[b, H, length, columns]``, contiguous.
@@ -52,8 +51,9 @@ def softmax(
         mask: ``[b or 1, 1, length, keys]``, true where hidden beside what ``how`` hides.
         offset: ``[H]``, one more term of the denominator.
     """
-    if mask is None and offset is None and _is_fused(scores, piece, how.sight):
-        return _kernels().scaled_aligned_causal_masked_softmax_forward(scores, how.coefficient)
+    if mask is None and offset is None and _has_kernel(scores):
+        _kernels().forward(scores, how.coefficient, *_visible(piece, how.sight))
+        return
     wide = scores
     if how.coefficient != 1.0:
         wide = scores.to(torch.promote_types(scores.dtype, torch.float32)) * how.coefficient
@@ -63,25 +63,28 @@ def softmax(
     if mask is not None:
         wide[..., : piece.keys].masked_fill_(mask, HIDDEN)
     _hide(wide, piece, how.sight)
-    return torch.softmax(wide, dim=-1).to(scores.dtype)
+    # A row's sum is complete before an element of it is written, on CPUs and GPUs.
+    torch.softmax(wide, dim=-1, out=wide)
+    if wide is not scores:
+        scores.copy_(wide)
 
 
-def softmax_backward(
+def softmax_backward_(
     grad: torch.Tensor, probabilities: torch.Tensor, piece: Piece, how: Scores, *, plain: bool
-) -> torch.Tensor:
-    """Gradient of ``coefficient * scores``, in the place of ``grad``.
+) -> None:
+    """Make the gradient of the probabilities that of ``coefficient * scores``, in its own memory.
 
     Args:
         grad: of the probabilities.
-        probabilities: of :func:`softmax`.
+        probabilities: of :func:`softmax_`.
         piece: their queries and keys.
         how: what else there is to know.
         plain: whether there was neither mask nor offset.
     """
-    if plain and _is_fused(probabilities, piece, how.sight):
-        return _kernels().scaled_aligned_causal_masked_softmax_backward(grad, probabilities, 1.0)
-    # A row's sum is complete before an element of it is written, on CPUs and GPUs.
-    return torch.ops.aten._softmax_backward_data.out(
+    if plain and _has_kernel(probabilities):
+        _kernels().backward(grad, probabilities, *_visible(piece, how.sight))
+        return
+    torch.ops.aten._softmax_backward_data.out(
         grad, probabilities, -1, probabilities.dtype, grad_input=grad
     )
 
@@ -98,30 +101,19 @@ def _hide(scores: torch.Tensor, piece: Piece, sight: Sight) -> None:
         scores[..., first - piece.start : last - piece.start].masked_fill_(hidden, -torch.inf)
 
 
-def _is_fused(scores: torch.Tensor, piece: Piece, sight: Sight) -> bool:
-    """Whether TransformerEngine has a kernel for it; it ran on H200 with TransformerEngine 2.20.
-
-    Its conditions (2.x, ``FusedScaleMaskSoftmax.is_kernel_available``): half precision, rows of
-    more than 16 and less than 16384 keys, a multiple of 8, and batches and queries by the block.
-    """
-    return (
-        scores.is_cuda
-        and scores.dtype in (torch.float16, torch.bfloat16)
-        and sight == CAUSAL
-        and piece.end == piece.position + piece.length
-        and 16 < piece.keys < 16384
-        and piece.keys % 8 == 0
-        and piece.length % 8 == 0
-        and scores.size(0) * scores.size(1) % 4 == 0
-        and _kernels() is not None
-    )
+def _has_kernel(scores: torch.Tensor) -> bool:
+    on_gpu = scores.device.type == "cuda"
+    return on_gpu and scores.dtype != torch.float64 and scores.size(-1) <= _kernels().LONGEST
 
 
-@cache
 def _kernels() -> Any:
-    """TransformerEngine's extension; None where it, or this kernel of it, is not installed."""
-    try:
-        import transformer_engine_torch as extension  # type: ignore[import-not-found]
-    except ImportError:
-        return None
-    return extension if hasattr(extension, "scaled_aligned_causal_masked_softmax_forward") else None
+    from megatron_helix.kernels import softmax_kernels  # Triton, where there is a GPU
+
+    return softmax_kernels
+
+
+def _visible(piece: Piece, sight: Sight) -> tuple[int, int, int]:
+    """Column of the first query's own key, and how many a query sees before and behind its own."""
+    far = piece.position + piece.length + piece.keys
+    left, right = (far if side is None else side for side in sight)
+    return piece.position - piece.start, left, right

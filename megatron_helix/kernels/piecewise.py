@@ -9,7 +9,9 @@ For piece p of a head, with the keys ``0..E_p`` that it sees::
 The sums over pieces are accumulated in place by the GEMMs, in the gradient's own dtype: a key that
 c pieces see has its gradient rounded c times, 8 at most.
 
-It was run on the CPU only, not on a GPU yet.
+S_p and P_p are one tensor, dP_p and dS_p another one, and both are there for some heads at a time
+(:mod:`megatron_helix.kernels.parts`). In the backward pass beside the gradients and what was saved
+there is so much: two such tensors, or one where probabilities are kept.
 """
 
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_helix.kernels import masked_softmax
 from megatron_helix.kernels.masked_softmax import Scores
+from megatron_helix.kernels.parts import Part
 from megatron_helix.kernels.query_pieces import Piece
 
 
@@ -28,14 +31,14 @@ class Work:
     """What one call computes.
 
     Attributes:
-        pieces: of the queries, in order.
+        parts: in the order to compute them, by pieces.
         scores: how their softmax is made.
         scale: of the product of queries and keys, in it.
         rate: of dropout.
         keep: probabilities for the backward pass; else they are computed again.
     """
 
-    pieces: list[Piece]
+    parts: list[Part]
     scores: Scores
     scale: float
     rate: float
@@ -59,6 +62,19 @@ class Given(NamedTuple):
     offset: torch.Tensor | None
     mask: torch.Tensor | None
 
+    def of(self, part: Part) -> "Given":
+        """Views of what one part has of it."""
+        whole = (slice(None), part.sequences, part.groups)
+        heads = _heads(part, self.query.size(2) // self.key.size(2))
+        masks = self.mask is not None and self.mask.size(0) > 1
+        return Given(
+            self.query[:, part.sequences, heads],
+            self.key[whole],
+            self.value[whole],
+            None if self.offset is None else self.offset[heads],
+            self.mask[part.sequences] if self.mask is not None and masks else self.mask,
+        )
+
 
 def attend(work: Work, given: Given) -> torch.Tensor:
     """``[sq, b, H, d]``, with gradients of all but the mask."""
@@ -68,24 +84,17 @@ def attend(work: Work, given: Given) -> torch.Tensor:
 class _Attention(torch.autograd.Function):
     """Forward: the tensors of :class:`Given` ``-> [sq, b, H, d]``, as above.
 
-    Backward: gradients of query, key, value and offset. Saves what goes in; of every piece what
+    Backward: gradients of query, key, value and offset. Saves what goes in; of every part what
     dropout kept (one byte a score) and, with ``keep``, the probabilities.
     """
 
     @staticmethod
     def forward(ctx: Any, work: Work, *tensors: torch.Tensor | None) -> torch.Tensor:
         given = Given(*tensors)  # type: ignore[arg-type]  # the first three are there
-        query, value, groups = given.query, given.value, given.key.size(2)
-        context = query.new_empty(*query.shape[:3], value.size(3))
+        context = given.query.new_empty(*given.query.shape[:3], given.value.size(3))
         saved: list[torch.Tensor | None] = []
-        for piece in work.pieces:
-            probabilities = _probabilities(given, piece, work)
-            weights, kept = probabilities[..., : piece.keys], None
-            if work.rate:
-                weights, kept = torch.native_dropout(weights, work.rate, True)
-            weights = _grouped(weights, groups)
-            _multiply_into(context[piece.rows], weights, _keys(value, piece), scale=1.0)
-            saved += [probabilities if work.keep else None, kept]
+        for part in work.parts:
+            saved += _part_forward(_of_queries(context, part, given), given.of(part), part, work)
         ctx.work = work
         ctx.save_for_backward(*given, *saved)
         return context
@@ -103,32 +112,42 @@ class _Attention(torch.autograd.Function):
             else torch.zeros_like(offset, dtype=torch.promote_types(offset.dtype, torch.float32)),
             mask=None,
         )
-        for number in reversed(range(len(work.pieces))):
-            _piece_backward(
-                made, grad, given, *saved[2 * number : 2 * number + 2], number=number, work=work
-            )
+        for number, part in enumerate(work.parts):
+            incoming = _of_queries(grad, part, given)
+            kept = saved[2 * number : 2 * number + 2]
+            _part_backward(made.of(part), incoming, given.of(part), *kept, part=part, work=work)
         if offset is not None and made.offset is not None:
             made = made._replace(offset=made.offset.to(offset.dtype))
         return None, *made
 
 
-def _piece_backward(
+def _part_forward(
+    context: torch.Tensor, given: Given, part: Part, work: Work
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Write ``context``; the probabilities and what dropout kept, if they are saved."""
+    piece, groups = part.piece, given.key.size(2)
+    probabilities = _probabilities(given, piece, work)
+    weights, kept = probabilities[..., : piece.keys], None
+    if work.rate:
+        weights, kept = torch.native_dropout(weights, work.rate, True)
+    weights = _grouped(weights, groups)
+    _multiply_into(context[piece.rows], weights, _keys(given.value, piece), scale=1.0)
+    return probabilities if work.keep else None, kept
+
+
+def _part_backward(
     made: Given,
     grad: torch.Tensor,
     given: Given,
     probabilities: torch.Tensor | None,
     kept: torch.Tensor | None,
     *,
-    number: int,
+    part: Part,
     work: Work,
 ) -> None:
-    """Add one piece's part to the gradients ``made``; the last piece, which comes first, writes.
-
-    Two tensors of the size of its scores are there at a time: probabilities, and their gradient in
-    whose place that of the scores comes to be.
-    """
-    piece, groups = work.pieces[number], given.key.size(2)
-    first, scale = number + 1 == len(work.pieces), work.scale * work.scores.coefficient
+    """Add one part's share to the gradients ``made``; the piece that comes first writes them."""
+    piece, groups = part.piece, given.key.size(2)
+    first, scale = piece == work.parts[0].piece, work.scale * work.scores.coefficient
     if probabilities is None:
         probabilities = _probabilities(given, piece, work)
     incoming = _rows(grad, piece, groups)
@@ -141,14 +160,11 @@ def _piece_backward(
         of_weights.copy_(_dropped(of_weights, kept, work.rate))
     _accumulate(made.value, piece, _grouped(weights, groups), incoming, first=first)
     plain = given.mask is None and given.offset is None
-    of_scores = masked_softmax.softmax_backward(
-        of_scores, probabilities, piece, work.scores, plain=plain
-    )
+    masked_softmax.softmax_backward_(of_scores, probabilities, piece, work.scores, plain=plain)
     if made.offset is not None:
         made.offset.add_(of_scores[..., piece.keys].sum(dim=(0, 2), dtype=made.offset.dtype))
-    of_weights = of_scores[..., : piece.keys]
     if given.mask is not None:
-        of_weights.masked_fill_(_part(given.mask, piece), 0)
+        of_weights.masked_fill_(_mask(given.mask, piece), 0)
     of_weights = _grouped(of_weights, groups)
     queries = _rows(given.query, piece, groups)
     _accumulate(made.key, piece, of_weights, queries, first=first, scale=scale)
@@ -166,8 +182,9 @@ def _probabilities(given: Given, piece: Piece, work: Work) -> torch.Tensor:
         _keys(given.key, piece).transpose(1, 2),
         scale=work.scale,
     )
-    part = None if given.mask is None else _part(given.mask, piece)
-    return masked_softmax.softmax(scores, piece, work.scores, part, given.offset)
+    mask = None if given.mask is None else _mask(given.mask, piece)
+    masked_softmax.softmax_(scores, piece, work.scores, mask, given.offset)
+    return scores
 
 
 def _dropped(x: torch.Tensor, kept: torch.Tensor, rate: float) -> torch.Tensor:
@@ -175,7 +192,17 @@ def _dropped(x: torch.Tensor, kept: torch.Tensor, rate: float) -> torch.Tensor:
     return torch.ops.aten.native_dropout_backward(x, kept, 1 / (1 - rate))
 
 
-def _part(mask: torch.Tensor, piece: Piece) -> torch.Tensor:
+def _heads(part: Part, shared: int) -> slice:
+    """Of a part, where ``shared`` of them share a key."""
+    return slice(part.groups.start * shared, part.groups.stop * shared)
+
+
+def _of_queries(x: torch.Tensor, part: Part, given: Given) -> torch.Tensor:
+    """What a part has of ``[sq, b, H, d]``, a view."""
+    return x[:, part.sequences, _heads(part, given.query.size(2) // given.key.size(2))]
+
+
+def _mask(mask: torch.Tensor, piece: Piece) -> torch.Tensor:
     """One piece's of ``[b or 1, 1, sq, sk]``."""
     return mask[..., piece.rows, piece.start : piece.end]
 
@@ -185,9 +212,9 @@ def _rows(x: torch.Tensor, piece: Piece, groups: int) -> torch.Tensor:
 
     The heads of a group lie below each other: one product with its keys serves them all.
     """
-    part = x[piece.rows]
-    length, b, heads, channels = part.shape
-    grouped = part.view(length, b, groups, heads // groups, channels).permute(1, 2, 3, 0, 4)
+    rows = x[piece.rows]
+    length, b, heads, channels = rows.shape
+    grouped = rows.view(length, b, groups, heads // groups, channels).permute(1, 2, 3, 0, 4)
     return grouped.reshape(b * groups, -1, channels)
 
 
@@ -213,7 +240,7 @@ def _multiply_into(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, scale
     length, batch, heads, channels = out.shape
     groups = a.size(0) // batch
     if groups == heads:
-        _product(out.flatten(1, 2).transpose(0, 1), a, b, scale=scale)
+        _product(out.view(length, -1, channels).transpose(0, 1), a, b, scale=scale)
         return
     made = a.new_empty(a.size(0), a.size(1), channels)
     _product(made, a, b, scale=scale)
@@ -234,4 +261,6 @@ def _accumulate(
     if first:
         total[: piece.start] = 0
         total[piece.end :] = 0
-    _product(_keys(total, piece), a.transpose(1, 2), b, scale=scale, beta=0.0 if first else 1.0)
+    sums = total[piece.start : piece.end]
+    sums = sums.view(piece.keys, -1, sums.size(3)).transpose(0, 1)
+    _product(sums, a.transpose(1, 2), b, scale=scale, beta=0.0 if first else 1.0)

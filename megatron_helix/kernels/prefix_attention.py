@@ -3,8 +3,6 @@
 At a head dimension of 512 no fused kernel on Hopper is as fast as GEMMs up to some thousand tokens,
 but of what Megatron's and TransformerEngine's unfused paths compute half is above the diagonal and
 thrown away. Pieces leave most of that out (:mod:`megatron_helix.kernels.query_pieces`).
-
-It was run on the CPU only, not on a GPU yet.
 """
 
 from typing import Any
@@ -15,7 +13,7 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_helix.basics.errors import UserError
-from megatron_helix.kernels import masked_softmax, piecewise, query_pieces
+from megatron_helix.kernels import masked_softmax, parts, piecewise, query_pieces
 from megatron_helix.kernels.masked_softmax import Scores
 from megatron_helix.kernels.query_pieces import Sight
 
@@ -28,17 +26,20 @@ class PrefixAttention(DotProductAttention):
     Causal, bottom-right causal, full and given masks, sliding windows, grouped queries (keys and
     values are not repeated), softmax offsets and dropout; bf16, fp16, fp32 and fp64.
 
-    Scores are in memory for one piece at a time. The probabilities are kept for the backward pass
-    where they take no more memory than queries, keys and values do: up to some 1.6 times 3 d tokens
-    of causal attention with as many query groups as heads. Beyond, they are computed again, which
-    is a product of seven instead of six.
+    Scores are in memory for some heads of one piece at a time. The probabilities are kept for the
+    backward pass where they take no more memory than queries, keys and values do: up to some 1.6
+    times 3 d tokens of causal attention with as many query groups as heads. Beyond, they are
+    computed again, which is a product of seven instead of six.
 
     Attributes:
         least, most: how queries are cut (:func:`megatron_helix.kernels.query_pieces.cut`).
+        scores, filling: how heads are (:func:`megatron_helix.kernels.parts.divide`).
     """
 
     least = query_pieces.LEAST
     most = query_pieces.MOST
+    scores = parts.SCORES
+    filling = parts.FILLING
 
     def forward(
         self,
@@ -83,15 +84,17 @@ class PrefixAttention(DotProductAttention):
             least=self.least,
             most=self.most,
         )
-        scores = query.size(1) * query.size(2) * query_pieces.computed(pieces)
+        heads = parts.Heads(query.size(1), query.size(2), key.size(2), query.size(3))
+        scores = heads.sequences * heads.heads * query_pieces.computed(pieces)
         work = piecewise.Work(
-            pieces=pieces,
+            parts=parts.divide(pieces, heads, scores=self.scores, filling=self.filling),
             # Megatron divides by the layer's number in the product and multiplies after it.
             scores=Scores(sight=sight, coefficient=float(self.scale_mask_softmax.scale or 1)),
             scale=self.softmax_scale,
             rate=self.attention_dropout.p if self.training else 0.0,
             keep=torch.is_grad_enabled() and scores <= query.numel() + key.numel() + value.numel(),
         )
+        value = _apart(value, query, key)
         given = piecewise.Given(query, key, value, self.softmax_offset, attention_mask)
         if work.rate and not self.config.sequence_parallel:
             with get_cuda_rng_tracker().fork():
@@ -107,3 +110,14 @@ class PrefixAttention(DotProductAttention):
             left, right = window
             return Sight(left=None if left < 0 else left, right=None if right < 0 else right)
         return masked_softmax.CAUSAL if mask_type in _CAUSAL else Sight(left=None, right=None)
+
+
+def _apart(value: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+    """A copy, where ``value`` alone would keep packed QKV in memory for the backward pass.
+
+    Of packed QKV it is a view; queries and keys are none once they are rotated.
+    """
+    storage = value.untyped_storage()
+    mine = all(x.untyped_storage().data_ptr() != storage.data_ptr() for x in others)
+    packed = mine and storage.nbytes() >= 2 * value.nbytes
+    return value.clone() if packed and torch.is_grad_enabled() else value

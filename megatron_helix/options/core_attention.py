@@ -5,14 +5,13 @@ import importlib.util
 from typing import get_args
 
 from megatron_helix.basics.errors import UserError
-from megatron_helix.kernels import core_times
+from megatron_helix.kernels import core_times, head_sizes
 from megatron_helix.machine import hardware
 from megatron_helix.options.checks import require_one_of
 from megatron_helix.run_config.layout import CoreAttention
 
 CORE_ATTENTIONS = get_args(CoreAttention)
 OWN = CORE_ATTENTIONS[1:-1]  # that stand in for the layer spec's
-_FFPA_CHANNELS = range(320, 513)
 
 
 def require_core_attention(args: argparse.Namespace, on_cpu: bool) -> None:
@@ -126,8 +125,9 @@ def _require(core: str, args: argparse.Namespace, on_cpu: bool) -> None:
         )
     if core in ("split", "ffpa"):
         _require_plain(core, args)
-    if core == "split":
-        _require_split(args, on_cpu)
+        _require_channels(core, _channels(args))
+    if core == "split" and not on_cpu:
+        _require_half(core, args)
     if core == "ffpa":
         _require_ffpa(args, on_cpu)
 
@@ -146,18 +146,12 @@ def _require_plain(core: str, args: argparse.Namespace) -> None:
             )
 
 
-def _require_split(args: argparse.Namespace, on_cpu: bool) -> None:
-    """What torch's fused kernels have (:mod:`megatron_helix.kernels.fused_kernels`)."""
-    from megatron_helix.kernels.fused_kernels import MOST_CHANNELS  # slow: it imports torch
-
-    channels = _channels(args)
-    if channels > MOST_CHANNELS or channels % 8:
+def _require_channels(core: str, channels: int) -> None:
+    if channels and channels not in head_sizes.CHANNELS[core]:
         raise UserError(
-            f"--helix-core-attention: split has kernels for multiples of 8 up to {MOST_CHANNELS}"
-            f" channels a head, got {channels}; use --helix-core-attention prefix"
+            f"--helix-core-attention: {core} has kernels for {head_sizes.said(core)} channels a"
+            f" head, got {channels}; use --helix-core-attention auto"
         )
-    if not on_cpu:
-        _require_half("split", args)
 
 
 def _require_half(core: str, args: argparse.Namespace) -> None:
@@ -169,14 +163,7 @@ def _require_half(core: str, args: argparse.Namespace) -> None:
 
 
 def _require_ffpa(args: argparse.Namespace, on_cpu: bool) -> None:
-    """What the kernels of ffpa-attn 0.2.4 for Hopper have."""
-    channels = _channels(args)
-    if channels and channels not in _FFPA_CHANNELS:
-        raise UserError(
-            f"--helix-core-attention: ffpa has kernels for {_FFPA_CHANNELS.start} to"
-            f" {_FFPA_CHANNELS.stop - 1} channels a head, got {channels}; use"
-            " --helix-core-attention spec"
-        )
+    """Where the kernels of ffpa-attn 0.2.4 for Hopper can run."""
     if on_cpu:
         raise UserError(
             "--helix-core-attention: ffpa needs a GPU, got --helix-device cpu; leave one of the two"

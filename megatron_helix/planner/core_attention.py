@@ -8,8 +8,9 @@ arithmetic and their memory traffic add up.
 
 from dataclasses import dataclass
 
-from megatron_helix.kernels import query_pieces
-from megatron_helix.kernels.query_pieces import Piece, Sight
+from megatron_helix.kernels import parts, query_pieces
+from megatron_helix.kernels.parts import Heads
+from megatron_helix.kernels.query_pieces import Sight
 from megatron_helix.planner.deployment import Deployment
 
 FUSED = ("split", "flex", "ffpa")  # at head dimensions where the spec's core attention is not
@@ -99,7 +100,7 @@ def _unfused(here: Deployment, flops: float, share: float) -> Core:
 
 
 def _in_pieces(here: Deployment, flops: float) -> Core:
-    """``prefix``: scores of one piece at a time.
+    """``prefix``: one tensor of a part's scores at a time, two where they are computed again.
 
     Their probabilities are kept where that takes no more memory than queries, keys and values;
     else a backward pass makes them again: a product of seven instead of six, three passes over
@@ -119,21 +120,18 @@ def _in_pieces(here: Deployment, flops: float) -> Core:
     again = train and not keep
     scores = score_bytes(here)
 
-    def of_piece(piece: Piece) -> float:
-        return scores * piece.length * piece.keys / (rows * keys)
-
-    largest = max(map(of_piece, pieces))
-    # Values are a view of packed QKV, which they keep beside rotated queries and keys; not so where
-    # keys and values are gathered.
-    channels = (model.num_attention_heads + model.query_groups) * model.kv_channels
-    views = train and model.rotary_dim and here.plan.split != "sequence"
-    pinned = here.tokens * channels / here.tp if views else 0.0
+    # Sequences that the rank attends for, however many of them there are in the micro-batch.
+    sequences = here.tokens * here.cut.n / (here.tp * rows)
+    shape = Heads(
+        max(1, round(sequences)), max(1, round(heads)), max(1, round(groups)), model.kv_channels
+    )
+    at_once = parts.largest(parts.divide(pieces, shape), shape) * here.element_bytes
     return Core(
         flops=flops * share * (7 / 6 if again else 1),
         keys_read=sum(piece.keys for piece in pieces) / keys,
         score_bytes=4 * scores * share * (15 / 12 if again else 1),
-        kept_bytes=pinned * here.element_bytes + (scores * share if keep else 0.0),
-        passing_bytes=largest * (1 if keep else 2),
+        kept_bytes=scores * share if keep else 0.0,
+        passing_bytes=at_once * (2 if again else 1),
     )
 
 

@@ -129,7 +129,7 @@ def test_runs_that_follow_one_another_are_one() -> None:
         ({"attention_dropout": 0.1}, r"^--attention-dropout: split's kernels .* got 0\.1; use"),
         ({"window_size": (8, 0)}, r"^--window-size: split's kernels .* got \(8, 0\); use"),
         ({"softmax_type": "off-by-one"}, r"^--softmax-type: split's .* got off-by-one; use"),
-        ({"kv_channels": 320}, r"^--kv-channels: .* at most 256 channels, got 320; use"),
+        ({"kv_channels": 320}, r"^--kv-channels: .* of 8 up to 256 channels, got 320; use"),
     ],
 )
 def test_what_its_kernels_lack_is_refused(options: dict[str, Any], match: str) -> None:

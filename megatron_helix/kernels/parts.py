@@ -1,0 +1,85 @@
+"""Pieces of queries in parts of the heads: what is computed at once, so in memory at once.
+
+A part is some heads of some sequences, and all queries of its piece. It is as small as leaves a GPU
+full: its scores then stay in the cache from one kernel to the next, as far as they can.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from megatron_helix.kernels.query_pieces import Piece
+
+SCORES = 2**25  # that a part has at most: 64 MiB in half precision, near an H200's cache of 50 MB
+FILLING = 2**23  # elements of output that it has at least: 256 tiles of 128 x 256, two for each SM
+
+
+class Heads(NamedTuple):
+    """Of what there is to compute: b, H, K and d."""
+
+    sequences: int
+    heads: int
+    groups: int
+    channels: int
+
+
+class Part(NamedTuple):
+    """What is computed at once.
+
+    Attributes:
+        piece: of the queries.
+        sequences: of the batch.
+        groups: of the query groups; all, where there is more than one sequence.
+    """
+
+    piece: Piece
+    sequences: slice
+    groups: slice
+
+
+def divide(
+    pieces: Sequence[Piece], heads: Heads, *, scores: int = SCORES, filling: int = FILLING
+) -> list[Part]:
+    """The parts of all pieces, in the order to compute them.
+
+    Causal pieces grow, so the last one comes first: memory that it leaves has room for the others.
+
+    Args:
+        pieces: of the queries, in order.
+        heads: what each of them has.
+        scores: that a part has at most.
+        filling: elements of output that it has at least, which comes first.
+    """
+    return [
+        part
+        for piece in reversed(pieces)
+        for part in _of_piece(piece, heads, scores=scores, filling=filling)
+    ]
+
+
+def largest(parts: Sequence[Part], heads: Heads) -> int:
+    """Scores of the largest part."""
+    shared = heads.heads // heads.groups
+    return max(
+        part.piece.length * part.piece.keys * shared * _count(part.sequences) * _count(part.groups)
+        for part in parts
+    )
+
+
+def _of_piece(piece: Piece, heads: Heads, *, scores: int, filling: int) -> Iterator[Part]:
+    rows = heads.sequences * heads.heads * piece.length
+    wanted = -(-rows * piece.keys // scores)
+    most = rows * heads.channels // filling
+    # Matrices, of one query group of one sequence each.
+    together = -(-heads.sequences * heads.groups // max(1, min(wanted, most)))
+    sequences, groups = max(1, together // heads.groups), min(together, heads.groups)
+    for sequence in range(0, heads.sequences, sequences):
+        for group in range(0, heads.groups, groups):
+            yield Part(
+                piece,
+                slice(sequence, min(sequence + sequences, heads.sequences)),
+                slice(group, min(group + groups, heads.groups)),
+            )
+
+
+def _count(part: slice) -> int:
+    return part.stop - part.start
