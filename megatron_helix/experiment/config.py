@@ -228,11 +228,13 @@ class ExperimentConfig(Config):
                 f" {', '.join(there)}; rename one"
             )
         for layout in shared:
-            changed = {"micro_batch": layout.micro_batch, "gather": layout.gather}
+            # What goes by the size of model and batch may be another one.
+            free = ("micro_batch", "gather", "core_attention")
+            changed = {key: getattr(layout, key) for key in free}
             if there[layout.name].model_copy(update=changed) != layout:
                 raise UserError(
                     f"outlook.experiment: {layout.name} must be the same layout there, but for"
-                    f" micro_batch and gather, and {other.name} has another one; rename it"
+                    f" {', '.join(free)}, and {other.name} has another one; rename it"
                 )
 
     def _require_hardware(self) -> None:

@@ -53,18 +53,19 @@ def _on_h200(
     )
 
 
-# ffpa in a call of its own on the same kind of card; spec took 7.6 and 22.2 ms there.
+# ffpa in a call of its own on the same kind of card; spec took 7.6 and 22.2 ms there. prefix at
+# 2048 with parts of half the size.
 MEASURED = (
-    _on_h200("spec", 2048, 128, 3.66, 7.56, 3.76),
-    _on_h200("prefix", 2048, 128, 1.79, 5.16, 2.28),
+    _on_h200("spec", 2048, 128, 3.46, 7.49, 3.76),
+    _on_h200("prefix", 2048, 128, 2.05, 5.96, 1.81),
     _on_h200("ffpa", 2048, 128, 2.8, 11.1, 2.4),
-    _on_h200("spec", 4096, 32, 4.02, 7.93, 3.49),
-    _on_h200("prefix", 4096, 32, 2.30, 7.30, 0.94),
-    _on_h200("spec", 8192, 16, 10.79, 22.43, 6.71),
-    _on_h200("prefix", 8192, 16, 4.92, 17.13, 1.34),
+    _on_h200("spec", 4096, 32, 4.07, 8.17, 3.49),
+    _on_h200("prefix", 4096, 32, 1.95, 8.84, 0.81),
+    _on_h200("spec", 8192, 16, 10.75, 22.36, 6.71),
+    _on_h200("prefix", 8192, 16, 3.00, 10.59, 1.07),
     _on_h200("ffpa", 8192, 16, 2.9, 15.7, 1.2),
-    _on_h200("spec", 16384, 16, 58.7, 148.2, 69.8),
-    _on_h200("prefix", 16384, 16, 23.05, 80.2, 4.29),
+    _on_h200("spec", 16384, 16, 58.7, 148.2, 69.5),
+    _on_h200("prefix", 16384, 16, 12.24, 41.0, 2.15),
 )
 
 

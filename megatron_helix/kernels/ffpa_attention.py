@@ -4,7 +4,7 @@ ffpa-attn (https://github.com/xlite-dev/ffpa-attn, 0.2.4) is imported when the c
 from the pip extra ``ffpa``. Its kernels are compiled at the first step. Forward and backward keep
 the scores on the chip, at any length.
 
-It was not run on a GPU yet: on a CPU there is nothing to run.
+Its kernels ran on one H200, alone; this module was not run: on a CPU there is nothing to run.
 """
 
 from functools import cache

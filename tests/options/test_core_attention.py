@@ -175,11 +175,16 @@ def test_packed_documents_are_refused(machine: Machine, core: str, packs: str) -
 def test_auto_says_what_it_takes_and_why(machine: Machine) -> None:
     machine()
     args = read("--helix-core-attention", "auto")
-    core, said = chosen(args, on_cpu=False, training=True)
-    assert core == fastest(MEASURED, ["ffpa"], channels=512, length=8192, training=True)[0]
-    assert said.startswith(f"helix core attention {core}, of spec, prefix, flex, ffpa: measured at")
+    taken = {}
+    for training in (False, True):
+        core, said = chosen(args, on_cpu=False, training=training)
+        size = {"channels": 512, "length": 8192, "training": training}
+        assert core == fastest(MEASURED, ["prefix", "ffpa"], **size)[0]
+        assert said.startswith(f"helix core attention {core}, of spec, prefix, flex, ffpa: ")
+        taken[training] = core
+    assert taken == {False: "ffpa", True: "prefix"}
     machine(ffpa=False)
-    assert chosen(args, on_cpu=False, training=True)[0] != "ffpa"
+    assert chosen(args, on_cpu=False, training=False)[0] == "prefix"
     args.sft = True
     assert chosen(args, on_cpu=False, training=True)[0] == "spec"
     assert chosen(args, on_cpu=True, training=True)[0] == "spec"
