@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from megatron_helix import conversations
 from tests.covering import THOROUGH, covering
 from tests.distributed import Curve, measured, pretrain, tiny_gpt
 from tests.packed_case import LENGTHS, dataset
 from tests.test_parity import FULL_RECOMPUTE, PP2, assert_same_training, recompute
 
+CONVERSATIONS = ("--sft", "--sequence-parallel")
 PACKED = ("--dataloader-inter-document-masking", "--sequence-parallel", "--eod-mask-loss")
 # Of one query group the head axis takes one head group: 4 x 1 has multi-query attention.
 MODELS = {
@@ -34,11 +36,24 @@ MODELS = {
     "mtp": ("--mtp-num-layers", "1"),
     "sinks": ("--softmax-type", "off-by-one", "--rotary-percent", "0.5"),
 }
-# One document longer than a row, so that no end falls into most of them.
+# One document longer than a row, so that no end falls into most of them. Of padding, conversations.
 OF_DATASET = {**LENGTHS, "one document": [640]}
 ROW_BY_ROW = ("--micro-batch-size", "1", "--global-batch-size", "2")
 
 Train = Callable[..., Curve]
+
+
+def padded(prefix: Path) -> Path:
+    """A dataset of rows that end in padding, behind two conversations or one."""
+    talks = [
+        [
+            {"role": "system", "content": ""},
+            {"role": "assistant", "content": f"{number}"[: 1 + number % 5]},
+        ]
+        for number in range(10000, 10080)
+    ]
+    assert conversations.write(talks, prefix, row_tokens=32).tokens < 32 * 40
+    return conversations.dataset_files(prefix)[0]
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +65,11 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
 
     def run(lengths: str, *flags: str) -> Curve:
         if lengths not in data:
-            data[lengths] = dataset(folder / lengths.replace(" ", "_"), OF_DATASET[lengths])
-        argv = tiny_gpt(data[lengths], *PACKED, *flags)
+            prefix = folder / lengths.replace(" ", "_")
+            pads = lengths == "padding"
+            data[lengths] = padded(prefix) if pads else dataset(prefix, OF_DATASET[lengths])
+        packing = CONVERSATIONS if lengths == "padding" else PACKED
+        argv = tiny_gpt(data[lengths], *packing, *flags, train_iters=5)
         if "--helix-m" in flags:
             return pretrain(argv, 4)
         if tuple(argv) not in stock:
@@ -76,7 +94,7 @@ def helix(m: int, n: int, exchange: str) -> tuple[str, ...]:
             ["activations", "weights"],
             [(2, 2), (4, 1)],
             ["dense", "gated", "moe"],
-            ["very unequal", "equal", "one token", "one document"],
+            ["very unequal", "equal", "one token", "one document", "padding"],
         ),
         of=(0, 1),  # every model and length: tests/layers/test_packed_gradients.py
     ),
@@ -91,7 +109,7 @@ def test_packed_rows_train_as_stock(
 
 
 @THOROUGH
-@pytest.mark.parametrize("lengths", ["equal", "very unequal", "one token", "one document"])
+@pytest.mark.parametrize("lengths", [*OF_DATASET])
 @pytest.mark.parametrize("model", ["dense", "gated", "moe"])
 def test_with_one_segment_packed_rows_are_stocks(train: Train, model: str, lengths: str) -> None:
     flags = MODELS[model]
