@@ -16,6 +16,7 @@ from tests.distributed import Curve, measured, pretrain, tiny_gpt
 from tests.packed_case import LENGTHS, dataset
 from tests.test_parity import FULL_RECOMPUTE, PP2, assert_same_training, recompute
 
+STEPS = 5
 CONVERSATIONS = ("--sft", "--sequence-parallel")
 PACKED = ("--dataloader-inter-document-masking", "--sequence-parallel", "--eod-mask-loss")
 # Of one query group the head axis takes one head group: 4 x 1 has multi-query attention.
@@ -69,7 +70,7 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
             pads = lengths == "padding"
             data[lengths] = padded(prefix) if pads else dataset(prefix, OF_DATASET[lengths])
         packing = CONVERSATIONS if lengths == "padding" else PACKED
-        argv = tiny_gpt(data[lengths], *packing, *flags, train_iters=5)
+        argv = tiny_gpt(data[lengths], *packing, *flags, train_iters=STEPS)
         if "--helix-m" in flags:
             return pretrain(argv, 4)
         if tuple(argv) not in stock:
@@ -103,9 +104,8 @@ def test_packed_rows_train_as_stock(
     train: Train, exchange: str, cut: tuple[int, int], model: str, lengths: str
 ) -> None:
     flags = MODELS[model]
-    assert_same_training(
-        train(lengths, *flags, *helix(*cut, exchange)), train(lengths, *flags, *STOCK)
-    )
+    found = train(lengths, *flags, *helix(*cut, exchange))
+    assert_same_training(found, train(lengths, *flags, *STOCK), STEPS)
 
 
 @THOROUGH
@@ -114,7 +114,8 @@ def test_packed_rows_train_as_stock(
 def test_with_one_segment_packed_rows_are_stocks(train: Train, model: str, lengths: str) -> None:
     flags = MODELS[model]
     cut = ("--helix-m", "1", "--helix-n", "4")
-    assert_same_training(train(lengths, *flags, *cut), train(lengths, *flags, *STOCK))
+    found = train(lengths, *flags, *cut)
+    assert_same_training(found, train(lengths, *flags, *STOCK), STEPS)
 
 
 TP4, TP2 = ((2, 2), STOCK), ((2, 1), ("--tensor-model-parallel-size", "2"))
@@ -146,13 +147,13 @@ RUNS = {
 def test_packed_rows_with_what_else_a_run_asks_for(train: Train, run: str, exchange: str) -> None:
     flags, (cut, stock) = RUNS[run]
     found = train("very unequal", *flags, *helix(*cut, exchange))
-    assert_same_training(found, train("very unequal", *flags, *stock))
+    assert_same_training(found, train("very unequal", *flags, *stock), STEPS)
 
 
 @THOROUGH
 def test_packed_rows_with_weights_gathered_once_a_step(train: Train) -> None:
     found = train("very unequal", *helix(2, 2, "weights"), "--helix-gather", "step")
-    assert_same_training(found, train("very unequal", *STOCK))
+    assert_same_training(found, train("very unequal", *STOCK), STEPS)
 
 
 @THOROUGH
