@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -62,6 +63,16 @@ def threads() -> int:
     return count
 
 
+KEPT = []
+
+
+def keep_a_proxy() -> int:
+    """Of an object that is gone."""
+    gone = torch.nn.Linear(2, 2)
+    KEPT.append(weakref.proxy(gone))
+    return os.getpid()
+
+
 def be_killed(rank: int) -> None:
     if dist.get_rank() == rank:
         print("about to be killed", flush=True)
@@ -114,6 +125,10 @@ def test_a_call_finds_nothing_of_the_one_before(session: Session) -> None:
 def test_groups_and_models_are_freed(session: Session) -> None:
     counts = [session.call(threads, ranks=3) for _ in range(5)]
     assert counts[1] == counts[4]
+
+
+def test_a_proxy_of_what_is_gone_is_let_be(session: Session) -> None:
+    assert session.call(keep_a_proxy, ranks=2) == session.call(process, ranks=2)
 
 
 def test_ranks_that_wait_for_one_that_failed_are_ended(session: Session) -> None:
