@@ -112,7 +112,7 @@ def _packed(experiment: ExperimentConfig) -> str:
     if not experiment.sft:
         return ""
     row = experiment.batch.sequence_length
-    lengths = [min(length, row) for length in experiment.counted_batch.documents]
+    lengths = [min(length, row) for length in experiment.counted_batch.documents or ()]
     return (
         f" A sequence is a row packed of conversations, of which there are {len(lengths):,}, of"
         f" {min(lengths)} to {max(lengths)} tokens, {statistics.mean(lengths):.0f} on average."
