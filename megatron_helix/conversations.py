@@ -13,6 +13,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import inf
 from pathlib import Path
 
 from megatron_helix.basics import files
@@ -93,7 +94,7 @@ def write(conversations: Iterable[list[Message]], prefix: Path, *, row_tokens: i
     files.make_folder(prefix.parent, "--out")
     (file,) = dataset_files(prefix)
     files.write(file, "".join(lines))
-    answers = sum(_tokens(one, answers=True) for _, one in sized)
+    answers = sum(_tokens(one, answers=True, most=row_tokens) for _, one in sized)
     return Summary(
         conversations=len(sized),
         rows=len(rows),
@@ -141,9 +142,14 @@ def lengths(conversations: Iterable[list[Message]]) -> tuple[int, ...]:
     return tuple(map(_tokens, conversations))
 
 
-def _tokens(conversation: list[Message], *, answers: bool = False) -> int:
-    pieces = marked(conversation)
-    return sum(len(text.encode()) for text, is_answer in pieces if is_answer or not answers)
+def _tokens(conversation: list[Message], *, answers: bool = False, most: float = inf) -> int:
+    """Of the first ``most``."""
+    seen = counted = 0
+    for text, is_answer in marked(conversation):
+        length = int(min(len(text.encode()), most - seen))
+        seen += length
+        counted += length if is_answer or not answers else 0
+    return counted
 
 
 def _packed(sized: list[tuple[int, list[Message]]], row_tokens: int) -> list[list[list[Message]]]:

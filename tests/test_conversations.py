@@ -72,6 +72,7 @@ def test_rows_are_full(lengths: list[int], row_tokens: int) -> None:
 def test_a_long_conversation_is_a_row_that_is_cut(tmp_path: Path) -> None:
     summary = conversations.write([asked("?", "x" * 99)] * 2, tmp_path / "sft", row_tokens=32)
     assert (summary.rows, summary.cut, summary.tokens) == (2, 2, 64)
+    assert summary.answer_tokens == 2 * (32 - len("User: ?\nAssistant: "))
 
 
 BAD = {

@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from megatron_helix import conversations
 from tests.covering import THOROUGH, covering
 from tests.distributed import Curve, measured, pretrain, tiny_gpt
 from tests.packed_case import LENGTHS, dataset
 from tests.test_parity import FULL_RECOMPUTE, PP2, assert_same_training, recompute
 
+STEPS = 5
+CONVERSATIONS = ("--sft", "--sequence-parallel")
 PACKED = ("--dataloader-inter-document-masking", "--sequence-parallel", "--eod-mask-loss")
 # Of one query group the head axis takes one head group: 4 x 1 has multi-query attention.
 MODELS = {
@@ -34,11 +37,24 @@ MODELS = {
     "mtp": ("--mtp-num-layers", "1"),
     "sinks": ("--softmax-type", "off-by-one", "--rotary-percent", "0.5"),
 }
-# One document longer than a row, so that no end falls into most of them.
+# One document longer than a row, so that no end falls into most of them. Of padding, conversations.
 OF_DATASET = {**LENGTHS, "one document": [640]}
 ROW_BY_ROW = ("--micro-batch-size", "1", "--global-batch-size", "2")
 
 Train = Callable[..., Curve]
+
+
+def padded(prefix: Path) -> Path:
+    """A dataset of rows that end in padding, behind two conversations or one."""
+    talks = [
+        [
+            {"role": "system", "content": ""},
+            {"role": "assistant", "content": f"{number}"[: 1 + number % 5]},
+        ]
+        for number in range(10000, 10080)
+    ]
+    assert conversations.write(talks, prefix, row_tokens=32).tokens < 32 * 40
+    return conversations.dataset_files(prefix)[0]
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +66,11 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
 
     def run(lengths: str, *flags: str) -> Curve:
         if lengths not in data:
-            data[lengths] = dataset(folder / lengths.replace(" ", "_"), OF_DATASET[lengths])
-        argv = tiny_gpt(data[lengths], *PACKED, *flags)
+            prefix = folder / lengths.replace(" ", "_")
+            pads = lengths == "padding"
+            data[lengths] = padded(prefix) if pads else dataset(prefix, OF_DATASET[lengths])
+        packing = CONVERSATIONS if lengths == "padding" else PACKED
+        argv = tiny_gpt(data[lengths], *packing, *flags, train_iters=STEPS)
         if "--helix-m" in flags:
             return pretrain(argv, 4)
         if tuple(argv) not in stock:
@@ -76,7 +95,7 @@ def helix(m: int, n: int, exchange: str) -> tuple[str, ...]:
             ["activations", "weights"],
             [(2, 2), (4, 1)],
             ["dense", "gated", "moe"],
-            ["very unequal", "equal", "one token", "one document"],
+            ["very unequal", "equal", "one token", "one document", "padding"],
         ),
         of=(0, 1),  # every model and length: tests/layers/test_packed_gradients.py
     ),
@@ -85,18 +104,18 @@ def test_packed_rows_train_as_stock(
     train: Train, exchange: str, cut: tuple[int, int], model: str, lengths: str
 ) -> None:
     flags = MODELS[model]
-    assert_same_training(
-        train(lengths, *flags, *helix(*cut, exchange)), train(lengths, *flags, *STOCK)
-    )
+    found = train(lengths, *flags, *helix(*cut, exchange))
+    assert_same_training(found, train(lengths, *flags, *STOCK), STEPS)
 
 
 @THOROUGH
-@pytest.mark.parametrize("lengths", ["equal", "very unequal", "one token", "one document"])
+@pytest.mark.parametrize("lengths", [*OF_DATASET])
 @pytest.mark.parametrize("model", ["dense", "gated", "moe"])
 def test_with_one_segment_packed_rows_are_stocks(train: Train, model: str, lengths: str) -> None:
     flags = MODELS[model]
     cut = ("--helix-m", "1", "--helix-n", "4")
-    assert_same_training(train(lengths, *flags, *cut), train(lengths, *flags, *STOCK))
+    found = train(lengths, *flags, *cut)
+    assert_same_training(found, train(lengths, *flags, *STOCK), STEPS)
 
 
 TP4, TP2 = ((2, 2), STOCK), ((2, 1), ("--tensor-model-parallel-size", "2"))
@@ -128,13 +147,13 @@ RUNS = {
 def test_packed_rows_with_what_else_a_run_asks_for(train: Train, run: str, exchange: str) -> None:
     flags, (cut, stock) = RUNS[run]
     found = train("very unequal", *flags, *helix(*cut, exchange))
-    assert_same_training(found, train("very unequal", *flags, *stock))
+    assert_same_training(found, train("very unequal", *flags, *stock), STEPS)
 
 
 @THOROUGH
 def test_packed_rows_with_weights_gathered_once_a_step(train: Train) -> None:
     found = train("very unequal", *helix(2, 2, "weights"), "--helix-gather", "step")
-    assert_same_training(found, train("very unequal", *STOCK))
+    assert_same_training(found, train("very unequal", *STOCK), STEPS)
 
 
 @THOROUGH

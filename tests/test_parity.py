@@ -115,9 +115,9 @@ def helix(corpus_prefix: Path) -> Helix:
     return run
 
 
-def assert_same_training(actual: Curve, expected: Curve) -> None:
+def assert_same_training(actual: Curve, expected: Curve, steps: int = STEPS) -> None:
     """Loss and gradient norm of every step agree."""
-    assert len(actual.losses) == STEPS
+    assert len(actual.losses) == steps
     assert actual.losses == pytest.approx(expected.losses, rel=LOSS_TOLERANCE, abs=0)
     assert actual.grad_norms == pytest.approx(expected.grad_norms, rel=GRAD_NORM_TOLERANCE, abs=0)
 

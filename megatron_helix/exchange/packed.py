@@ -13,7 +13,8 @@ TransformerEngine attends, this was not run.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import pairwise
@@ -92,7 +93,7 @@ def _read_ends(packed: PackedSeqParams) -> tuple[int, ...]:
             "packed_seq_params: rows under --helix-m > 1 must be whole, got cp_group or"
             f" local_cp_size {packed.local_cp_size}; leave context parallelism away"
         )
-    ends = [int(end) for end in packed.cu_seqlens_q]
+    ends = packed.cu_seqlens_q.tolist()
     for name in ("cu_seqlens_kv", "cu_seqlens_q_padded", "cu_seqlens_kv_padded"):
         other = getattr(packed, name)
         if other is not None and other.tolist() != ends:
@@ -215,6 +216,23 @@ class _Prefixes(torch.autograd.Function):
         for of_round, keys in ctx.rounds:
             total.index_add_(0, keys, grad.index_select(0, of_round).to(wide))
         return total.to(grad.dtype), None
+
+
+@contextmanager
+def fewer_queries_than_keys(core_attention: torch.nn.Module) -> Iterator[None]:
+    """Tell TransformerEngine's unfused attention that documents may have more keys than queries.
+
+    In self-attention it takes the queries' lengths for those of the keys, which it masks by them.
+    """
+    unfused = getattr(core_attention, "unfused_attention", None)
+    if unfused is None:
+        yield
+        return
+    kind, unfused.attention_type = unfused.attention_type, "cross"
+    try:
+        yield
+    finally:
+        unfused.attention_type = kind
 
 
 def attend_to_documents(

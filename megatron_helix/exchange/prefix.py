@@ -14,7 +14,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_helix.exchange.decode import attend_to_share, merge_shares
-from megatron_helix.exchange.packed import Share, attend_to_documents
+from megatron_helix.exchange.packed import Share, attend_to_documents, fewer_queries_than_keys
 from megatron_helix.exchange.plan import Plan
 from megatron_helix.exchange.tokens import Piece, pieces
 from megatron_helix.kernels.ffpa_attention import FFPAAttention
@@ -72,15 +72,16 @@ class PrefixPieces(torch.nn.Module):
             return self._merged(query, key, value)
         packed = kwargs.get("packed_seq_params")
         if isinstance(packed, Share):
-            return attend_to_documents(
-                attend,
-                query,
-                key,
-                value,
-                packed,
-                attn_mask_type,
-                attention_bias=kwargs.get("attention_bias"),
-            )
+            with fewer_queries_than_keys(self):
+                return attend_to_documents(
+                    attend,
+                    query,
+                    key,
+                    value,
+                    packed,
+                    attn_mask_type,
+                    attention_bias=kwargs.get("attention_bias"),
+                )
         if self.plan.split != "sequence":
             return attend(
                 query, key, value, attention_mask, attn_mask_type=attn_mask_type, **kwargs

@@ -118,9 +118,11 @@ def forget_models() -> None:
     """Free the models that were made since ``gc.freeze()``, and their process groups.
 
     Python cannot free them by itself where a module keeps a tensor with its graph, as dispatchers
-    of MoE layers do: the graph, which is torch's, holds hooks that hold the model.
+    of MoE layers do: the graph, which is torch's, holds hooks that hold the model. Programs stay,
+    which the compiler keeps for the next model.
     """
     for thing in gc.get_objects():
-        if isinstance(thing, torch.nn.Module):
+        kind = type(thing)  # a proxy of what is gone has no class to ask
+        if issubclass(kind, torch.nn.Module) and not issubclass(kind, torch.fx.GraphModule):
             vars(thing).clear()
     gc.collect()

@@ -106,7 +106,9 @@ class HelixSelfAttention(SelfAttention):
             packed = share_of(kwargs["packed_seq_params"], self.plan, self.helix_layout, segment)
             kwargs["packed_seq_params"] = packed
             if rotary_pos_emb is not None:
-                rotary_pos_emb = _document_frequencies(rotary_pos_emb, packed, self.plan)
+                rotary_pos_emb = document_frequencies(
+                    rotary_pos_emb, packed, self.plan, fused=self.config.apply_rope_fusion
+                )
             return super().forward(
                 hidden_states, None, *args, rotary_pos_emb=rotary_pos_emb, **kwargs
             )
@@ -269,14 +271,17 @@ def _is_centered(norm: torch.nn.Module) -> bool:
     )
 
 
-def _document_frequencies(frequencies: Any, share: Share, plan: Plan) -> tuple[Any, Any]:
+def document_frequencies(
+    frequencies: Any, share: Share, plan: Plan, *, fused: bool
+) -> tuple[Any, Any]:
     """(query, key) rotary frequencies of a packed row: of each of my queries, and as given.
 
     Megatron counts positions from the beginning of a document, but where there are as many
-    frequencies as tokens: from that of the row.
+    frequencies as tokens: from that of the row. The fused kernel, which turns the keys by what is
+    returned here, never does.
     """
     query, key = frequencies if isinstance(frequencies, tuple) else (frequencies,) * 2
-    of_row = query.size(0) == plan.documents[-1]
+    of_row = query.size(0) == plan.documents[-1] and not fused
     return query[share.positions if of_row else share.in_documents], key
 
 

@@ -205,13 +205,15 @@ def _cpu_flags(argv: Sequence[str]) -> list[str]:
 
 
 def _mask_flags(args: argparse.Namespace, argv: Sequence[str]) -> list[str]:
-    """Our own core attentions hide what is ahead by position: a mask of it would be read in vain.
+    """No mask where it would be read in vain, or never be made.
 
-    That of ``--reset-attention-mask`` says more.
+    Our own core attentions hide what is ahead by position, but ``--reset-attention-mask`` says
+    more; and Megatron's dataset of conversations asserts that it is to make none.
     """
     flag = "--no-create-attention-mask-in-dataloader"
     own = args.helix_core_attention not in ("spec", "auto")
-    return [flag] if own and not args.reset_attention_mask and not _given(flag, argv) else []
+    needless = args.sft or (own and not args.reset_attention_mask)
+    return [flag] if needless and not _given(flag, argv) else []
 
 
 def _given(flag: str, argv: Sequence[str]) -> bool:

@@ -4,6 +4,7 @@ Headings and cells, formatted. Figures are measured, predicted or claimed; each 
 its heading, and none stands in another's column.
 """
 
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ def tables(experiment: ExperimentConfig, results: Sequence[Result]) -> list[Page
     loops = trained(results)
     return [
         _layout_table(experiment),
-        *([_exactness_table(loops), _held_table(loops)] if loops else []),
+        *([_exactness_table(experiment, loops), _held_table(loops)] if loops else []),
         *([_sample_table(loops)] if any(result.get("samples") for result in loops) else []),
         *([_outlook_table(experiment.outlook, experiment)] if experiment.outlook else []),
     ]
@@ -97,13 +98,25 @@ def _layout_table(experiment: ExperimentConfig) -> Page:
     return {
         "title": "What is compared",
         "note": "; ".join(shapes) + ". The layouts train from the same weights on the same data."
-        " Exchange: what is asked for or `auto` takes in training.",
+        f"{_packed(experiment)} Exchange: what is asked for or `auto` takes in training.",
         "heads": [
             *("model", "layout", "a layer's ranks", "exchange", "PP", "DP", "CP", "EP"),
             "micro-batch x number",
         ],
         "rows": rows,
     }
+
+
+def _packed(experiment: ExperimentConfig) -> str:
+    """What the sequences of an experiment on conversations are."""
+    if not experiment.sft:
+        return ""
+    row = experiment.batch.sequence_length
+    lengths = [min(length, row) for length in experiment.counted_batch.documents or ()]
+    return (
+        f" A sequence is a row packed of conversations, of which there are {len(lengths):,}, of"
+        f" {min(lengths)} to {max(lengths)} tokens, {statistics.mean(lengths):.0f} on average."
+    )
 
 
 def _shared(layout: LayoutConfig) -> str:
@@ -115,7 +128,7 @@ def _shared(layout: LayoutConfig) -> str:
     return f"TP={layout.tp}{beside[layout.fsdp]}{gtp}"
 
 
-def _exactness_table(results: Sequence[Result]) -> Page:
+def _exactness_table(experiment: ExperimentConfig, results: Sequence[Result]) -> Page:
     rows = []
     for result in results:
         base = baseline_of(result, results)
@@ -137,7 +150,8 @@ def _exactness_table(results: Sequence[Result]) -> Page:
         )
     return {
         "title": "Same training",
-        "note": "Measured. Largest relative difference to the first layout over all steps.",
+        "note": "Measured. Largest relative difference to the first layout over all steps."
+        + " Losses are those on the answers alone." * experiment.sft,
         "heads": ["run", "first loss", "last loss", "loss differs by", "gradient norm differs by"],
         "rows": rows,
     }

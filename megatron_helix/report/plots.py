@@ -52,7 +52,8 @@ def draw(found: dict[str, Any], folder: Path) -> list[Picture]:
         title = "The same layouts on GPUs: predicted, and claimed by others"
         add(title, "outlook.png", _outlook(rows), is_timed=False)
     if loops:
-        add("Loss of every step", "losses.png", _losses(loops), is_timed=False)
+        of = "loss on answers" if found["experiment"].sft else "loss"
+        add(f"{of.capitalize()} of every step", "losses.png", _losses(loops, of), is_timed=False)
     helix = [
         (check, found["cuts"][check["run"]])
         for check in checks
@@ -218,7 +219,7 @@ def _figure_of(rows: list[outlook.Row], layout: str, machine: str | None, key: s
     return next((row[key] for row in own if row["hardware"] == machine), 0.0)
 
 
-def _losses(results: list[dict[str, Any]]) -> Figure:
+def _losses(results: list[dict[str, Any]], of: str) -> Figure:
     cases = list(dict.fromkeys((result["model"], result["phase"]) for result in results))
     figure, ((*panels,),) = _figure(1, len(cases), 3.4)
     for axes, case in zip(panels, cases, strict=True):
@@ -237,7 +238,7 @@ def _losses(results: list[dict[str, Any]]) -> Figure:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
-    panels[0].set_ylabel("loss")
+    panels[0].set_ylabel(of)
     return figure
 
 

@@ -12,12 +12,14 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron_helix.exchange.packed import (
     _Prefixes,
     document_ends,
+    fewer_queries_than_keys,
     runs_of,
     share_of,
 )
 from megatron_helix.exchange.plan import Plan
 from megatron_helix.exchange.strategy import Choice, packed_plan
 from megatron_helix.exchange.traffic import BlockShape
+from megatron_helix.layers.attention import document_frequencies
 from tests.exchange.test_dealing import rows
 from tests.exchange.test_tokens import layout_of
 from tests.packed_case import params
@@ -74,6 +76,33 @@ def test_a_share_is_made_once() -> None:
     plan = Plan(exchange="weights", split="sequence", documents=document_ends(packed, 16))
     assert share_of(packed, plan, layout, 1) is share_of(packed, plan, layout, 1)
     assert document_ends(packed, 16) is document_ends(packed, 16)
+
+
+def test_unfused_attention_is_told_of_longer_keys_for_one_call() -> None:
+    core = torch.nn.Module()
+    with fewer_queries_than_keys(core):  # others than TransformerEngine's need not be told
+        pass
+    core.unfused_attention = torch.nn.Module()
+    core.unfused_attention.attention_type = "self"
+    with fewer_queries_than_keys(core):
+        assert core.unfused_attention.attention_type == "cross"
+    assert core.unfused_attention.attention_type == "self"
+
+
+def test_rotary_positions_are_those_that_the_keys_get() -> None:
+    """Of the row where Megatron counts so, which its fused kernel never does."""
+    packed, layout = params([5, 11]), layout_of(2, 2)
+    plan = Plan(exchange="weights", split="sequence", documents=(0, 5, 16))
+    share = share_of(packed, plan, layout, 1)
+    for length, fused, expected in (
+        (11, False, share.in_documents),
+        (16, False, share.positions),
+        (16, True, share.in_documents),
+    ):
+        frequencies = torch.arange(length)
+        query, key = document_frequencies(frequencies, share, plan, fused=fused)
+        assert torch.equal(query, expected)
+        assert key is frequencies
 
 
 def with_ends(*ends: int, **fields: Any) -> PackedSeqParams:

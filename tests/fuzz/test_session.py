@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -15,7 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_helix.fuzz.session import NO_ANSWER, CallFailed, Session
-from megatron_helix.fuzz.state import Snapshot
+from megatron_helix.fuzz.state import Snapshot, forget_models
 from megatron_helix.upstream import patches
 
 
@@ -60,6 +61,23 @@ def threads() -> int:
     node.next_functions[0][0].register_hook(lambda *_: (model, group))
     model.output = model(torch.ones(2))
     return count
+
+
+KEPT = []
+
+
+def keep_a_proxy() -> int:
+    """Of an object that is gone."""
+    gone = torch.nn.Linear(2, 2)
+    KEPT.append(weakref.proxy(gone))
+    return os.getpid()
+
+
+def run_a_program() -> int:
+    """That torch has made, as its compiler does and keeps."""
+    program = torch.fx.symbolic_trace(lambda x: x + 1)
+    forget_models()
+    return int(program(torch.tensor(1)))
 
 
 def be_killed(rank: int) -> None:
@@ -114,6 +132,14 @@ def test_a_call_finds_nothing_of_the_one_before(session: Session) -> None:
 def test_groups_and_models_are_freed(session: Session) -> None:
     counts = [session.call(threads, ranks=3) for _ in range(5)]
     assert counts[1] == counts[4]
+
+
+def test_a_proxy_of_what_is_gone_is_let_be(session: Session) -> None:
+    assert session.call(keep_a_proxy, ranks=2) == session.call(process, ranks=2)
+
+
+def test_a_program_is_kept(session: Session) -> None:
+    assert session.call(run_a_program, ranks=2) == [2, 2]
 
 
 def test_ranks_that_wait_for_one_that_failed_are_ended(session: Session) -> None:

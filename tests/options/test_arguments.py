@@ -325,6 +325,15 @@ def test_what_a_cpu_needs_is_filled_in(corpus_prefix: Path) -> None:
     assert "--use-cpu-initialization" in added
 
 
+def test_conversations_need_no_mask(corpus_prefix: Path) -> None:
+    """Megatron's dataset of them asserts that none is asked for."""
+    flags = tiny_gpt(corpus_prefix)
+    no_mask = "--no-create-attention-mask-in-dataloader"
+    assert no_mask not in arguments.complete(flags, world_size=1)
+    assert arguments.complete([*flags, "--sft"], world_size=1).count(no_mask) == 1
+    assert arguments.complete([*flags, "--sft", no_mask], world_size=1).count(no_mask) == 1
+
+
 @pytest.mark.parametrize(
     "said",
     [("--transformer-impl", "inference_optimized"), ("--transformer-impl=inference_optimized",)],

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from megatron_helix.experiment import progress, results
-from megatron_helix.report import comparison, outlook, report, terminal
+from megatron_helix.report import comparison, counted, outlook, report, terminal
 from tests.experiment_case import DOCUMENT, Values, experiment
 
 
@@ -64,6 +64,17 @@ def test_the_first_table_counts_bytes_by_axis_and_weights(finished: tuple[Path, 
     Console(width=80, file=shown).print(terminal.tables(experiment_now, found)[0])
     line = next(line for line in shown.getvalue().splitlines() if "helix_2x2" in line)
     assert results.significant(held / 1e6) in line.split()
+
+
+def test_of_conversations_it_says_what_losses_are_of(finished: tuple[Path, Values]) -> None:
+    found, asked = finished[1]["result_collection"], experiment()
+    rows = asked.batch.model_copy(update={"documents": (3, 40)})
+    told = asked.model_copy(update={"sft": True, "batch": rows})
+    for one, said in ((asked, False), (told, True)):
+        notes = {page["title"]: page["note"] for page in counted.tables(one, found)}
+        assert ("on the answers alone" in notes["Same training"]) is said
+        packed = "2, of 3 to 32 tokens, 18 on average"
+        assert (packed in notes["What is compared"]) is said
 
 
 def test_the_outlook_predicts_the_same_layouts_beside_claims(
