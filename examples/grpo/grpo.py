@@ -116,11 +116,12 @@ def learn(options: argparse.Namespace, completed: Sequence[str]) -> list[dict[st
         seed = (1000 * options.seed + replica) * 1_000_000 + turn
         written, rewards = answers(model, options, dice, seed)
         rolled = time.perf_counter()
-        update(model, optimizer, pack(written, get_args().seq_length))
+        gaps = update(model, optimizer, pack(written, get_args().seq_length))
         line = {
             "turn": turn,
             "reward": mean_of_replicas(rewards),
             "length": mean_of_replicas([len(one.answer) for one in written]),
+            **({"gap": mean_of_replicas(gaps)} if gaps else {}),
             "rollout_s": rolled - start,
             "update_s": time.perf_counter() - rolled,
         }
@@ -232,23 +233,29 @@ def advantages(rewards: Sequence[float], group: int) -> Iterator[float]:
         yield from ((one - mean) / deviation if deviation else 0.0 for one in own)
 
 
-def update(model: list[Any], optimizer: Any, rows: list[Row]) -> None:
-    """One step of the optimizer, a row a micro-batch."""
+def update(model: list[Any], optimizer: Any, rows: list[Row]) -> list[float]:
+    """One step of the optimizer, a row a micro-batch.
+
+    Returns:
+        Of every row, how far the log-probability of a token is from what the rollout said, on
+        average: rounding, for these weights wrote it. Nothing before a pipeline's last stage.
+    """
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.training import get_args
 
     for chunk in model:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    get_forward_backward_func()(
+    found = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iter(rows),
         model=model,
         num_microbatches=len(rows),
         seq_length=get_args().seq_length,
-        micro_batch_size=1,
+        micro_batch_size=len(rows[0].tokens),
     )
     optimizer.step()
+    return [float(one["gap"]) for one in found]
 
 
 def forward_step(rows: Iterator[Row], model: Any) -> tuple[torch.Tensor, Any]:
@@ -261,18 +268,23 @@ def forward_step(rows: Iterator[Row], model: Any) -> tuple[torch.Tensor, Any]:
 def policy_loss(
     row: Row, losses: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Summed over the answers' tokens, their number, and what is logged.
+    """Summed over the answers' tokens, their number, and the mean gap to the rollout's.
 
     Where nothing was drawn, in the supervised start, the ratio is one, and its gradient that of
     the cross entropy.
+
+    Args:
+        row: tensors ``[b, s]``.
+        losses: of its tokens, ``[b, s]``.
     """
     now = -losses.float()
     drawn = torch.where(row.log_probs.isnan(), now.detach(), row.log_probs)
     ratio = torch.exp(now - drawn)
     gain = torch.minimum(ratio * row.advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * row.advantages)
     loss = -(gain * row.mask).sum()
-    count = row.mask.sum().to(torch.int)
-    return loss, count, {"loss": torch.stack([loss.detach(), count.float()])}
+    gap = ((now.detach() - drawn).abs() * row.mask).sum()
+    tokens = row.mask.sum()
+    return loss, tokens.to(torch.int), {"gap": gap / tokens}
 
 
 def mean_of_replicas(values: Sequence[float]) -> float:
