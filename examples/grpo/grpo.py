@@ -32,6 +32,7 @@ from megatron_helix.basics import errors
 from megatron_helix.basics.errors import UserError
 from megatron_helix.inference.sampling import Sampling
 from megatron_helix.launching import fork_ranks
+from megatron_helix.launching.failures import RunFailed
 
 END = 0  # the byte that ends an answer
 CLIP = 0.2  # of the ratio of probabilities, as in PPO
@@ -86,16 +87,37 @@ def flags(options: argparse.Namespace, layout: Sequence[str]) -> list[str]:
 def main(argv: Sequence[str]) -> None:
     """Train on forked ranks, and write the report."""
     options, layout = parsed(argv)
+    try_reward(random.Random(options.seed))
     completed = pretrain_gpt.prepare(flags(options, layout), options.ranks)
     options.out.mkdir(parents=True, exist_ok=True)
     ranks = fork_ranks.Ranks(
-        target=learn,
+        target=rank,
         args=(options, completed),
         world_size=options.ranks,
         logs=options.out / "logs",
     )
-    fork_ranks.run(ranks)
+    try:
+        fork_ranks.run(ranks)
+    except RunFailed as failure:
+        errors.leave(failure, 1)
     print(report.write(options.out, [options.out]))
+
+
+def try_reward(dice: random.Random) -> None:
+    """A good answer, a bad one and none: what each is worth must be a number.
+
+    Raises:
+        UserError: before any rank is started.
+    """
+    prompt = task.problem(dice)
+    for answer in (task.solution(prompt), prompt, ""):
+        finite(task.reward(prompt, answer))
+
+
+def rank(options: argparse.Namespace, completed: Sequence[str]) -> None:
+    """One rank; a mistake of the user's is the last line of its log."""
+    with errors.told():
+        learn(options, completed)
 
 
 def learn(options: argparse.Namespace, completed: Sequence[str]) -> list[dict[str, Any]]:
