@@ -97,8 +97,8 @@ class DocumentAttention(DotProductAttention):
             alike[len(q), len(k)].append(number)
         contexts: dict[int, torch.Tensor] = {}
         for numbers in alike.values():
-            qkv = (torch.stack([x[number] for number in numbers]) for x in (queries, keys, values))
-            together = torch.cat([*self._blocks(*qkv, left, right)], dim=1)
+            q, k, v = (torch.stack([x[one] for one in numbers]) for x in (queries, keys, values))
+            together = torch.cat([*self._blocks(q, k, v, left, right)], dim=1)
             contexts |= zip(numbers, together.unbind(), strict=True)
         parts, row = [], 0
         for number, document in enumerate(several):
