@@ -18,14 +18,18 @@ PATIENCE_S = 1200.0
 
 def main() -> None:
     """Run one rank."""
-    gate = Path(sys.argv[1])
     flags = pretrain_gpt.prepare_rank(sys.argv[2:])
+    wait(Path(sys.argv[1]))
+    pretrain_gpt.train(flags)
+
+
+def wait(gate: Path) -> None:
+    """Wait until the file exists; after 20 minutes end this process."""
     ends = time.monotonic() + PATIENCE_S
     while not gate.exists():
         if time.monotonic() > ends:
             sys.exit(f"{gate} was not made in {PATIENCE_S:.0f} s: the benchmark has gone")
         time.sleep(POLL_S)
-    pretrain_gpt.train(flags)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Draws docs/figures/*.svg: the partition, what each exchange moves, a model's text.
+"""Draws docs/figures/*.svg: the partition, what each exchange moves, a model's text, rewards.
 
 ``make docs`` calls it.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from terminal import terminal
 
 # The same bytes on every machine.
 mpl.rcParams.update({"svg.hashsalt": "helix", "font.family": "DejaVu Sans", "font.size": 10})
+ROOT = Path(__file__).parents[1]
 COLORS = ("#3b6fb6", "#d9822b", "#4f9d69", "#a05195")
 INK, PAPER = "#30343b", "#f1f3f5"
 
@@ -166,10 +168,25 @@ def scores() -> Axes:
     return flow.axes
 
 
+def grpo() -> Axes:
+    """Rewards of examples/grpo: three seeds, helix over stock."""
+    seeds = json.loads((ROOT / "examples" / "grpo" / "results.json").read_text())["seeds"]
+    axes = plt.figure(figsize=(7.2, 3.2), layout="constrained").add_subplot()
+    for color, (seed, found) in zip(COLORS, seeds.items(), strict=False):
+        turns = range(1, len(found["reward"]["tp4"]) + 1)
+        axes.plot(turns, found["reward"]["tp4"], color=color, linewidth=6, alpha=0.3)
+        label = f"seed {seed}: helix 4 x 1, and TP=4 (wide)"
+        axes.plot(turns, found["reward"]["helix_4x1"], color=color, linewidth=1.4, label=label)
+    axes.set(xlabel="turn", ylabel="mean reward of a turn")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="upper left")
+    return axes
+
+
 def main(folder: Path) -> None:
     """Write the figures to a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    for draw in (partition, activations, weights, scores):
+    for draw in (partition, activations, weights, scores, grpo):
         path = folder / f"{draw.__name__}.svg"
         draw()
         plt.savefig(path, metadata={"Date": None}, facecolor="white")

@@ -16,7 +16,7 @@ GPUs it has not been run.
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Literal
@@ -37,6 +37,7 @@ from megatron_helix.upstream import cpu_device
 Policy = Literal["sampled", "model"]
 AS_THE_MODEL_SAYS = Sampling(temperature=1.0)
 Prompts = Sequence[Sequence[int]]
+_Said = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # [b]: tokens, log-probabilities, new ones
 
 
 @dataclass(kw_only=True)
@@ -192,20 +193,29 @@ def _serve(
     lengths = [len(prompt) for prompt in prompts]
     size = len(prompts) // count
     transcript = Transcript(lengths, new_tokens, size=size, end_token=end_token)
-    completions = [Completion() for _ in prompts]
+    said: list[list[_Said]] = [[] for _ in parts]
     for step in chain(engine.prefill(parts), engine.decode(parts, done=transcript.done)):
-        added = transcript.add(step)
-        if step.logits is None or not added:  # the first stage of a pipeline, or a prompt goes on
+        fresh = transcript.fresh(step)
+        if step.logits is None or not fresh.any():  # a first stage, or all prompts go on
             continue
         of_policy = sampler.log_probs if sampler else log_probs
-        chances = of_policy(step.logits, step.tokens.to(step.logits.device)).tolist()
-        for new in added:
-            completion = completions[new.sequence]
-            completion.tokens.append(new.token)
-            completion.log_probs.append(chances[new.row])
-            if new.token == end_token:
-                completion.finish_reason = "stop"
+        chances = of_policy(step.logits, step.tokens.to(step.logits.device))
+        said[step.microbatch].append((step.tokens, chances, fresh))
+    completions = [one for steps in said if steps for one in _completions(steps, end_token)]
     return _from_last_stage(completions, engine)
+
+
+def _completions(steps: list[_Said], end_token: int | None) -> Iterator[Completion]:
+    """Those of a micro-batch, read from the device once."""
+    columns = zip(*steps, strict=True)
+    tokens, chances, fresh = (torch.stack(column, dim=1).cpu() for column in columns)
+    for row, of_row in enumerate(fresh):
+        new = tokens[row, of_row].tolist()
+        yield Completion(
+            tokens=new,
+            log_probs=chances[row, of_row].tolist(),
+            finish_reason="stop" if new[-1] == end_token else "length",
+        )
 
 
 def _from_last_stage(completions: list[Completion], engine: Engine) -> list[Completion]:

@@ -63,8 +63,16 @@ def require(args: argparse.Namespace) -> list[list[int]]:
             )
     from megatron_helix import rollout  # slow: it imports Megatron
 
-    rollout.require(args, prompts, new_tokens=new_tokens)
+    rollout.require(args, _filled(args, prompts), new_tokens=new_tokens)
     return prompts
+
+
+def _filled(args: argparse.Namespace, prompts: list[list[int]]) -> list[list[int]]:
+    """The prompts, and the first again as often as the split of training, of batches, needs."""
+    cut = 1
+    if args.helix_split == "batch":
+        cut = (args.helix_m or 1) * args.pipeline_model_parallel_size
+    return [*prompts, *[prompts[0]] * (-len(prompts) % cut)]
 
 
 def install(args: argparse.Namespace) -> None:
@@ -84,7 +92,7 @@ def install(args: argparse.Namespace) -> None:
         if (iteration + 1) % args.helix_sample_interval == 0:
             completions = rollout(
                 step[2],
-                prompts,
+                _filled(args, prompts),
                 new_tokens=args.helix_sample_tokens,
                 sampling=Sampling(),
                 end_token=end_token,
@@ -92,7 +100,7 @@ def install(args: argparse.Namespace) -> None:
             if args.rank == 0:
                 texts = [
                     tokenizer.detokenize([*filter(lambda token: token != end_token, one.tokens)])
-                    for one in completions
+                    for one in completions[: len(prompts)]
                 ]
                 _tell(args, iteration + 1, [tokenizer.detokenize(ids) for ids in prompts], texts)
         return result

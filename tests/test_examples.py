@@ -14,8 +14,10 @@ import torch
 from megatron_helix import pretrain_gpt
 from tests.distributed import run_distributed
 
+TOLERANCE = 1e-5  # log-probabilities are of order one, sums of some hundred terms in fp32
 FOLDER = Path(__file__).parents[1] / "examples" / "grpo"
-OWN = ("grpo", "report", "rows", "task")  # modules of the folder, which a script finds beside it
+# Modules of the folder, which a script finds beside it.
+OWN = ("grpo", "report", "rows", "seeds", "task")
 
 
 @pytest.fixture
@@ -40,6 +42,8 @@ def test_two_turns_of_grpo(grpo: ModuleType, tmp_path: Path) -> None:
             (one["turn"], one["reward"], one["length"]) for one in ranks[0]
         ]
         assert all(0 <= one["reward"] <= 1 and 1 <= one["length"] <= 5 for one in lines)
+        # The update finds every token as likely as the rollout that drew it.
+        assert all(one["gap"] < TOLERANCE for one in lines)
     kept = [json.loads(line) for line in (tmp_path / "turns.jsonl").read_text().splitlines()]
     assert kept == ranks[0]
     page = grpo.report.write(tmp_path, [tmp_path]).read_text()
@@ -54,6 +58,17 @@ def _learn(folder: str, *args: object) -> object:
     return grpo.learn(*args)
 
 
+def test_a_seed_is_equal_until_a_layout_draws_another_token(grpo: ModuleType) -> None:
+    import seeds  # pyright: ignore[reportMissingImports]
+
+    def turns(*rewards: float) -> list[dict[str, float]]:
+        return [{"turn": n, "reward": one, "length": 4.0} for n, one in enumerate(rewards, 1)]
+
+    found = seeds.summary({"helix": turns(0.1, 0.2, 0.3, 0.5), "stock": turns(0.1, 0.2, 0.4, 0.5)})
+    assert found["equal"] == 2
+    assert found["reward"]["stock"] == [0.1, 0.2, 0.4, 0.5]
+
+
 def test_advantages_are_of_a_group(grpo: ModuleType) -> None:
     assert list(grpo.advantages([0.0, 1.0, 0.5, 0.5], 2)) == [-1.0, 1.0, 0.0, 0.0]
 
@@ -62,6 +77,15 @@ def test_advantages_are_of_a_group(grpo: ModuleType) -> None:
 def test_a_reward_that_is_no_number_is_refused(grpo: ModuleType, value: object) -> None:
     with pytest.raises(ValueError, match="reward: must be a finite number, got"):
         grpo.finite(value)
+
+
+def test_a_bad_reward_is_said_before_there_are_ranks(
+    grpo: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(grpo.task, "reward", lambda prompt, answer: None if answer else 0)
+    with pytest.raises(ValueError, match="reward: must be a finite number, got None; correct"):
+        grpo.main(["--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
 
 
 def test_rows_hold_every_answer_once(grpo: ModuleType) -> None:

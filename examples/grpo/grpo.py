@@ -32,6 +32,7 @@ from megatron_helix.basics import errors
 from megatron_helix.basics.errors import UserError
 from megatron_helix.inference.sampling import Sampling
 from megatron_helix.launching import fork_ranks
+from megatron_helix.launching.failures import RunFailed
 
 END = 0  # the byte that ends an answer
 CLIP = 0.2  # of the ratio of probabilities, as in PPO
@@ -86,16 +87,37 @@ def flags(options: argparse.Namespace, layout: Sequence[str]) -> list[str]:
 def main(argv: Sequence[str]) -> None:
     """Train on forked ranks, and write the report."""
     options, layout = parsed(argv)
+    try_reward(random.Random(options.seed))
     completed = pretrain_gpt.prepare(flags(options, layout), options.ranks)
     options.out.mkdir(parents=True, exist_ok=True)
     ranks = fork_ranks.Ranks(
-        target=learn,
+        target=rank,
         args=(options, completed),
         world_size=options.ranks,
         logs=options.out / "logs",
     )
-    fork_ranks.run(ranks)
+    try:
+        fork_ranks.run(ranks)
+    except RunFailed as failure:
+        errors.leave(failure, 1)
     print(report.write(options.out, [options.out]))
+
+
+def try_reward(dice: random.Random) -> None:
+    """A good answer, a bad one and none: what each is worth must be a number.
+
+    Raises:
+        UserError: before any rank is started.
+    """
+    prompt = task.problem(dice)
+    for answer in (task.solution(prompt), prompt, ""):
+        finite(task.reward(prompt, answer))
+
+
+def rank(options: argparse.Namespace, completed: Sequence[str]) -> None:
+    """One rank; a mistake of the user's is the last line of its log."""
+    with errors.told():
+        learn(options, completed)
 
 
 def learn(options: argparse.Namespace, completed: Sequence[str]) -> list[dict[str, Any]]:
@@ -116,11 +138,12 @@ def learn(options: argparse.Namespace, completed: Sequence[str]) -> list[dict[st
         seed = (1000 * options.seed + replica) * 1_000_000 + turn
         written, rewards = answers(model, options, dice, seed)
         rolled = time.perf_counter()
-        update(model, optimizer, pack(written, get_args().seq_length))
+        gaps = update(model, optimizer, pack(written, get_args().seq_length))
         line = {
             "turn": turn,
             "reward": mean_of_replicas(rewards),
             "length": mean_of_replicas([len(one.answer) for one in written]),
+            **({"gap": mean_of_replicas(gaps)} if gaps else {}),
             "rollout_s": rolled - start,
             "update_s": time.perf_counter() - rolled,
         }
@@ -232,23 +255,29 @@ def advantages(rewards: Sequence[float], group: int) -> Iterator[float]:
         yield from ((one - mean) / deviation if deviation else 0.0 for one in own)
 
 
-def update(model: list[Any], optimizer: Any, rows: list[Row]) -> None:
-    """One step of the optimizer, a row a micro-batch."""
+def update(model: list[Any], optimizer: Any, rows: list[Row]) -> list[float]:
+    """One step of the optimizer, a row a micro-batch.
+
+    Returns:
+        Of every row, how far the log-probability of a token is from what the rollout said, on
+        average: rounding, for these weights wrote it. Nothing before a pipeline's last stage.
+    """
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.training import get_args
 
     for chunk in model:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    get_forward_backward_func()(
+    found = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iter(rows),
         model=model,
         num_microbatches=len(rows),
         seq_length=get_args().seq_length,
-        micro_batch_size=1,
+        micro_batch_size=len(rows[0].tokens),
     )
     optimizer.step()
+    return [float(one["gap"]) for one in found]
 
 
 def forward_step(rows: Iterator[Row], model: Any) -> tuple[torch.Tensor, Any]:
@@ -261,18 +290,23 @@ def forward_step(rows: Iterator[Row], model: Any) -> tuple[torch.Tensor, Any]:
 def policy_loss(
     row: Row, losses: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Summed over the answers' tokens, their number, and what is logged.
+    """Summed over the answers' tokens, their number, and the mean gap to the rollout's.
 
     Where nothing was drawn, in the supervised start, the ratio is one, and its gradient that of
     the cross entropy.
+
+    Args:
+        row: tensors ``[b, s]``.
+        losses: of its tokens, ``[b, s]``.
     """
     now = -losses.float()
     drawn = torch.where(row.log_probs.isnan(), now.detach(), row.log_probs)
     ratio = torch.exp(now - drawn)
     gain = torch.minimum(ratio * row.advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * row.advantages)
     loss = -(gain * row.mask).sum()
-    count = row.mask.sum().to(torch.int)
-    return loss, count, {"loss": torch.stack([loss.detach(), count.float()])}
+    gap = ((now.detach() - drawn).abs() * row.mask).sum()
+    tokens = row.mask.sum()
+    return loss, tokens.to(torch.int), {"gap": gap / tokens}
 
 
 def mean_of_replicas(values: Sequence[float]) -> float:

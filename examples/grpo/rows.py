@@ -38,7 +38,7 @@ class Written:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Tensors ``[1, length]``, and where the documents are."""
+    """Tensors ``[1, length]``, and where the documents are; ``[b, length]`` if it is not packed."""
 
     tokens: torch.Tensor
     labels: torch.Tensor
@@ -46,7 +46,7 @@ class Row:
     mask: torch.Tensor
     advantages: torch.Tensor
     log_probs: torch.Tensor
-    packed: Any  # Megatron's PackedSeqParams
+    packed: Any = None  # Megatron's PackedSeqParams
 
 
 def pack(sequences: Iterable[Written], length: int) -> list[Row]:

@@ -65,6 +65,20 @@ class DecodeConfig(Config):
     output_length: int = Field(ge=3)
 
 
+class SamplesConfig(Config):
+    r"""Text while training, of the runs that are compared.
+
+    Attributes:
+        interval: steps from one to the next.
+        prompts: a file of them, one a line, ``\n`` for a line break.
+        tokens: new ones for each prompt.
+    """
+
+    interval: PositiveInt
+    prompts: Path
+    tokens: PositiveInt = 32
+
+
 class VerificationConfig(Config):
     """What the deployment verification asks for.
 
@@ -102,6 +116,7 @@ class ExperimentConfig(Config):
         sft: whether that is a dataset of conversations, packed into rows; null data are the
             signatures and docstrings of Python's standard library.
         decode: what the phase ``decode`` serves.
+        samples: what the models are asked while they train; null asks nothing.
         precision: of the runs that are compared.
         flags: more of Megatron's, for the runs that train or prefill; those that make the model
             hold for decode runs too.
@@ -119,6 +134,7 @@ class ExperimentConfig(Config):
     sft: bool = False
     phases: list[Phase] = Field(default=["train"], min_length=1)
     decode: DecodeConfig | None = None
+    samples: SamplesConfig | None = None
     steps: PositiveInt
     learning_rate: float = Field(default=1e-3, gt=0)
     device: Literal["cpu", "cuda"]
@@ -160,6 +176,7 @@ class ExperimentConfig(Config):
                 f" {self.layouts[0].name} saves in Megatron FSDP's own format; begin with another"
             )
         self._require_decode()
+        self._require_samples()
         if self.sft and self.phases != ["train"]:
             raise UserError(
                 f"sft: is a way to train, got phases {', '.join(self.phases)}; leave phases away"
@@ -216,6 +233,21 @@ class ExperimentConfig(Config):
                 " shorten one of the two"
             )
 
+    def _require_samples(self) -> None:
+        if self.samples is None:
+            return
+        if "train" not in self.phases:
+            raise UserError(
+                f"samples: need the phase train, got {', '.join(self.phases)}; add it, or leave"
+                " samples out"
+            )
+        for layout in self.layouts:
+            if layout.fsdp or layout.cp > 1:
+                raise UserError(
+                    f"samples: layouts must be able to generate while they train, and {layout.name}"
+                    " cannot, with fsdp or cp; leave the layout or samples out"
+                )
+
     def _require_outlook(self) -> None:
         if self.outlook is None:
             return
@@ -271,7 +303,7 @@ def load(path: Path, hardware: Path | None = None) -> ExperimentConfig:
     """Read an experiment file.
 
     Models, hardware and outlook may be given by the paths of their files, relative to it, as the
-    data is.
+    data and the prompts of samples are.
 
     Args:
         path: of the file.
@@ -296,6 +328,13 @@ def load(path: Path, hardware: Path | None = None) -> ExperimentConfig:
         document["data"] = path.parent / document["data"]
         kind = conversations if document.get("sft") else corpus
         kind.require_dataset(document["data"], f"{path}: data")
+    if isinstance(asked := document.get("samples"), dict) and isinstance(asked.get("prompts"), str):
+        asked["prompts"] = path.parent / asked["prompts"]
+        if not asked["prompts"].is_file():
+            raise UserError(
+                f"{path}: samples.prompts: must be a text file, got {asked['prompts']}, which does"
+                " not exist; write one prompt a line there"
+            )
     return validated(ExperimentConfig, document, path)
 
 

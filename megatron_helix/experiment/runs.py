@@ -164,6 +164,17 @@ def _settled(experiment: ExperimentConfig, run: Run) -> LayoutConfig:
     return run.layout.model_copy(update={"exchange": plan.exchange, "split": split})
 
 
+def _sample_flags(experiment: ExperimentConfig, run: Run) -> list[str]:
+    asked = experiment.samples
+    if asked is None or run.phase != "train" or run.is_check:
+        return []
+    return [
+        *("--helix-sample-interval", str(asked.interval)),
+        *("--helix-sample-prompts", str(asked.prompts)),
+        *("--helix-sample-tokens", str(asked.tokens)),
+    ]
+
+
 def layout_flags(experiment: ExperimentConfig, run: Run) -> list[str]:
     """Everything of a run but what lies in files.
 
@@ -185,6 +196,7 @@ def layout_flags(experiment: ExperimentConfig, run: Run) -> list[str]:
         *precision[run.precision],
         *("--global-batch-size", str(experiment.batch.sequences)),
         *("--train-iters", str(steps(experiment, run))),
+        *_sample_flags(experiment, run),
     ]
     for flag in experiment.flags:
         if flag.startswith("--") and flag.partition("=")[0] in own:

@@ -52,22 +52,27 @@ class Transcript:
     def __init__(
         self, lengths: Sequence[int], new_tokens: int, *, size: int, end_token: int | None
     ):
-        self.starts, self.new_tokens = list(lengths), new_tokens
+        self.starts, self.new_tokens = torch.tensor(lengths), new_tokens
         self.size, self.end_token = size, end_token
-        self.ended = [False] * len(self.starts)
+        self.ended = torch.zeros(len(lengths), dtype=torch.bool)
+
+    def fresh(self, step: StepTokens) -> torch.Tensor:
+        """Which tokens ``[b]`` of a step are new: none of a prompt, none behind an end."""
+        own = slice(step.microbatch * self.size, (step.microbatch + 1) * self.size)
+        starts, ended = self.starts[own], self.ended[own]
+        fresh = (step.position >= starts) & ~ended
+        over = step.position + 1 == starts + self.new_tokens
+        if self.end_token is not None:
+            over |= step.tokens == self.end_token
+        ended |= fresh & over  # a view of all sequences'
+        return fresh
 
     def add(self, step: StepTokens) -> list[New]:
-        """The new tokens of a step: none of a prompt, and none behind a sequence's end."""
-        added = []
-        for row, token in enumerate(step.tokens.tolist()):
-            sequence = step.microbatch * self.size + row
-            if step.position < self.starts[sequence] or self.ended[sequence]:
-                continue
-            added.append(New(sequence, row, token))
-            last = step.position + 1 == self.starts[sequence] + self.new_tokens
-            self.ended[sequence] = last or token == self.end_token
-        return added
+        """The new tokens of a step, one by one."""
+        tokens = step.tokens.tolist()
+        rows = self.fresh(step).nonzero().flatten().tolist()
+        return [New(step.microbatch * self.size + row, row, tokens[row]) for row in rows]
 
     def done(self) -> bool:
         """Whether all sequences have ended."""
-        return all(self.ended)
+        return bool(self.ended.all())

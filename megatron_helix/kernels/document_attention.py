@@ -1,11 +1,12 @@
 """Core attention of Megatron's local implementation that keeps packed documents apart.
 
 Megatron leaves rows of several documents (THD) to TransformerEngine, which needs a GPU; its own
-``DotProductAttention`` refuses them. Here torch's ``scaled_dot_product_attention`` runs document by
-document, so that stock Megatron and helix train on packed rows on CPU ranks. No mask is larger than
-a block of queries by the keys of their document.
+``DotProductAttention`` refuses them. Here torch's ``scaled_dot_product_attention`` runs once for
+all documents of one length, so that stock Megatron and helix train on packed rows on CPU ranks. No
+mask is larger than a block of queries by the keys of their document.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from itertools import pairwise
@@ -88,13 +89,21 @@ class DocumentAttention(DotProductAttention):
         kind = attn_mask_type or self.attn_mask_type
         window = self.scale_mask_softmax.window_size
         left, right = window or (-1, -1 if kind.name in _FULL else 0)
-        parts, row = [], 0
         several = documents(packed_seq_params)
         queries = _rows(query, [one.queries for one in several])
         keys, values = (_rows(x, [one.keys for one in several]) for x in (key, value))
-        for document, q, k, v in zip(several, queries, keys, values, strict=True):
+        alike = defaultdict(list)
+        for number, (q, k) in enumerate(zip(queries, keys, strict=True)):
+            alike[len(q), len(k)].append(number)
+        contexts: dict[int, torch.Tensor] = {}
+        for numbers in alike.values():
+            q, k, v = (torch.stack([x[one] for one in numbers]) for x in (queries, keys, values))
+            together = torch.cat([*self._blocks(q, k, v, left, right)], dim=1)
+            contexts |= zip(numbers, together.unbind(), strict=True)
+        parts, row = [], 0
+        for number, document in enumerate(several):
             parts.append(query.new_zeros(document.queries.start - row, *query.shape[1:]))
-            parts += self._blocks(q, k, v, left, right)
+            parts.append(contexts[number])
             row = document.queries.stop
         parts.append(query.new_zeros(len(query) - row, *query.shape[1:]))
         return torch.cat(parts).flatten(1).to(value.dtype)
@@ -102,11 +111,12 @@ class DocumentAttention(DotProductAttention):
     def _blocks(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, left: int, right: int
     ) -> Iterator[torch.Tensor]:
-        """The context of one document, ``[queries, H, d]``, from its first query to its last.
+        """Contexts of documents of one length, from their first queries to their last.
 
+        Query ``[b, queries, H, d]``, key and value ``[b, keys, K, d]`` -> ``[b, block, H, d]``.
         A query at position p sees the keys from ``p - left`` to ``p + right``; negative: all there.
         """
-        queries, keys = len(query), len(key)
+        queries, keys = query.size(1), key.size(1)
         before = keys - queries  # position of the first query
         if left < 0 and (right < 0 or (right == 0 and before == 0)):
             yield self._attend(query, key, value, causal=right == 0)
@@ -120,8 +130,8 @@ class DocumentAttention(DotProductAttention):
             visible = seen >= (position - left if left >= 0 else 0)
             if right >= 0:
                 visible = visible & (seen <= position + right)
-            part = key[first:last], value[first:last]
-            yield self._attend(query[start:end], *part, visible=visible.expand(end - start, -1))
+            part = key[:, first:last], value[:, first:last]
+            yield self._attend(query[:, start:end], *part, visible=visible.expand(end - start, -1))
 
     def _attend(
         self,
@@ -132,20 +142,20 @@ class DocumentAttention(DotProductAttention):
         visible: torch.Tensor | None = None,
         causal: bool = False,
     ) -> torch.Tensor:
-        """``[queries, H, d]``; all sees all, but what ``causal`` or ``visible`` hides.
+        """``[b, queries, H, d]``; all sees all, but what ``causal`` or ``visible`` hides.
 
         A softmax offset is one more key with a value of zero, in a channel of its own: its score is
         what the query has there. With it stands one more query, so that causal stays causal.
         """
         scale = self.softmax_scale * (self.scale_mask_softmax.scale or 1.0)
-        offset, channels = self.softmax_offset, query.size(2)
+        offset, channels = self.softmax_offset, query.size(3)
         if offset is not None:
             wide = torch.promote_types(query.dtype, torch.float32)  # no rounded scores
             query, key, value = (x.to(wide) for x in (query, key, value))
-            column = (offset.to(wide) / scale)[None, :, None].expand(len(query), -1, 1)
-            query = F.pad(torch.cat([query, column], dim=2), (0, 0, 0, 0, 1, 0))
-            sink = F.pad(key.new_ones(1, key.size(1), 1), (channels, 0))
-            key = torch.cat([sink, F.pad(key, (0, 1))])
+            column = (offset.to(wide) / scale)[:, None].expand(*query.shape[:3], 1)
+            query = F.pad(torch.cat([query, column], dim=3), (0, 0, 0, 0, 1, 0))
+            sink = F.pad(key.new_ones(len(key), 1, key.size(2), 1), (channels, 0))
+            key = torch.cat([sink, F.pad(key, (0, 1))], dim=1)
             value = F.pad(value, (0, 1, 0, 0, 1, 0))
             if visible is not None:
                 visible = F.pad(visible, (1, 0, 1, 0), value=True)
@@ -153,11 +163,11 @@ class DocumentAttention(DotProductAttention):
         draws = nullcontext() if self.config.sequence_parallel else get_cuda_rng_tracker().fork()
         with draws:
             context = F.scaled_dot_product_attention(
-                *(x.transpose(0, 1)[None] for x in (query, key, value)),
+                *(x.transpose(1, 2) for x in (query, key, value)),
                 attn_mask=visible,
                 dropout_p=self.attention_dropout.p if self.training else 0.0,
                 is_causal=causal,
                 scale=scale,
-                enable_gqa=query.size(1) != key.size(1),
-            )[0].transpose(0, 1)
-        return context if offset is None else context[1:, :, :channels]
+                enable_gqa=query.size(2) != key.size(2),
+            ).transpose(1, 2)
+        return context if offset is None else context[:, 1:, :, :channels]

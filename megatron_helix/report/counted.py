@@ -24,7 +24,7 @@ from megatron_helix.run_config.layout import LayoutConfig
 from megatron_helix.verification import expectation
 
 Page = dict[str, Any]
-SHOWN = 60  # characters of a sample
+SHOWN = 80  # characters of a sample
 
 
 def tables(experiment: ExperimentConfig, results: Sequence[Result]) -> list[Page]:
@@ -47,7 +47,7 @@ def _sample_table(results: Sequence[Result]) -> Page:
             said.setdefault(words, []).append(result["name"])
     rows = [
         [model, str(step), prompt, text, ", ".join(names)]
-        for (model, step, prompt, text), names in sorted(said.items(), key=lambda item: item[0][:3])
+        for (model, step, prompt, text), names in sorted(said.items(), key=lambda item: item[0][:2])
     ]
     return {
         "title": "Text while training",
@@ -59,8 +59,8 @@ def _sample_table(results: Sequence[Result]) -> Page:
 
 
 def _line(text: str) -> str:
-    """In one line that shows what is in it."""
-    return repr(text[:SHOWN])[1:-1]
+    """In one line that shows what is in it, be it nothing but spaces."""
+    return repr(text[:SHOWN])
 
 
 def _layout_table(experiment: ExperimentConfig) -> Page:

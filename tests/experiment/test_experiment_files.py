@@ -57,6 +57,30 @@ def test_more_flags_go_to_training_and_prefill() -> None:
         assert runs.layout_flags(chosen, run)[-2:] == ["--clip-grad", "0.5"]
 
 
+def test_what_is_compared_in_training_is_sampled() -> None:
+    """Prefill, decode and the runs of the fp16 check are not."""
+    chosen = experiment(samples={"interval": 2, "prompts": "asked.txt"})
+    every = [*runs.compared(chosen), *runs.checks(chosen)]
+    sampled = [run for run in every if "--helix-sample-prompts" in runs.layout_flags(chosen, run)]
+    assert sampled == [run for run in runs.compared(chosen) if run.phase == "train"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"phases": ["prefill"]}, "samples: need the phase train, got prefill"),
+        (
+            {"layouts": [{"name": "sharded", "tp": 1, "fsdp": "torch_fsdp2", "micro_batch": 1}]},
+            "samples: layouts must be able to generate while they train, and sharded cannot",
+        ),
+    ],
+)
+def test_samples_that_no_run_can_give_are_refused(changed: dict[str, Any], said: str) -> None:
+    asked = {"interval": 2, "prompts": "asked.txt"}
+    with pytest.raises(ValueError, match=said):
+        experiment(samples=asked, claims=[], **changed)
+
+
 @pytest.mark.parametrize("flag", ["--train-iters", "--train-iters=3"])
 def test_flags_that_other_keys_set_are_refused(tmp_path: Path, flag: str) -> None:
     with pytest.raises(ValueError, match=rf"flags: {flag} is set by the experiment's other keys"):
@@ -119,6 +143,11 @@ def test_what_this_machine_has_not_is_named_before_anything_is_made(
             {"outlook": {**DOCUMENT["outlook"], "hardware": []}},
             "outlook.hardware: List should have at least 1 item",
         ),
+        (
+            {"samples": {"interval": 2, "prompts": "asked.txt"}},
+            "samples.prompts: must be a text file, got .*asked.txt, which does not exist",
+        ),
+        ({"samples": {"interval": 0, "prompts": 3}}, "samples.interval: Input should be greater"),
         ({"color": "red"}, "color: Extra inputs are not permitted, got 'red'"),
         ({"batch": {"sequences": 0, "sequence_length": 8}}, "batch.sequences: Input should be"),
     ],
