@@ -184,12 +184,13 @@ def test_one_segment_is_stock_to_the_last_bit(stock: Stock, helix: Helix, model:
     ("model", "m", "n", "exchange", "micro_batch"),
     covering(
         [
-            ("dense_sp", 4, 1, "activations-sequence", 1),
-            ("dense_sp", 2, 2, "weights-sequence", 1),
-            ("dense_sp", 2, 2, "scores", 1),
             ("triples_sp", 2, 2, "activations-sequence", 3),
             ("triples_sp", 4, 1, "weights-sequence", 3),
             ("triples_sp", 2, 2, "auto", 3),
+            # Eight micro-batches a step: one sequence beside several ranks.
+            ("dense_sp", 4, 1, "activations-sequence", 1),
+            ("dense_sp", 2, 2, "weights-sequence", 1),
+            ("dense_sp", 2, 2, "scores", 1),
         ],
         of=(1,),
     ),
@@ -316,16 +317,18 @@ def test_beside_pipeline_and_data_parallelism(
 
 @pytest.mark.parametrize(
     ("model", "m", "n", "flags"),
-    covering(
-        [
-            ("large_tied", 2, 2, ()),
-            ("large_tied", 4, 1, FULL_RECOMPUTE),
-            ("large_untied", 4, 1, ()),
-            ("large_untied", 2, 2, (*STEP, *DP2, "--micro-batch-size", "4")),
-            ("large_pp2", 2, 2, ()),
-        ],
-        of=(0,),
-    ),
+    [
+        ("large_tied", 2, 2, ()),
+        ("large_pp2", 2, 2, ()),
+        *(  # a head of its own: tests/layers/test_vocabulary.py
+            pytest.param(*case, marks=THOROUGH)
+            for case in [
+                ("large_tied", 4, 1, FULL_RECOMPUTE),
+                ("large_untied", 4, 1, ()),
+                ("large_untied", 2, 2, (*STEP, *DP2, "--micro-batch-size", "4")),
+            ]
+        ),
+    ],
 )
 def test_embedding_and_head_in_the_order_of_the_block(
     stock: Stock, helix: Helix, model: str, m: int, n: int, flags: tuple[str, ...]
