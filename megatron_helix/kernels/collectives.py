@@ -13,6 +13,10 @@ import torch.distributed as dist
 from megatron_helix.kernels import sums
 from megatron_helix.kernels.copies import contiguous
 
+# The names since torch 2.13, where the older ones look through all filters of warnings each time.
+_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_scatter_sum: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class _AllToAll(torch.autograd.Function):
     """Forward: ``y[k]`` on rank j is ``x[j]`` of rank k. Backward: itself. Saves nothing."""
@@ -182,7 +186,7 @@ def start_gather(x: torch.Tensor, group: dist.ProcessGroup, *, early: bool) -> U
     if group.size() == 1:
         return UnderWay(x, None)
     y = torch.empty((group.size() * x.size(0), *x.shape[1:]), dtype=x.dtype, device=x.device)
-    return UnderWay(y, dist.all_gather_into_tensor(y, x, group=group, async_op=early))
+    return UnderWay(y, _gather(y, x, group=group, async_op=early))
 
 
 def start_scatter_sum(x: torch.Tensor, group: dist.ProcessGroup, *, early: bool) -> UnderWay:
@@ -192,7 +196,7 @@ def start_scatter_sum(x: torch.Tensor, group: dist.ProcessGroup, *, early: bool)
     if group.size() == 1:
         return UnderWay(x, None)
     y = torch.empty((x.size(0) // group.size(), *x.shape[1:]), dtype=x.dtype, device=x.device)
-    return UnderWay(y, dist.reduce_scatter_tensor(y, x, group=group, async_op=early))
+    return UnderWay(y, _scatter_sum(y, x, group=group, async_op=early))
 
 
 def start_exchange(x: torch.Tensor, group: dist.ProcessGroup, *, early: bool) -> UnderWay:
