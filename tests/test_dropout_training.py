@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.covering import covering, fast
+from tests.covering import THOROUGH, covering, fast
 from tests.distributed import tiny_gpt
 from tests.test_parity import (
     EXCHANGES,
@@ -116,10 +116,16 @@ def in_stock(run: Run) -> Run:
     return replace(run, exchange="stock")
 
 
+SOON = ("activations-sequence", "weights-batch", "scores", "stock")
+
+
 def few(runs: list[Run]) -> list[Any]:
-    """Every exchange once in the fast suite."""
+    """Once each of these exchanges in the fast suite; all of them: tests/layers/test_dropout.py."""
     rows = covering([(run.exchange,) for run in runs])
-    return [pytest.param(run, marks=row.marks) for run, row in zip(runs, rows, strict=True)]
+    return [
+        pytest.param(run, marks=row.marks if run.exchange in SOON else THOROUGH)
+        for run, row in zip(runs, rows, strict=True)
+    ]
 
 
 def flags_of(corpus: Path, *flags: str) -> list[str]:

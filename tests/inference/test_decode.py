@@ -11,7 +11,7 @@ from megatron_helix.exchange import decode, strategy, traffic
 from megatron_helix.exchange.strategy import Choice
 from megatron_helix.layers.transformer_layer import block_shape
 from megatron_helix.partition.layout import HelixLayout
-from tests.covering import covering
+from tests.covering import THOROUGH, covering
 from tests.distributed import run_distributed
 from tests.inference.decode_case import (
     BATCHES,
@@ -170,10 +170,10 @@ def test_stock_keeps_replicas_where_there_are_fewer_groups_than_ranks(
 @pytest.mark.parametrize(
     "layout",
     [
-        Layout(tp=2, pp=2),
+        pytest.param(Layout(tp=2, pp=2), marks=THOROUGH),
         Layout(tp=2, pp=2, microbatches=4, sequence_parallel=True),
         Layout(tp=1, pp=2, microbatches=2),
-        Layout(tp=2, pp=2, m=2, n=1, microbatches=2),
+        pytest.param(Layout(tp=2, pp=2, m=2, n=1, microbatches=2), marks=THOROUGH),
         Layout(tp=2, pp=2, m=2, n=1, microbatches=8, sequence_parallel=True),
     ],
     ids=lambda layout: f"tp{layout.tp}-m{layout.m}-{layout.microbatches}",
