@@ -74,7 +74,9 @@ def build(sources: Sequence[Path], prefix: Path, *, pattern: str = "*") -> Summa
             ids = tokenizer.text_to_ids(_text(file))
             if not ids:
                 continue
-            builder.add_document(torch.tensor([*ids, tokenizer.eod]), [len(ids) + 1])
+            # A list of numbers would cost torch more than the rest of the work.
+            tokens_of_file = torch.frombuffer(bytearray([*ids, tokenizer.eod]), dtype=torch.uint8)
+            builder.add_document(tokens_of_file, [len(ids) + 1])
             documents, tokens = documents + 1, tokens + len(ids) + 1
         builder.finalize(str(unfinished_index))
     except BaseException:

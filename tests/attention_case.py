@@ -73,6 +73,9 @@ class Model:
     more: dict[str, Any] = field(default_factory=dict)  # of TransformerConfig
 
 
+Weights = dict[str, torch.Tensor]
+
+
 @dataclass(kw_only=True)
 class Result:
     """Output, and gradients of the input and of every weight, by name."""
@@ -121,19 +124,39 @@ def weight_part(layout: HelixLayout, rank: int, name: str, whole: torch.Tensor) 
     return whole
 
 
-def run(models: dict[str, Model], cut: Cut) -> dict[str, tuple[Result, Result]]:
-    """Stock attention on one rank, and this rank's part of the cut one. Runs in those ranks."""
+def whole(models: dict[str, Model], sequence: int, batch: int) -> dict[str, tuple[Weights, Result]]:
+    """Stock attention: random weights, and what comes of them. Runs in one rank."""
+    results = {}
+    with model_parallel():
+        alone = ProcessGroupCollection.use_mpu_process_groups(["tp", "cp", "pp"])
+        for name, model in models.items():
+            attention = _build(model, None, alone)
+            weights = {
+                key: _random(sum(map(ord, key)), *weight.shape) / HIDDEN**0.5
+                for key, weight in attention.named_parameters()
+            }
+            attention.load_state_dict(weights, strict=False)  # Megatron's extra states are left
+            stream = _stream(sequence, batch)
+            results[name] = weights, _step(attention, model, sequence, batch, stream)
+    return results
+
+
+def parts(models: dict[str, Model], cut: Cut, weights: dict[str, Weights]) -> dict[str, Result]:
+    """This rank's part of the same. Runs in the ranks of the cut."""
     results = {}
     patches.relax_head_check()
     with model_parallel(tp=cut.ranks):
-        alone = [dist.new_group([rank]) for rank in range(cut.ranks)][dist.get_rank()]
-        one = ProcessGroupCollection(tp=alone, cp=alone, pp=alone)
+        rank = dist.get_rank()
         all_of_them = ProcessGroupCollection.use_mpu_process_groups(["tp", "cp", "pp"])
         for name, model in models.items():
-            whole = _build(model, None, one)
-            part = _build(model, cut, all_of_them)
-            _load(whole, part, layout_of(cut, model))
-            results[name] = _step(whole, model, cut, None), _step(part, model, cut, dist.get_rank())
+            attention, layout = _build(model, cut, all_of_them), layout_of(cut, model)
+            mine = dict(attention.named_parameters())
+            assert mine.keys() == weights[name].keys()
+            with torch.no_grad():
+                for key, weight in weights[name].items():
+                    mine[key].copy_(weight_part(layout, rank, key, weight))
+            stream = [stream_part(cut, rank, t) for t in _stream(cut.sequence, cut.batch)]
+            results[name] = _step(attention, model, cut.sequence, cut.batch, stream)
             parallel_state.get_global_memory_buffer().buffer.clear()
     return results
 
@@ -178,22 +201,16 @@ def _build(model: Model, cut: Cut | None, groups: ProcessGroupCollection) -> tor
     return module.double()  # norms take no dtype from the config
 
 
-def _load(whole: torch.nn.Module, part: torch.nn.Module, layout: HelixLayout) -> None:
-    """Give both modules the same random weights, the second one its part of them."""
-    parts = dict(part.named_parameters())
-    assert parts.keys() == dict(whole.named_parameters()).keys()
-    with torch.no_grad():
-        for name, weight in whole.named_parameters():
-            weight.copy_(_random(sum(map(ord, name)), *weight.shape) / HIDDEN**0.5)
-            parts[name].copy_(weight_part(layout, dist.get_rank(), name, weight))
+def _stream(sequence: int, batch: int) -> list[torch.Tensor]:
+    """Input, and gradient of the output."""
+    return [_random(seed, sequence, batch, HIDDEN) for seed in (1, 2)]
 
 
-def _step(attention: torch.nn.Module, model: Model, cut: Cut, rank: int | None) -> Result:
-    """With a rank's part of the stream, or with all of it."""
-    s, b = cut.sequence, cut.batch
-    x, y_grad = _random(1, s, b, HIDDEN), _random(2, s, b, HIDDEN)
-    if rank is not None:
-        x, y_grad = (stream_part(cut, rank, whole) for whole in (x, y_grad))
+def _step(
+    attention: torch.nn.Module, model: Model, s: int, b: int, stream: list[torch.Tensor]
+) -> Result:
+    """With a rank's part of the stream ``[s, b, hidden]``, or with all of it."""
+    x, y_grad = stream
     x = x.clone().requires_grad_()
     rotary = (
         RotaryEmbedding(KV_CHANNELS, 1.0, use_cpu_initialization=True)(s) if model.rope else None

@@ -136,7 +136,7 @@ def first_of_its_kind() -> Iterator[Any]:
     """The commands to run: one with the same words and flags as one before waits for ``--all``."""
     seen = set()
     for one in TO_RUN:
-        words = one.line.split()
+        words = one.line.partition("  #")[0].split()
         kind = (*words[:2], *sorted(word for word in words if word.startswith("--")))
         yield pytest.param(one, marks=THOROUGH if kind in seen else ())
         seen.add(kind)

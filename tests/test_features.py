@@ -139,25 +139,30 @@ def test_deterministic_mode_gives_the_same_numbers(
     assert again.grad_norms == helix.grad_norms
 
 
-def test_context_parallelism_gives_the_same_numbers(train: Train) -> None:
-    """Stock without it is the reference; stock with it says that the test's attention is right."""
-    expected = train(4, TP, "4")
-    context = (
-        "--context-parallel-size",
-        "2",
-        "--spec",
-        "tests.context_parallel_case",
-        "layer_spec",
-    )
-    for flags in (
-        (TP, "4"),
-        (*HELIX, "--helix-exchange", "activations"),
-        ("--helix-m", "4", "--helix-n", "1", "--helix-exchange", "weights"),
-    ):
-        found = train(8, *flags, *context)
-        assert found.losses == pytest.approx(expected.losses, rel=LOSS_TOLERANCE, abs=0)
-        norms = pytest.approx(expected.grad_norms, rel=GRAD_NORM_TOLERANCE, abs=0)
-        assert found.grad_norms == norms
+CONTEXT = {
+    "stock": (TP, "4"),
+    "activations": (*HELIX, "--helix-exchange", "activations"),
+    "weights": ("--helix-m", "4", "--helix-n", "1", "--helix-exchange", "weights"),
+}
+
+
+@pytest.fixture(scope="module")
+def whole_context(corpus_prefix: Path) -> Curve:
+    """Stock without context parallelism."""
+    return pretrain(tiny_gpt(corpus_prefix, SP, TP, "4"), 4)
+
+
+@pytest.mark.parametrize("layout", fast(["activations", "weights"], CONTEXT))
+def test_context_parallelism_gives_the_same_numbers(
+    train: Train, whole_context: Curve, layout: str
+) -> None:
+    """Stock with it says that the test's attention is right, as every layout does."""
+    size = ("--context-parallel-size", "2")
+    spec = ("--spec", "tests.context_parallel_case", "layer_spec")
+    found = train(8, *CONTEXT[layout], *size, *spec)
+    norms = pytest.approx(whole_context.grad_norms, rel=GRAD_NORM_TOLERANCE, abs=0)
+    assert found.losses == pytest.approx(whole_context.losses, rel=LOSS_TOLERANCE, abs=0)
+    assert found.grad_norms == norms
 
 
 def _difference(a: Curve, b: Curve) -> float:

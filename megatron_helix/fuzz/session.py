@@ -32,6 +32,7 @@ from megatron_helix.launching.failures import RunFailed
 
 SETTLE_S = 3.0  # at most, between the first rank that failed and taking what the others say
 SAID_LINES = 15  # of a rank's output
+YOUNG = 50_000  # objects: looking for garbage is for after a call, which seldom makes more
 NO_ANSWER, ENDED = "no answer", "exit code"
 
 
@@ -194,6 +195,7 @@ def _serve(ends: list[Connection]) -> None:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(address, port, is_master=False)  # pyright: ignore
     _write_checkpoints_in_process()
+    gc.set_threshold(YOUNG)
     state = Snapshot(
         "megatron", "megatron_helix", "torch.distributed.checkpoint", classes=(dist.ProcessGroup,)
     )

@@ -15,6 +15,10 @@ from torch.distributed.distributed_c10d import _coalescing_manager
 from megatron_helix.kernels import sums
 from megatron_helix.kernels.copies import contiguous
 
+# The names since torch 2.13, where the older ones look through all filters of warnings each time.
+_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_scatter_sum: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class _AllToAll(torch.autograd.Function):
     """Forward: ``y[k]`` on rank j is ``x[j]`` of rank k. Backward: itself. Saves nothing."""
@@ -187,7 +191,7 @@ def start_gather(
     if group.size() == 1:
         return UnderWay(x if into is None else into.copy_(x), None)
     y = x.new_empty(group.size() * x.size(0), *x.shape[1:]) if into is None else into
-    return UnderWay(y, dist.all_gather_into_tensor(y, x, group=group, async_op=early))
+    return UnderWay(y, _gather(y, x, group=group, async_op=early))
 
 
 def start_gathers(
@@ -208,7 +212,7 @@ def start_gathers(
         return [start_gather(x, group, early=early, into=place) for x, place in places]
     with _coalescing_manager(group=group, async_ops=True) as work:
         for x, place in zip(xs, into, strict=True):
-            dist.all_gather_into_tensor(place, contiguous(x), group=group)
+            _gather(place, contiguous(x), group=group)
     return [UnderWay(place, work) for place in into]
 
 
@@ -219,7 +223,7 @@ def start_scatter_sum(x: torch.Tensor, group: dist.ProcessGroup, *, early: bool)
     if group.size() == 1:
         return UnderWay(x, None)
     y = torch.empty((x.size(0) // group.size(), *x.shape[1:]), dtype=x.dtype, device=x.device)
-    return UnderWay(y, dist.reduce_scatter_tensor(y, x, group=group, async_op=early))
+    return UnderWay(y, _scatter_sum(y, x, group=group, async_op=early))
 
 
 def start_exchange(x: torch.Tensor, group: dist.ProcessGroup, *, early: bool) -> UnderWay:
@@ -255,7 +259,7 @@ def start_scatter_sums(
     results = [x.new_empty(x.size(0) // group.size(), *x.shape[1:]) for x in xs]
     with _coalescing_manager(group=group, async_ops=True) as work:
         for x, result in zip(xs, results, strict=True):
-            dist.reduce_scatter_tensor(result, contiguous(x), group=group)
+            _scatter_sum(result, contiguous(x), group=group)
     return [UnderWay(result, work) for result in results]
 
 

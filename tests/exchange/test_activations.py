@@ -3,6 +3,8 @@
 Everything here is a copy of numbers, never arithmetic on them, so all comparisons are exact.
 """
 
+from functools import cache
+from itertools import product
 from typing import NamedTuple
 
 import pytest
@@ -70,20 +72,27 @@ def dim_group_of(layout: HelixLayout, rank: int) -> dist.ProcessGroup:
     return groups[layout.coordinates(rank)[0]]
 
 
-@pytest.mark.parametrize("split", ["batch", "sequence"])
-@pytest.mark.parametrize("rotary", ROTARY)
-@pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize(("m", "n"), [(2, 2), (4, 1), (3, 2)])  # the last pads its tiles
-def test_exchange_is_indexing_of_the_canonical_tensor(
-    m: int, n: int, heads: str, rotary: str, split: str
-) -> None:
-    layout = HelixLayout(m=m, n=n, kv_channels=16, **HEADS[heads], **ROTARY[rotary])
-    qkv, context = (numbered(S, B, width) for width in widths(layout))
+Case = tuple[str, ...]  # heads, rotary, split
+SPLITS = ("batch", "sequence")
 
-    def exchange() -> Seen:
-        rank = dist.get_rank()
-        dim_group = dim_group_of(layout, rank)
 
+def layout_of(m: int, n: int, heads: str, rotary: str) -> HelixLayout:
+    """The partition of one of the cases."""
+    return HelixLayout(m=m, n=n, kv_channels=16, **HEADS[heads], **ROTARY[rotary])
+
+
+def wholes(layout: HelixLayout) -> list[torch.Tensor]:
+    """QKV and context, canonical."""
+    return [numbered(S, B, width) for width in widths(layout)]
+
+
+def exchange(m: int, n: int) -> dict[Case, Seen]:
+    """Every case, there and its gradient back. Runs in the ranks."""
+    rank, results = dist.get_rank(), {}
+    dim_group = dim_group_of(layout_of(m, n, "mha", "rotary"), rank)
+    for heads, rotary, split in product(HEADS, ROTARY, SPLITS):
+        layout = layout_of(m, n, heads, rotary)
+        qkv, context = wholes(layout)
         stored = tile(qkv, layout.qkv_rows(), layout, rank)
         # What comes out for padding goes nowhere, whatever it is.
         stored[..., layout.qkv_rows().chunk(layout.size)[rank] == PADDING] = torch.nan
@@ -97,31 +106,67 @@ def test_exchange_is_indexing_of_the_canonical_tensor(
         segments = context_to_segments(mine, layout, dim_group, split)
         gradient = tile(-context, layout.proj_columns(), layout, rank)
         segments.backward(gradient.transpose(0, 2).contiguous().transpose(0, 2))
-        return Seen(whole.detach(), stored.grad, segments.detach(), mine.grad)
-
-    for rank, seen in enumerate(run_distributed(exchange, layout.size)):
-        assert torch.equal(seen.qkv, share(qkv, layout, rank, split))
-        assert torch.equal(seen.qkv_grad, tile(-qkv, layout.qkv_rows(), layout, rank))
-        assert torch.equal(seen.context, tile(context, layout.proj_columns(), layout, rank))
-        assert torch.equal(seen.context_grad, share(-context, layout, rank, split))
+        found = Seen(whole.detach(), stored.grad, segments.detach(), mine.grad)
+        results[heads, rotary, split] = found
+    return results
 
 
-@pytest.mark.parametrize("split", ["batch", "sequence"])
+@cache
+def seen(m: int, n: int) -> list[dict[Case, Seen]]:
+    """Of every rank and case, run together: what starts a run costs more than a case."""
+    return run_distributed(exchange, m * n, m, n)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("rotary", ROTARY)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize(("m", "n"), [(2, 2), (4, 1), (3, 2)])  # the last pads its tiles
+def test_exchange_is_indexing_of_the_canonical_tensor(
+    m: int, n: int, heads: str, rotary: str, split: str
+) -> None:
+    layout = layout_of(m, n, heads, rotary)
+    qkv, context = wholes(layout)
+    for rank, of_rank in enumerate(seen(m, n)):
+        found = of_rank[heads, rotary, split]
+        assert torch.equal(found.qkv, share(qkv, layout, rank, split))
+        assert torch.equal(found.qkv_grad, tile(-qkv, layout.qkv_rows(), layout, rank))
+        assert torch.equal(found.context, tile(context, layout.proj_columns(), layout, rank))
+        assert torch.equal(found.context_grad, share(-context, layout, rank, split))
+
+
+def ends_of(m: int, n: int, rotary: str) -> tuple[HelixLayout, HelixLayout]:
+    """Two layouts, one of whose QKV is as many heads as the other's context.
+
+    As many packed heads in one's QKV (4 groups of 3 queries, key, value) as the other has heads.
+    """
+    shape = {"m": m, "n": n, "kv_channels": 16, **ROTARY[rotary]}
+    at_qkv = HelixLayout(num_attention_heads=12, num_query_groups=4, **shape)
+    return at_qkv, HelixLayout(num_attention_heads=20, num_query_groups=20, **shape)
+
+
+def there_and_back(m: int, n: int) -> dict[Case, torch.Tensor]:
+    """Every case. Runs in the ranks."""
+    rank, results = dist.get_rank(), {}
+    dim_group = dim_group_of(ends_of(m, n, "rotary")[0], rank)
+    for rotary, split in product(ROTARY, SPLITS):
+        at_qkv, at_context = ends_of(m, n, rotary)
+        mine = share(numbered(S, B, 20 * 16), at_context, rank, split).contiguous()
+        there = context_to_segments(mine, at_context, dim_group, split)
+        results[rotary, split] = qkv_to_whole_heads(there, at_qkv, dim_group, split)
+    return results
+
+
+@cache
+def back(m: int, n: int) -> list[dict[Case, torch.Tensor]]:
+    """Of every rank and case, run together."""
+    return run_distributed(there_and_back, m * n, m, n)
+
+
+@pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("rotary", ROTARY)
 @pytest.mark.parametrize(("m", "n"), [(2, 2), (4, 1), (3, 1)])
 def test_the_two_ends_undo_each_other(m: int, n: int, rotary: str, split: str) -> None:
-    # As many packed heads in one's QKV (4 groups of 3 queries, key, value) as the other has heads.
-    shape = {"m": m, "n": n, "kv_channels": 16, **ROTARY[rotary]}
-    at_qkv = HelixLayout(num_attention_heads=12, num_query_groups=4, **shape)
-    at_context = HelixLayout(num_attention_heads=20, num_query_groups=20, **shape)
-    whole = numbered(S, B, 20 * 16)
-
-    def there_and_back() -> torch.Tensor:
-        rank = dist.get_rank()
-        dim_group = dim_group_of(at_qkv, rank)
-        mine = share(whole, at_context, rank, split).contiguous()
-        there = context_to_segments(mine, at_context, dim_group, split)
-        return qkv_to_whole_heads(there, at_qkv, dim_group, split)
-
-    for rank, back in enumerate(run_distributed(there_and_back, m * n)):
-        assert torch.equal(back, share(whole, at_context, rank, split))
+    _, at_context = ends_of(m, n, rotary)
+    for rank, of_rank in enumerate(back(m, n)):
+        expected = share(numbered(S, B, 20 * 16), at_context, rank, split)
+        assert torch.equal(of_rank[rotary, split], expected)

@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 from collections import Counter
+from functools import cache
+from itertools import product
 from typing import Any
 
 import pytest
@@ -57,39 +59,54 @@ def _layout(m: int, n: int, groups: int) -> HelixLayout:
     )
 
 
-def _count(plan: Plan, layout: HelixLayout, gated: bool) -> tuple[Counter, Counter]:
-    """Elements this rank sends in one forward and one backward of a one-layer decoder block."""
+def _count(m: int, n: int, groups: int) -> dict[tuple[Plan, bool], tuple[Counter, Counter]]:
+    """Elements this rank sends in one forward and one backward, by plan and whether gated."""
     patches.relax_head_check()
+    layout = _layout(m, n, groups)
     with model_parallel(tp=layout.size):
-        config = cpu_config(
-            num_layers=1,
-            hidden_size=HIDDEN,
-            ffn_hidden_size=FFN,
-            num_attention_heads=HEADS,
-            num_query_groups=layout.num_query_groups,
-            kv_channels=KV_CHANNELS,
-            tensor_model_parallel_size=layout.size,
-            sequence_parallel=True,
-            add_bias_linear=False,
-            gated_linear_unit=gated,
-        )
-        choice = Choice(exchange=plan.exchange, split=plan.split, gather=plan.gather)
-        if plan.exchange == "scores":
-            choice = Choice(exchange="scores")
-        spec = helixify(get_gpt_layer_local_spec(), layout, choice)
-        spec = with_sequence_parallel_norms(spec, config)
-        layer = build_module(spec.layer_specs[0], config=config, layer_number=1)
-        x = torch.randn(S // layout.size, B, HIDDEN, requires_grad=True)
-        frequencies = RotaryEmbedding(KV_CHANNELS, rotary_percent=1.0, use_cpu_initialization=True)
-        ledger = CommLedger()
-        uninstall = install(ledger)
-        y, _ = layer(hidden_states=x, attention_mask=None, rotary_pos_emb=frequencies(S))
-        forward = _elements(ledger)
-        y.backward(torch.randn_like(y))
-        finish_step([layer])
-        backward = _elements(ledger)
-        uninstall()
+        return {
+            (plan, gated): _sent(plan, layout, gated)
+            for plan, gated in product(PLANS, (False, True))
+        }
+
+
+def _sent(plan: Plan, layout: HelixLayout, gated: bool) -> tuple[Counter, Counter]:
+    """Of a one-layer decoder block."""
+    config = cpu_config(
+        num_layers=1,
+        hidden_size=HIDDEN,
+        ffn_hidden_size=FFN,
+        num_attention_heads=HEADS,
+        num_query_groups=layout.num_query_groups,
+        kv_channels=KV_CHANNELS,
+        tensor_model_parallel_size=layout.size,
+        sequence_parallel=True,
+        add_bias_linear=False,
+        gated_linear_unit=gated,
+    )
+    choice = Choice(exchange=plan.exchange, split=plan.split, gather=plan.gather)
+    if plan.exchange == "scores":
+        choice = Choice(exchange="scores")
+    spec = helixify(get_gpt_layer_local_spec(), layout, choice)
+    spec = with_sequence_parallel_norms(spec, config)
+    layer = build_module(spec.layer_specs[0], config=config, layer_number=1)
+    x = torch.randn(S // layout.size, B, HIDDEN, requires_grad=True)
+    frequencies = RotaryEmbedding(KV_CHANNELS, rotary_percent=1.0, use_cpu_initialization=True)
+    ledger = CommLedger()
+    uninstall = install(ledger)
+    y, _ = layer(hidden_states=x, attention_mask=None, rotary_pos_emb=frequencies(S))
+    forward = _elements(ledger)
+    y.backward(torch.randn_like(y))
+    finish_step([layer])
+    backward = _elements(ledger)
+    uninstall()
     return forward, backward
+
+
+@cache
+def _counted(m: int, n: int, groups: int) -> list[dict[tuple[Plan, bool], tuple[Counter, Counter]]]:
+    """Of every rank, run together: what starts a run costs more than a layer."""
+    return run_distributed(_count, m * n, m, n, groups)
 
 
 def _elements(ledger: CommLedger) -> Counter:
@@ -114,8 +131,8 @@ def test_a_layer_sends_what_the_closed_form_says(
     forward, backward = traffic.layer(plan, layout, shape, **size)
     ends = traffic.block_ends(plan, layout, shape, **size)
     expected = (_nonzero(forward + ends), _nonzero(backward + ends))
-    counted = run_distributed(_count, layout.size, plan, layout, gated)
-    for rank, (sent_forward, sent_backward) in enumerate(counted):
+    for rank, of_rank in enumerate(_counted(m, n, groups)):
+        sent_forward, sent_backward = of_rank[plan, gated]
         assert (_nonzero(sent_forward), _nonzero(sent_backward)) == expected, f"rank {rank}"
 
 

@@ -270,7 +270,7 @@ def wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[
 def test_a_wrong_helix_is_found_and_made_small(wrong: Callable[..., Laboratory]) -> None:
     """Weights are drawn without a thought of who has which: the first loss shows it."""
     here = wrong("megatron_helix.layers.linear.in_tile_order", lambda init, *order, **own: init)
-    case = parse("layers=2 hidden=48 n=2 sp micro=4; --swiglu; --qk-layernorm")
+    case = parse("hidden=48 sp; --swiglu; --qk-layernorm")
     outcome = here.attempt(case)
     assert outcome.status == trial.DIFFERS
     assert outcome.text.startswith("loss of step 1, rank 0: stock")

@@ -17,11 +17,14 @@ from tests.attention_case import (
     Cut,
     Model,
     Result,
+    Weights,
     counts_offset,
     layout_of,
-    run,
+    parts,
     stream_part,
+    whole,
 )
+from tests.covering import THOROUGH
 from tests.distributed import run_distributed
 
 MODELS = {
@@ -38,11 +41,14 @@ MODELS = {
     "softmax_off_by_one": Model(more={"softmax_type": "off-by-one"}),
     "softmax_learnable_offset": Model(more={"softmax_type": "learnable"}),
     "window": Model(more={"window_size": (3, 0)}),
+    "causal_bias": Model(heads=8, bias=True),
 }
 FEWER_GROUPS_THAN_RANKS = {
-    2: Model(heads=8, groups=2, bias=True, mask="given"),
-    1: Model(heads=4, groups=1, mask="given"),
+    "2_groups": Model(heads=8, groups=2, bias=True, mask="given"),
+    "1_groups": Model(heads=4, groups=1, mask="given"),
 }
+CAUSAL = ("plain", "no_rope", "qk_norm", "causal_bias")  # all that `split` computes
+ALL = MODELS | FEWER_GROUPS_THAN_RANKS
 CUTS = [
     Cut(m=m, n=n, exchange=exchange, split=split, sequence_parallel=sequence_parallel)
     for m, n in ((2, 2), (4, 1))
@@ -87,6 +93,12 @@ def name_of(cut: Cut) -> str:
     return "-".join(words if cut.core == "spec" else [*words, cut.core])
 
 
+def waits(cut: Cut) -> bool:
+    """For ``--all``: in the fast suite 4 x 1 has sequence parallelism, and 2 x 2 has none."""
+    either = cut.m > 1 and cut.ranks == 4 and cut.exchange != "weights" and cut.core == "spec"
+    return either and cut.sequence_parallel == (cut.m == 2)
+
+
 def tolerance(cut: Cut) -> float:
     """Largest error, relative to the largest element, that summing in another order explains.
 
@@ -97,18 +109,23 @@ def tolerance(cut: Cut) -> float:
 
 
 @cache
-def results_of(cut: Cut) -> list[dict[str, tuple[Result, Result]]]:
+def whole_results(sequence: int, batch: int) -> dict[str, tuple[Weights, Result]]:
+    """Of every model, once for all cuts."""
+    return run_distributed(whole, 1, ALL, sequence, batch)[0]
+
+
+@cache
+def results_of(cut: Cut) -> list[dict[str, Result]]:
     """Of every rank and model, run together: forking ranks costs more than what they do."""
-    return run_distributed(run, cut.ranks, models_of(cut), cut)
+    models, of_whole = models_of(cut), whole_results(cut.sequence, cut.batch)
+    weights = {name: of_whole[name][0] for name in models}
+    return run_distributed(parts, cut.ranks, models, cut, weights)
 
 
 def models_of(cut: Cut) -> dict[str, Model]:
     """Every model that this layout can cut, and its core attention compute."""
-    if cut.core == "split":  # causal, and nothing else
-        plain = {name: MODELS[name] for name in ("plain", "no_rope", "qk_norm")}
-        return {**plain, "bias": Model(heads=8, bias=True)}
-    few = {f"{groups}_groups": model for groups, model in FEWER_GROUPS_THAN_RANKS.items()}
-    return {name: model for name, model in (MODELS | few).items() if _fits(cut, model)}
+    names = CAUSAL if cut.core == "split" else ALL.keys() - {"causal_bias"}
+    return {name: model for name, model in ALL.items() if name in names and _fits(cut, model)}
 
 
 def _fits(cut: Cut, model: Model) -> bool:
@@ -128,17 +145,17 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, name: str, tol: f
     assert error <= tol, f"{name}: off by {error:.1e} of its largest element"
 
 
-def whole_grad(name: str, cut: Cut, model: Model, parts: list[Result]) -> torch.Tensor:
+def whole_grad(name: str, cut: Cut, model: Model, of_ranks: list[Result]) -> torch.Tensor:
     """The gradient of a whole weight, from what the ranks have after Megatron's own sums."""
     layout = layout_of(cut, model)
-    grads = [part.weight_grads[name] for part in parts]
+    grads = [part.weight_grads[name] for part in of_ranks]
     if name in TILED:
         axis, order = TILED[name]
         tiles = torch.cat(grads, dim=axis)
         padding = (order(layout) == PADDING).nonzero().squeeze(1)
         assert not tiles.index_select(axis, padding).count_nonzero(), name
         return canonical(tiles, order(layout), axis)
-    if name in parts[0].summed_over_ranks:
+    if name in of_ranks[0].summed_over_ranks:
         return torch.stack(grads).sum(0)
     if name == OFFSET:
         return torch.cat([grads[layout.dim_group(i * layout.m)[0]] for i in range(layout.n)])
@@ -148,42 +165,42 @@ def whole_grad(name: str, cut: Cut, model: Model, parts: list[Result]) -> torch.
 @pytest.mark.parametrize(
     ("cut", "model_name"),
     [
-        pytest.param(cut, name, id=f"{name_of(cut)}-{name}")
+        pytest.param(cut, name, id=f"{name_of(cut)}-{name}", marks=THOROUGH if waits(cut) else ())
         for cut in CUTS
         for name in models_of(cut)
     ],
 )
 def test_cut_attention_is_whole_attention(cut: Cut, model_name: str) -> None:
     model = models_of(cut)[model_name]
-    results = [of_rank[model_name] for of_rank in results_of(cut)]
-    whole, parts = results[0][0], [part for _, part in results]
+    of_ranks = [of_rank[model_name] for of_rank in results_of(cut)]
+    _, of_whole = whole_results(cut.sequence, cut.batch)[model_name]
     tol = tolerance(cut)
-    for rank, part in enumerate(parts):
-        assert_close(part.output, stream_part(cut, rank, whole.output), "output", tol)
-        assert_close(part.input_grad, stream_part(cut, rank, whole.input_grad), "input", tol)
-    for name, expected in whole.weight_grads.items():
-        assert_close(whole_grad(name, cut, model, parts), expected, name, tol)
+    for rank, part in enumerate(of_ranks):
+        assert_close(part.output, stream_part(cut, rank, of_whole.output), "output", tol)
+        assert_close(part.input_grad, stream_part(cut, rank, of_whole.input_grad), "input", tol)
+    for name, expected in of_whole.weight_grads.items():
+        assert_close(whole_grad(name, cut, model, of_ranks), expected, name, tol)
 
 
 @pytest.mark.parametrize(
     ("cut", "model_name"),
     [
-        pytest.param(cut, name, id=f"{name_of(cut)}-{name}")
+        pytest.param(cut, name, id=f"{name_of(cut)}-{name}", marks=THOROUGH if waits(cut) else ())
         for cut in CUTS
         if cut.m < 5
-        for name in ("bias", "softmax_learnable_offset")
+        for name in ("bias", "causal_bias", "softmax_learnable_offset")
         if name in models_of(cut)
     ],
 )
 def test_copies_of_a_weight_get_equal_gradients(cut: Cut, model_name: str) -> None:
     """Else the copies of a weight on several ranks would drift apart in training."""
     layout = layout_of(cut, models_of(cut)[model_name])
-    parts = [of_rank[model_name][1] for of_rank in results_of(cut)]
-    copied = parts[0].weight_grads.keys() - TILED.keys() - parts[0].summed_over_ranks
+    of_ranks = [of_rank[model_name] for of_rank in results_of(cut)]
+    copied = of_ranks[0].weight_grads.keys() - TILED.keys() - of_ranks[0].summed_over_ranks
     for name in copied:
-        for rank, part in enumerate(parts):
+        for rank, part in enumerate(of_ranks):
             first = layout.dim_group(rank)[0] if name == OFFSET else 0
-            assert torch.equal(part.weight_grads[name], parts[first].weight_grads[name]), name
+            assert torch.equal(part.weight_grads[name], of_ranks[first].weight_grads[name]), name
 
 
 @pytest.mark.parametrize("cut", [Cut(m=2, n=2), Cut(m=4, n=1)], ids=name_of)

@@ -36,8 +36,8 @@ def _run(corpus: Path, folder: Path, *flags: str) -> RunMetrics:
     ("flags", "late", "early"),
     [
         pytest.param((), 1, 7 + 8, id="plain"),
-        pytest.param(FULL, 1 + 2 * 1, 7 + 2 * (3 + 4), id="full-recompute", marks=THOROUGH),
-        pytest.param(MLP, 1 + 2 * 1, 7 + 2 * (1 + 4), id="mlp-recompute"),
+        pytest.param(FULL, 1 + 2 * 1, 7 + 2 * (3 + 4), id="full-recompute"),
+        pytest.param(MLP, 1 + 2 * 1, 7 + 2 * (1 + 4), id="mlp-recompute", marks=THOROUGH),
         pytest.param(STEP, 1, 7, id="step", marks=THOROUGH),
         # Megatron brings the shards up to date as the forward pass reaches them.
         pytest.param(OVERLAP, 8, 8, id="overlapped-parameter-gather"),

@@ -6,7 +6,6 @@ Output, input gradient and the gradient of every weight, as in
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ from tests import block_case
 from tests.block_case import Block
 from tests.covering import fast
 from tests.distributed import model_parallel, run_distributed
-from tests.layers.test_layer_gradients import _random, shard, summed_over_ranks
+from tests.layers.test_layer_gradients import _random, drawn, shard, summed_over_ranks
 from tests.packed_case import LENGTHS, params
 
 S = 32
@@ -80,39 +79,48 @@ CUTS.append(Cut(m=2, n=2, choice=Choice(exchange="weights", keeps_order="--some-
 Tensors = dict[str, torch.Tensor]
 
 
-def compare(cut: Cut) -> dict[tuple[str, str], tuple[Tensors, Tensors]]:
-    """(expected, actual) by block and row; what a rank has. Runs in four ranks."""
+def whole() -> dict[str, tuple[Tensors, dict[str, Tensors]]]:
+    """Weights of every block, and what is expected of every row. Runs in one rank."""
+    results = {}
+    with model_parallel():
+        alone = ProcessGroupCollection.use_mpu_process_groups()
+        for name, block in BLOCKS.items():
+            layers = block_case.build(block, alone)
+            weights, stream = drawn(layers, block), _stream(block)
+            of_rows = {row: step(layers, block, *stream, row_of(row)) for row in ROWS}
+            results[name] = weights, of_rows
+    return results
+
+
+def parts(cut: Cut, weights: dict[str, Tensors]) -> dict[str, dict[str, Tensors]]:
+    """What a rank has of every block and row. Runs in four ranks."""
     results = {}
     with model_parallel(tp=4):
         rank = dist.get_rank()
-        alone = [dist.new_group([other]) for other in range(4)][rank]
-        one = ProcessGroupCollection(tp=alone, cp=alone, pp=alone)
         four = ProcessGroupCollection.use_mpu_process_groups()
         for name, block in BLOCKS.items():
             if block.groups % cut.n:
                 continue
             layout = block.layout(cut.m, cut.n)
-            whole = block_case.build(block, one)
             part = block_case.build(block, four, layout, cut.choice)
             mine = dict(part.named_parameters())
             with torch.no_grad():
-                for key, weight in whole.named_parameters():
-                    weight.copy_(_random(sum(map(ord, key)), *weight.shape) / block.hidden**0.5)
+                for key, weight in weights[name].items():
                     mine[key].copy_(shard(weight, key, layout, rank, block.gated))
-            x, y_grad = (_random(seed, S, 1, block.hidden) for seed in (1, 2))
+            results[name] = {}
             for documents in ROWS:
-                expected = step(whole, block, x, y_grad, row_of(documents))
-                actual = step(
-                    part, block, x.chunk(4)[rank], y_grad.chunk(4)[rank], row_of(documents)
-                )
-                for key in ("output", "input"):
-                    expected[key] = expected[key].chunk(4)[rank]
+                stream = (tensor.chunk(4)[rank] for tensor in _stream(block))
+                actual = step(part, block, *stream, row_of(documents))
                 for key, weight in mine.items():
                     if summed_over_ranks(key, weight):
                         dist.all_reduce(actual[key])
-                    expected[key] = shard(expected[key], key, layout, rank, block.gated)
-                results[name, documents] = expected, actual
+                results[name][documents] = actual
     return results
+
+
+def _stream(block: Block) -> list[torch.Tensor]:
+    """Input, and gradient of the output."""
+    return [_random(seed, S, 1, block.hidden) for seed in (1, 2)]
 
 
 def step(
@@ -133,9 +141,15 @@ def step(
 
 
 @cache
-def results_of(cut: Cut) -> list[dict[Any, tuple[Tensors, Tensors]]]:
+def whole_results() -> dict[str, tuple[Tensors, dict[str, Tensors]]]:
+    """Of every block and row, once for all cuts."""
+    return run_distributed(whole, 1)[0]
+
+
+@cache
+def results_of(cut: Cut) -> list[dict[str, dict[str, Tensors]]]:
     """Of every rank, block and row, run together."""
-    return run_distributed(compare, 4, cut)
+    return run_distributed(parts, 4, cut, {name: one[0] for name, one in whole_results().items()})
 
 
 @pytest.mark.parametrize("documents", ROWS)
@@ -145,10 +159,18 @@ def test_cut_layers_are_whole_layers(cut: Cut, name: str, documents: str) -> Non
     if BLOCKS[name].groups % cut.n:
         return  # n divides the query groups
     tolerance = 2000 * torch.finfo(DOUBLE).eps  # as of rows that are not packed
+    block, whole = BLOCKS[name], whole_results()[name][1][documents]
+    layout = block.layout(cut.m, cut.n)
     for rank, of_rank in enumerate(results_of(cut)):
-        expected, actual = of_rank[name, documents]
-        assert expected.keys() == actual.keys()
-        for key, tensor in expected.items():
+        actual = of_rank[name][documents]
+        assert whole.keys() == actual.keys()
+        for key, of_whole in whole.items():
+            in_stream = key in ("output", "input")
+            tensor = (
+                of_whole.chunk(4)[rank]
+                if in_stream
+                else shard(of_whole, key, layout, rank, block.gated)
+            )
             assert actual[key].shape == tensor.shape, key
             scale = tensor.abs().max()
             # A token alone attends to itself, whatever its query and key are: no gradient at all.

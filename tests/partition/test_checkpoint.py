@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.dist_checkpointing import load_plain_tensors
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from megatron_helix import pretrain_gpt
@@ -21,47 +20,23 @@ from megatron_helix.fuzz.session import CallFailed
 from megatron_helix.launching import failures, fork_ranks
 from megatron_helix.options import arguments
 from tests.covering import THOROUGH, fast
-from tests.distributed import (
-    Curve,
-    living_ranks,
-    pretrain,
-    pretrain_launched,
-    run_distributed,
-    tiny_gpt,
+from tests.distributed import Curve, pretrain, pretrain_launched, tiny_gpt
+from tests.partition.checkpoint_case import (
+    DISTRIBUTED_OPTIMIZER,
+    GRAD_NORM_TOLERANCE,
+    LAYOUTS,
+    LEARNABLE_OFFSET,
+    LOSS_TOLERANCE,
+    MODEL,
+    OPTIMIZERS,
+    SAVED_STEP,
+    STEPS,
+    UNTIED,
+    assert_goes_on,
+    assert_same_bits,
+    passed_on,
+    tensors_in,
 )
-
-STEPS, SAVED_STEP = 4, 2
-
-# As in test_parity.py: single precision, summed in another order.
-LOSS_TOLERANCE = 1e-5
-GRAD_NORM_TOLERANCE = 1e-4
-
-# Every kind of parameter that attention has: weights and a bias cut in tiles, norms not cut at all.
-MODEL = (
-    *("--group-query-attention", "--num-query-groups", "2"),
-    *("--qk-layernorm", "--normalization", "RMSNorm"),
-)
-# Tied embeddings in a pipeline are a bucket of their own, whose padding Megatron's fully
-# reshardable format mistakes for parameters, whatever the layout: in a small model it loses some.
-UNTIED = "--untie-embeddings-and-output-weights"
-DISTRIBUTED_OPTIMIZER = (
-    *("--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable", UNTIED),
-)
-OPTIMIZERS = {"whole": (), "distributed": DISTRIBUTED_OPTIMIZER}
-LEARNABLE_OFFSET = ("--softmax-type", "learnable")
-
-SP = "--sequence-parallel"
-PP2 = ("--pipeline-model-parallel-size", "2")
-LAYOUTS = {
-    "stock_tp4": (SP, "--tensor-model-parallel-size", "4"),
-    "stock_tp4_without_sp": ("--tensor-model-parallel-size", "4"),
-    "stock_tp2_pp2": (SP, "--tensor-model-parallel-size", "2", *PP2),
-    # Also of other exchanges: a checkpoint knows nothing of them.
-    "helix_2x2": (SP, "--helix-m", "2", "--helix-n", "2", "--helix-exchange", "weights"),
-    "helix_4x1": (SP, "--helix-m", "4", "--helix-n", "1", "--helix-exchange", "activations"),
-    "helix_2x1_dp2": (SP, "--helix-m", "2", "--helix-n", "1", "--helix-exchange", "scores"),
-    "helix_2x1_pp2": (SP, "--helix-m", "2", "--helix-n", "1", *PP2),
-}
 
 Saved = Callable[..., tuple[Curve, Path]]
 Resume = Callable[..., Curve]
@@ -97,21 +72,6 @@ def resume(corpus_prefix: Path) -> Resume:
     return run
 
 
-def assert_goes_on(resumed: Curve, uninterrupted: Curve) -> None:
-    """The steps after loading are the uninterrupted run's."""
-    assert len(resumed.losses) == STEPS - SAVED_STEP
-    losses, norms = uninterrupted.losses[SAVED_STEP:], uninterrupted.grad_norms[SAVED_STEP:]
-    assert resumed.losses == pytest.approx(losses, rel=LOSS_TOLERANCE, abs=0)
-    assert resumed.grad_norms == pytest.approx(norms, rel=GRAD_NORM_TOLERANCE, abs=0)
-
-
-def tensors_in(checkpoint: Path, step: int) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, whole, as Megatron puts it together on one rank."""
-    folder = str(checkpoint / f"iter_{step:07d}")
-    (content,) = run_distributed(lambda: load_plain_tensors(folder), 1)
-    return {key: value for key, value in content.items() if isinstance(value, torch.Tensor)}
-
-
 @pytest.mark.parametrize(
     ("first", "then"),
     [
@@ -145,71 +105,6 @@ def test_layouts_pass_a_checkpoint_on_bit_for_bit(
         flags = tiny_gpt(corpus_prefix, *MODEL, *LAYOUTS[layout], *kind)
         checkpoint = passed_on(checkpoint, tmp_path / layout, flags, 4)
         assert_same_bits(tensors_in(checkpoint, SAVED_STEP), expected)
-
-
-def passed_on(checkpoint: Path, folder: Path, flags: list[str], ranks: int) -> Path:
-    """The checkpoint that a layout saves of what it loads, without a step."""
-    saved = folder / "checkpoint"
-    load = ("--load", str(checkpoint), "--ckpt-step", str(SAVED_STEP))
-    save = ("--save", str(saved), "--save-interval", str(SAVED_STEP + 1))
-    until = ("--train-iters", str(SAVED_STEP))
-    # The end of its schedule is that of a run of no steps.
-    flags = [*flags, *load, *save, *until, "--override-opt-param-scheduler"]
-    argv = pretrain_gpt.prepare(flags, ranks)
-    living_ranks().call(pretrain_gpt.train, argv, ranks=ranks)
-    return saved
-
-
-def assert_same_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """As they are, under the same names."""
-    assert found.keys() == expected.keys()
-    changed = [key for key in expected if not torch.equal(found[key], expected[key])]
-    assert not changed
-
-
-# Three ranks divide neither the features of the MLP nor those of experts.
-UNEVEN = (
-    *("--num-attention-heads", "6", "--kv-channels", "12", "--ffn-hidden-size", "250"),
-    *("--seq-length", "30", "--vocab-size", "270", "--make-vocab-size-divisible-by", "1"),
-)
-HELIX_3X1 = (SP, "--helix-m", "3", "--helix-n", "1", "--helix-split", "sequence")
-UNEVEN_EXPERTS = (
-    *("--disable-bias-linear", "--num-experts", "2", "--moe-ffn-hidden-size", "40"),
-    *("--moe-router-load-balancing-type", "none", "--moe-token-dispatcher-type", "alltoall"),
-    *("--moe-shared-expert-intermediate-size", "46", "--moe-layer-freq", "[0,1]"),
-    # Stock takes experts' moments to no other degree, either.
-    *("--no-save-optim", "--no-load-optim"),
-)
-UNEVEN_MODELS = {
-    "biases": (),
-    "gated": ("--swiglu", "--disable-bias-linear", *OPTIMIZERS["distributed"]),
-    "gated_biases": ("--swiglu",),
-    "experts": UNEVEN_EXPERTS,
-    "gated_experts": ("--swiglu", *UNEVEN_EXPERTS),
-}
-
-
-@pytest.mark.parametrize("model", fast(["gated"], UNEVEN_MODELS))
-def test_padding_of_features_is_in_no_checkpoint(
-    corpus_prefix: Path, tmp_path: Path, model: str
-) -> None:
-    """From stock to helix, whose ranks do not divide the features, and back: bit for bit."""
-    sizes = tiny_gpt(corpus_prefix, *MODEL, *UNEVEN, *UNEVEN_MODELS[model])
-    stock = [*sizes, SP, "--tensor-model-parallel-size", "2", "--train-iters", str(STEPS)]
-    save = ("--save", str(tmp_path / "checkpoint"), "--save-interval", str(SAVED_STEP))
-    uninterrupted, first = pretrain([*stock, *save], 2), tmp_path / "checkpoint"
-    checkpoint, expected = first, tensors_in(first, SAVED_STEP)
-    # A weight and two moments; weights of a dense MLP, of an expert and of a shared one.
-    assert sum("linear_fc1.weight" in key for key in expected) >= 3
-    for layout, flags, ranks in (
-        ("helix_3x1", [*sizes, *HELIX_3X1], 3),
-        ("stock_tp1", sizes, 1),
-    ):
-        checkpoint = passed_on(checkpoint, tmp_path / layout, flags, ranks)
-        assert_same_bits(tensors_in(checkpoint, SAVED_STEP), expected)
-    if "experts" not in model:
-        load = ("--load", str(first), "--ckpt-step", str(SAVED_STEP), "--train-iters", str(STEPS))
-        assert_goes_on(pretrain([*sizes, *HELIX_3X1, *load], 3), uninterrupted)
 
 
 def test_experts_go_on_beside_a_distributed_optimizer(saved: Saved, resume: Resume) -> None:
@@ -275,68 +170,6 @@ def test_stock_then_helix_then_stock_is_one_curve(
     norms = uninterrupted.grad_norms[:SAVED_STEP] + helix.grad_norms + stock.grad_norms
     assert losses == pytest.approx(uninterrupted.losses, rel=LOSS_TOLERANCE, abs=0)
     assert norms == pytest.approx(uninterrupted.grad_norms, rel=GRAD_NORM_TOLERANCE, abs=0)
-
-
-# Degrees that divide neither heads nor head dimension. A sequence, features and a vocabulary that
-# all of them share; of a head's eight rotary pairs three segments and five are not alike.
-SHARED = (
-    *(SP, "--seq-length", "60", "--max-position-embeddings", "60", "--ffn-hidden-size", "240"),
-    *("--vocab-size", "300", "--make-vocab-size-divisible-by", "1"),
-)
-CHAIN = {
-    2: ("--tensor-model-parallel-size", "2"),
-    3: ("--helix-m", "3", "--helix-n", "1", "--helix-exchange", "weights"),
-    5: ("--helix-m", "5", "--helix-n", "1", "--helix-exchange", "activations"),
-    4: ("--tensor-model-parallel-size", "4"),
-}
-
-
-@THOROUGH
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_chain_of_segments_that_are_not_alike_is_one_curve(
-    corpus_prefix: Path, tmp_path: Path, optimizer: str
-) -> None:
-    """Two steps under each layout; and, saved again at once, the same bits under all."""
-    known = (*MODEL, *SHARED, *OPTIMIZERS[optimizer])
-
-    def flags(ranks: int, *more: str, until: int) -> list[str]:
-        iters = str(len(CHAIN) * SAVED_STEP)  # of the schedule of the whole curve
-        stop = ("--exit-interval", str(until))
-        every = ("--train-iters", iters, *stop)
-        return tiny_gpt(corpus_prefix, *known, *CHAIN[ranks], *more, *every)
-
-    uninterrupted = pretrain(flags(2, until=100), 2)
-    losses, norms, load = [], [], ()
-    first = None
-    for turn, ranks in enumerate(CHAIN, start=1):
-        until, folder = turn * SAVED_STEP, str(tmp_path / f"{ranks}")
-        save = ("--save", folder, "--save-interval", str(until))
-        curve = pretrain(flags(ranks, *load, *save, until=until), ranks)
-        losses += curve.losses
-        norms += curve.grad_norms
-        load = ("--load", folder)
-        first = first or folder
-    assert losses == pytest.approx(uninterrupted.losses, rel=LOSS_TOLERANCE, abs=0)
-    assert norms == pytest.approx(uninterrupted.grad_norms, rel=GRAD_NORM_TOLERANCE, abs=0)
-
-    assert first is not None
-    expected, checkpoint = tensors_in(Path(first), SAVED_STEP), first
-    for ranks in (3, 5, 4):
-        again = str(tmp_path / f"again{ranks}")
-        more = ("--load", checkpoint, "--save", again, "--save-interval", "100")
-        argv = pretrain_gpt.prepare(
-            tiny_gpt(
-                *(corpus_prefix, *known, *CHAIN[ranks], *more, "--override-opt-param-scheduler"),
-                train_iters=SAVED_STEP,
-            ),
-            ranks,
-        )
-        living_ranks().call(pretrain_gpt.train, argv, ranks=ranks)
-        found = tensors_in(Path(again), SAVED_STEP)
-        assert found.keys() == expected.keys()
-        changed = [key for key in expected if not torch.equal(found[key], expected[key])]
-        assert not changed, f"{ranks} ranks: {changed}"
-        checkpoint = again
 
 
 @pytest.mark.parametrize(

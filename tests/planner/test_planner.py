@@ -4,7 +4,6 @@ import itertools
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import assume, given
@@ -13,33 +12,15 @@ from hypothesis import strategies as st
 from megatron_helix.commands.plan import _layout
 from megatron_helix.machine import hardware
 from megatron_helix.machine.hardware import Hardware
-from megatron_helix.planner import (
-    core_attention,
-    flops,
-    memory,
-    parameters,
-    search,
-    traffic,
-    update,
-)
-from megatron_helix.planner.deployment import Deployment, layout_of
+from megatron_helix.planner import flops, memory, parameters, search, traffic, update
+from megatron_helix.planner.deployment import Deployment
 from megatron_helix.planner.time import predict
 from megatron_helix.run_config.batch import BatchConfig
-from megatron_helix.run_config.files import read_config
 from megatron_helix.run_config.layout import LayoutConfig
 from megatron_helix.run_config.model import ModelConfig
 from megatron_helix.run_config.precision import Precision
+from tests.planner.planner_case import DENSE, MACHINES, MOE, NARROW, SIXTEEN, SMALL, multiplied
 
-MACHINES = {
-    path.stem: hardware.load(path) for path in sorted(Path("configs/hardware").glob("*.yaml"))
-}
-DENSE = read_config(ModelConfig, Path("configs/models/dense.yaml"))
-MOE = read_config(ModelConfig, Path("configs/models/moe.yaml"))
-SMALL = BatchConfig(sequences=64, sequence_length=512)
-SIXTEEN = MACHINES["h100_2x8_ib"]
-
-# The dense model with heads that fused attention takes, and context parallelism with it.
-NARROW = DENSE.model_copy(update={"name": "narrow", "num_attention_heads": 64, "kv_channels": 128})
 CANDIDATES = {
     (model.name, phase): list(search.deployments(model, SIXTEEN, SMALL, phase))
     for model in (DENSE, MOE, NARROW)
@@ -62,16 +43,6 @@ machines = st.builds(
 )
 
 
-def _with(machine: Hardware, *path: str, factor: float) -> Hardware:
-    """The machine with one constant multiplied."""
-    document = machine.model_dump()
-    place = document
-    for key in path:
-        place = place[key]
-    place["value"] *= factor
-    return Hardware.model_validate(document)
-
-
 @pytest.mark.parametrize("machine", MACHINES.values(), ids=list(MACHINES))
 def test_every_constant_says_where_it_is_from(machine: Hardware) -> None:
     links = [link for link in (machine.intra_node, machine.inter_node) if link]
@@ -89,14 +60,14 @@ def test_a_better_machine_is_never_slower(
     paths = [("gemm",), ("memory_bandwidth",), ("intra_node", "bandwidth")]
     if machine.inter_node:
         paths.append(("inter_node", "bandwidth"))
-    better = _with(machine, *data.draw(st.sampled_from(paths)), factor=factor)
+    better = multiplied(machine, *data.draw(st.sampled_from(paths)), factor=factor)
     before, after = predict(here, machine), predict(here, better)
     assert after.step_s <= before.step_s * (1 + 1e-12)
 
 
 @given(deployed, machines, st.floats(1, 100))
 def test_more_latency_is_never_faster(here: Deployment, machine: Hardware, factor: float) -> None:
-    worse = _with(machine, "intra_node", "latency", factor=factor)
+    worse = multiplied(machine, "intra_node", "latency", factor=factor)
     assert predict(here, worse).step_s >= predict(here, machine).step_s * (1 - 1e-12)
 
 
@@ -211,44 +182,6 @@ def test_crossing_nodes_is_never_faster(kind: str, ranks: int, sent_bytes: float
     assert all(near <= far for near, far in itertools.pairwise(times))
 
 
-def test_a_thousand_gpus_have_so_many_layouts_of_the_widest_model() -> None:
-    """Experts multiply them; a prediction takes below a millisecond of one core."""
-    batch = BatchConfig(sequences=4096, sequence_length=2048)
-    found = sum(1 for _ in search.deployments(MOE, SIXTEEN.scaled(1024), batch, "train"))
-    assert 5000 < found < 13_000
-
-
-def test_a_thousand_gpus_are_searched_in_full() -> None:
-    machine = SIXTEEN.scaled(1024)
-    batch = BatchConfig(sequences=4096, sequence_length=2048)
-    found = search.search(DENSE, machine, batch)
-    # A prediction takes about a millisecond: so many layouts are some seconds.
-    assert 1000 < len(found.ranked) + found.too_large < 5000
-    speeds = [one.tokens_per_s for one in found.ranked]
-    assert speeds == sorted(speeds, reverse=True)
-    assert any(one.deployment.layout.is_helix for one in found.ranked)
-
-
-@pytest.mark.parametrize("rank_by", search.RANKINGS)
-def test_the_explanation_is_two_sentences_and_names_the_winner(rank_by: str) -> None:
-    found = search.search(DENSE, SIXTEEN, SMALL, rank_by=rank_by)
-    words = search.explain(found, rank_by)
-    best = found.ranked[0].deployment.layout
-    assert words.startswith(best.name)
-    assert words.count(". ") == 1
-    assert words.endswith(".")
-    assert best.is_helix or "m = 1 suffices" in words
-
-
-def test_nothing_that_does_not_fit_is_ranked() -> None:
-    small = _with(SIXTEEN, "memory", factor=0.1)
-    found = search.search(DENSE, small, SMALL)
-    assert found.too_large
-    assert all(one.memory.total <= small.memory.rate for one in found.ranked)
-    with pytest.raises(ValueError, match=r"no layout of dense fits in 0 GB.*use more devices"):
-        search.search(DENSE, _with(SIXTEEN, "memory", factor=1e-4), SMALL)
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -268,13 +201,6 @@ def test_a_bad_layout_is_refused(words: str, message: str) -> None:
 def test_a_name_of_the_table_is_the_layout_again(here: Deployment) -> None:
     devices = here.world_size if here.phase == "train" else 0
     assert _layout(here.layout.name, training_on=devices) == here.layout
-
-
-def test_a_phase_that_is_none_is_refused_before_the_search() -> None:
-    with pytest.raises(
-        ValueError, match="phase: must be one of train, forward, prefill, decode, got 'x'"
-    ):
-        search.search(DENSE, SIXTEEN, SMALL, phase="x")
 
 
 @pytest.mark.parametrize(
@@ -314,16 +240,6 @@ def test_padded_features_count_as_those_that_are_stored() -> None:
         replace(few, layout=stock).check()
 
 
-def test_where_stock_cannot_share_the_features_helix_is_searched() -> None:
-    model = NARROW.model_copy(update={"ffn_hidden_size": 1001})
-    layouts = {
-        (here.layout.tp, here.layout.m, here.layout.n)
-        for here in search.deployments(model, SIXTEEN, SMALL, "train")
-    }
-    assert (None, 1, 16) in layouts
-    assert (16, None, None) not in layouts
-
-
 def test_context_parallelism_without_fused_attention_is_refused() -> None:
     """No kernel of TransformerEngine's attends to 512 channels over several ranks."""
     layout = LayoutConfig(name="ring", tp=4, cp=4, micro_batch=1)
@@ -352,22 +268,6 @@ def test_what_training_moves_of_a_parameter(precision: Precision, every: int, st
     assert update.optimizer_bytes(two, 0) == held * (3 * width + (step - width) / 2)
 
 
-def test_unfused_attention_adds_up_and_is_slower_by_scores() -> None:
-    """A head dimension that a fused kernel takes saves the passes over the scores."""
-    layout = LayoutConfig(name="one", tp=8, pp=2, micro_batch=4)
-    here = Deployment(DENSE, layout, SMALL, 16, precision="bf16").check()
-    parts = {limit: flops.forward(here, 0, fused_channels=limit) for limit in (256, 512)}
-    unfused, fused = (
-        [part for part in found if "attention" in part.what] for found in parts.values()
-    )
-    scores = here.layers * here.tokens * SMALL.sequence_length * 16 / 8 * 2
-    assert [part.memory_bytes for part in unfused if "scores" in part.what] == [4 * scores]
-    assert sum(part.flops for part in unfused[1:]) == 2 * fused[1].flops
-    for stage, in_flight in ((0, 2), (1, 1)):  # micro-batches that a stage of two keeps
-        needs = [memory.of_rank(here, stage, fused_channels=c).activations for c in (256, 512)]
-        assert needs[0] - needs[1] == in_flight * scores + 2 * scores / here.layers
-
-
 def test_one_gpu_is_near_what_was_measured_on_it() -> None:
     """One H100, TP=1, 4 sequences of 2048, fp16 (docs/log.md): 376.4 ms a training step."""
     layout = LayoutConfig(name="one", tp=1, micro_batch=1)
@@ -387,61 +287,3 @@ def test_a_bad_hardware_file_is_refused(tmp_path: Path) -> None:
         path.write_text(source.replace(old, new))
         with pytest.raises(ValueError, match=message):
             hardware.load(path)
-
-
-def _with_core(core: str, *, length: int, channels: int = 512, **layout: Any) -> Deployment:
-    """A layer of four heads in training or, with ``phase``, what it says."""
-    model = DENSE.model_copy(update={"kv_channels": channels})
-    phase = layout.pop("phase", "train")
-    batch = BatchConfig(sequences=4, sequence_length=length)
-    how = LayoutConfig(name=core, core_attention=core, micro_batch=4, **(layout or {"tp": 4}))
-    return Deployment(model, how, batch, 4, phase=phase, precision="bf16").check()
-
-
-@pytest.mark.parametrize(
-    ("length", "share", "kept"), [(1024, 3 / 4, True), (2048, 5 / 8, True), (8192, 9 / 16, False)]
-)
-def test_attention_in_pieces_does_and_keeps_what_its_pieces_say(
-    length: int, share: float, kept: bool
-) -> None:
-    """Half to three quarters of the square; one piece's scores at a time, or all that it made."""
-    spec = core_attention.of_layer(_with_core("spec", length=length), fused_channels=256)
-    prefix = core_attention.of_layer(_with_core("prefix", length=length), fused_channels=256)
-    again = 1 if kept else 7 / 6
-    assert prefix.flops == pytest.approx(spec.flops * share * again)
-    assert prefix.score_bytes == pytest.approx(spec.score_bytes * share * (1 if kept else 1.25))
-    assert prefix.kept_bytes == pytest.approx(spec.kept_bytes * share if kept else 0)
-    pieces = 1 / (2 * share - 1)
-    largest = spec.kept_bytes / pieces
-    assert prefix.passing_bytes == pytest.approx(largest * (1 if kept else 2))
-
-
-def test_core_attentions_are_planned_as_what_they_are() -> None:
-    """Fused ones without scores; ``auto`` the spec's where it is fused; a prefill keeps none."""
-
-    def of(core: str, fused_channels: int = 256, **how: Any) -> core_attention.Core:
-        return core_attention.of_layer(
-            _with_core(core, length=2048, **how), fused_channels=fused_channels
-        )
-
-    flags = _with_core("prefix", length=2048).layout.flags(DENSE)
-    assert flags[flags.index("--helix-core-attention") + 1] == "prefix"
-    assert of("split") == of("ffpa") == of("flex") == of("spec", 512)
-    assert of("auto") == of("prefix")
-    assert of("auto", 512) == of("spec", 512)
-    assert of("prefix", phase="prefill").kept_bytes == 0
-    sequence = {"m": 4, "n": 1, "exchange": "weights", "split": "sequence"}
-    assert of("prefix", **sequence).flops == pytest.approx(of("spec", **sequence).flops)
-    assert of("prefix", **sequence).kept_bytes < of("spec", **sequence).kept_bytes
-    assert of("spec", 512, **sequence).flops == pytest.approx(of("split").flops * 9 / 8)
-    assert of("split", **sequence).flops == of("split").flops
-    scores = {"m": 4, "n": 1, "exchange": "scores"}
-    assert of("auto", **scores) == of("spec", **scores)
-
-
-def test_cuts_that_waste_too_much_are_left_out() -> None:
-    """Of eight rotary pairs, three segments of three are an eighth more; five of two a quarter."""
-    model = DENSE.model_copy(update={"num_attention_heads": 4, "kv_channels": 16})
-    segments = {cut["m"] for cut in search._cuts(model, 240, "decode") if "m" in cut}
-    assert segments == {2, 3, 4, 8}
-    assert {m: layout_of(model, m, 1).waste for m in (3, 4, 5)} == {3: 1 / 8, 4: 0, 5: 1 / 4}

@@ -188,7 +188,7 @@ def _predicted(
     return [step_bytes(here, rank) for rank in range(world_size)]
 
 
-PACKED = BATCH.model_copy(update={"documents": (1, 2, 21, 3, 1, 4)})
+PACKED = BATCH.model_copy(update={"sequences": 4, "documents": (1, 2, 21, 3, 1, 4)})
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_helix.recording.comm_ledger import CommLedger, install
+from tests.covering import fast
 from tests.distributed import run_distributed, tiny_gpt
 from tests.test_parity import EXCHANGES, GRAD_NORM_TOLERANCE, LOSS_TOLERANCE, NO_BIAS, SP
 from tests.training_case import Trained, train
@@ -113,29 +114,34 @@ def experts(cut: tuple[str, ...], parallel: int, tensor_parallel: int) -> tuple[
 
 
 @pytest.fixture(scope="module")
-def trained(
-    corpus_prefix: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, list[Trained]]:
-    """Every way of sharing, from the same weights: drawn, they would depend on it."""
-    weights = str(tmp_path_factory.mktemp("experts"))
-    save = ("--save", weights, "--save-interval", "1", "--no-save-optim", "--no-save-rng")
-    load = ("--load", weights, "--finetune", "--no-load-optim", "--no-load-rng")
-    whole = experts(STOCK, 4, 1)
-    runs = {
-        "first": tiny_gpt(corpus_prefix, *whole, *save, train_iters=1),
-        "whole experts": tiny_gpt(corpus_prefix, *whole, *load, train_iters=3),
-    }
-    for name, shared in SHARED.items():
-        runs[name] = tiny_gpt(corpus_prefix, *experts(*shared), *load, train_iters=3)
-    return train(runs, 4)
+def weights(corpus_prefix: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Flags that load them, the same for every way of sharing: drawn, they would depend on it."""
+    folder = str(tmp_path_factory.mktemp("experts"))
+    save = ("--save", folder, "--save-interval", "1", "--no-save-optim", "--no-save-rng")
+    flags = tiny_gpt(corpus_prefix, *experts(STOCK, 4, 1), *save, train_iters=1)
+    train({"first": flags}, 4)
+    return ("--load", folder, "--finetune", "--no-load-optim", "--no-load-rng")
 
 
-@pytest.mark.parametrize("name", SHARED)
+@pytest.fixture(scope="module")
+def whole_experts(corpus_prefix: Path, weights: tuple[str, ...]) -> Trained:
+    """A training of experts that are not cut."""
+    return _trained(corpus_prefix, experts(STOCK, 4, 1), weights)
+
+
+def _trained(corpus_prefix: Path, layout: tuple[str, ...], weights: tuple[str, ...]) -> Trained:
+    """What the last rank has."""
+    flags = tiny_gpt(corpus_prefix, *layout, *weights, train_iters=3)
+    return train({"": flags}, 4)[""][-1]
+
+
+@pytest.mark.parametrize("name", fast(["stock", "weights"], SHARED))
 def test_experts_that_are_cut_train_as_whole_ones(
-    trained: dict[str, list[Trained]], name: str
+    corpus_prefix: Path, weights: tuple[str, ...], whole_experts: Trained, name: str
 ) -> None:
     """To rounding, until a token turns to another expert, which moves the loss by more."""
-    actual, expected = trained[name][-1], trained["whole experts"][-1]
+    expected = whole_experts
+    actual = _trained(corpus_prefix, experts(*SHARED[name]), weights)
     assert actual.losses[0] == pytest.approx(expected.losses[0], rel=LOSS_TOLERANCE)
     assert actual.grad_norms[0] == pytest.approx(expected.grad_norms[0], rel=GRAD_NORM_TOLERANCE)
     assert actual.losses == pytest.approx(expected.losses, rel=1e-3)

@@ -1,0 +1,30 @@
+"""Machines and models that predictions are made for."""
+
+from pathlib import Path
+
+from megatron_helix.machine import hardware
+from megatron_helix.machine.hardware import Hardware
+from megatron_helix.run_config.batch import BatchConfig
+from megatron_helix.run_config.files import read_config
+from megatron_helix.run_config.model import ModelConfig
+
+MACHINES = {
+    path.stem: hardware.load(path) for path in sorted(Path("configs/hardware").glob("*.yaml"))
+}
+DENSE = read_config(ModelConfig, Path("configs/models/dense.yaml"))
+MOE = read_config(ModelConfig, Path("configs/models/moe.yaml"))
+SMALL = BatchConfig(sequences=64, sequence_length=512)
+SIXTEEN = MACHINES["h100_2x8_ib"]
+
+# The dense model with heads that fused attention takes, and context parallelism with it.
+NARROW = DENSE.model_copy(update={"name": "narrow", "num_attention_heads": 64, "kv_channels": 128})
+
+
+def multiplied(machine: Hardware, *path: str, factor: float) -> Hardware:
+    """The machine with one constant multiplied."""
+    document = machine.model_dump()
+    place = document
+    for key in path:
+        place = place[key]
+    place["value"] *= factor
+    return Hardware.model_validate(document)

@@ -1,0 +1,71 @@
+"""The search through layouts: all that can run, ranked, and why the first is the first."""
+
+import pytest
+
+from megatron_helix.planner import search
+from megatron_helix.planner.deployment import layout_of
+from megatron_helix.run_config.batch import BatchConfig
+from tests.planner.planner_case import DENSE, MOE, NARROW, SIXTEEN, SMALL, multiplied
+
+
+def test_a_thousand_gpus_have_so_many_layouts_of_the_widest_model() -> None:
+    """Experts multiply them; a prediction takes below a millisecond of one core."""
+    batch = BatchConfig(sequences=4096, sequence_length=2048)
+    found = sum(1 for _ in search.deployments(MOE, SIXTEEN.scaled(1024), batch, "train"))
+    assert 5000 < found < 13_000
+
+
+def test_a_thousand_gpus_are_searched_in_full() -> None:
+    machine = SIXTEEN.scaled(1024)
+    batch = BatchConfig(sequences=4096, sequence_length=2048)
+    found = search.search(DENSE, machine, batch)
+    # A prediction takes about a millisecond: so many layouts are some seconds.
+    assert 1000 < len(found.ranked) + found.too_large < 5000
+    speeds = [one.tokens_per_s for one in found.ranked]
+    assert speeds == sorted(speeds, reverse=True)
+    assert any(one.deployment.layout.is_helix for one in found.ranked)
+
+
+@pytest.mark.parametrize("rank_by", search.RANKINGS)
+def test_the_explanation_is_two_sentences_and_names_the_winner(rank_by: str) -> None:
+    found = search.search(DENSE, SIXTEEN, SMALL, rank_by=rank_by)
+    words = search.explain(found, rank_by)
+    best = found.ranked[0].deployment.layout
+    assert words.startswith(best.name)
+    assert words.count(". ") == 1
+    assert words.endswith(".")
+    assert best.is_helix or "m = 1 suffices" in words
+
+
+def test_nothing_that_does_not_fit_is_ranked() -> None:
+    small = multiplied(SIXTEEN, "memory", factor=0.1)
+    found = search.search(DENSE, small, SMALL)
+    assert found.too_large
+    assert all(one.memory.total <= small.memory.rate for one in found.ranked)
+    with pytest.raises(ValueError, match=r"no layout of dense fits in 0 GB.*use more devices"):
+        search.search(DENSE, multiplied(SIXTEEN, "memory", factor=1e-4), SMALL)
+
+
+def test_a_phase_that_is_none_is_refused_before_the_search() -> None:
+    with pytest.raises(
+        ValueError, match="phase: must be one of train, forward, prefill, decode, got 'x'"
+    ):
+        search.search(DENSE, SIXTEEN, SMALL, phase="x")
+
+
+def test_where_stock_cannot_share_the_features_helix_is_searched() -> None:
+    model = NARROW.model_copy(update={"ffn_hidden_size": 1001})
+    layouts = {
+        (here.layout.tp, here.layout.m, here.layout.n)
+        for here in search.deployments(model, SIXTEEN, SMALL, "train")
+    }
+    assert (None, 1, 16) in layouts
+    assert (16, None, None) not in layouts
+
+
+def test_cuts_that_waste_too_much_are_left_out() -> None:
+    """Of eight rotary pairs, three segments of three are an eighth more; five of two a quarter."""
+    model = DENSE.model_copy(update={"num_attention_heads": 4, "kv_channels": 16})
+    segments = {cut["m"] for cut in search._cuts(model, 240, "decode") if "m" in cut}
+    assert segments == {2, 3, 4, 8}
+    assert {m: layout_of(model, m, 1).waste for m in (3, 4, 5)} == {3: 1 / 8, 4: 0, 5: 1 / 4}
