@@ -22,7 +22,7 @@ from megatron_helix.planner import (
     traffic,
     update,
 )
-from megatron_helix.planner.deployment import Deployment, layout_of
+from megatron_helix.planner.deployment import Deployment
 from megatron_helix.planner.time import predict
 from megatron_helix.run_config.batch import BatchConfig
 from megatron_helix.run_config.files import read_config
@@ -438,11 +438,3 @@ def test_core_attentions_are_planned_as_what_they_are() -> None:
     assert of("split", **sequence).flops == of("split").flops
     scores = {"m": 4, "n": 1, "exchange": "scores"}
     assert of("auto", **scores) == of("spec", **scores)
-
-
-def test_cuts_that_waste_too_much_are_left_out() -> None:
-    """Of eight rotary pairs, three segments of three are an eighth more; five of two a quarter."""
-    model = DENSE.model_copy(update={"num_attention_heads": 4, "kv_channels": 16})
-    segments = {cut["m"] for cut in search._cuts(model, 240, "decode") if "m" in cut}
-    assert segments == {2, 3, 4, 8}
-    assert {m: layout_of(model, m, 1).waste for m in (3, 4, 5)} == {3: 1 / 8, 4: 0, 5: 1 / 4}
