@@ -145,6 +145,11 @@ MODELS = (
         feature="Packed sequences (THD)",
         names="--sft --dataloader-inter-document-masking",
         test="tests/test_packed_parity.py::test_packed_rows_train_as_stock",
+        examples=(
+            "--dataloader-inter-document-masking",
+            "--dataloader-inter-document-masking --eod-mask-loss",
+        ),
+        needs=("packs",),
         note="with activations and weights, any exchange's sequence split; from an entry point of"
         " one's own by packed_seq_params. On a GPU, where TransformerEngine attends, it was not"
         " run",
