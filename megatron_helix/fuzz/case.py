@@ -145,6 +145,7 @@ class Case:
             "no sp": not self.sp,
             "pp": self.pp > 1,
             "same size": self.tp == self.stock_tp,
+            "stock tp": self.stock_tp > 1,
             "filled": self.pp > 1 and self.batches % self.pp == 0,
             "dp": self.dp > 1,
             "ep": self.ep > 1,

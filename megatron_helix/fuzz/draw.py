@@ -13,7 +13,7 @@ FEATURES_OF_A_CASE = (0, 1, 2, 2, 3, 4)  # with these odds
 DEEP = 1 / 5  # of all cases: these save a checkpoint, and somebody else goes on from it
 UNEVEN = 1 / 4  # of all cases: the segments of heads, or the features of ranks, need not be alike
 CARELESS = 1 / 20  # of all cases: their heads and micro-batches may not fit the layout
-WORLDS = (2, 3, 4, 5, 6, 7, 8)
+WORLDS = (2, 3, 4, 4, 5, 6, 6, 7, 8, 8)  # those that can be cut in more ways more often
 
 
 def draw(

@@ -1,18 +1,26 @@
 """A slice of what ``helix fuzz`` tries, the same cases every time: helix gives stock's numbers."""
 
+import sys
 from collections.abc import Iterator
 from functools import cache
 
 import pytest
+from megatron.training.arguments import (
+    core_transformer_config_from_args,
+    parse_args,
+    validate_args,
+)
 
+from megatron_helix import pretrain_gpt
 from megatron_helix.fuzz import report, trial
 from megatron_helix.fuzz.case import Case, parse
 from megatron_helix.fuzz.draw import draw
 from megatron_helix.fuzz.trial import Laboratory, Outcome
 from megatron_helix.options import arguments
 from megatron_helix.options.features.works import WORKS
+from megatron_helix.upstream import patches
 
-SEED, STREAM, CASES = 1, 600, 32
+SEED, STREAM, CASES = 1, 600, 30
 WORLDS = (2, 3, 4, 4, 5, 6)  # of eight ranks one case costs as much as three of four
 MOVING = ("auto", "activations", "weights")
 
@@ -70,10 +78,16 @@ def aspects(case: Case) -> set[str]:
 
 
 def runs(case: Case) -> bool:
-    """Whether helix takes the case."""
+    """Whether helix takes the case, and stock's checks of flags and of the model do."""
+    ranks = case.ranks(case.stock_tp)
     try:
         arguments.complete(case.helix(), case.ranks(case.tp))
-    except ValueError:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("WORLD_SIZE", str(ranks))
+            patch.setattr(sys, "argv", ["train", *arguments.complete(case.stock(), ranks)])
+            args = validate_args(parse_args(pretrain_gpt.flags_beside()))
+            core_transformer_config_from_args(args)
+    except (ValueError, AssertionError):
         return False
     return True
 
@@ -81,6 +95,7 @@ def runs(case: Case) -> bool:
 @cache
 def chosen() -> tuple[Case, ...]:
     """Of the stream of draws those that show most for their cost, first what must be shown."""
+    patches.read_flag_help_once()
     draws = [draw(SEED, number, worlds=WORLDS) for number in range(STREAM)]
     left = {case: aspects(case) for case in draws}
     picked: list[Case] = []

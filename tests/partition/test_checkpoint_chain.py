@@ -78,7 +78,7 @@ def test_a_chain_of_layouts_is_one_curve(flags: Flags, tmp_path: Path, optimizer
     assert norms == pytest.approx(uninterrupted.grad_norms, rel=GRAD_NORM_TOLERANCE, abs=0)
 
 
-@pytest.mark.parametrize("optimizer", fast(["distributed"], OPTIMIZERS))
+@pytest.mark.parametrize("optimizer", fast([], OPTIMIZERS))
 @pytest.mark.parametrize("precision", [("--bf16",)], ids=["bf16"])
 def test_what_is_passed_on_keeps_its_bits(
     flags: Flags, tmp_path: Path, optimizer: str, precision: tuple[str, ...]
