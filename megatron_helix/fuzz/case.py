@@ -146,6 +146,7 @@ class Case:
             "pp": self.pp > 1,
             "same size": self.tp == self.stock_tp,
             "stock tp": self.stock_tp > 1,
+            "even stream": self.hidden % self.tp == 0,
             "filled": self.pp > 1 and self.batches % self.pp == 0,
             "dp": self.dp > 1,
             "ep": self.ep > 1,
