@@ -148,6 +148,10 @@ def test_one_of_m_and_n_follows_from_the_other(
             ("--seq-length", "31"),
             r"--seq-length: must be .* \(4\), got 31; use 28 or 32",
         ),
+        (
+            ("--hidden-size", "66", "--mtp-num-layers", "1"),
+            r"--hidden-size: .* beside --mtp-num-layers, \(4\), got 66; use 64 or 68",
+        ),
         (("--padded-vocab-size", "258"), r"--padded-vocab-size: .* got 258; use 256 or 260"),
         (
             ("--num-experts", "5", "--expert-model-parallel-size", "2"),

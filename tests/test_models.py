@@ -1,10 +1,9 @@
 """The public models of configs/models: their sizes, and each of them trained as stock trains it.
 
-For the trainings depth, width and context are scaled down, and experts to as many as a token goes
-to: else one near a tie may go to another by roundoff. Heads, query groups and all kinds stay.
+For the trainings depth, width and context are scaled down; heads, query groups and all kinds stay.
+At degrees that stock refuses: tests/test_models_any_degree.py.
 """
 
-import importlib.util
 from collections.abc import Callable
 from functools import cache
 from itertools import product
@@ -25,20 +24,14 @@ from megatron_helix.run_config.layout import LayoutConfig
 from megatron_helix.run_config.model import ModelConfig
 from tests.covering import THOROUGH
 from tests.distributed import Curve, pretrain, tiny_gpt
+from tests.models_case import MODELS, ROOT, page_script, scaled
 
 LOSS_TOLERANCE, GRAD_NORM_TOLERANCE = 1e-5, 1e-4  # see tests/test_parity.py
 STEPS = 3
 RANKS = 4  # of helix
 
-ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "models.md").read_text()
 SAID = "call python docs/models.py"
-
-MODELS = {
-    path.stem: read_config(ModelConfig, path)
-    for path in sorted((ROOT / "configs" / "models").glob("*.yaml"))
-    if "Source:" in path.read_text()
-}
 
 
 class Public(NamedTuple):
@@ -103,33 +96,10 @@ def test_the_planner_counts_the_published_parameters(name: str) -> None:
         assert counted + NOT_HELD.get(name, 0) == published
 
 
-def scaled(name: str) -> ModelConfig:
-    """The model with its heads and kinds, as small as a test needs it."""
-    model = MODELS[name]
-    smaller: dict[str, Any] = {
-        **{"num_layers": 2, "hidden_size": 64, "kv_channels": 16, "ffn_hidden_size": 64},
-        **{"max_position_embeddings": 32, "vocab_size": 256, "apply_layernorm_1p": False},
-    }
-    if model.num_experts:
-        smaller["num_experts"] = model.moe_router_topk
-    if model.window_size:
-        smaller["window_size"] = (7, 0)
-    if model.window_attn_skip_freq:
-        smaller["window_attn_skip_freq"] = 2
-    if model.yarn_original_max_position_embeddings:
-        smaller["yarn_original_max_position_embeddings"] = 16
-    return model.model_copy(update=smaller)
-
-
 @pytest.fixture(scope="module")
 def page() -> ModuleType:
     """The script that writes docs/models.md."""
-    spec = importlib.util.spec_from_file_location("docs_models", ROOT / "docs" / "models.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return page_script()
 
 
 @pytest.fixture(scope="module")

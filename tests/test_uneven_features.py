@@ -63,6 +63,14 @@ CASES = {
         cut(3, 1),
         (*EXPERTS, "--moe-token-dispatcher-type", "alltoall", "--swiglu"),
     ),
+    "3x1 experts, gathered tokens": (
+        cut(3, 1, "--helix-exchange", "weights"),
+        (*EXPERTS, "--moe-token-dispatcher-type", "allgather", "--swiglu"),
+    ),
+    "5x1 experts, gathered tokens": (
+        cut(5, 1, "--helix-exchange", "activations"),
+        (*EXPERTS, "--moe-token-dispatcher-type", "allgather", "--squared-relu"),
+    ),
 }
 
 

@@ -5,15 +5,13 @@ from typing import Annotated
 
 import typer
 
-WORLDS = (2, 4, 6, 8)
-
 
 def fuzz(
     draws: Annotated[int, typer.Option(min=1, help="Cases to try.")] = 50,
     seed: Annotated[int, typer.Option(help="Another seed, other cases.")] = 0,
     world: Annotated[
         list[int] | None,
-        typer.Option(min=2, help="Ranks of a case; repeatable. By default 2, 4, 6 and 8."),
+        typer.Option(min=2, help="Ranks of a case; repeatable. By default 2 to 8."),
     ] = None,
     only: Annotated[
         str | None,
@@ -51,7 +49,7 @@ def fuzz(
             console,
             draws=draws,
             seed=seed,
-            worlds=tuple(world or WORLDS),
+            worlds=tuple(world or draw.WORLDS),
             only=draw.find(only) if only else None,
             timeout_s=timeout,
             tries=tries,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from megatron_helix.run_config.precision import Precision
 
 
-FIGURES_WIDTH = 60  # of the table's columns beside the layout
+FIGURES_WIDTH, PADDING_WIDTH = 60, 9  # of the table's columns beside the layout
 
 
 def plan(
@@ -185,6 +185,7 @@ def _row(one: "Prediction", machine: "Hardware") -> dict[str, Any]:
         "memory_gb": one.memory.total / 1e9,
         "fits": one.memory.total <= machine.memory.rate,
         "microbatches": here.microbatches,
+        "waste": here.waste._asdict(),
         "roofline": one.roofline,
         "roofline_resource": one.bounds.resource,
     }
@@ -203,9 +204,16 @@ def _table(shown: list["Prediction"], title: str, *, compare: bool, width: int) 
         box=box.SIMPLE_HEAD,
         padding=(0, 0),
     )
+    padded = any(map(_padding, shown))
+    if padded:
+        made.caption = (
+            f"{made.caption} zeros: what padding adds to the weights of attention / MLPs."
+        )
+    width -= FIGURES_WIDTH + PADDING_WIDTH * padded
     made.add_column("layout", no_wrap=True)
     middle = ("TPS\nchange", "TPOT\nchange") if compare else ("step\nms", "wait")
-    for heading in ("TPS", "TPOT\nms", *middle, "comm.", "GB", "roofline"):
+    headings = ("TPS", "TPOT\nms", *middle, "comm.", "GB", "roofline", *["zeros\n%"] * padded)
+    for heading in headings:
         made.add_column(heading, justify="right", no_wrap=True)
     first = shown[0]
     for one in shown:
@@ -214,15 +222,22 @@ def _table(shown: list["Prediction"], title: str, *, compare: bool, width: int) 
         changes = (f"{speed:+.1%}", f"{lost:+.1%}")
         times = (f"{one.step_s * 1e3:,.1f}", f"{one.waiting_s / one.step_s:.0%}")
         made.add_row(
-            _broken(one.deployment.layout.name, width - FIGURES_WIDTH),
+            _broken(one.deployment.layout.name, width),
             f"{one.tokens_per_s:,.0f}",
             f"{one.tpot_ms:.3f}",
             *(changes if compare else times),
             f"{one.communication_s / one.step_s:.0%}",
             f"{one.memory.total / 1e9:.1f}",
             f"{one.roofline:.0%} {one.bounds.resource}",
+            *[_padding(one)] * padded,
         )
     return made
+
+
+def _padding(one: "Prediction") -> str:
+    """What zeros add to the weights of attention / of MLPs, in per cent; empty without any."""
+    waste = one.deployment.waste
+    return " / ".join(f"{100 * part:.1f}" for part in waste) if any(waste) else ""
 
 
 def _broken(name: str, width: int) -> str:
@@ -241,12 +256,14 @@ def _terms(one: "Prediction", title: str) -> "Table":
     needs = ", ".join(
         f"{part.replace('_', ' ')} {need / 1e9:.2f}" for part, need in asdict(one.memory).items()
     )
+    zeros = f" Zeros add {_padding(one)} % to the weights of attention / MLPs."
+    zeros = zeros if _padding(one) else ""
     made = Table(
         title=f"Predicted: {one.deployment.layout.name}, {title}",
         caption=f"Time of a rank of the slowest stage. TPS {one.tokens_per_s:,.0f}, TPOT"
         f" {one.tpot_ms:.3f} ms. Least time at the peak of arithmetic"
         f" {bounds.compute_s * 1e3:,.2f} ms, of memory {bounds.memory_s * 1e3:,.2f} ms, of links"
-        f" {bounds.link_s * 1e3:,.2f} ms. Memory in GB: {needs}.",
+        f" {bounds.link_s * 1e3:,.2f} ms. Memory in GB: {needs}.{zeros}",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
     )

@@ -126,7 +126,7 @@ class Case:
             size
             for size in range(self.tp, 0, -1)
             if self.tp % size == 0
-            and self.heads % size == 0
+            and self.heads % size == self.ffn % size == 0
             and (groups % size == 0 or size % groups == 0)
         )
 
@@ -145,6 +145,8 @@ class Case:
             "no sp": not self.sp,
             "pp": self.pp > 1,
             "same size": self.tp == self.stock_tp,
+            "stock tp": self.stock_tp > 1,
+            "even stream": self.hidden % self.tp == 0,
             "filled": self.pp > 1 and self.batches % self.pp == 0,
             "dp": self.dp > 1,
             "ep": self.ep > 1,
@@ -152,9 +154,19 @@ class Case:
             "biasless": self.biasless,
             "tied": not self.untied,
             "untied": self.untied,
+            "packs": self._packs,
             self.positions: True,
         }
         return frozenset(tag for tag, there in has.items() if there)
+
+    @property
+    def _packs(self) -> bool:
+        """Whether the micro-batch can be a row of documents, which the ranks share."""
+        one_row = self.exchange != "scores" and self.split != "batch"
+        # Pipeline stages send rows of a sequence's length.
+        return (
+            one_row and self.micro * self.seq % self.tp == 0 and (self.pp == 1 or self.micro == 1)
+        )
 
     @property
     def turns(self) -> bool:
@@ -170,7 +182,10 @@ class Case:
             tp: another tensor-parallel size than :attr:`stock_tp`.
         """
         tp = tp or self.stock_tp
-        return self._flags(tp, "--tensor-model-parallel-size", str(tp))
+        # Experts' first weights depend on their number on a rank, not on how those are cut.
+        cuts = tp * self.dp % (self.ep * self.etp) == 0 and self.ffn % self.etp == 0
+        etp = self.etp if cuts else 1
+        return self._flags(tp, etp, "--tensor-model-parallel-size", str(tp))
 
     def helix(self) -> list[str]:
         """Flags of the run that is tried."""
@@ -180,10 +195,10 @@ class Case:
         for name, value in own.items():
             if value != defaults[name]:
                 words += [f"--helix-{name}", value]
-        return self._flags(self.tp, *words)
+        return self._flags(self.tp, self.etp, *words)
 
-    def _flags(self, tp: int, *layout: str) -> list[str]:
-        own = merged([*_TRAINING, *self._model(), *self._parallel(tp)], *self.features)
+    def _flags(self, tp: int, etp: int, *layout: str) -> list[str]:
+        own = merged([*_TRAINING, *self._model(), *self._parallel(tp, etp)], *self.features)
         return [*own, *layout]
 
     def _model(self) -> list[str]:
@@ -214,15 +229,13 @@ class Case:
             words += ["--moe-router-load-balancing-type", "none"]
         return words
 
-    def _parallel(self, tp: int) -> list[str]:
+    def _parallel(self, tp: int, etp: int) -> list[str]:
         words = ["--sequence-parallel"] * (self.sp and tp > 1)
         if self.pp > 1:
             words += ["--pipeline-model-parallel-size", str(self.pp)]
         if self.experts:
-            # Experts' first weights depend on their number on a rank, not on how those are cut.
-            fits = tp * self.dp % (self.ep * self.etp) == 0
             words += ["--expert-model-parallel-size", str(self.ep)]
-            words += ["--expert-tensor-parallel-size", str(self.etp if fits else 1)]
+            words += ["--expert-tensor-parallel-size", str(etp)]
         return words
 
 

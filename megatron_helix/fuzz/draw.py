@@ -11,12 +11,13 @@ from megatron_helix.options.features.works import WORKS
 
 FEATURES_OF_A_CASE = (0, 1, 2, 2, 3, 4)  # with these odds
 DEEP = 1 / 5  # of all cases: these save a checkpoint, and somebody else goes on from it
-UNEVEN = 1 / 6  # of all cases: the segments of their heads need not be alike
+UNEVEN = 1 / 4  # of all cases: the segments of heads, or the features of ranks, need not be alike
 CARELESS = 1 / 20  # of all cases: their heads and micro-batches may not fit the layout
+WORLDS = (2, 3, 4, 4, 5, 6, 6, 7, 8, 8)  # those that can be cut in more ways more often
 
 
 def draw(
-    seed: int, number: int, *, worlds: Sequence[int] = (2, 4, 6, 8), only: Works | None = None
+    seed: int, number: int, *, worlds: Sequence[int] = WORLDS, only: Works | None = None
 ) -> Case:
     """The case of this seed and number: always the same one.
 
@@ -65,6 +66,9 @@ def _sizes(dice: random.Random, cut: Case) -> Case:
     if dice.random() < UNEVEN:
         pair = 2 if positions == "rope" else 1
         channels = [k for k in range(pair * m, 33, pair) if k >= 4] or channels
+    ffn = cut.tp * dice.choice((4, 7, 8, 12))
+    if dice.random() < UNEVEN:
+        ffn = dice.randrange(max(16, cut.tp), 97)
     groups = n * dice.choice([k for k in (1, 1, 2, 3, 4) if n * k <= 12])
     heads = groups * dice.choice([k for k in (1, 1, 2, 3) if groups * k <= 12] or [1])
     by_sequence = cut.split == "sequence" or (cut.split == "auto" and dice.random() < 0.3)
@@ -76,11 +80,11 @@ def _sizes(dice: random.Random, cut: Case) -> Case:
         cut,
         sp=sp,
         layers=cut.pp * dice.choice((1, 1, 2, 3) if cut.pp == 1 else (1, 1, 2)),
-        hidden=dice.choice([k for k in (24, 32, 40, 48) if k % tp == 0]),
+        hidden=dice.choice((24, 32, 40, 48)),
         heads=heads,
         groups=groups if groups < heads else 0,
         channels=dice.choice(channels),
-        ffn=cut.tp * dice.choice((4, 7, 8, 12)),
+        ffn=ffn,
         seq=seq or dice.randrange(8, 49),
         micro=dice.choice((1, 2, 3, 4)) if by_sequence else m * dice.choice((1, 1, 2)),
         batches=dice.choice((1, 1, 2, 3) if cut.pp == 1 else (1, 2, 3, 4)),
@@ -99,9 +103,7 @@ def _experts(dice: random.Random, case: Case) -> Case:
     """How experts are dealt out: their number on a rank is the same for stock and helix."""
     ranks = case.stock_tp * case.dp
     ep = dice.choice([k for k in (1, 2, 4) if case.experts % k == 0 and ranks % k == 0])
-    etp = dice.choice(
-        [k for k in (1, 1, 2) if case.tp * case.dp % (ep * k) == 0 and case.ffn % k == 0]
-    )
+    etp = dice.choice([k for k in (1, 1, 2, case.tp) if case.tp * case.dp % (ep * k) == 0])
     # Experts' optimizer state goes to no other tensor-parallel size, in stock either.
     same_size = case.stock_tp == case.tp or not case.deep
     return replace(

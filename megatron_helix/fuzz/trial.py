@@ -180,7 +180,8 @@ class Laboratory:
             failed: how helix failed.
             saved: whether it trained, so that it was going on that failed.
         """
-        twin = replace(case, heads=case.tp, groups=0)  # what stock takes at that size
+        # What stock takes at that size.
+        twin = replace(case, heads=case.tp, groups=0, ffn=8 * case.tp)
         first, then = {
             "stock": (case.tp, case.stock_tp),
             "helix": (case.stock_tp, case.tp),

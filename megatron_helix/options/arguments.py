@@ -37,6 +37,7 @@ _SIZES = (
     *("num-layers", "hidden-size", "ffn-hidden-size", "num-attention-heads", "num-query-groups"),
     *("kv-channels", "num-experts", "seq-length", "micro-batch-size", "global-batch-size"),
     *("eval-micro-batch-size", "tensor-parallel-num-weight-shards", "padded-vocab-size"),
+    "mtp-num-layers",
 )
 _SWITCHES = (
     *("group-query-attention", "rotary-interleaved", "attention-output-gate", "swiglu"),

@@ -61,6 +61,9 @@ def require_shares(args: argparse.Namespace, size: int) -> None:
             *("--expert-model-parallel-size", args.expert_model_parallel_size),
         ),
     ]
+    if args.mtp_num_layers:  # whose projection of embedding and stream is cut along the stream
+        of = "--helix-m x --helix-n, beside --mtp-num-layers,"
+        counts.append(("--hidden-size", args.hidden_size, of, size))
     # Of packed rows the ranks share all of a micro-batch: the plan's to judge.
     packs = args.sft or args.dataloader_inter_document_masking
     if args.sequence_parallel and args.micro_batch_size and not packs:

@@ -6,6 +6,7 @@ default order ``tp-cp-ep-dp-pp`` has it; for experts it is etp, ep, expert data,
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from megatron_helix.basics.errors import UserError
 from megatron_helix.exchange.plan import Plan
@@ -56,6 +57,18 @@ def require_length(model: ModelConfig, batch: BatchConfig) -> None:
             f"sequence_length: must be at most {model.name}'s max_position_embeddings ({most}), got"
             f" {batch.sequence_length}; use shorter sequences"
         )
+
+
+class Waste(NamedTuple):
+    """What zeros that pad add to weights, as a part of them.
+
+    Attributes:
+        attention: to those of attention, where m does not divide a head's channels.
+        mlp: to those of MLPs or experts, whose features their ranks do not divide.
+    """
+
+    attention: float
+    mlp: float
 
 
 @dataclass(frozen=True)
@@ -154,6 +167,11 @@ class Deployment:
         """Features of an MLP, or of an expert, as its ranks store and compute them together."""
         parts = self.layout.etp if self.model.num_experts else self.tp
         return padded(self.model.ffn_hidden_size, parts)
+
+    @property
+    def waste(self) -> Waste:
+        """What padding adds; stock has none."""
+        return Waste(self.cut.waste, self.features / self.model.ffn_hidden_size - 1)
 
     @cached_property
     def tp(self) -> int:

@@ -22,7 +22,7 @@ from megatron_helix.run_config.model import ModelConfig
 from megatron_helix.run_config.precision import Precision
 
 RANKINGS = ("tps", "tpot", "memory")
-MOST_WASTE = 1 / 8  # of the attention weights: cuts whose segments need more padding are left out
+MOST_WASTE = 1 / 8  # of the weights of attention, or of MLPs: what needs more padding is left out
 MICRO_BATCH_STEP = 3  # of powers of two every third: a factor of 8 between sizes that are tried
 
 
@@ -125,7 +125,8 @@ def deployments(
                         require_kernels(here, machine)
                     except (UserError, ValidationError):  # the layout in itself
                         continue
-                    yield here
+                    if here.waste.mlp <= MOST_WASTE:
+                        yield here
 
 
 def _cuts(model: ModelConfig, devices: int, phase: str) -> Iterator[dict]:

@@ -4,12 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_helix import pretrain_gpt
-from tests.covering import THOROUGH, fast
-from tests.distributed import living_ranks, pretrain, tiny_gpt
+from tests.covering import fast
+from tests.distributed import pretrain, tiny_gpt
 from tests.partition.checkpoint_case import (
-    GRAD_NORM_TOLERANCE,
-    LOSS_TOLERANCE,
     MODEL,
     OPTIMIZERS,
     SAVED_STEP,
@@ -64,62 +61,3 @@ def test_padding_of_features_is_in_no_checkpoint(
     if "experts" not in model:
         load = ("--load", str(first), "--ckpt-step", str(SAVED_STEP), "--train-iters", str(STEPS))
         assert_goes_on(pretrain([*sizes, *HELIX_3X1, *load], 3), uninterrupted)
-
-
-# Degrees that divide neither heads nor head dimension. A sequence, features and a vocabulary that
-# all of them share; of a head's eight rotary pairs three segments and five are not alike.
-SHARED = (
-    *(SP, "--seq-length", "60", "--max-position-embeddings", "60", "--ffn-hidden-size", "240"),
-    *("--vocab-size", "300", "--make-vocab-size-divisible-by", "1"),
-)
-CHAIN = {
-    2: ("--tensor-model-parallel-size", "2"),
-    3: ("--helix-m", "3", "--helix-n", "1", "--helix-exchange", "weights"),
-    5: ("--helix-m", "5", "--helix-n", "1", "--helix-exchange", "activations"),
-    4: ("--tensor-model-parallel-size", "4"),
-}
-
-
-@THOROUGH
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_chain_of_segments_that_are_not_alike_is_one_curve(
-    corpus_prefix: Path, tmp_path: Path, optimizer: str
-) -> None:
-    """Two steps under each layout; and, saved again at once, the same bits under all."""
-    known = (*MODEL, *SHARED, *OPTIMIZERS[optimizer])
-
-    def flags(ranks: int, *more: str, until: int) -> list[str]:
-        iters = str(len(CHAIN) * SAVED_STEP)  # of the schedule of the whole curve
-        stop = ("--exit-interval", str(until))
-        every = ("--train-iters", iters, *stop)
-        return tiny_gpt(corpus_prefix, *known, *CHAIN[ranks], *more, *every)
-
-    uninterrupted = pretrain(flags(2, until=100), 2)
-    losses, norms, load = [], [], ()
-    first = None
-    for turn, ranks in enumerate(CHAIN, start=1):
-        until, folder = turn * SAVED_STEP, str(tmp_path / f"{ranks}")
-        save = ("--save", folder, "--save-interval", str(until))
-        curve = pretrain(flags(ranks, *load, *save, until=until), ranks)
-        losses += curve.losses
-        norms += curve.grad_norms
-        load = ("--load", folder)
-        first = first or folder
-    assert losses == pytest.approx(uninterrupted.losses, rel=LOSS_TOLERANCE, abs=0)
-    assert norms == pytest.approx(uninterrupted.grad_norms, rel=GRAD_NORM_TOLERANCE, abs=0)
-
-    assert first is not None
-    expected, checkpoint = tensors_in(Path(first), SAVED_STEP), first
-    for ranks in (3, 5, 4):
-        again = str(tmp_path / f"again{ranks}")
-        more = ("--load", checkpoint, "--save", again, "--save-interval", "100")
-        argv = pretrain_gpt.prepare(
-            tiny_gpt(
-                *(corpus_prefix, *known, *CHAIN[ranks], *more, "--override-opt-param-scheduler"),
-                train_iters=SAVED_STEP,
-            ),
-            ranks,
-        )
-        living_ranks().call(pretrain_gpt.train, argv, ranks=ranks)
-        assert_same_bits(tensors_in(Path(again), SAVED_STEP), expected)
-        checkpoint = again

@@ -3,7 +3,6 @@
 import pytest
 
 from megatron_helix.planner import search
-from megatron_helix.planner.deployment import layout_of
 from megatron_helix.run_config.batch import BatchConfig
 from tests.planner.planner_case import DENSE, MOE, NARROW, SIXTEEN, SMALL, multiplied
 
@@ -61,11 +60,3 @@ def test_where_stock_cannot_share_the_features_helix_is_searched() -> None:
     }
     assert (None, 1, 16) in layouts
     assert (16, None, None) not in layouts
-
-
-def test_cuts_that_waste_too_much_are_left_out() -> None:
-    """Of eight rotary pairs, three segments of three are an eighth more; five of two a quarter."""
-    model = DENSE.model_copy(update={"num_attention_heads": 4, "kv_channels": 16})
-    segments = {cut["m"] for cut in search._cuts(model, 240, "decode") if "m" in cut}
-    assert segments == {2, 3, 4, 8}
-    assert {m: layout_of(model, m, 1).waste for m in (3, 4, 5)} == {3: 1 / 8, 4: 0, 5: 1 / 4}

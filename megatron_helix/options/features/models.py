@@ -145,6 +145,11 @@ MODELS = (
         feature="Packed sequences (THD)",
         names="--sft --dataloader-inter-document-masking",
         test="tests/test_packed_parity.py::test_packed_rows_train_as_stock",
+        examples=(
+            "--dataloader-inter-document-masking",
+            "--dataloader-inter-document-masking --eod-mask-loss",
+        ),
+        needs=("packs",),
         note="with activations and weights, any exchange's sequence split; from an entry point of"
         " one's own by packed_seq_params. On a GPU, where TransformerEngine attends, it was not"
         " run",
@@ -208,7 +213,8 @@ MODELS = (
             "--mtp-num-layers 2 --mtp-loss-scaling-factor 0.3 --mtp-use-repeated-layer",
             "--mtp-num-layers 1 --mtp-detach-heads",
         ),
-        needs=("rope",),
+        needs=("rope", "even stream"),
+        note="its projection cuts the stream: T divides --hidden-size",
     ),
     Works(
         feature="Multi-token prediction on a stage of its own",
@@ -218,7 +224,8 @@ MODELS = (
             "--num-layers 2 --mtp-num-layers 1 --mtp-standalone"
             " --pipeline-model-parallel-layout Et|t|m|L",
         ),
-        needs=("rope", "pp", "untied"),  # with tied embeddings stock never gets past building it
+        # With tied embeddings stock never gets past building it.
+        needs=("rope", "pp", "untied", "even stream"),
         note="follows from the pipeline's layout",
     ),
     Works(

@@ -173,7 +173,7 @@ BATCH = (
             "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
             " --distribute-saved-activations",
         ),
-        needs=("no sp",),
+        needs=("no sp", "stock tp"),
     ),
     Works(
         feature="MLP in chunks of the sequence",
