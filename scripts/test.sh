@@ -9,5 +9,5 @@ if [[ ${1:-} == --all ]]; then
     shift
 fi
 bash scripts/env.sh dev
-# Two files at a time: the ranks of a test wait for each other a good part of theirs.
-exec .venv/bin/python -m pytest -n 2 --dist loadfile "${which[@]}" "$@"
+# A file more at a time than there are cores: the ranks of a test wait for each other a good part of theirs.
+exec .venv/bin/python -m pytest -n 3 --dist loadfile "${which[@]}" "$@"
