@@ -60,7 +60,7 @@ WITHOUT = {"gpt_oss_20b": ("--disable-bias-linear", "--add-qkv-bias")}
 # Norms with weights around zero: see below.
 REFUSED = ("gemma3_1b", "gemma3_27b")
 
-SOON = (("phi4_14b", 3), ("qwen3_30b_a3b", 3))
+SOON = (("qwen3_30b_a3b", 3),)
 
 
 @dataclass

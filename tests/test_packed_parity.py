@@ -135,15 +135,8 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("run", "exchange"),
-    [
-        pytest.param(
-            run, exchange, marks=() if (run, exchange) == ("pipeline", "weights") else THOROUGH
-        )
-        for run, exchange in product(RUNS, ["activations", "weights"])
-    ],
-)
+@THOROUGH
+@pytest.mark.parametrize(("run", "exchange"), list(product(RUNS, ["activations", "weights"])))
 def test_packed_rows_with_what_else_a_run_asks_for(train: Train, run: str, exchange: str) -> None:
     flags, (cut, stock) = RUNS[run]
     found = train("very unequal", *flags, *helix(*cut, exchange))

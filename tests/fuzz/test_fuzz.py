@@ -227,7 +227,6 @@ def laboratory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Laboratory]
         ("; --bf16 --fp16", trial.DISCARDED, "AssertionError"),
         ("; --no-such-flag", trial.REFUSED, "must be a flag of Megatron's or helix's"),
         ("heads=3 m=2; --num-query-groups 2 --group-query-attention", trial.REFUSED, "divisor"),
-        ("ffn=33", trial.EQUAL, ""),
     ],
 )
 def test_what_comes_of_a_case(laboratory: Laboratory, line: str, status: str, said: str) -> None:

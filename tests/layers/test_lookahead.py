@@ -40,7 +40,7 @@ def _run(corpus: Path, folder: Path, *flags: str) -> RunMetrics:
         pytest.param(MLP, 1 + 2 * 1, 7 + 2 * (1 + 4), id="mlp-recompute", marks=THOROUGH),
         pytest.param(STEP, 1, 7, id="step", marks=THOROUGH),
         # Megatron brings the shards up to date as the forward pass reaches them.
-        pytest.param(OVERLAP, 8, 8, id="overlapped-parameter-gather"),
+        pytest.param(OVERLAP, 8, 8, id="overlapped-parameter-gather", marks=THOROUGH),
     ],
 )
 def test_an_early_gather_is_the_next_one_and_moves_nothing_more(
