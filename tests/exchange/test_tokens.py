@@ -18,7 +18,7 @@ from megatron_helix.exchange.tokens import (
 from megatron_helix.partition.layout import HelixLayout
 from tests.distributed import run_distributed
 
-S, B, HIDDEN = 8, 4, 3
+S, B, HIDDEN = 24, 4, 3
 
 
 def layout_of(m: int, n: int) -> HelixLayout:
@@ -29,6 +29,8 @@ def layout_of(m: int, n: int) -> HelixLayout:
 SPLITS = {
     "batch": Plan(exchange="weights", split="batch"),
     "sequence": Plan(exchange="weights", split="sequence"),
+    # Of two documents, so that what a rank gives is put into an order that is not its own inverse.
+    "documents": Plan(exchange="weights", split="sequence", documents=(0, 5, S)),
 }
 
 
@@ -38,6 +40,9 @@ def inside(split: str, layout: HelixLayout, rank: int, whole: torch.Tensor) -> t
     chunk = whole.chunk(layout.n)[i]
     if split == "batch":
         return chunk.chunk(layout.m, dim=1)[j]
+    if split == "documents":
+        positions = chunk_positions(layout, j, S, documents=SPLITS[split].documents)
+        return whole[positions].chunk(layout.n)[i]
     pieces = chunk.chunk(2 * layout.m)
     return torch.cat([pieces[j], pieces[2 * layout.m - 1 - j]])
 
@@ -53,10 +58,11 @@ def test_the_stream_is_put_in_order_and_back(m: int, n: int, split: str) -> None
         groups = [dist.new_group(layout.dim_group(i * m)) for i in range(n)]
         dim_group = groups[layout.coordinates(rank)[0]]
         outside = whole.chunk(4)[rank].clone().requires_grad_()
-        share = to_block_order(outside, plan, layout, dim_group)
+        head_group = layout.coordinates(rank)[0]
+        share = to_block_order(outside, plan, layout, dim_group, head_group)
         share.backward(-inside(split, layout, rank, whole))
         mine = inside(split, layout, rank, whole).clone().requires_grad_()
-        back = from_block_order(mine, plan, layout, dim_group)
+        back = from_block_order(mine, plan, layout, dim_group, head_group)
         back.backward(-whole.chunk(4)[rank])
         return share.detach(), outside.grad, back.detach(), mine.grad
 

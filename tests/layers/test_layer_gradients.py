@@ -74,6 +74,12 @@ CUTS = [
         ("scores", "microbatch", 1),
     )
 ]
+SOON = [  # what is kept for a step, in two segments; whole scores of uneven ones
+    cut
+    for cut in CUTS
+    if cut.m == 2
+    or (cut.choice.gather == "microbatch" and (cut.m, cut.choice.exchange) != (3, "scores"))
+]
 Tensors = dict[str, torch.Tensor]
 
 
@@ -204,7 +210,7 @@ def results_of(cut: Cut) -> list[dict[str, Tensors]]:
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-@pytest.mark.parametrize("cut", fast([*CUTS[:9], *CUTS[10:13], CUTS[14]], CUTS), ids=str)
+@pytest.mark.parametrize("cut", fast(SOON, CUTS), ids=str)
 def test_cut_layers_are_whole_layers(cut: Cut, name: str) -> None:
     # Two layers, a dozen sums of some hundred products: some thousand times the unit roundoff. It
     # is that of double precision; `scores` keeps scores and statistics of norms in single.
