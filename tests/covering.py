@@ -36,3 +36,13 @@ def fast(kept: Iterable[Any], cases: Iterable[Any]) -> list[Any]:
     """Parameters of a test, of which the fast suite runs the ones named."""
     kept = list(kept)
     return [pytest.param(case, marks=() if case in kept else THOROUGH) for case in cases]
+
+
+def one_of_each(models: Sequence[str], cases: Iterable[tuple]) -> list[Any]:
+    """Parameters of a test, of which the fast suite runs the first of each of these models.
+
+    All of them with every exchange, cut and feature: tests/fuzz/test_slice.py.
+    """
+    cases = list(cases)
+    first = [next(case for case in cases if case[0] == model) for model in models]
+    return [pytest.param(*case, marks=() if case in first else THOROUGH) for case in cases]

@@ -5,15 +5,14 @@ exchange and split with every kind of model, and each of them with what else a r
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.covering import THOROUGH, covering, fast
+from tests.covering import THOROUGH, covering, fast, one_of_each
 from tests.distributed import Curve, measured, pretrain, tiny_gpt
 
 # Single precision has a unit roundoff of 6e-8. Sums over some thousand terms in another order are
@@ -83,16 +82,6 @@ FULL_RECOMPUTE = (
 def recompute(*modules: str) -> tuple[str, ...]:
     """The flags that recompute these parts of a layer."""
     return ("--recompute-granularity", "selective", "--recompute-modules", *modules)
-
-
-def one_of_each(models: list[str], cases: Iterable[tuple]) -> list[Any]:
-    """Parameters of a test, of which the fast suite runs the first of each of these models.
-
-    All of them with every exchange, cut and feature: tests/fuzz/test_slice.py.
-    """
-    cases = list(cases)
-    first = [next(case for case in cases if case[0] == model) for model in models]
-    return [pytest.param(*case, marks=() if case in first else THOROUGH) for case in cases]
 
 
 Stock = Callable[[str], Curve]

@@ -161,8 +161,9 @@ class _HelixLinear(torch.nn.Module):
         """TransformerEngine's own linear, over the head group."""
         shown: list[DistributedShard] = []
 
+        ahead = self._ahead()
+
         def lend() -> tuple[torch.Tensor, torch.Tensor | None]:
-            ahead = self._ahead()
             if self._keeps_step():
                 whole = self.forms.step.trained(ahead.behind)
                 ahead.begin_forward()
@@ -176,8 +177,8 @@ class _HelixLinear(torch.nn.Module):
         y = engine.multiply(x, lend, self.helix_groups.head, sums=sums)
         for shard in shown:
             shard.release()
-        if beyond := self._ahead().beyond:
-            beyond.start()
+        if ahead.beyond is not None:
+            ahead.beyond.start()
         return y
 
     @cached_property

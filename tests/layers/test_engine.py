@@ -72,6 +72,7 @@ class Chain:
             each.neighbours = Neighbours(
                 preceding=chain[place - 1] if place else None,
                 following=chain[place + 1] if place + 1 < len(chain) else None,
+                beyond=None if place else chain[2],
                 first=not place,
                 last=place + 1 == len(chain),
                 **known,
@@ -234,7 +235,7 @@ def test_the_next_weight_is_on_its_way_and_gradients_are_sent_and_added_by_the_n
     for log, difference in run_distributed(uses, 2):
         assert difference < 1e-13
         assert log == [
-            *("use qkv", "gather qkv", "gather proj", "use proj", "gather fc1"),
+            *("use qkv", "gather qkv", "gather proj", "gather fc1", "use proj"),
             *("use fc1", "gather fc2", "use fc2"),
             *("use fc2", "gather fc2", "gather fc1", "use fc1", "send fc2", "gather proj"),
             *("add fc2", "use proj", "send fc1", "gather qkv", "add fc1"),
