@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from megatron_helix.exchange.shards import Ahead, GatheredWeight
+from megatron_helix.exchange.shards import Ahead, GatheredWeight, send
 
 
 class DistributedShard(torch.Tensor):
@@ -65,19 +65,16 @@ class DistributedShard(torch.Tensor):
     def materialize_group_for_backward(self) -> torch.Tensor:
         """The head group's weight once more, for ``dY W``."""
         whole = self._backward.whole()
-        if self._ahead.behind is not None:
-            self._ahead.behind.send()
-        if self._ahead.backward is not None:
-            self._ahead.backward.start()
+        send(self._ahead.behind)
+        self._ahead.begin_backward()
         return self._to_hand(whole)
 
     def finalize_group_grads(self, wgrads: torch.Tensor) -> torch.Tensor | None:
         """Send the parts of the whole weight's gradient home; what autograd is to hand on."""
-        if self._ahead.behind is not None:
-            self._ahead.behind.settle()
+        self._ahead.add_up()
         weight = self._backward
-        send = weight.gradient_later if self._ahead.sums_later else _at_once(weight)
-        gradient = send(wgrads)
+        later = self._ahead.sums_later
+        gradient = weight.gradient_later(wgrads) if later else weight.gradient(wgrads)()
         return None if gradient is None else gradient.view(self.shape)
 
     def grad_buffer(self) -> torch.Tensor:
@@ -96,7 +93,3 @@ class DistributedShard(torch.Tensor):
         # A tensor of its own: what it is a view of would keep the memory beyond `release`.
         handed = whole.detach() if type(whole) is torch.Tensor else whole
         return handed.requires_grad_(self.requires_grad)
-
-
-def _at_once(weight: GatheredWeight) -> Any:
-    return lambda whole: weight.gradient(whole)()

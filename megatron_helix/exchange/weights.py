@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_helix.exchange import gemm
-from megatron_helix.exchange.shards import Ahead, GatheredWeight
+from megatron_helix.exchange.shards import Ahead, GatheredWeight, send
 from megatron_helix.kernels.collectives import (
     UnderWay,
     gather,
@@ -62,24 +62,25 @@ class _ColumnLinear(torch.autograd.Function):
         x, whole = gather(x, head), weight.whole()
         ahead.begin_forward()
         y = gemm.output(x, whole)
-        _start(ahead.beyond)
+        if ahead.beyond is not None:
+            ahead.beyond.start()
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         (x,) = ctx.saved_tensors
         early = ctx.weight.early
-        _send(ctx.ahead.behind)
+        send(ctx.ahead.behind)
         if ctx.head.size() == 1:
             ctx.weight.start()
-            _start(ctx.ahead.backward)
+            ctx.ahead.begin_backward()
             shard_gradient = _begun(ctx, lambda: gemm.weight_gradient(grad, x))
-            ctx.weight.send()
+            send([ctx.weight])
             grad_x = gemm.input_gradient(grad, ctx.weight.whole())
-            _settle(ctx.ahead.behind)
+            ctx.ahead.add_up()
             return grad_x, shard_gradient(), None, None, None
         whole = ctx.weight.whole()
-        _start(ctx.ahead.backward)
+        ctx.ahead.begin_backward()
         trained = ctx.needs_input_grad[1]
         gathering = start_gather(x, ctx.head, early=early) if trained else UnderWay(x, None)
         grad_x = gemm.input_gradient(grad, whole)
@@ -87,7 +88,7 @@ class _ColumnLinear(torch.autograd.Function):
         summing = start_scatter_sum(grad_x, ctx.head, early=early)
         del grad_x
         shard_gradient = _begun(ctx, lambda: gemm.weight_gradient(grad, gathering.wait()))
-        _settle(ctx.ahead.behind)
+        ctx.ahead.add_up()
         return summing.wait(), shard_gradient(), None, None, None
 
 
@@ -96,8 +97,8 @@ class _RowLinear(torch.autograd.Function):
 
     Backward: output gradient all-gathered over head, weight gathered again; weight gradient
     exchanged over dim. Dual of :class:`_ColumnLinear` in its token collectives. The exchange runs
-    beside the GEMM of the input gradient or, where sums may come later, behind it: beside what the
-    layer does next.
+    beside the GEMM of the input gradient or, where sums may come later, beside those of the linear
+    that comes next.
     """
 
     @staticmethod
@@ -119,31 +120,14 @@ class _RowLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         (x,) = ctx.saved_tensors
         grad = gather(grad, ctx.head)
-        _send(ctx.ahead.behind)
-        # One gather in front of this GEMM, the exchange in front of the other.
+        send(ctx.ahead.behind)
         ctx.weight.start()
-        _start(ctx.ahead.backward)
+        ctx.ahead.begin_backward()
         # Of the transposed weight, dW^T = X^T dY, for that is how its shards travel.
         shard_gradient = _begun(ctx, lambda: gemm.weight_gradient(x, grad).t())
         grad_x = gemm.input_gradient(grad, ctx.weight.whole())
-        ctx.weight.send()
-        _settle(ctx.ahead.behind)
+        ctx.ahead.add_up()
         return grad_x, shard_gradient(), None, None, None
-
-
-def _start(weight: GatheredWeight | None) -> None:
-    if weight is not None:
-        weight.start()
-
-
-def _send(weight: GatheredWeight | None) -> None:
-    if weight is not None:
-        weight.send()
-
-
-def _settle(weight: GatheredWeight | None) -> None:
-    if weight is not None:
-        weight.settle()
 
 
 def _begun(ctx: Any, gradient: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor | None]:
