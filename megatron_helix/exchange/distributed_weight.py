@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from megatron_helix.exchange.shards import Ahead, GatheredWeight, send
+from megatron_helix.exchange.shards import Ahead, GatheredWeight
 
 
 class DistributedShard(torch.Tensor):
@@ -65,16 +65,19 @@ class DistributedShard(torch.Tensor):
     def materialize_group_for_backward(self) -> torch.Tensor:
         """The head group's weight once more, for ``dY W``."""
         whole = self._backward.whole()
-        send(self._ahead.behind)
-        self._ahead.begin_backward()
+        if self._ahead.behind is not None:
+            self._ahead.behind.send()
+        if self._ahead.backward is not None:
+            self._ahead.backward.start()
         return self._to_hand(whole)
 
     def finalize_group_grads(self, wgrads: torch.Tensor) -> torch.Tensor | None:
         """Send the parts of the whole weight's gradient home; what autograd is to hand on."""
-        self._ahead.add_up()
+        if self._ahead.behind is not None:
+            self._ahead.behind.settle()
         weight = self._backward
-        later = self._ahead.sums_later
-        gradient = weight.gradient_later(wgrads) if later else weight.gradient(wgrads)()
+        send = weight.gradient_later if self._ahead.sums_later else _at_once(weight)
+        gradient = send(wgrads)
         return None if gradient is None else gradient.view(self.shape)
 
     def grad_buffer(self) -> torch.Tensor:
@@ -93,3 +96,7 @@ class DistributedShard(torch.Tensor):
         # A tensor of its own: what it is a view of would keep the memory beyond `release`.
         handed = whole.detach() if type(whole) is torch.Tensor else whole
         return handed.requires_grad_(self.requires_grad)
+
+
+def _at_once(weight: GatheredWeight) -> Any:
+    return lambda whole: weight.gradient(whole)()

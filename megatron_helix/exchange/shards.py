@@ -123,8 +123,8 @@ class GatheredWeight:
     keeps = False
     _kept: torch.Tensor | None = None
     _coming: "_Gathering | None" = None
-    _leaving: Sequence[torch.Tensor] = ()
-    _returning: Sequence[UnderWay] = ()
+    _leaves: Callable[[], None] | None = None
+    _sums_up: Callable[[], None] | None = None
 
     def __init__(
         self,
@@ -167,11 +167,11 @@ class GatheredWeight:
         """
         parts = self.shards.parts(whole, self.dim.size())
         del whole  # the caller keeps none either: one copy less while they are exchanged
-        coming = start_exchanges(parts, self.home, early=self.early)
-        return lambda: main_grad.add(self.shard, [run.wait() for run in coming], self.shards.runs)
+        coming, runs = self._exchange(parts), self.shards.runs
+        return lambda: main_grad.add(self.shard, [run.wait() for run in coming], runs)
 
     def gradient_later(self, whole: torch.Tensor) -> torch.Tensor | None:
-        """As :meth:`gradient`, but later: :func:`send` begins it, :meth:`add_up` ends it.
+        """As :meth:`gradient`, but later: :meth:`send` begins it, :meth:`settle` adds the parts up.
 
         Returns:
             What autograd is to hand on for the shard.
@@ -179,20 +179,34 @@ class GatheredWeight:
         self.settle()
         if not main_grad.takes_stand_in(self.shard):
             return self.gradient(whole)()
-        self._leaving = self.shards.parts(whole, self.dim.size())
+        parts = self.shards.parts(whole, self.dim.size())
+        del whole
+
+        def leave() -> None:
+            coming, runs = self._exchange(parts), self.shards.runs
+            self._sums_up = lambda: main_grad.add_up(
+                self.shard, [run.wait() for run in coming], runs
+            )
+
+        self._leaves = leave
         main_grad.at_the_end(self.settle)
         return main_grad.stand_in(self.shard)
 
-    def add_up(self) -> None:
-        """Add up the parts of a gradient that is on its way, once they are there."""
-        returning, self._returning = self._returning, ()
-        if returning:
-            main_grad.add_up(self.shard, [run.wait() for run in returning], self.shards.runs)
+    def send(self) -> None:
+        """Begin to exchange a gradient that is to go later: in front of a GEMM that hides it."""
+        leaves, self._leaves = self._leaves, None
+        if leaves is not None:
+            leaves()
 
     def settle(self) -> None:
-        """See to a gradient that was to come later; at the latest when the pass ends."""
-        send([self])
-        self.add_up()
+        """Add up a gradient that is still on its way; at the latest when the pass ends."""
+        self.send()
+        sums_up, self._sums_up = self._sums_up, None
+        if sums_up is not None:
+            sums_up()
+
+    def _exchange(self, parts: Sequence[torch.Tensor]) -> Sequence[UnderWay]:
+        return start_exchanges(parts, self.home, early=self.early)
 
     def _start(self) -> "_Gathering":
         runs = self.shards.runs(self._sent())
@@ -204,24 +218,6 @@ class GatheredWeight:
     def _sent(self) -> torch.Tensor:
         """What of the shard is gathered, in its shape."""
         return self.shard.detach()
-
-
-def send(weights: Sequence[GatheredWeight]) -> None:
-    """Begin to exchange gradients that are to go later, in front of a GEMM that hides them.
-
-    On a GPU all of them are one kernel (:func:`~megatron_helix.kernels.collectives.start_gathers`).
-
-    Args:
-        weights: of one group of ranks.
-    """
-    leaving = [weight for weight in weights if weight._leaving]
-    if not leaving:
-        return
-    parts = [part for weight in leaving for part in weight._leaving]
-    coming = iter(start_exchanges(parts, leaving[0].home, early=leaving[0].early))
-    for weight in leaving:
-        weight._returning = [next(coming) for _ in weight._leaving]
-        weight._leaving = ()
 
 
 @dataclass(frozen=True)
@@ -254,10 +250,7 @@ class Ahead:
         beyond: used after that one, whose GEMM is too short to hide the gather: to begin behind
             this one's.
         backward: used next in the backward pass, the same.
-        behind: used before this one in the backward pass: their gradients leave in front of this
-            one's GEMMs.
-        due: used before this one in the backward pass: what of their gradients has left is added up
-            behind its GEMMs.
+        behind: used before this one in the backward pass, its gradient perhaps on its way.
         sums_later: whether a gradient may be added up after autograd has handed on a stand-in.
     """
 
@@ -265,8 +258,7 @@ class Ahead:
     bias: GatheredWeight | None = None
     beyond: GatheredWeight | None = None
     backward: GatheredWeight | None = None
-    behind: Sequence[GatheredWeight] = ()
-    due: Sequence[GatheredWeight] = ()
+    behind: GatheredWeight | None = None
     sums_later: bool = False
 
     def begin_forward(self) -> None:
@@ -274,16 +266,6 @@ class Ahead:
         for weight in (self.forward, self.bias):
             if weight is not None:
                 weight.start()
-
-    def begin_backward(self) -> None:
-        """Begin to gather what the next linear of a backward pass needs."""
-        if self.backward is not None:
-            self.backward.start()
-
-    def add_up(self) -> None:
-        """Add up what is due."""
-        for weight in self.due:
-            weight.add_up()
 
 
 class _Whole(torch.autograd.Function):
@@ -301,7 +283,9 @@ class _Whole(torch.autograd.Function):
         weight, grad = ctx.weight, grad.contiguous()
         if not ctx.sums_later:
             return weight.gradient(grad)(), None, None
-        return weight.gradient_later(grad), None, None
+        gradient = weight.gradient_later(grad)
+        weight.send()
+        return gradient, None, None
 
 
 def whole(weight: GatheredWeight, *, sums_later: bool = False) -> torch.Tensor:

@@ -1,12 +1,12 @@
 """A weight and the sum of its gradients, kept for a step, as ``--helix-gather step`` has them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from megatron_helix.exchange.shards import Ahead, GatheredWeight, send
-from megatron_helix.kernels.collectives import start_scatter_sums
+from megatron_helix.exchange.shards import GatheredWeight
+from megatron_helix.kernels.collectives import UnderWay, start_scatter_sums
 
 
 class StepWeight(GatheredWeight):
@@ -25,17 +25,18 @@ class StepWeight(GatheredWeight):
     keeps = True
     _sum: torch.Tensor | None = None
     _lent: Any = None
+    _returning: Sequence[UnderWay] = ()
     _gradients = 0
     _of_last_step = 0
 
-    def trained(self, ahead: Ahead = Ahead()) -> torch.Tensor:
+    def trained(self, behind: GatheredWeight | None = None) -> torch.Tensor:
         """:meth:`whole`, a parameter whose gradient goes to the step's sum, unless frozen.
 
         TransformerEngine asks a parameter of Megatron-FSDP's for its ``main_grad`` when there is a
         gradient for it, so does it here: sums grow as activations are given up.
 
         Args:
-            ahead: what was used before this weight in the backward pass is seen to.
+            behind: used before this weight in the backward pass, its gradients to be settled.
         """
         if self._lent is None:
             lent: Any = self.whole().detach()
@@ -44,14 +45,14 @@ class StepWeight(GatheredWeight):
                 lent.__fsdp_param__ = True
                 lent.get_main_grad = self.sum
                 lent.grad_added_to_main_grad = False
-                lent.register_post_accumulate_grad_hook(lambda lent: self._after(lent, ahead))
+                lent.register_post_accumulate_grad_hook(lambda lent: self._after(lent, behind))
             self._lent = lent
         return self._lent
 
-    def _after(self, lent: torch.Tensor, ahead: Ahead) -> None:
+    def _after(self, lent: torch.Tensor, behind: GatheredWeight | None) -> None:
         lent.grad = None  # a stand-in
-        ahead.add_up()
-        send(ahead.behind)
+        if behind is not None:
+            behind.settle()
         self._added()
 
     def gradient(self, whole: torch.Tensor) -> Callable[[], None]:
@@ -75,10 +76,10 @@ class StepWeight(GatheredWeight):
 
         In the precision of ``main_grad``, as data parallelism would.
         """
-        self.add_up()
+        self.settle()
         if self._sum is not None:
             self._return()
-            self.add_up()
+            self.settle()
         self.forget()
         self._gradients, self._of_last_step = 0, self._gradients
 
@@ -87,7 +88,7 @@ class StepWeight(GatheredWeight):
         super().forget()
         self._lent = None
 
-    def add_up(self) -> None:
+    def settle(self) -> None:
         """Add what has come home to the shard's gradient."""
         returning, self._returning = self._returning, ()
         if returning:

@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_helix.exchange import gemm
-from megatron_helix.exchange.shards import Ahead, GatheredWeight, send
+from megatron_helix.exchange.shards import Ahead, GatheredWeight
 from megatron_helix.kernels.collectives import (
     UnderWay,
     gather,
@@ -62,25 +62,24 @@ class _ColumnLinear(torch.autograd.Function):
         x, whole = gather(x, head), weight.whole()
         ahead.begin_forward()
         y = gemm.output(x, whole)
-        if ahead.beyond is not None:
-            ahead.beyond.start()
+        _start(ahead.beyond)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         (x,) = ctx.saved_tensors
         early = ctx.weight.early
-        send(ctx.ahead.behind)
+        _send(ctx.ahead.behind)
         if ctx.head.size() == 1:
             ctx.weight.start()
-            ctx.ahead.begin_backward()
+            _start(ctx.ahead.backward)
             shard_gradient = _begun(ctx, lambda: gemm.weight_gradient(grad, x))
-            send([ctx.weight])
+            ctx.weight.send()
             grad_x = gemm.input_gradient(grad, ctx.weight.whole())
-            ctx.ahead.add_up()
+            _settle(ctx.ahead.behind)
             return grad_x, shard_gradient(), None, None, None
         whole = ctx.weight.whole()
-        ctx.ahead.begin_backward()
+        _start(ctx.ahead.backward)
         trained = ctx.needs_input_grad[1]
         gathering = start_gather(x, ctx.head, early=early) if trained else UnderWay(x, None)
         grad_x = gemm.input_gradient(grad, whole)
@@ -88,7 +87,7 @@ class _ColumnLinear(torch.autograd.Function):
         summing = start_scatter_sum(grad_x, ctx.head, early=early)
         del grad_x
         shard_gradient = _begun(ctx, lambda: gemm.weight_gradient(grad, gathering.wait()))
-        ctx.ahead.add_up()
+        _settle(ctx.ahead.behind)
         return summing.wait(), shard_gradient(), None, None, None
 
 
@@ -97,8 +96,8 @@ class _RowLinear(torch.autograd.Function):
 
     Backward: output gradient all-gathered over head, weight gathered again; weight gradient
     exchanged over dim. Dual of :class:`_ColumnLinear` in its token collectives. The exchange runs
-    beside the GEMM of the input gradient or, where sums may come later, beside those of the linear
-    that comes next.
+    beside the GEMM of the input gradient or, where sums may come later, behind it: beside what the
+    layer does next.
     """
 
     @staticmethod
@@ -120,14 +119,31 @@ class _RowLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         (x,) = ctx.saved_tensors
         grad = gather(grad, ctx.head)
-        send(ctx.ahead.behind)
+        _send(ctx.ahead.behind)
+        # One gather in front of this GEMM, the exchange in front of the other.
         ctx.weight.start()
-        ctx.ahead.begin_backward()
+        _start(ctx.ahead.backward)
         # Of the transposed weight, dW^T = X^T dY, for that is how its shards travel.
         shard_gradient = _begun(ctx, lambda: gemm.weight_gradient(x, grad).t())
         grad_x = gemm.input_gradient(grad, ctx.weight.whole())
-        ctx.ahead.add_up()
+        ctx.weight.send()
+        _settle(ctx.ahead.behind)
         return grad_x, shard_gradient(), None, None, None
+
+
+def _start(weight: GatheredWeight | None) -> None:
+    if weight is not None:
+        weight.start()
+
+
+def _send(weight: GatheredWeight | None) -> None:
+    if weight is not None:
+        weight.send()
+
+
+def _settle(weight: GatheredWeight | None) -> None:
+    if weight is not None:
+        weight.settle()
 
 
 def _begun(ctx: Any, gradient: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor | None]:

@@ -148,18 +148,12 @@ class _HelixLinear(torch.nn.Module):
         beyond = following and self.neighbours.beyond
         behind = self.neighbours.following
         kept = self._keeps_step()
-
-        def home(*linears: Any) -> list[GatheredWeight]:
-            found = [each for linear in linears for each in linear.homeward(kept)]
-            return [each for each in found if each is not None]
-
         return Ahead(
             forward=following and (following.forms.step if kept else following.forms.forward),
             bias=following and following.gathered_bias,
             beyond=beyond and (beyond.forms.step if kept else beyond.forms.forward),
             backward=preceding and (preceding.forms.step if kept else preceding.forms.backward),
-            behind=home(behind) if behind else (),
-            due=home(*self.neighbours.due),
+            behind=behind and (behind.forms.step if kept else behind.forms.backward),
             sums_later=self.neighbours.sums_later,
         )
 
@@ -171,7 +165,7 @@ class _HelixLinear(torch.nn.Module):
 
         def lend() -> tuple[torch.Tensor, torch.Tensor | None]:
             if self._keeps_step():
-                whole = self.forms.step.trained(ahead)
+                whole = self.forms.step.trained(ahead.behind)
                 ahead.begin_forward()
                 return whole, bias()
             self.forms.keeps = self.plan.keeps_weights and self.training
@@ -186,10 +180,6 @@ class _HelixLinear(torch.nn.Module):
         if ahead.beyond is not None:
             ahead.beyond.start()
         return y
-
-    def homeward(self, kept: bool) -> tuple[GatheredWeight | None, GatheredWeight | None]:
-        """What sends this linear's gradients: the weight, kept for a step or not, and the bias."""
-        return self.forms.step if kept else self.forms.backward, self.gathered_bias
 
     @cached_property
     def gathered_bias(self) -> GatheredWeight | None:

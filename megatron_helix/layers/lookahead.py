@@ -10,9 +10,7 @@ once its own linear is called, and nothing is begun in that pass at all.
 Tested on gloo ranks that are told to begin early; over NCCL it ran on two and on four GPUs.
 """
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,9 +27,6 @@ class Neighbours:
         following: the linear after; None for the block's last.
         beyond: the linear after ``following`` where that multiplies too little to hide a gather: of
             the QKV projection that of a dense MLP, past the output projection.
-        due: the linears whose gradients are added up behind its backward pass: that of
-            ``following``; the QKV projection of a dense layer sees to the MLP's too, which the
-            output projection multiplies too little to hide.
         first: whether it is its layer's first.
         last: whether it is its layer's last.
         recompute: whether linears are run again in the backward pass.
@@ -42,7 +37,6 @@ class Neighbours:
     preceding: Any = None
     following: Any = None
     beyond: Any = None
-    due: tuple[Any, ...] = ()
     first: bool = True
     last: bool = True
     recompute: bool = False
@@ -85,41 +79,18 @@ def link(
 
 def _link_block(block: TransformerBlock, ends: tuple[type, ...], known: dict[str, bool]) -> None:
     layers = [_in_order_of_use(layer, ends) for layer in block.layers]
-    recompute = _runs_linears_again(block.config)
-    for linear, neighbours in in_order(layers, len(ends), recompute=recompute, **known):
-        linear.neighbours = neighbours
-
-
-def in_order(
-    layers: Sequence[Sequence[Any]], dense: int, **known: bool
-) -> Iterator[tuple[Any, Neighbours]]:
-    """The linears of a block, each with its neighbours.
-
-    Args:
-        layers: the linears of every layer, in the order in which it uses them.
-        dense: how many a layer has that is not a mixture of experts.
-        known: of the pass, as :class:`Neighbours` has it.
-    """
     chain = [linear for layer in layers for linear in layer]
-    due = {linear: (after,) for linear, after in pairwise(chain)}
-    beyond = {}
-    for layer in layers:
-        if len(layer) == dense:
-            qkv, proj, fc1, _ = layer
-            beyond[qkv] = fc1
-            due |= {proj: (), qkv: (proj, fc1)}
+    recompute = _runs_linears_again(block.config)
+    third = {layer[0]: layer[2] for layer in layers if len(layer) == len(ends)}
     for place, linear in enumerate(chain):
-        yield (
-            linear,
-            Neighbours(
-                preceding=chain[place - 1] if place else None,
-                following=chain[place + 1] if place + 1 < len(chain) else None,
-                beyond=beyond.get(linear),
-                due=due.get(linear, ()),
-                first=any(linear is layer[0] for layer in layers if layer),
-                last=any(linear is layer[-1] for layer in layers if layer),
-                **known,
-            ),
+        linear.neighbours = Neighbours(
+            preceding=chain[place - 1] if place else None,
+            following=chain[place + 1] if place + 1 < len(chain) else None,
+            beyond=third.get(linear),
+            first=any(linear is layer[0] for layer in layers if layer),
+            last=any(linear is layer[-1] for layer in layers if layer),
+            recompute=recompute,
+            **known,
         )
 
 

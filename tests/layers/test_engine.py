@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_helix.exchange import distributed_weight, shards, weights
+from megatron_helix.exchange import shards
 from megatron_helix.exchange.plan import Plan
 from megatron_helix.exchange.shards import GatheredWeight
 from megatron_helix.exchange.step_weight import StepWeight
 from megatron_helix.layers import linear
-from megatron_helix.layers.lookahead import in_order
+from megatron_helix.layers.lookahead import Neighbours
 from megatron_helix.partition.layout import HelixLayout
 from megatron_helix.partition.process_groups import HelixGroups, carve
 from megatron_helix.recording.comm_ledger import CommLedger, install
@@ -67,9 +67,16 @@ class Chain:
 
     def link(self, **known: bool) -> None:
         """As :func:`megatron_helix.layers.lookahead.link` does in a block."""
-        layer = list(self.linears.values())
-        for each, neighbours in in_order([layer], len(layer), **known):
-            each.neighbours = neighbours
+        chain = list(self.linears.values())
+        for place, each in enumerate(chain):
+            each.neighbours = Neighbours(
+                preceding=chain[place - 1] if place else None,
+                following=chain[place + 1] if place + 1 < len(chain) else None,
+                beyond=None if place else chain[2],
+                first=not place,
+                last=place + 1 == len(chain),
+                **known,
+            )
 
     def step(self, plan: Plan, micro_batches: int = MICRO_BATCHES) -> Tensors:
         """Outputs and gradients of a step."""
@@ -185,42 +192,30 @@ def test_tiles_with_padding_are_multiplied_without_it() -> None:
 def uses() -> tuple[list[str], float]:
     """What a step of the chain does with its weights, in order, where gathers begin early."""
     early, shards.runs_beside_compute = shards.runs_beside_compute, lambda _: True
-    methods = {name: getattr(GatheredWeight, name) for name in ("_start", "whole", "add_up")}
-    senders: tuple[Any, ...] = (shards, distributed_weight, weights)
-    send, log = shards.send, list[str]()
+    methods = {
+        name: getattr(GatheredWeight, name) for name in ("_start", "whole", "send", "settle")
+    }
+    log: list[str] = []
     try:
         chain = Chain(2, 1, engine_class, torch.float64)
         chain.link(sums_later=True)
         names = {id(each.weight): name[7:] for name, each in chain.linears.items()}
-        names |= {
-            id(each.bias): f"{name[7:]}'s bias"
-            for name, each in chain.linears.items()
-            if each.gathered_bias is not None
-        }
-
-        def note(word: str, used: list[GatheredWeight]) -> None:
-            if known := [name for weight in used if (name := names.get(id(weight.shard)))]:
-                log.append(" ".join([word, *known]))
 
         def noted(word: str, method: Any, when: Any) -> Any:
-            def call(weight: GatheredWeight) -> Any:
-                if when(weight):
-                    note(word, [weight])
-                return method(weight)
+            def call(weight: GatheredWeight, *args: Any) -> Any:
+                if id(weight.shard) in names and when(weight):
+                    log.append(f"{word} {names[id(weight.shard)]}")
+                return method(weight, *args)
 
             return call
 
-        def sending(behind: list[GatheredWeight]) -> None:
-            note("send", [weight for weight in behind if weight._leaving])
-            send(behind)
-
-        no_bias: Any = lambda weight: weight.shard.dim() > 1  # noqa: E731
-        returning: Any = lambda weight: weight._returning  # noqa: E731
-        GatheredWeight._start = noted("gather", methods["_start"], no_bias)
-        GatheredWeight.whole = noted("use", methods["whole"], no_bias)
-        GatheredWeight.add_up = noted("add", methods["add_up"], returning)
-        for module in senders:
-            module.send = sending
+        always: Any = lambda _: True  # noqa: E731
+        leaving: Any = lambda weight: weight._leaves is not None  # noqa: E731
+        pending = lambda weight: weight._sums_up is not None or leaving(weight)  # noqa: E731
+        GatheredWeight._start = noted("gather", methods["_start"], always)
+        GatheredWeight.whole = noted("use", methods["whole"], always)
+        GatheredWeight.send = noted("send", methods["send"], leaving)
+        GatheredWeight.settle = noted("add", methods["settle"], pending)
         with _rows_in_engine():
             chain.step(PLAIN)  # a first pass finds out what its linears gather
             log.clear()
@@ -234,8 +229,6 @@ def uses() -> tuple[list[str], float]:
         shards.runs_beside_compute = early
         for name, method in methods.items():
             setattr(GatheredWeight, name, method)
-        for module in senders:
-            module.send = send
 
 
 def test_the_next_weight_is_on_its_way_and_gradients_are_sent_and_added_by_the_next() -> None:
@@ -244,12 +237,9 @@ def test_the_next_weight_is_on_its_way_and_gradients_are_sent_and_added_by_the_n
         assert log == [
             *("use qkv", "gather qkv", "gather proj", "gather fc1", "use proj"),
             *("use fc1", "gather fc2", "use fc2"),
-            *("use fc2", "gather fc2", "gather fc1"),
-            *("use fc1", "send fc2", "gather proj", "add fc2"),
-            *("use proj", "send fc1 fc1's bias", "gather qkv"),
-            *("use qkv", "send proj", "add proj", "add fc1", "add fc1's bias"),
-            # Behind the first layer nothing comes: the pass is through.
-            *("send qkv", "add qkv", "send qkv's bias", "add qkv's bias"),
+            *("use fc2", "gather fc2", "gather fc1", "use fc1", "send fc2", "gather proj"),
+            *("add fc2", "use proj", "send fc1", "gather qkv", "add fc1"),
+            *("use qkv", "send proj", "add proj", "add qkv", "send qkv"),
         ]
 
 
