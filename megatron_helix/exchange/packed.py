@@ -8,7 +8,8 @@ aligned at their ends.
 
 The keys of all runs are laid one behind the other, as kernels for packed rows want them. Of a
 document in one chunk of n a rank has an early and a late piece, whose prefixes are together
-``1 + 1/2m`` times the document; one that spans more chunks is there once for each. On two H200, where
+``1 + 1/2m`` times the document; one that spans more chunks is there once for each, and so is one
+whose piece is long enough to be attended to in several calls. On two H200, where
 TransformerEngine attends, rows trained this way; there they were not compared with stock's.
 """
 
@@ -27,7 +28,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron_helix.basics.errors import UserError
 from megatron_helix.exchange.dealing import Run
 from megatron_helix.exchange.plan import Plan
-from megatron_helix.exchange.tokens import pieces
+from megatron_helix.exchange.tokens import Piece, in_calls, pieces
 from megatron_helix.partition.layout import HelixLayout
 
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal, AttnMaskType.causal_bottom_right)
@@ -132,7 +133,11 @@ def share_of(packed: PackedSeqParams, plan: Plan, layout: HelixLayout, segment: 
 
 
 def _share(packed: PackedSeqParams, plan: Plan, layout: HelixLayout, segment: int) -> Share:
-    runs = runs_of(plan, layout, segment)
+    runs = [
+        Run(part.start, part.end, run.document)
+        for run in runs_of(plan, layout, segment)
+        for part in in_calls(Piece(run.start, run.end - run.start))
+    ]
     starts, ends, documents = torch.tensor(runs).unbind(dim=1)
     prefixes = ends - documents
     positions = _laid(starts, ends - starts)

@@ -3,7 +3,8 @@
 Rank (i, j) holds the queries of some pieces of the sequence (:mod:`megatron_helix.exchange.tokens`
 says which) and, gathered over the dim group, the keys and values of the whole sequence. A causal
 piece needs only keys up to its own end. :class:`PrefixAttention` and :class:`SplitAttention` take
-all pieces in one call; other core attentions are called for each.
+all pieces in one call; other core attentions are called for each, and for long ones more than once
+(:data:`~megatron_helix.exchange.tokens.QUERIES`).
 """
 
 from typing import Any
@@ -16,7 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_helix.exchange.decode import attend_to_share, merge_shares
 from megatron_helix.exchange.packed import Share, attend_to_documents, fewer_queries_than_keys
 from megatron_helix.exchange.plan import Plan
-from megatron_helix.exchange.tokens import Piece, pieces
+from megatron_helix.exchange.tokens import Piece, in_calls, pieces
 from megatron_helix.kernels.ffpa_attention import FFPAAttention
 from megatron_helix.kernels.flex_attention import FlexAttention
 from megatron_helix.kernels.prefix_attention import PrefixAttention
@@ -24,7 +25,8 @@ from megatron_helix.kernels.split_attention import SplitAttention
 from megatron_helix.partition.layout import HelixLayout
 from megatron_helix.partition.process_groups import HelixGroups
 
-# They align a causal mask to the bottom right by its type, as TransformerEngine does.
+# They align a causal mask to the bottom right by its type, as TransformerEngine does, and leave out
+# what it hides.
 _BY_TYPE = (FlexAttention, FFPAAttention)
 
 
@@ -100,6 +102,8 @@ class PrefixPieces(torch.nn.Module):
                 **kwargs,
             )
         causal = attn_mask_type == AttnMaskType.causal
+        if causal and not isinstance(self, _BY_TYPE):
+            mine = [part for piece in mine for part in in_calls(piece)]
         ends = [piece.end if causal else key.size(0) for piece in mine]
         parts = zip(
             query.split([piece.length for piece in mine]),

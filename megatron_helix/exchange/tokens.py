@@ -23,6 +23,7 @@ Elements a rank sends for one conversion, as the ledger counts an all-to-all:
 """
 
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,11 @@ from megatron_helix.exchange.plan import Plan
 from megatron_helix.kernels.collectives import all_to_all, uneven_all_to_all
 from megatron_helix.kernels.copies import packed
 from megatron_helix.partition.layout import HelixLayout
+
+# Queries of one call of a fused kernel that aligns them at the end of their keys. It computes the
+# rectangle of both (cuDNN does, seen on H200): half the square of the queries for nothing. Each
+# call more reads the keys once more, and adds their gradients up once more.
+QUERIES = 2048
 
 
 class Piece(NamedTuple):
@@ -168,6 +174,13 @@ def pieces(
     chunk = _pair(m, segment, length) if balanced else [Piece(segment * length, length)]
     starts = range(0, sequence, m * length)
     return [Piece(start + piece.start, piece.length) for start in starts for piece in chunk]
+
+
+def in_calls(piece: Piece) -> list[Piece]:
+    """The same tokens in parts of at most :data:`QUERIES`, as even as can be."""
+    parts = -(-piece.length // QUERIES)
+    edges = [piece.start + piece.length * i // parts for i in range(parts + 1)]
+    return [Piece(start, end - start) for start, end in pairwise(edges)]
 
 
 @lru_cache(maxsize=256)

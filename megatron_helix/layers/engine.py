@@ -6,9 +6,9 @@ or the whole weight that ``--helix-gather step`` keeps, whose gradient their GEM
 Tokens move by their own sequence parallelism, over the head group for as long as a forward pass
 lasts: a context remembers for its backward pass.
 
-TransformerEngine 2.19 is the first that knows such weights. Written against 2.20.2; on two H200 its
-linears gave the torch path's outputs and gradients, in bf16 and in FP8. In the tests its modules run
-on the CPU, with torch's GEMMs and norms in place of its kernels.
+TransformerEngine 2.19 is the first that knows such weights. Written against 2.20.2; on two H200
+its linears gave the torch path's outputs and gradients, in bf16 and in FP8. In the tests its
+modules run on the CPU, with torch's GEMMs and norms in place of its kernels.
 """
 
 from collections.abc import Callable, Iterator

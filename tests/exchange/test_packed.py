@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from megatron.core.packed_seq_params import PackedSeqParams
 
+from megatron_helix.exchange import tokens
 from megatron_helix.exchange.packed import (
     _Prefixes,
     document_ends,
@@ -55,6 +56,24 @@ def test_a_rank_attends_to_the_prefixes_of_its_tokens(
                 assert share.prefixes[of_round].tolist() == of_row.tolist()
                 assert len(set(of_row.tolist())) == len(of_row)
             assert sum(len(of_round) for of_round, _ in share.rounds) == len(keys)
+
+
+def test_long_runs_are_attended_to_in_several_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "QUERIES", 3)
+    layout, ends = layout_of(2, 1), (0, 5, 28)
+    plan = Plan(exchange="weights", split="sequence", documents=ends)
+    for segment in range(2):
+        share = share_of(params([5, 23]), plan, layout, segment)
+        assert len(share.positions) == 14
+        lengths, last = share.attended.cu_seqlens_q.diff(), share.attended.cu_seqlens_q[1:] - 1
+        assert lengths.max() == share.attended.max_seqlen_q == 3
+        assert torch.equal(share.attended.cu_seqlens_kv.diff(), share.in_documents[last] + 1)
+        assert torch.equal(
+            share.prefixes[share.attended.cu_seqlens_kv[1:] - 1], share.positions[last]
+        )
+        for of_round, of_row in share.rounds:
+            assert torch.equal(share.prefixes[of_round], of_row)
+            assert len(of_row.unique()) == len(of_row)
 
 
 def test_gradients_of_prefixes_are_rounded_once() -> None:

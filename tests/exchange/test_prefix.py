@@ -7,6 +7,7 @@ import pytest
 import torch
 from megatron.core.transformer.enums import AttnMaskType
 
+from megatron_helix.exchange import tokens
 from megatron_helix.exchange.plan import Plan
 from megatron_helix.exchange.prefix import PrefixPieces
 from megatron_helix.partition.layout import HelixLayout
@@ -27,7 +28,13 @@ class _Core(torch.nn.Module):
         return (weights @ value).permute(2, 0, 1, 3).reshape(-1, B, H * D)
 
 
-class _InChunks(PrefixPieces, _Core):
+class _Call(_Core):
+    def forward(self, *qkv: torch.Tensor, **_: Any) -> torch.Tensor:
+        assert qkv[0].size(0) <= tokens.QUERIES
+        return super().forward(*qkv)
+
+
+class _InChunks(PrefixPieces, _Call):
     def __init__(self, chunks: int):
         super().__init__()
         self.plan = Plan(exchange="weights", split="sequence", balanced=False)
@@ -51,8 +58,11 @@ def _gradients(core: torch.nn.Module, dtype: torch.dtype) -> Tensors:
     return [key.grad, value.grad]
 
 
-@pytest.mark.parametrize("chunks", [1, 2, 8])
-def test_gradients_of_keys_and_values_are_added_up_as_one_kernel_would(chunks: int) -> None:
+@pytest.mark.parametrize(("chunks", "queries"), [(1, S), (2, S), (8, S), (2, 24)])
+def test_gradients_of_keys_and_values_are_added_up_as_one_kernel_would(
+    chunks: int, queries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens, "QUERIES", queries)
     exact = _gradients(_Core(), torch.float64)
     for found, expected in zip(_gradients(_InChunks(chunks), torch.float64), exact, strict=True):
         torch.testing.assert_close(found, expected)
