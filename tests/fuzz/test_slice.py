@@ -41,7 +41,7 @@ FEATURES = set(ROWS.values())
 # What some case of the slice must show, beside nearly all features.
 SHOWN = {
     *(f"{kind}, split {split}" for kind in MOVING for split in ("auto", "batch", "sequence")),
-    *("scores", "gather step, weights"),
+    *("scores", "gather once, weights", "gather step, weights"),
     *(f"checkpoint {deep}" for deep in ("stock", "helix", "turned")),
     *(f"cut {cut}" for cut in ("2x1", "2x2", "4x1", "3x1", "5x1", "3x2", "2x3", "6x1")),
     *(f"segments padded True, {kind}" for kind in ("activations", "weights")),
