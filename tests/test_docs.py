@@ -188,13 +188,15 @@ def test_a_command_of_the_documentation_runs(clone: Path, command: Command) -> N
 
 
 @pytest.mark.parametrize(
-    "command", [*TO_PARSE, *WAITING], ids=lambda one: f"{one.page}: {one.line[:60]}"
+    "command",
+    [*TO_PARSE, *(one for one in WAITING if one.line.startswith(("bash ", "helix ")))],
+    ids=lambda one: f"{one.page}: {one.line[:60]}",
 )
 def test_a_command_that_takes_long_or_more_can_be_called(
     clone: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(clone)
-    words = expanded(command.line)
+    words = expanded(command.line.partition("  #")[0])
     while "=" in words[0]:  # an environment variable
         words.pop(0)
     name = Path(words[0]).name
