@@ -96,6 +96,8 @@ def make_ready(device: str | None) -> None:
         cpu_device.enable()
         patches.skip_warm_up()
         patches.fork_checkpoint_manager()
+    from megatron.core.models import mimo  # noqa: F401  # which Megatron imports as a run begins
+
     from megatron_helix import plugin  # noqa: F401
     from megatron_helix.upstream import gpt_training  # noqa: F401
 

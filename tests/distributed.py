@@ -128,15 +128,23 @@ class Curve:
 def pretrain(flags: Sequence[str], world_size: int) -> Curve:
     """Train with these flags, on ranks as :func:`run_distributed` has them."""
     argv = pretrain_gpt.prepare(flags, world_size)
-    return _together(run_distributed(_curve, world_size, argv))
+    return _together(run_distributed(train, world_size, argv))
 
 
-def _curve(argv: list[str]) -> Curve:
+Look = Callable[[list[Any], Curve], None]  # at the model, and what its training said until now
+
+
+def train(argv: list[str], *, before: Look | None = None, after: Look | None = None) -> Curve:
+    """Train on this rank with completed flags, and look at the model around every step."""
     curve = Curve()
 
     def observed(train_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if before:
+            before(args[2], curve)
         result = train_step(*args, **kwargs)
         curve.note(result, optimizer=args[3])
+        if after:
+            after(args[2], curve)
         return result
 
     patches.observe_train_step(observed)

@@ -23,7 +23,7 @@ from megatron_helix.inference.sampling import Sampling
 from megatron_helix.inference.undisturbed import undisturbed
 from megatron_helix.inference.unserved import require_live
 from megatron_helix.options import arguments
-from megatron_helix.upstream import patches
+from tests import distributed
 from tests.covering import THOROUGH
 from tests.distributed import Curve, run_distributed, tiny_gpt
 from tests.models_case import MODELS, page_script, scaled
@@ -82,17 +82,11 @@ def train(argv: list[str]) -> Seen:
     """Train on this rank, and generate around it."""
     seen = Seen()
 
-    def observed(train_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if not seen.tokens:
-            _say(args[2], seen)
-        result = train_step(*args, **kwargs)
-        seen.curve.note(result, optimizer=args[3])
-        if len(seen.curve.losses) == STEPS:
-            _say(args[2], seen)
-        return result
+    def look(model: list[Any], curve: Curve) -> None:  # before the first step, after the last
+        if len(curve.losses) == len(seen.tokens) * STEPS:
+            _say(model, seen)
 
-    patches.observe_train_step(observed)
-    pretrain_gpt.train(argv)
+    seen.curve = distributed.train(argv, before=look, after=look)
     return seen
 
 

@@ -162,10 +162,8 @@ def test_other_models_train_as_stock(
     assert_same_training(helix(model, m, n, exchange), stock(model))
 
 
-@pytest.mark.parametrize(
-    ("m", "n", "exchange"),
-    [pytest.param(2, 2, "activations-batch", marks=THOROUGH), (4, 1, "auto")],
-)
+@THOROUGH  # in the fast suite: tests/test_token_order.py
+@pytest.mark.parametrize(("m", "n", "exchange"), [(2, 2, "activations-batch"), (4, 1, "auto")])
 def test_sparse_experts_start_as_stock(
     stock: Stock, helix: Helix, m: int, n: int, exchange: str
 ) -> None:
@@ -291,31 +289,30 @@ def test_weights_gathered_once_a_step(
 
 
 @pytest.mark.parametrize(
-    ("model", "same_as", "m", "n", "exchange", "flags"),
-    covering(
+    ("model", "m", "n", "exchange", "flags"),
+    one_of_each(  # experts: tests/partition/test_checkpoint.py
+        ["pp2", "dense_sp"],
         [
-            ("pp2", "pp2", 2, 2, "activations-batch", ()),
-            ("pp2", "pp2", 2, 2, "weights-batch", SP),
-            ("pp2", "pp2", 4, 1, "weights-sequence", (*SP, *FULL_RECOMPUTE)),
-            ("pp2", "pp2", 4, 1, "weights-batch", (*SP, *STEP)),
-            ("dense_sp", "dense_sp", 2, 2, "auto", DP2),
-            ("dense_sp", "dense_sp", 2, 2, "weights-batch", (*DP2, *STEP)),
-            ("moe_sp", "moe_sp", 4, 1, "weights-sequence", (*DP2, "--micro-batch-size", "1")),
+            ("pp2", 2, 2, "activations-batch", ()),
+            ("pp2", 2, 2, "weights-batch", SP),
+            ("pp2", 4, 1, "weights-sequence", (*SP, *FULL_RECOMPUTE)),
+            ("pp2", 4, 1, "weights-batch", (*SP, *STEP)),
+            ("dense_sp", 2, 2, "auto", DP2),
+            ("dense_sp", 2, 2, "weights-batch", (*DP2, *STEP)),
+            ("moe_sp", 4, 1, "weights-sequence", (*DP2, "--micro-batch-size", "1")),
         ],
-        of=(0,),
     ),
 )
 def test_beside_pipeline_and_data_parallelism(
     stock: Stock,
     helix: Helix,
     model: str,
-    same_as: str,
     m: int,
     n: int,
     exchange: str,
     flags: tuple[str, ...],
 ) -> None:
-    assert_same_training(helix(model, m, n, exchange, *flags), stock(same_as))
+    assert_same_training(helix(model, m, n, exchange, *flags), stock(model))
 
 
 @pytest.mark.parametrize(

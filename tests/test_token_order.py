@@ -28,20 +28,25 @@ CUTS = {
 }
 
 
-def assert_first_step_is_stocks(corpus_prefix: Path, *flags: str) -> Curve:
+def assert_first_step_is_stocks(
+    corpus_prefix: Path, folder: Path, *flags: str
+) -> tuple[Curve, dict[str, float]]:
     """Of `auto`, which takes `weights` for this model, and of `weights` with the split left open.
 
     The first step only: a token near a tie between two experts may turn by roundoff later.
+
+    Returns:
+        Stock's, and the bytes that `weights` sent.
     """
-    runs = {
-        name: pretrain(tiny_gpt(corpus_prefix, *flags, *cut, train_iters=1), 4)
-        for name, cut in CUTS.items()
+    argv = {
+        name: tiny_gpt(corpus_prefix, *flags, *cut, train_iters=1) for name, cut in CUTS.items()
     }
-    stock = runs.pop("stock")
-    for run in runs.values():
+    stock, auto = pretrain(argv["stock"], 4), pretrain(argv["auto"], 4)
+    weights = measured(argv["weights"], 4, folder)
+    for run in (auto, weights):
         assert run.losses == pytest.approx(stock.losses, rel=LOSS_TOLERANCE, abs=0)
         assert run.grad_norms == pytest.approx(stock.grad_norms, rel=GRAD_NORM_TOLERANCE, abs=0)
-    return stock
+    return stock, weights.sent_bytes
 
 
 @pytest.mark.parametrize(
@@ -52,17 +57,17 @@ def assert_first_step_is_stocks(corpus_prefix: Path, *flags: str) -> Curve:
     ],
 )
 def test_tokens_are_dropped_as_stock_drops_them(
-    corpus_prefix: Path, dropping: tuple[str, ...]
+    corpus_prefix: Path, tmp_path: Path, dropping: tuple[str, ...]
 ) -> None:
-    stock = assert_first_step_is_stocks(corpus_prefix, *DROPPING, *dropping)
+    stock, _ = assert_first_step_is_stocks(corpus_prefix, tmp_path, *DROPPING, *dropping)
     flags = (*DROPPING, "100", "--tensor-model-parallel-size", "4")
     everything = pretrain(tiny_gpt(corpus_prefix, *flags, train_iters=1), 4)
     assert stock.grad_norms != pytest.approx(everything.grad_norms, rel=GRAD_NORM_TOLERANCE)
 
 
-def test_sinkhorn_balances_the_tokens_of_a_rank(corpus_prefix: Path) -> None:
+def test_sinkhorn_balances_the_tokens_of_a_rank(corpus_prefix: Path, tmp_path: Path) -> None:
     sinkhorn = (*MOE, BALANCING, "sinkhorn", "--moe-router-topk", "1")
-    assert_first_step_is_stocks(corpus_prefix, *sinkhorn)
+    assert_first_step_is_stocks(corpus_prefix, tmp_path, *sinkhorn)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +78,5 @@ def test_what_counts_the_tokens_of_all_ranks_minds_no_order(
 ) -> None:
     aux = ("--moe-aux-loss-coeff", "0.1") if balancing == "global_aux_loss" else ()
     flags = (*MOE, BALANCING, balancing, *aux, "--moe-router-topk", "2")
-    assert_first_step_is_stocks(corpus_prefix, *flags)
-    argv = tiny_gpt(corpus_prefix, *flags, *CUTS["weights"], train_iters=1)
-    sent = measured(argv, 4, tmp_path).sent_bytes
+    _, sent = assert_first_step_is_stocks(corpus_prefix, tmp_path, *flags)
     assert any(key.startswith("HELIX_DIM") and "all_to_all" in key for key in sent)

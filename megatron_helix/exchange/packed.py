@@ -74,7 +74,7 @@ def document_ends(packed: PackedSeqParams, tokens: int) -> tuple[int, ...]:
     """
     known = getattr(packed, "helix_ends", None)
     if known is None:
-        known = packed.helix_ends = _read_ends(packed)  # type: ignore[attr-defined]
+        known = packed.helix_ends = _read_ends(packed)
     if known[-1] != tokens:
         raise UserError(
             f"packed_seq_params: documents must add up to the row's {tokens} tokens, got"
@@ -128,7 +128,7 @@ def share_of(packed: PackedSeqParams, plan: Plan, layout: HelixLayout, segment: 
     asked = plan, layout, segment
     if known is None or known[0] != asked:
         known = asked, _share(packed, *asked)
-        packed.helix_share = known  # type: ignore[attr-defined]
+        packed.helix_share = known
     return known[1]
 
 

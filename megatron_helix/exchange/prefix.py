@@ -69,7 +69,7 @@ class PrefixPieces(torch.nn.Module):
         **kwargs: Any,
     ) -> torch.Tensor:
         """Query ``[s/m, b, H/n, d]``, key and value ``[s, b, K/n, d]`` -> ``[s/m, b, H/n * d]``."""
-        attend = super().forward  # type: ignore[misc]  # the core attention class behind the mixin
+        attend = super().forward  # the core attention class behind the mixin
         if self.plan.exchange == "partials":
             return self._merged(query, key, value)
         packed = kwargs.get("packed_seq_params")

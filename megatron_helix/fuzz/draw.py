@@ -46,13 +46,14 @@ def _layout(dice: random.Random, world: int) -> Case:
     # Ranks that only repeat each other's work are worth less than those that share it.
     cut = dice.choices(cuts, weights=[cut.tp * cut.pp for cut in cuts])[0]
     exchange = dice.choice(("auto", "activations", "activations", "weights", "weights", "scores"))
+    gathers = ("microbatch", "microbatch", "once", "step")
     weights = exchange in ("auto", "weights")
     return replace(
         cut,
         sp=exchange == "weights" or dice.random() < 0.6,
         exchange=exchange,
         split=dice.choice(("auto", "batch", "sequence")) if exchange != "scores" else "auto",
-        gather=dice.choice(("microbatch", "microbatch", "step")) if weights else "microbatch",
+        gather=dice.choice(gathers) if weights else "microbatch",
     )
 
 

@@ -68,7 +68,6 @@ def ready(folder: Path) -> list[str]:
     patches.use_compiled_dataset_helpers()
     import torch
     from megatron.core.dist_checkpointing import gpt_checkpoint_interop  # noqa: F401
-    from megatron.core.models import mimo  # noqa: F401
     from megatron.core.tokenizers.text import models  # noqa: F401
 
     from megatron_helix.recording import record  # noqa: F401

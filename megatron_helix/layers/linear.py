@@ -95,7 +95,7 @@ class _HelixLinear(torch.nn.Module):
         **kwargs: Any,
     ):
         groups = groups or register(layout, tp_group)
-        super().__init__(input_size, output_size, tp_group=groups.tp, **kwargs)  # type: ignore[call-arg]
+        super().__init__(input_size, output_size, tp_group=groups.tp, **kwargs)
         self.helix_layout, self.helix_groups = layout, groups
 
     @cached_property
@@ -289,7 +289,7 @@ class _QKV(_Tiled):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.plan.exchange == "weights":
             return self._column(x)
-        qkv, bias = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        qkv, bias = super().forward(x, *args, **kwargs)
         if self.plan.exchange == "activations":
             among = self.helix_layout, self.helix_groups.dim
             qkv = qkv_to_whole_heads(qkv, *among, self.plan.split, self.plan.documents)
@@ -316,7 +316,7 @@ class _Proj(_Tiled):
             context = context_to_segments(context, *among, self.plan.split, self.plan.documents)
         else:
             context = own_tiles(context, self.helix_layout, self.helix_groups.segment)
-        return super().forward(context, *args, **kwargs)  # type: ignore[misc]
+        return super().forward(context, *args, **kwargs)
 
 
 class _FC1(_HelixLinear):
@@ -329,7 +329,7 @@ class _FC1(_HelixLinear):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.plan.exchange == "weights":
             return self._column(x)
-        return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        return super().forward(x, *args, **kwargs)
 
 
 class _FC2(_HelixLinear):
@@ -340,7 +340,7 @@ class _FC2(_HelixLinear):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.plan.exchange == "weights":
             return self._row(x)
-        return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        return super().forward(x, *args, **kwargs)
 
 
 # In the order in which a layer uses them.

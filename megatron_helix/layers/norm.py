@@ -39,7 +39,7 @@ def sequence_parallel_norm(
         )
     norm = _NORMS[config.normalization](hidden_size, eps=eps)
     for parameter in norm.parameters():
-        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        parameter.sequence_parallel = config.sequence_parallel
     return norm
 
 

@@ -77,7 +77,7 @@ class HelixLayer(torch.nn.Module):
         for module in self.helix_modules:
             module.plan = plan  # type: ignore[assignment]
         if not plan.has_own_order:
-            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+            return super().forward(hidden_states, *args, **kwargs)
         layout, groups = self.helix_layout, self.helix_groups
         conversion = plan, layout, groups.dim, groups.head_group
         outside = hidden_states.shape
@@ -95,7 +95,7 @@ class HelixLayer(torch.nn.Module):
             hidden_states = to_block_order(hidden_states, *conversion)
         else:
             hidden_states = hidden_states.view(inside)
-        hidden_states, context = super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        hidden_states, context = super().forward(hidden_states, *args, **kwargs)
         last = self.layer_number == self.config.num_layers and not self.helix_ends.stays
         if last or self.is_mtp_layer:
             hidden_states = from_block_order(hidden_states, *conversion)

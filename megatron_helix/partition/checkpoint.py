@@ -124,7 +124,7 @@ def without_padding(
         mine = shares(features, parts)[place // share]
         return _irregular(
             piece,
-            piece.data.narrow(axis, 0, len(mine)),  # type: ignore[union-attr]
+            piece.data.narrow(axis, 0, len(mine)),
             axis=at,
             start=projection * features + mine.start,
             total=piece.global_shape[at] // whole * features,

@@ -77,4 +77,4 @@ def read_tensors_once() -> None:
         rest = [item for item in plan.items if item.storage_index not in several]
         return original(self, replace(plan, items=rest), planner)
 
-    FileSystemReader.read_data = read_data  # type: ignore[method-assign]
+    FileSystemReader.read_data = read_data

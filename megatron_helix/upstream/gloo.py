@@ -30,7 +30,7 @@ _SUM_PARTS = _SWAP.replace("all_to_all", "reduce_scatter").replace("alltoall", "
 
 def fill_in() -> None:
     """Replace the two methods, and share sockets, in this process and the ones it forks."""
-    gloo: Any = dist.ProcessGroupGloo  # pyright: ignore[reportAttributeAccessIssue]
+    gloo: Any = dist.ProcessGroupGloo
     gloo.__init__ = _on_shared_devices(gloo.__init__)
     swap = getattr(_GROUP, _SWAP)
     setattr(_GROUP, _SUM_PARTS, _reduce_scatter(getattr(_GROUP, _SUM_PARTS), swap))

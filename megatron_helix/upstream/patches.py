@@ -37,9 +37,9 @@ def require_supported_megatron() -> None:
 
 
 def quieten_imports() -> None:
-    """Keep back what Megatron and torch say, on every import, about packages that are optional."""
+    """Keep back what Megatron and torch say, on every import, of what is optional or not used."""
     warnings.filterwarnings(
-        "ignore", message=".*(Apex|Transformer Engine|transformer-engine|absl).*"
+        "ignore", message=".*(Apex|Transformer Engine|transformer-engine|absl|MimoModelConfig).*"
     )
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 

@@ -46,7 +46,7 @@ def _fuse(_input: torch.Tensor, grad: torch.Tensor, main_grad: torch.Tensor) -> 
 
 
 def compare(
-    fused: bool, tied: bool, overlapped: bool, frozen: Sequence[str]
+    fused: bool, tied: bool, overlapped: bool, frozen: Sequence[str], segments: Sequence[int]
 ) -> dict[str, dict[str, float]]:
     """Largest error of each weight's gradient, relative to its largest, by step and weight."""
     # Megatron's own fused linears, with the two functions of the extension that they call.
@@ -63,7 +63,7 @@ def compare(
         alone = [dist.new_group([other]) for other in range(RANKS)][rank]
         one = ProcessGroupCollection(tp=alone, cp=alone, pp=alone, embd=alone)
         all_ranks = ProcessGroupCollection.use_mpu_process_groups()
-        for m in (2, 4):
+        for m in segments:
             parallel_state._HELIX_GROUPS = None  # type: ignore[attr-defined]  # of another m
             layout = BLOCK.layout(m, RANKS // m)
             part = model.build(all_ranks, layout, Choice(exchange="weights"))
@@ -100,11 +100,12 @@ def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
 def test_a_step_of_changing_plans_has_every_gradient(
     fused: bool, tied: bool, overlapped: bool
 ) -> None:
-    _assert_all(run_distributed(compare, RANKS, fused, tied, overlapped, ()))
+    _assert_all(run_distributed(compare, RANKS, fused, tied, overlapped, (), (2, 4)))
 
 
 def test_frozen_weights_are_left_alone() -> None:
-    _assert_all(run_distributed(compare, RANKS, True, False, False, ("linear_fc1", "embedding")))
+    frozen = ("linear_fc1", "embedding")
+    _assert_all(run_distributed(compare, RANKS, True, False, False, frozen, (2,)))
 
 
 def _assert_all(results: list[dict[str, dict[str, float]]]) -> None:

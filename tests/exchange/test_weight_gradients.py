@@ -6,6 +6,7 @@ further rounding on the way, in a collective or behind it, would show as another
 """
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from megatron_helix.kernels.collectives import all_gather
 from megatron_helix.layers.attention import _sum_over
 from megatron_helix.partition.layout import HelixLayout
 from megatron_helix.partition.process_groups import HelixGroups, carve
+from tests.covering import covering
 from tests.distributed import run_distributed
 
 RANKS, MICRO_BATCHES = 8, 3
@@ -126,8 +128,9 @@ def errors(m: int, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
     return found
 
 
-@pytest.mark.parametrize("m", [2, 4, 8])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("dtype", "m"), covering(product([torch.bfloat16, torch.float16], [2, 4, 8]))
+)
 def test_no_sum_over_a_dim_group_is_twice_as_far_from_the_truth_as_stocks(
     dtype: torch.dtype, m: int
 ) -> None:

@@ -52,7 +52,7 @@ def test_what_is_drawn_is_most_of_what_there_is() -> None:
     assert {case.ranks(case.tp) for case in DRAWS} == {2, 3, 4, 5, 6, 7, 8}
     assert {case.exchange for case in DRAWS} == {"auto", "activations", "weights", "scores"}
     assert {case.split for case in DRAWS} == {"auto", "batch", "sequence"}
-    assert {case.gather for case in DRAWS} == {"microbatch", "step"}
+    assert {case.gather for case in DRAWS} == {"microbatch", "once", "step"}
     assert {case.deep for case in DRAWS} == {"", "stock", "helix", "turned"}
     assert {(case.m > 1, case.n > 1) for case in DRAWS} == {(True, True), (True, False)}
     assert {case.stock_tp < case.tp for case in DRAWS} == {True, False}

@@ -23,9 +23,9 @@ from megatron_helix.inference.sampling import Sampling
 from megatron_helix.layers.linear import finish_step
 from megatron_helix.recording.comm_ledger import CommLedger, install
 from megatron_helix.rollout import Completion, require, rollout
-from megatron_helix.upstream import patches
+from tests import distributed
 from tests.covering import fast
-from tests.distributed import launch_ranks, run_distributed, tiny_gpt
+from tests.distributed import Curve, launch_ranks, run_distributed, tiny_gpt
 from tests.live_bytes import LiveBytes
 
 PROMPTS = ("import os\n", "def f(x):", "class", "for ")
@@ -92,16 +92,8 @@ class Seen:
 def train(argv: list[str], rolls: bool) -> Seen:
     """Train on this rank, with or without rollouts after every step."""
     seen = Seen()
-
-    def observed(train_step: Any, *args: Any, **more: Any) -> Any:
-        result = train_step(*args, **more)
-        seen.losses += [float(result[0]["lm loss"])] if "lm loss" in result[0] else []
-        if rolls:
-            speak(args[2], seen)
-        return result
-
-    patches.observe_train_step(observed)
-    pretrain_gpt.train(argv)
+    look = (lambda model, _: speak(model, seen)) if rolls else None
+    seen.losses = distributed.train(argv, after=look).losses
     return seen
 
 
@@ -275,7 +267,7 @@ def memory(argv: list[str]) -> tuple[int, int]:
     """Bytes of the tensors that a rollout held at once on this rank, and of its cache of them."""
     found: list[tuple[int, int]] = []
 
-    def observed(train_step: Any, *args: Any, **more: Any) -> Any:
+    def look(model: list[Any], _: Curve) -> None:
         caches: list[int] = []
         inside = Engine._pass
 
@@ -287,14 +279,12 @@ def memory(argv: list[str]) -> tuple[int, int]:
         Engine._pass = watch
         try:
             with LiveBytes() as live:
-                rollout(args[2], tokens(PROMPTS), new_tokens=NEW)
+                rollout(model, tokens(PROMPTS), new_tokens=NEW)
         finally:
             Engine._pass = inside
         found.append((live.peak, caches[-1]))
-        return train_step(*args, **more)
 
-    patches.observe_train_step(observed)
-    pretrain_gpt.train(argv)
+    distributed.train(argv, before=look)
     return found[0]
 
 
@@ -317,18 +307,16 @@ def test_parts_and_replicas(corpus_prefix: Path) -> None:
     def speak_apart() -> tuple[Any, Any, Any]:
         said: list[Any] = []
 
-        def observed(train_step: Any, *args: Any, **more: Any) -> Any:
+        def look(model: list[Any], _: Curve) -> None:
             first = parallel_state.get_data_parallel_rank() == 0
             mine = tokens(PROMPTS if first else PROMPTS[:2])
             greedy = {"new_tokens": NEW, "sampling": GREEDY}
-            said.append(rollout(args[2], mine, **greedy))
-            said.append(rollout(args[2], mine, at_once=3 if first else 1, **greedy))
+            said.append(rollout(model, mine, **greedy))
+            said.append(rollout(model, mine, at_once=3 if first else 1, **greedy))
             ends = said[0][0].tokens[2]
-            said.append(rollout(args[2], mine, end_token=ends, **greedy)[0])
-            return train_step(*args, **more)
+            said.append(rollout(model, mine, end_token=ends, **greedy)[0])
 
-        patches.observe_train_step(observed)
-        pretrain_gpt.train(argv)
+        distributed.train(argv, before=look)
         return said[0], said[1], said[2]
 
     ranks = run_distributed(speak_apart, 4)

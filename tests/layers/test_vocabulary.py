@@ -3,6 +3,7 @@
 Losses and the gradients of embedding, head and last norm, in double precision.
 """
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from megatron_helix.layers import vocabulary
 from megatron_helix.layers.linear import finish_step
 from tests import block_case
 from tests.block_case import Block
+from tests.covering import covering
 from tests.distributed import model_parallel, run_distributed
 
 S, B = 8, 4
@@ -162,8 +164,7 @@ def stock_and_helix(
     return (ends.entered, ends.stays), expected, actual
 
 
-@pytest.mark.parametrize("split", ["batch", "sequence"])
-@pytest.mark.parametrize("how", LOOKS)
+@pytest.mark.parametrize(("how", "split"), covering(product(LOOKS, ["batch", "sequence"])))
 def test_who_looks_into_the_stream_sees_stocks(how: str, split: str, tmp_path: Path) -> None:
     for ends, expected, actual in run_distributed(stock_and_helix, 4, how, split, tmp_path):
         assert ends == LOOKS[how]

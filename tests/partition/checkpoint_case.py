@@ -23,9 +23,8 @@ MODEL = (
 # Tied embeddings in a pipeline are a bucket of their own, whose padding Megatron's fully
 # reshardable format mistakes for parameters, whatever the layout: in a small model it loses some.
 UNTIED = "--untie-embeddings-and-output-weights"
-DISTRIBUTED_OPTIMIZER = (
-    *("--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable", UNTIED),
-)
+FOR_EVERY_LAYOUT = "--dist-ckpt-optim-fully-reshardable"
+DISTRIBUTED_OPTIMIZER = ("--use-distributed-optimizer", FOR_EVERY_LAYOUT, UNTIED)
 OPTIMIZERS = {"whole": (), "distributed": DISTRIBUTED_OPTIMIZER}
 LEARNABLE_OFFSET = ("--softmax-type", "learnable")
 

@@ -23,6 +23,7 @@ from tests.covering import THOROUGH, fast
 from tests.distributed import Curve, pretrain, pretrain_launched, tiny_gpt
 from tests.partition.checkpoint_case import (
     DISTRIBUTED_OPTIMIZER,
+    FOR_EVERY_LAYOUT,
     GRAD_NORM_TOLERANCE,
     LAYOUTS,
     LEARNABLE_OFFSET,
@@ -91,9 +92,19 @@ def test_one_layout_goes_on_from_anothers_checkpoint(
     assert_goes_on(resume(checkpoint, then), uninterrupted)
 
 
-@pytest.mark.parametrize("optimizer", fast(["distributed"], OPTIMIZERS))
+@pytest.mark.parametrize(
+    ("optimizer", "layouts"),
+    [
+        ("distributed", ("helix_2x1_dp2", "stock_tp4")),
+        *(
+            pytest.param(name, ("helix_2x1_dp2", "helix_4x1", "stock_tp4"), marks=THOROUGH)
+            for name in OPTIMIZERS
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
 def test_layouts_pass_a_checkpoint_on_bit_for_bit(
-    saved: Saved, corpus_prefix: Path, tmp_path: Path, optimizer: str
+    saved: Saved, corpus_prefix: Path, tmp_path: Path, optimizer: str, layouts: tuple[str, ...]
 ) -> None:
     """Each loads what the last one saved, and saves it again at once: weights and moments."""
     kind = ("--bf16", *OPTIMIZERS[optimizer])
@@ -101,7 +112,7 @@ def test_layouts_pass_a_checkpoint_on_bit_for_bit(
     expected = tensors_in(checkpoint, SAVED_STEP)
     # The weight, both moments of Adam, and the optimizer's own weight in single precision.
     assert sum("linear_qkv.weight" in key for key in expected) == 4
-    for layout in ("helix_2x1_dp2", "helix_4x1", "stock_tp4"):
+    for layout in layouts:
         flags = tiny_gpt(corpus_prefix, *MODEL, *LAYOUTS[layout], *kind)
         checkpoint = passed_on(checkpoint, tmp_path / layout, flags, 4)
         assert_same_bits(tensors_in(checkpoint, SAVED_STEP), expected)
@@ -156,13 +167,17 @@ def test_helix_goes_on_from_stock_and_then_saves_what_stock_does(
 def test_stock_then_helix_then_stock_is_one_curve(
     saved: Saved, resume: Resume, tmp_path: Path, optimizer: str
 ) -> None:
-    """Two steps each: the second one shows the optimizer state that came along."""
+    """Two steps each: the second one shows the optimizer state that came along.
+
+    Helix saves that of a distributed optimizer for every layout without being told.
+    """
     longer = (*OPTIMIZERS[optimizer], "--train-iters", str(3 * SAVED_STEP))
+    untold = [word for word in longer if word != FOR_EVERY_LAYOUT]
     uninterrupted, first = saved("stock_tp2_pp2", *longer)
     second = tmp_path / "checkpoint"
     until = str(2 * SAVED_STEP)  # of the schedule of the whole curve, not a shorter one's end
     save = ("--save", str(second), "--save-interval", until, "--exit-interval", until)
-    helix = resume(first, "helix_2x2", *longer, *save)
+    helix = resume(first, "helix_2x2", *untold, *save)
     assert sorted(folder.name for folder in second.glob("iter_*")) == [f"iter_{int(until):07d}"]
     stock = resume(second, "stock_tp4", *longer, step=2 * SAVED_STEP)
     assert [len(part.losses) for part in (helix, stock)] == [SAVED_STEP, SAVED_STEP]
@@ -176,7 +191,7 @@ def test_stock_then_helix_then_stock_is_one_curve(
     ("other", "tensor"),
     [
         (("--num-query-groups", "4"), "linear_qkv"),
-        (("--num-layers", "4"), ""),
+        pytest.param(("--num-layers", "4"), "", marks=THOROUGH),
     ],
 )
 def test_a_checkpoint_of_another_model_shape_is_refused(
@@ -214,7 +229,9 @@ def test_what_another_layout_would_read_wrongly_is_refused(
     On as many ranks Megatron itself loads the first without a word, and trains on from it wrongly.
     """
     plain, by_rank = saved("helix_2x2")[1], ("--use-distributed-optimizer",)
-    _, checkpoint = saved("stock_tp4", *by_rank)
+    checkpoint = tmp_path / "checkpoint"
+    save = ("--save", str(checkpoint), "--save-interval", "1")
+    pretrain(tiny_gpt(corpus_prefix, *MODEL, *by_rank, *save, train_iters=1), 1)
 
     def complete(*flags: str) -> object:
         argv = tiny_gpt(corpus_prefix, *MODEL, *LAYOUTS["helix_2x2"], *flags)
@@ -246,6 +263,7 @@ def test_stock_goes_on_from_its_own_default_format(saved: Saved, resume: Resume)
     assert_goes_on(resume(checkpoint, "stock_tp4", "--use-distributed-optimizer"), uninterrupted)
 
 
+@THOROUGH
 def test_helix_saves_a_distributed_optimizer_for_every_layout(saved: Saved, resume: Resume) -> None:
     """Without being told; stock's default format is for the layout that saved it."""
     given = ("--use-distributed-optimizer", UNTIED)
@@ -302,7 +320,7 @@ def test_what_was_saved_before_a_rank_was_killed_still_loads(
 def test_a_rank_reads_every_stored_tensor_once(
     saved: Saved, corpus_prefix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, checkpoint = saved("stock_tp4")
+    _, checkpoint = saved("stock_tp2_pp2")
     slice_file, log = FileSystemReader._slice_file, tmp_path / "reads"
 
     def counted(reader: FileSystemReader, file: Any, stored: Any) -> Any:
