@@ -1,7 +1,7 @@
 """Which exchange and split a micro-batch takes: what the flags say, or what costs least.
 
-``auto`` compares plans for one layer, forward and backward: by time where the machine is described
-(:mod:`megatron_helix.exchange.cost`), else by what they send, in the closed forms of
+``auto`` compares plans for one layer, in all passes of the run: by time where the machine is
+described (:mod:`megatron_helix.exchange.cost`), else by what they send, in the closed forms of
 :mod:`megatron_helix.exchange.traffic`. Every rank computes the same from the same shape, so no rank
 asks another. ``scores`` is taken only when asked for: it moves the square of the sequence length
 and rules out fused attention kernels.
@@ -34,6 +34,8 @@ class Choice:
         keeps_order: what needs stock's token order in every layer, which ``weights`` leaves with a
             batch split, and with a sequence split that is balanced: the flag that asks for it (a
             loss per sequence, say).
+        training: whether a backward pass follows.
+        core_attention: a value of ``--helix-core-attention``; what it costs depends on the split.
         machine: that plans are compared on; None compares what they send.
     """
 
@@ -43,6 +45,8 @@ class Choice:
     microbatches: int = 1
     keeps_sequences: bool = False
     keeps_order: str | None = None
+    training: bool = True
+    core_attention: str = "spec"
     machine: Hardware | None = None
 
 
@@ -162,24 +166,12 @@ def _costs(
     batch: int,
 ) -> float:
     """Of a layer and micro-batch: seconds, or elements sent where no machine is described."""
+    size = {"sequence": sequence, "batch": batch, "microbatches": choice.microbatches}
     if choice.machine is None:
-        return per_layer(
-            plan,
-            layout,
-            shape,
-            sequence=sequence,
-            batch=batch,
-            microbatches=choice.microbatches,
-        )
-    return layer_seconds(
-        plan,
-        layout,
-        shape,
-        choice.machine,
-        sequence=sequence,
-        batch=batch,
-        microbatches=choice.microbatches,
-    )
+        return per_layer(plan, layout, shape, **size, training=choice.training)
+    known = plan, layout, shape, choice.machine
+    of_run = {"training": choice.training, "core_attention": choice.core_attention}
+    return layer_seconds(*known, **size, **of_run)
 
 
 def explain(
@@ -195,11 +187,11 @@ def explain(
         )
         costs = _costs(other, choice, layout, shape, sequence=sequence, batch=batch)
         figures.append(f"{exchange} {costs:,.0f}" if by_bytes else f"{exchange} {costs * 1e3:,.3f}")
+    unit = "elements a rank sends" if by_bytes else "ms of communication and core attention"
     return (
         f"helix {layout.m}x{layout.n}: exchange {plan.exchange}, split {plan.split}, for"
-        f" micro-batches of {batch} x {sequence} tokens;"
-        f" {'elements a rank sends' if by_bytes else 'ms lost to communication'} a layer and"
-        f" micro-batch (predicted): {', '.join(figures)}"
+        f" micro-batches of {batch} x {sequence} tokens; {unit} a layer and micro-batch"
+        f" (predicted): {', '.join(figures)}"
     )
 
 
@@ -259,7 +251,9 @@ def prefill_plan(
 
     def costs(plan: Plan) -> float:
         if choice.machine is not None:
-            return layer_seconds(plan, layout, shape, choice.machine, **size, training=False)
+            known = plan, layout, shape, choice.machine
+            core = choice.core_attention
+            return layer_seconds(*known, **size, training=False, serving=True, core_attention=core)
         forward, _ = layer(plan, layout, shape, **size)
         ends = block_ends(plan, layout, shape, **size)
         return forward.total() + ends.total() / shape.num_layers
