@@ -177,16 +177,23 @@ def _costs(
 def explain(
     plan: Plan, choice: Choice, layout: HelixLayout, shape: BlockShape, *, sequence: int, batch: int
 ) -> str:
-    """One line for the log: the plan, and what each exchange would send with this split."""
+    """One line for the log: the plan, and what each exchange would cost with this split.
+
+    How often weights are gathered is the user's to say, for it takes memory: what that costs stands
+    beside it.
+    """
     split = "batch" if plan.split == "none" else plan.split
     by_bytes = choice.machine is None
+    gathers = GATHERS if choice.training and choice.microbatches > 1 else (choice.gather,)
+    others = {"activations": Plan(exchange="activations", split=split)}
+    for gather in gathers:
+        name = "weights" if gather == "microbatch" else f"weights by --helix-gather {gather}"
+        others[name] = Plan(exchange="weights", split=split, gather=gather)
+    others["scores"] = Plan(exchange="scores", split="none")
     figures = []
-    for exchange in ("activations", "weights", "scores"):
-        other = Plan(
-            exchange=exchange, split="none" if exchange == "scores" else split, gather=choice.gather
-        )
+    for name, other in others.items():
         costs = _costs(other, choice, layout, shape, sequence=sequence, batch=batch)
-        figures.append(f"{exchange} {costs:,.0f}" if by_bytes else f"{exchange} {costs * 1e3:,.3f}")
+        figures.append(f"{name} {costs:,.0f}" if by_bytes else f"{name} {costs * 1e3:,.3f}")
     unit = "elements a rank sends" if by_bytes else "ms of communication and core attention"
     return (
         f"helix {layout.m}x{layout.n}: exchange {plan.exchange}, split {plan.split}, for"

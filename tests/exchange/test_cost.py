@@ -1,5 +1,6 @@
 """What plans cost in time: what decides between them, one thing at a time."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -189,10 +190,25 @@ def test_auto_takes_the_least_time() -> None:
     ]
     assert exchanges[1] == "weights"
     words = explain(taken, asked, LAYOUT, SHAPE, sequence=4096, batch=128)
-    assert (
-        "ms of communication and core attention a layer and micro-batch (predicted): activations"
-        in words
-    )
+    unit = "ms of communication and core attention a layer and micro-batch"
+    assert f"{unit} (predicted): activations" in words
+    assert "--helix-gather" not in words
+
+
+def test_what_other_gatherings_would_save_is_said() -> None:
+    """Where there are several micro-batches to share what is gathered; it takes memory."""
+    here = of_card("NVIDIA H200", 8)
+    size = {"sequence": 4096, "batch": 128}
+    for machine in (here, None):
+        asked = Choice(machine=machine, microbatches=8)
+        plan = resolve(asked, LAYOUT, SHAPE, **size, sequence_parallel=True)
+        words = explain(plan, asked, LAYOUT, SHAPE, **size)
+        said = r"weights ([\d.,]+), weights by --helix-gather once ([\d.,]+), .* step ([\d.,]+)"
+        found = re.search(said, words)
+        assert found
+        costs = [float(figure.rstrip(",").replace(",", "")) for figure in found.groups()]
+        assert costs == sorted(costs, reverse=True)
+        assert costs[0] > costs[2]
 
 
 def test_only_cards_that_are_known_are_described(monkeypatch: pytest.MonkeyPatch) -> None:
