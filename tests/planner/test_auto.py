@@ -14,6 +14,7 @@ import pytest
 
 from megatron_helix.basics.errors import UserError
 from megatron_helix.kernels import core_times
+from megatron_helix.machine.hopper import of_card
 from megatron_helix.options import core_attention
 from megatron_helix.planner.deployment import Deployment
 from megatron_helix.planner.time import Prediction, predict
@@ -78,13 +79,16 @@ def _fastest_core(row: Row) -> str:
 
 @pytest.mark.parametrize("rows", _conditions())
 def test_auto_takes_what_was_measured_to_be_fast(rows: list[Row]) -> None:
-    asked = {"exchange": None, "split": None, "core_attention": _fastest_core(rows[0])}
+    """With the hardware file, and with what is known of the card where none is named."""
+    core = _fastest_core(rows[0])
     here = rows[0].here
+    asked = {"exchange": None, "split": None, "core_attention": core}
     layout = here.layout.model_copy(update=asked)
-    plan = replace(here, layout=layout).check().plan
-    taken = [row for row in rows if (row.here.plan, _core(row)) == (plan, layout.core_attention)]
-    assert taken, f"{plan} with {layout.core_attention} was not measured there"
-    assert max(map(_ms, taken)) <= SLOWER * min(map(_ms, rows))
+    for machine in (here.machine, of_card("NVIDIA H200", here.world_size)):
+        plan = replace(here, layout=layout, machine=machine).check().plan
+        taken = [row for row in rows if (row.here.plan, _core(row)) == (plan, core)]
+        assert taken, f"{plan} with {core} was not measured there"
+        assert max(map(_ms, taken)) <= SLOWER * min(map(_ms, rows))
 
 
 @pytest.mark.parametrize("cell", list(CELLS))
