@@ -1,18 +1,23 @@
 """What a plan costs a layer in time, on a machine that is described.
 
 Every plan multiplies as much, so what is counted is what they do not have in common: the time of
-collectives, as far as nothing hides it; the work of the rank that has most of it; and the copies of
-weights that are put in order. What a collective costs is
+collectives, as far as nothing hides it; core attention of the rank that has most of it; and what is
+read and written to put in order, or to add up, what moves. What a collective costs is
 :meth:`megatron_helix.machine.hardware.Hardware.held`: one that is begun early runs beside a GEMM,
-and how much of it that hides is a property of what moves; one whose result the next operation waits
-for is all seen.
+and how much of it that hides is a property of what moves, but never more than there is to compute;
+one whose result the next operation waits for is all seen. The planner's predictions have the same
+terms among others, and a test holds what ``auto`` takes against them.
 """
 
 from megatron_helix.exchange import traffic
 from megatron_helix.exchange.plan import Plan
 from megatron_helix.exchange.traffic import BlockShape
-from megatron_helix.machine.hardware import Beside, Hardware
+from megatron_helix.machine.hardware import Beside, Hardware, Held
 from megatron_helix.partition.layout import HelixLayout
+
+FP32 = 4
+FUSED = ("split", "flex", "ffpa")  # at head dimensions where the spec's core attention is not
+KERNELS = {"forward": 25, "backward": 45}  # of a layer, as TransformerEngine has it
 
 
 def layer_seconds(
@@ -25,6 +30,8 @@ def layer_seconds(
     batch: int,
     microbatches: int = 1,
     training: bool = True,
+    serving: bool = False,
+    core_attention: str = "spec",
 ) -> float:
     """Seconds of a layer and micro-batch, on the rank that takes longest.
 
@@ -37,46 +44,72 @@ def layer_seconds(
         batch: b, sequences of the micro-batch.
         microbatches: that share what is gathered once a step.
         training: whether a backward pass follows.
+        serving: whether the stream enters and leaves the block as stock has it, where a training
+            loop puts word ids and losses in order.
+        core_attention: a value of ``--helix-core-attention``.
     """
     size = {"sequence": sequence, "batch": batch}
-    directions = traffic.layer(plan, layout, shape, **size)
-    early = traffic.begun_early(plan, layout, shape, **size)
-    calls = traffic.calls(plan, shape)
-    groups = {"tp": (layout.size, 1), "head": (layout.n, layout.m), "dim": (layout.m, 1)}
-    total = 0.0
-    for when, elements, beside in zip(("forward", "backward"), directions, early, strict=True):
-        for (axis, kind), count in elements.items():
-            if when == "backward" and not training:
-                continue
-            width = 4 if plan.exchange == "scores" and axis == "dim" else machine.element_bytes
-            number = calls.get((when, axis, kind), 1)
-            share = beside.get((axis, kind), 0.0)
-            sent, ranks = count * width, groups[axis]
-            kept = plan.keeps_weights if kind == "all_gather" else plan.keeps_gradients
-            if kept and axis == "dim":  # weights come once a step, and nothing hides them then
-                seconds = machine.held(kind, sent, number, *ranks).lost
-                total += seconds * (1 - share * (1 - 1 / microbatches))
-                continue
-            ahead, rest = ((part * sent, part * number) for part in (share, 1 - share))
-            total += machine.held(kind, *ahead, *ranks, beside=moves(axis, kind)).lost
-            total += machine.held(kind, *rest, *ranks).lost
-    converted = traffic.training_ends if training else traffic.block_ends
+    passes = 3 if training else 1
+    attention = _attention(plan, layout, machine, core_attention, **size, training=training)
+    products = 2 * sequence * batch * shape.weights(layout) / layout.size
+    computed = passes * products / machine.gemm.rate + attention
+    if machine.gap:
+        kernels = KERNELS["forward"] + training * KERNELS["backward"]
+        computed += kernels * machine.gap.rate
+    moved = _collectives(plan, layout, shape, machine, **size, microbatches=microbatches)
+    held = Held(*(sum(each) for each in zip(*moved[: 2 if training else 1], strict=True)))
+    fits = min(1.0, computed / held.hidden) if held.hidden else 1.0
+    total = held.alone - fits * (held.hidden - held.slowed) + attention
+    groups = _groups(layout)
+    converted = traffic.block_ends if serving else traffic.training_ends
     for (axis, kind), count in converted(plan, layout, shape, **size).items():
         sent = count * machine.element_bytes
         seconds = machine.held(kind, sent, 2, *groups[axis]).lost * (2 if training else 1)
         total += seconds / shape.num_layers
-    passes = 3 if training else 1
-    fused = layout.kv_channels <= machine.fused_attention_max_channels
-    rate = ((machine.fused_attention if fused else None) or machine.gemm).rate
-    attention = _attention(layout, **size) * passes / rate
-    total += attention * (_computed(plan, layout, fused=fused) - 1)
-    if plan.exchange == "weights":
-        # What was gathered is put in order, and so is its gradient: written once and read once.
-        gathers = (passes - training) / (microbatches if plan.keeps_weights else 1)
-        gradients = training / (microbatches if plan.keeps_gradients else 1)
-        moved = 2 * (gathers + gradients) * shape.weights(layout) / layout.n
-        total += moved * machine.element_bytes / machine.streaming_rate
-    return total
+    ordered = traffic.put_in_order(plan, layout, shape, **size, microbatches=microbatches)
+    elements = sum(ordered) if training else ordered[0]
+    if plan.exchange == "weights" and training:  # the parts of other ranks, added up
+        elements += (layout.m - 1) * shape.weights(layout) / layout.size
+    return total + elements * machine.element_bytes / machine.streaming_rate
+
+
+def _groups(layout: HelixLayout) -> dict[str, tuple[int, int]]:
+    """(ranks, stride) of the axes of a layer."""
+    return {"tp": (layout.size, 1), "head": (layout.n, layout.m), "dim": (layout.m, 1)}
+
+
+def _collectives(
+    plan: Plan,
+    layout: HelixLayout,
+    shape: BlockShape,
+    machine: Hardware,
+    *,
+    sequence: int,
+    batch: int,
+    microbatches: int,
+) -> list[Held]:
+    """What those of a layer cost, forward and backward."""
+    size = {"sequence": sequence, "batch": batch}
+    directions = traffic.layer(plan, layout, shape, **size)
+    early = traffic.begun_early(plan, layout, shape, **size)
+    calls, groups = traffic.calls(plan, shape), _groups(layout)
+    found = []
+    for when, elements, beside in zip(("forward", "backward"), directions, early, strict=True):
+        parts = []
+        for (axis, kind), count in elements.items():
+            width = FP32 if plan.exchange == "scores" and axis == "dim" else machine.element_bytes
+            number = calls.get((when, axis, kind), 0)
+            share = beside.get((axis, kind), 0.0)
+            sent, ranks = count * width, groups[axis]
+            ahead, rest = ((part * sent, part * number) for part in (share, 1 - share))
+            kept = plan.keeps_weights if kind == "all_gather" else plan.keeps_gradients
+            if kept and axis == "dim":  # of a step, and the calls are of keys and values alone
+                ahead = ahead[0] / microbatches, shape.gathered / microbatches
+                rest = rest[0], number
+            parts.append(machine.held(kind, *ahead, *ranks, beside=moves(axis, kind)))
+            parts.append(machine.held(kind, *rest, *ranks))
+        found.append(Held(*(sum(each) for each in zip(*parts, strict=True))))
+    return found
 
 
 def moves(axis: str, kind: str) -> Beside:
@@ -86,19 +119,53 @@ def moves(axis: str, kind: str) -> Beside:
     return "weights" if kind == "all_gather" else "gradients"
 
 
-def _attention(layout: HelixLayout, *, sequence: int, batch: int) -> float:
-    """Operations of a rank in causal core attention, forward: half of ``4 b s^2 H d / T``."""
-    channels = layout.num_attention_heads * layout.kv_channels
-    return 2 * batch * sequence**2 * channels / layout.size
+def _attention(
+    plan: Plan,
+    layout: HelixLayout,
+    machine: Hardware,
+    core: str,
+    *,
+    sequence: int,
+    batch: int,
+    training: bool,
+) -> float:
+    """Seconds of core attention on the rank with most of it.
 
-
-def _computed(plan: Plan, layout: HelixLayout, *, fused: bool) -> float:
-    """What attention takes on the rank with most of it, over what it takes with a batch split.
-
-    Under a sequence split a piece, one of 2T, costs a fused kernel the rectangle of its prefix
-    (:mod:`megatron_helix.exchange.tokens`). Unfused, other splits compute no less.
+    Operations of all scores are ``4 b s^2 H d / T`` forward. A fused kernel does those below the
+    diagonal; under a sequence split a piece, one of 2T, costs it the rectangle of its prefix
+    (:mod:`megatron_helix.exchange.tokens`). Unfused, a batch split does all of them, and the scores
+    pass through memory; a sequence split those of its prefixes. ``prefix`` and ``split`` do as much
+    under either split; others are called for each piece, and the gradients of keys and values added
+    up.
     """
-    if plan.split != "sequence":
-        return 1.0
-    waits = 0.0 if plan.balanced else (layout.m - 1) / layout.size
-    return 1 + waits + (1 / (2 * layout.size) if fused else 0.0)
+    size, by_sequence = layout.size, plan.split == "sequence"
+    fused = layout.kv_channels <= machine.fused_attention_max_channels or core in FUSED
+    prefix = core == "prefix" or (core == "auto" and not fused)
+    fused &= not prefix and plan.exchange != "scores"
+    pairs = batch * sequence**2 * layout.num_attention_heads / size * (3 if training else 1)
+    flops = 4 * pairs * layout.kv_channels
+    prefixes = (2 * size + 1) / (4 * size)
+    waits = 0.0 if plan.balanced or not by_sequence else (layout.m - 1) / size / 2
+    at_once = prefix or core == "split"  # all pieces in one call
+    share = 0.5 if fused or prefix else 1.0
+    if by_sequence and not at_once:
+        share = prefixes
+    if fused:
+        taken = flops / (machine.fused_attention or machine.gemm).rate
+    else:
+        scores = 4 * pairs * machine.element_bytes
+        taken = flops / machine.gemm.rate + scores / machine.streaming_rate
+    taken *= share + waits
+    if by_sequence and training and not at_once:
+        keys = 2 * batch * sequence * layout.num_query_groups / layout.n * layout.kv_channels
+        taken += keys * summed_bytes(layout, machine.element_bytes) / machine.streaming_rate
+    return taken
+
+
+def summed_bytes(layout: HelixLayout, width: int) -> float:
+    """Read and written a key or value to add up gradients of a rank's pieces, each of its prefix.
+
+    Zeros; a piece's gradient is read, the sum read and written; the sum is read, and rounded.
+    """
+    prefixes = 2 * layout.n * (2 * layout.size + 1) / (4 * layout.size)
+    return FP32 + prefixes * (width + 2 * FP32) + FP32 + width

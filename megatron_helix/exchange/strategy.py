@@ -1,7 +1,7 @@
 """Which exchange and split a micro-batch takes: what the flags say, or what costs least.
 
-``auto`` compares plans for one layer, forward and backward: by time where the machine is described
-(:mod:`megatron_helix.exchange.cost`), else by what they send, in the closed forms of
+``auto`` compares plans for one layer, in all passes of the run: by time where the machine is
+described (:mod:`megatron_helix.exchange.cost`), else by what they send, in the closed forms of
 :mod:`megatron_helix.exchange.traffic`. Every rank computes the same from the same shape, so no rank
 asks another. ``scores`` is taken only when asked for: it moves the square of the sequence length
 and rules out fused attention kernels.
@@ -34,6 +34,8 @@ class Choice:
         keeps_order: what needs stock's token order in every layer, which ``weights`` leaves with a
             batch split, and with a sequence split that is balanced: the flag that asks for it (a
             loss per sequence, say).
+        training: whether a backward pass follows.
+        core_attention: a value of ``--helix-core-attention``; what it costs depends on the split.
         machine: that plans are compared on; None compares what they send.
     """
 
@@ -43,6 +45,8 @@ class Choice:
     microbatches: int = 1
     keeps_sequences: bool = False
     keeps_order: str | None = None
+    training: bool = True
+    core_attention: str = "spec"
     machine: Hardware | None = None
 
 
@@ -162,44 +166,39 @@ def _costs(
     batch: int,
 ) -> float:
     """Of a layer and micro-batch: seconds, or elements sent where no machine is described."""
+    size = {"sequence": sequence, "batch": batch, "microbatches": choice.microbatches}
     if choice.machine is None:
-        return per_layer(
-            plan,
-            layout,
-            shape,
-            sequence=sequence,
-            batch=batch,
-            microbatches=choice.microbatches,
-        )
-    return layer_seconds(
-        plan,
-        layout,
-        shape,
-        choice.machine,
-        sequence=sequence,
-        batch=batch,
-        microbatches=choice.microbatches,
-    )
+        return per_layer(plan, layout, shape, **size, training=choice.training)
+    known = plan, layout, shape, choice.machine
+    of_run = {"training": choice.training, "core_attention": choice.core_attention}
+    return layer_seconds(*known, **size, **of_run)
 
 
 def explain(
     plan: Plan, choice: Choice, layout: HelixLayout, shape: BlockShape, *, sequence: int, batch: int
 ) -> str:
-    """One line for the log: the plan, and what each exchange would send with this split."""
+    """One line for the log: the plan, and what each exchange would cost with this split.
+
+    How often weights are gathered is the user's to say, for it takes memory: what that costs stands
+    beside it.
+    """
     split = "batch" if plan.split == "none" else plan.split
     by_bytes = choice.machine is None
+    gathers = GATHERS if choice.training and choice.microbatches > 1 else (choice.gather,)
+    others = {"activations": Plan(exchange="activations", split=split)}
+    for gather in gathers:
+        name = "weights" if gather == "microbatch" else f"weights by --helix-gather {gather}"
+        others[name] = Plan(exchange="weights", split=split, gather=gather)
+    others["scores"] = Plan(exchange="scores", split="none")
     figures = []
-    for exchange in ("activations", "weights", "scores"):
-        other = Plan(
-            exchange=exchange, split="none" if exchange == "scores" else split, gather=choice.gather
-        )
+    for name, other in others.items():
         costs = _costs(other, choice, layout, shape, sequence=sequence, batch=batch)
-        figures.append(f"{exchange} {costs:,.0f}" if by_bytes else f"{exchange} {costs * 1e3:,.3f}")
+        figures.append(f"{name} {costs:,.0f}" if by_bytes else f"{name} {costs * 1e3:,.3f}")
+    unit = "elements a rank sends" if by_bytes else "ms of communication and core attention"
     return (
         f"helix {layout.m}x{layout.n}: exchange {plan.exchange}, split {plan.split}, for"
-        f" micro-batches of {batch} x {sequence} tokens;"
-        f" {'elements a rank sends' if by_bytes else 'ms lost to communication'} a layer and"
-        f" micro-batch (predicted): {', '.join(figures)}"
+        f" micro-batches of {batch} x {sequence} tokens; {unit} a layer and micro-batch"
+        f" (predicted): {', '.join(figures)}"
     )
 
 
@@ -259,7 +258,9 @@ def prefill_plan(
 
     def costs(plan: Plan) -> float:
         if choice.machine is not None:
-            return layer_seconds(plan, layout, shape, choice.machine, **size, training=False)
+            known = plan, layout, shape, choice.machine
+            core = choice.core_attention
+            return layer_seconds(*known, **size, training=False, serving=True, core_attention=core)
         forward, _ = layer(plan, layout, shape, **size)
         ends = block_ends(plan, layout, shape, **size)
         return forward.total() + ends.total() / shape.num_layers

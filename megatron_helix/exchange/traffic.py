@@ -171,6 +171,34 @@ def begun_early(
     return forward, backward
 
 
+def put_in_order(
+    plan: Plan,
+    layout: HelixLayout,
+    shape: BlockShape,
+    *,
+    sequence: int,
+    batch: int,
+    microbatches: int = 1,
+) -> tuple[float, float]:
+    """(forward, backward) elements of a layer that are read and written where order is not kept.
+
+    ``activations``: packed QKV and the context, before and after their all-to-all, in either pass.
+    ``weights``: the gathered weights of attention, whose shards are cut in every head, after each
+    gather, and their gradients before they go home; an MLP's lie in order. What is kept for a step
+    is put in order once for its ``microbatches``.
+    """
+    if plan.exchange == "activations":
+        tokens = 4 * sequence * batch * packed(layout) / layout.size
+        return tokens, tokens
+    if plan.exchange != "weights":
+        return 0.0, 0.0
+    whole = 2 * packed(layout) * shape.hidden / layout.n
+    rare = 1 / microbatches
+    gathered = whole * (rare if plan.keeps_weights else 1)
+    again = 0.0 if plan.keeps_weights else whole
+    return gathered, again + whole * (rare if plan.keeps_gradients else 1)
+
+
 def block_ends(
     plan: Plan, layout: HelixLayout, shape: BlockShape, *, sequence: int, batch: int
 ) -> Elements:
@@ -198,18 +226,23 @@ def per_layer(
     sequence: int,
     batch: int,
     microbatches: int = 1,
+    training: bool = True,
 ) -> float:
-    """Elements of a layer and micro-batch, forward and backward, with its share of what is rarer.
+    """Elements of a layer and micro-batch, with its share of what is rarer.
 
-    The block's ends are shared by its layers, and weights gathered once a step by the step's
-    ``microbatches``.
+    Forward and, in training, backward. The block's ends are shared by its layers, and weights
+    gathered once a step by the step's ``microbatches``.
     """
     forward, backward = layer(plan, layout, shape, sequence=sequence, batch=batch)
     ends = training_ends(plan, layout, shape, sequence=sequence, batch=batch)
-    sent = forward.total() + backward.total() + 2 * ends.total() / shape.num_layers
-    once = (plan.keeps_weights + plan.keeps_gradients) * (layout.m - 1) * shape.weights(layout)
-    sent -= once / layout.size * (1 - 1 / microbatches)
-    return sent
+    passes = 2 if training else 1
+    sent = forward.total() + passes * ends.total() / shape.num_layers
+    once = int(plan.keeps_weights)
+    if training:
+        sent += backward.total()
+        once += plan.keeps_gradients
+    weights = (layout.m - 1) * shape.weights(layout) / layout.size
+    return sent - once * weights * (1 - 1 / microbatches)
 
 
 def decode_elements(

@@ -176,6 +176,8 @@ def choice(args: argparse.Namespace, machine: Hardware | None = None) -> strateg
         microbatches=max(1, (args.global_batch_size or sequences) // sequences),
         keeps_sequences=args.context_parallel_size > 1,
         keeps_order=needs_order(args),
+        training=args.helix_phase == PHASES[0],
+        core_attention=args.helix_core_attention,
         machine=machine,
     )
 

@@ -114,7 +114,7 @@ def least_sending(
             return math.inf
         sequence = args.seq_length // args.context_parallel_size
         size = {"sequence": sequence, "batch": args.micro_batch_size}
-        of_step = {"microbatches": asked.microbatches}
+        of_step = {"microbatches": asked.microbatches, "training": asked.training}
         return traffic.per_layer(plan, cut, _shape(args), **size, **of_step)
 
     return min(cuts, key=sent)

@@ -6,14 +6,13 @@ Those kernels are short (their inner dimension is d) and run one after the other
 arithmetic and their memory traffic add up.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from megatron_helix.exchange.cost import FUSED, summed_bytes
 from megatron_helix.kernels import parts, query_pieces
 from megatron_helix.kernels.parts import Heads
 from megatron_helix.kernels.query_pieces import Sight
 from megatron_helix.planner.deployment import Deployment
-
-FUSED = ("split", "flex", "ffpa")  # at head dimensions where the spec's core attention is not
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +24,7 @@ class Core:
             again a third, since it counts as two forward passes.
         keys_read: how often keys and values are read.
         score_bytes: of scores and probabilities through memory, forward; 0 where fused.
+        summed_bytes: of gradients of keys and values that are added up piece by piece, backward.
         kept_bytes: for the backward pass.
         passing_bytes: beside that, while it is computed.
     """
@@ -32,6 +32,7 @@ class Core:
     flops: float
     keys_read: float = 1.0
     score_bytes: float = 0.0
+    summed_bytes: float = 0.0
     kept_bytes: float = 0.0
     passing_bytes: float = 0.0
 
@@ -58,13 +59,21 @@ def of_layer(here: Deployment, *, fused_channels: int) -> Core:
     # kernel leaves out what is above the diagonal, but `split`, which cuts it in two.
     in_pieces = here.plan.split == "sequence" and here.phase != "decode"
     prefixes = (2 * here.tp + 1) / (4 * here.tp)
+    in_pieces &= asked != "split"
     if fused and asked != "prefix":
-        in_pieces &= asked != "split"
         causal = 1.0 if here.phase == "decode" else prefixes if in_pieces else 0.5
-        return Core(flops=whole * causal)
+        return Core(flops=whole * causal, summed_bytes=_summed(here) if in_pieces else 0.0)
     if asked in ("prefix", "auto"):
         return _in_pieces(here, whole)
-    return _unfused(here, whole, prefixes if in_pieces else 1.0)
+    core = _unfused(here, whole, prefixes if in_pieces else 1.0)
+    return replace(core, summed_bytes=_summed(here)) if in_pieces else core
+
+
+def _summed(here: Deployment) -> float:
+    """Bytes of keys' and values' gradients on a rank, as its pieces' are added up."""
+    model = here.model
+    keys = 2 * here.tokens * model.query_groups / here.cut.n * model.kv_channels
+    return keys * summed_bytes(here.cut, here.element_bytes)
 
 
 def _all_flops(here: Deployment) -> float:

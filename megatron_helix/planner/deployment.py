@@ -303,6 +303,8 @@ class Deployment:
             # A forward pass alone gathers anew: only a training step knows when it is over.
             gather=layout.gather or "microbatch" if self.phase == "train" else "microbatch",
             microbatches=self.microbatches,
+            training=self.phase == "train",
+            core_attention=layout.core_attention or "spec",
             machine=self.machine,
         )
         if self.phase == "decode":

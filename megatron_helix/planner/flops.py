@@ -12,7 +12,7 @@ that one writes and the next reads goes through memory twice.
 
 from dataclasses import dataclass
 
-from megatron_helix.exchange.traffic import packed
+from megatron_helix.exchange.traffic import packed, put_in_order
 from megatron_helix.planner import core_attention
 from megatron_helix.planner.deployment import Deployment
 from megatron_helix.run_config.model import ModelConfig
@@ -81,8 +81,11 @@ def forward(here: Deployment, stage: int, *, fused_channels: int) -> list[Work]:
         )
     ]
     parts += _attention(here, fused_channels)
-    if copied := layers * element_bytes * _reordered(here) / T:
-        parts.append(Work(what="exchange, put in order", memory_bytes=copied))
+    size = {"sequence": here.sequence, "batch": here.layout.micro_batch}
+    ordered = put_in_order(here.plan, here.cut, here.block, **size, microbatches=here.microbatches)
+    if any(ordered):
+        there, back = (layers * element_bytes * elements for elements in ordered)
+        parts.append(Work(what="exchange, put in order", memory_bytes=there, backward_bytes=back))
     own = N / (here.stream_ranks if experts else T)
     rows = own * (model.moe_router_topk if experts else 1)
     held = (
@@ -158,26 +161,18 @@ def _attention(here: Deployment, fused_channels: int) -> list[Work]:
     if here.packs_runs:  # what each run of tokens attends to is laid out for it, then read
         runs = 1 + 0.5 / here.cut.m
         moved += here.layers * here.element_bytes * 2 * runs * cache / here.cut.n
-    flops = here.layers * core.flops
+    flops, summed = here.layers * core.flops, []
+    if core.summed_bytes:
+        adds = here.layers * core.summed_bytes
+        summed = [Work(what="gradients of keys and values added up", backward_bytes=adds)]
     if not core.score_bytes:
-        return [Work(what="attention", flops=flops, memory_bytes=moved, fused=True)]
+        return [Work(what="attention", flops=flops, memory_bytes=moved, fused=True), *summed]
     passes = here.layers * core.score_bytes
     return [
         Work(what="attention, unfused: products", flops=flops, memory_bytes=moved),
         Work(what="attention, unfused: scores", memory_bytes=passes),
+        *summed,
     ]
-
-
-def _reordered(here: Deployment) -> float:
-    """Elements times T that an exchange reads and writes to put in order what it moves.
-
-    ``activations``: packed QKV and context, before and after their all-to-all. ``weights``: the
-    gathered weights of attention, whose shards are cut in every head; an MLP's lie in order.
-    """
-    if here.plan.exchange == "weights":
-        passes = 2 - here.plan.keeps_weights - here.plan.keeps_gradients
-        return passes * packed(here.cut) * here.model.hidden_size * here.cut.m
-    return 4 * here.tokens * packed(here.cut) if here.plan.exchange == "activations" else 0.0
 
 
 def useful(here: Deployment) -> float:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from megatron_helix.basics.errors import UserError
+from megatron_helix.exchange.cost import KERNELS
 from megatron_helix.machine.hardware import Hardware
 from megatron_helix.planner import flops, memory, traffic, update
 from megatron_helix.planner.deployment import Deployment
@@ -120,9 +121,6 @@ class _Stage:
     @property
     def busy_s(self) -> float:
         return self.compute_s + self.exposed_s
-
-
-KERNELS = {"forward": 25, "backward": 45}  # of a layer, as TransformerEngine has it
 
 
 def predict(here: Deployment, machine: Hardware) -> Prediction:

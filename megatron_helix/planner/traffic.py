@@ -140,7 +140,8 @@ def _layers(book: Book, first: bool, last: bool) -> None:
         gathered = wide * here.element_bytes
         book.sent("weights", "dim", "all_gather", "step", gathered, number, beside="weights")
     if plan.keeps_gradients:
-        book.sent("weights", "dim", "reduce_scatter", "step", wide * here.gradient_bytes, number)
+        summed = wide * here.gradient_bytes
+        book.sent("weights", "dim", "reduce_scatter", "step", summed, number, beside="gradients")
     ends = traffic.block_ends(plan, here.cut, here.block, **size)["dim", "all_to_all"]
     if ends and (times := here.converts(first=first, last=last)):
         converted = ends // 2 * times * here.microbatches * here.element_bytes

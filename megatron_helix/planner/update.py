@@ -9,6 +9,7 @@ pass                                                      bytes       over
 every micro-batch: ``main_grad.add_(grad)``               e + 2 g      what a rank computes
                                                                       gradients for
 the same of a gathered weight, from m parts               m e + 2 g    its shard
+the same of one kept for a step, by its GEMM              2 g          the whole weight
 ``zero_grad_buffer``                                      g           what it holds
 ``grad_data *= 1 / data-parallel size``                   2 g         the same, beside replicas
 gradients widened to fp32 (fp16)                          g + 4       its share of the optimizer
@@ -40,12 +41,13 @@ def accumulation_bytes(here: Deployment, stage: int) -> float:
         copies = 6 if here.layout.fsdp == "torch_fsdp2" else 2
         whole, shard = sum(parameters.held(here, stage)), parameters.kept(here, stage)
         return (copies * whole + 3 * shard) * here.element_bytes
-    one = here.element_bytes + 2 * here.gradient_bytes
-    others = 0.0
+    width, sums = here.element_bytes, 2 * here.gradient_bytes
+    own, matrices = sum(parameters.held(here, stage)), 0.0
     if here.plan.exchange == "weights":
-        others = (here.cut.m - 1) * parameters.layer_matrices(here) * here.layers
-    others *= one if here.plan.keeps_gradients else here.element_bytes
-    return sum(parameters.held(here, stage)) * one + others
+        matrices = parameters.layer_matrices(here) * here.layers
+    if here.plan.keeps_gradients:
+        return (own - matrices) * (width + sums) + here.cut.m * matrices * sums
+    return own * (width + sums) + (here.cut.m - 1) * matrices * width
 
 
 def optimizer_bytes(here: Deployment, stage: int) -> float:

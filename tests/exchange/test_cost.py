@@ -1,5 +1,6 @@
 """What plans cost in time: what decides between them, one thing at a time."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -98,18 +99,70 @@ def test_the_rank_with_most_causal_work_is_waited_for() -> None:
     assert waited == pytest.approx(attention * 3 / 8, rel=1e-3)
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["forward", "training"])
+@pytest.mark.parametrize("core", ["spec", "prefix", "split", "ffpa", "auto"])
 @pytest.mark.parametrize("channels", [128, 512])
-def test_a_prefix_costs_a_fused_kernel_its_rectangle(channels: int) -> None:
+def test_a_sequence_split_costs_what_its_pieces_are_more_or_less_than_a_batch_split(
+    channels: int, core: str, training: bool
+) -> None:
+    """Fused, the rectangles of their prefixes; unfused, these instead of the square.
+
+    And where pieces are called one by one, the sums of their gradients of keys and values.
+    """
     fast = machine(bandwidth=1e9, latency=1e-9)
     assert fast.fused_attention is not None
     wide = HelixLayout(m=4, n=2, num_attention_heads=16, num_query_groups=16, kv_channels=channels)
     by_batch, by_sequence = (
-        layer_seconds(Plan(exchange="activations", split=split), wide, SHAPE, fast, **SIZE)
+        layer_seconds(
+            Plan(exchange="activations", split=split),
+            *(wide, SHAPE, fast),
+            **SIZE,
+            training=training,
+            core_attention=core,
+        )
         for split in ("batch", "sequence")
     )
-    causal = 3 * 2 * 4 * 4096**2 * 2048 / 8 / fast.fused_attention.rate
-    expected = causal / 16 if channels == 128 else 0.0
+    passes = 3 if training else 1
+    pairs = passes * 4 * 4096**2 * 16 / 8  # of queries and keys, sixteen heads on eight ranks
+    fused = core != "prefix" and (channels == 128 or core in ("split", "ffpa"))
+    if core in ("prefix", "split") or (core == "auto" and not fused):
+        expected = 0.0
+    elif fused:  # two products of 17/32 of them, not of the half
+        expected = 4 * pairs * channels / 32 / fast.fused_attention.rate
+    else:
+        products = 4 * pairs * channels / fast.gemm.rate
+        scores = 4 * pairs * 2 / fast.streaming_rate
+        expected = -(products + scores) * 15 / 32
+    if training and expected:
+        keys = 2 * 4 * 4096 * 8 * channels  # and values, of a head group
+        # Four pieces of 17/32 in the mean: a gradient in half precision read, sums read, written.
+        expected += keys * (4 + 4 * 17 / 32 * 10 + 6) / fast.streaming_rate
     assert by_sequence - by_batch == pytest.approx(expected, rel=1e-3, abs=1e-7)
+
+
+def test_no_more_is_hidden_than_there_is_to_compute() -> None:
+    """Few tokens hide nothing of the weights, many all that a GEMM can hide."""
+    here, seen = machine(weights=0.8, latency=1e-6), machine(latency=1e-6)
+    here = here.model_copy(update={"gap": None})
+    plan = Plan(exchange="weights", split="sequence")
+
+    def hidden(sequence: int) -> float:
+        size = {"sequence": sequence, "batch": 1}
+        return seconds(plan, seen, **size) - seconds(plan, here, **size)
+
+    assert 0 < hidden(8) < 2 * hidden(8) < hidden(4096)
+    assert hidden(4096) == pytest.approx(hidden(16384))
+
+
+def test_without_a_backward_pass_only_the_forward_pass_counts() -> None:
+    here = machine(bandwidth=0.001, latency=1e-6)
+    for plan in PLANS[:4]:
+        forward, _ = traffic.layer(plan, LAYOUT, SHAPE, **SIZE)
+        ends = traffic.training_ends(plan, LAYOUT, SHAPE, **SIZE).total() / SHAPE.num_layers
+        sent = forward.total() + ends
+        assert traffic.per_layer(plan, LAYOUT, SHAPE, **SIZE, training=False) == sent
+        expected = sent * here.element_bytes / here.intra_node.bandwidth.rate
+        assert seconds(plan, here, training=False) == pytest.approx(expected, rel=1e-4)
 
 
 def test_auto_takes_the_least_time() -> None:
@@ -137,7 +190,25 @@ def test_auto_takes_the_least_time() -> None:
     ]
     assert exchanges[1] == "weights"
     words = explain(taken, asked, LAYOUT, SHAPE, sequence=4096, batch=128)
-    assert "ms lost to communication a layer and micro-batch (predicted): activations" in words
+    unit = "ms of communication and core attention a layer and micro-batch"
+    assert f"{unit} (predicted): activations" in words
+    assert "--helix-gather" not in words
+
+
+def test_what_other_gatherings_would_save_is_said() -> None:
+    """Where there are several micro-batches to share what is gathered; it takes memory."""
+    here = of_card("NVIDIA H200", 8)
+    size = {"sequence": 4096, "batch": 128}
+    for machine in (here, None):
+        asked = Choice(machine=machine, microbatches=8)
+        plan = resolve(asked, LAYOUT, SHAPE, **size, sequence_parallel=True)
+        words = explain(plan, asked, LAYOUT, SHAPE, **size)
+        said = r"weights ([\d.,]+), weights by --helix-gather once ([\d.,]+), .* step ([\d.,]+)"
+        found = re.search(said, words)
+        assert found
+        costs = [float(figure.rstrip(",").replace(",", "")) for figure in found.groups()]
+        assert costs == sorted(costs, reverse=True)
+        assert costs[0] > costs[2]
 
 
 def test_only_cards_that_are_known_are_described(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,6 +154,25 @@ def test_the_sum_a_choice_is_made_by_is_the_sum_of_the_parts() -> None:
         assert traffic.per_layer(plan, layout, shape, **size) == pytest.approx(whole)
 
 
+def test_what_is_put_in_order_is_what_arrives_in_another() -> None:
+    """Tokens before and after an all-to-all; attention's weights when they come, and go."""
+    layout = _layout(2, 2, 4)
+    shape = BlockShape(hidden=HIDDEN, ffn=FFN, gated=False, num_layers=1)
+    size: dict[str, Any] = {"sequence": S, "batch": B}
+
+    def moved(**plan: str) -> tuple[float, float]:
+        made = Plan(**{"split": "batch", **plan})
+        return traffic.put_in_order(made, layout, shape, **size, microbatches=4)
+
+    tokens = 2 * 2 * S * B * traffic.packed(layout) / layout.size
+    assert moved(exchange="activations") == (tokens, tokens)
+    once = 2 * traffic.packed(layout) * HIDDEN / layout.n  # read and written
+    assert moved(exchange="weights") == (once, 2 * once)
+    assert moved(exchange="weights", gather="once") == (once / 4, once)
+    assert moved(exchange="weights", gather="step") == (once / 4, once / 4)
+    assert moved(exchange="scores", split="none") == (0, 0)
+
+
 def test_auto_takes_what_sends_least() -> None:
     layout = _layout(2, 2, 4)
     shape = BlockShape(hidden=HIDDEN, ffn=FFN, gated=False, num_layers=4)

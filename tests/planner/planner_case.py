@@ -1,6 +1,10 @@
-"""Machines and models that predictions are made for."""
+"""Machines and models that predictions are made for, and the steps that were measured."""
 
+import importlib.util
+import sys
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 from megatron_helix.machine import hardware
 from megatron_helix.machine.hardware import Hardware
@@ -18,6 +22,19 @@ SIXTEEN = MACHINES["h100_2x8_ib"]
 
 # The dense model with heads that fused attention takes, and context parallelism with it.
 NARROW = DENSE.model_copy(update={"name": "narrow", "num_attention_heads": 64, "kv_channels": 128})
+
+
+@cache
+def benchmark() -> ModuleType:
+    """``benchmarks/predictions.py``, which reads what was measured."""
+    script = Path(__file__).parents[2] / "benchmarks" / "predictions.py"
+    spec = importlib.util.spec_from_file_location("benchmark_predictions", script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 def multiplied(machine: Hardware, *path: str, factor: float) -> Hardware:

@@ -276,6 +276,25 @@ def test_what_training_moves_of_a_parameter(precision: Precision, every: int, st
     assert update.optimizer_bytes(two, 0) == held * (3 * width + (step - width) / 2)
 
 
+@pytest.mark.parametrize(("precision", "width", "sums"), [("fp16", 2, 4), ("bf16", 2, 8)])
+def test_what_gradients_of_gathered_weights_move(
+    precision: Precision, width: int, sums: int
+) -> None:
+    """Parts of other ranks are read; those of a step are added up by their GEMM, whole."""
+    batch = BatchConfig(sequences=8, sequence_length=64)
+
+    def moved(gather: str) -> float:
+        keys = {"m": 4, "n": 1, "exchange": "weights", "gather": gather, "micro_batch": 4}
+        layout = LayoutConfig.model_validate({"name": gather, **keys})
+        here = Deployment(DENSE, layout, batch, 4, precision=precision).check()
+        matrices = parameters.layer_matrices(here) * here.layers
+        rest = sum(parameters.held(here, 0)) - matrices
+        return (update.accumulation_bytes(here, 0) - rest * (width + sums)) / matrices
+
+    assert moved("microbatch") == moved("once") == 4 * width + sums
+    assert moved("step") == 4 * sums
+
+
 def test_one_gpu_is_near_what_was_measured_on_it() -> None:
     """One H100, TP=1, 4 sequences of 2048, fp16 (docs/log.md): 376.4 ms a training step."""
     layout = LayoutConfig(name="one", tp=1, micro_batch=1)

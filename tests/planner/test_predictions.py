@@ -1,25 +1,10 @@
 """Predictions beside every step that was measured on two GPUs, within the bars of the benchmark."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "predictions.py"
+from tests.planner.planner_case import benchmark
 
-
-def _benchmark():
-    spec = importlib.util.spec_from_file_location("benchmark_predictions", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-BENCHMARK = _benchmark()
+BENCHMARK = benchmark()
 ROWS = list(BENCHMARK.two_gpus())
 
 
