@@ -39,6 +39,10 @@ MODELS = {
 }
 # One document longer than a row, so that no end falls into most of them. Of padding, conversations.
 OF_DATASET = {**LENGTHS, "one document": [640]}
+PER_SAMPLE = (
+    *("--moe-router-load-balancing-type", "seq_aux_loss", "--moe-aux-loss-coeff", "0.1"),
+    *("--moe-router-topk", "2"),
+)
 ROW_BY_ROW = ("--micro-batch-size", "1", "--global-batch-size", "2")
 
 Train = Callable[..., Curve]
@@ -131,6 +135,11 @@ RUNS = {
         ("--group-query-attention", "--num-query-groups", "1"),
         ((4, 1), STOCK),
     ),
+    # Of samples that are flattened into a row, in stock's order.
+    "a loss of each sample's experts": (
+        (*MODELS["moe"], *PER_SAMPLE, "--micro-batch-size", "8", "--global-batch-size", "16"),
+        TP4,
+    ),
     **{name: (MODELS[name], TP4) for name in ("window", "positions", "mtp", "sinks")},
 }
 
@@ -144,9 +153,21 @@ def test_packed_rows_with_what_else_a_run_asks_for(train: Train, run: str, excha
 
 
 @THOROUGH
-def test_packed_rows_with_weights_gathered_once_a_step(train: Train) -> None:
-    found = train("very unequal", *helix(2, 2, "weights"), "--helix-gather", "step")
+@pytest.mark.parametrize("gather", ["once", "step"])
+def test_packed_rows_with_weights_gathered_once_a_step(train: Train, gather: str) -> None:
+    found = train("very unequal", *helix(2, 2, "weights"), "--helix-gather", gather)
     assert_same_training(found, train("very unequal", *STOCK), STEPS)
+
+
+@THOROUGH
+@pytest.mark.parametrize("cut", [(2, 2), (4, 1)])
+def test_packed_rows_without_sequence_parallelism(tmp_path: Path, cut: tuple[int, int]) -> None:
+    data = dataset(tmp_path / "documents", LENGTHS["very unequal"])
+    curves = [
+        pretrain(tiny_gpt(data, PACKED[0], *flags, train_iters=STEPS), 4)
+        for flags in (helix(*cut, "activations"), STOCK)
+    ]
+    assert_same_training(*curves, STEPS)
 
 
 @THOROUGH

@@ -1,4 +1,4 @@
-"""Packed rows under helix: where their documents end, what of them a rank has, what it attends to.
+"""Packed rows under helix: what of their documents a rank has, and what it attends to.
 
 A row of documents (THD) is one sequence for the residual stream, dealt over the dim group by
 :mod:`megatron_helix.exchange.dealing`. Rank (i, j) has some runs of neighbouring tokens, each of
@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -45,7 +44,7 @@ class Share(PackedSeqParams):
     """What a rank has of a packed row, in the place of Megatron's parameters.
 
     The queries are one document, since each comes with a rotary frequency of its own; the keys are
-    the row's documents, as given.
+    the row's documents.
 
     Attributes:
         positions: of the row, those of my tokens, ascending: ``[t/m]``.
@@ -62,77 +61,24 @@ class Share(PackedSeqParams):
     attended: PackedSeqParams = field(default_factory=PackedSeqParams)
 
 
-def document_ends(packed: PackedSeqParams, tokens: int) -> tuple[int, ...]:
-    """Where the documents of a row of ``tokens`` begin and end, ``(0, ..., tokens)``.
+def share_of(
+    packed: PackedSeqParams, plan: Plan, layout: HelixLayout, segment: int, device: torch.device
+) -> Share:
+    """What dim rank ``segment`` has of a row; the same for all layers, and made once.
 
-    Read once for a micro-batch, since a GPU is asked for it.
-
-    Raises:
-        UserError: for what helix cannot deal out: ends that do not add up, empty documents but
-            those at the row's end, padding between documents, and rows that context parallelism has
-            cut.
+    On the ``device`` of its tokens, wherever ``cu_seqlens_q`` is.
     """
-    known = getattr(packed, "helix_ends", None)
-    if known is None:
-        known = packed.helix_ends = _read_ends(packed)
-    if known[-1] != tokens:
-        raise UserError(
-            f"packed_seq_params: documents must add up to the row's {tokens} tokens, got"
-            f" cu_seqlens_q that ends at {known[-1]}; give padding a document of its own"
-        )
-    return known
-
-
-def _read_ends(packed: PackedSeqParams) -> tuple[int, ...]:
-    if packed.qkv_format != "thd":
-        raise UserError(
-            "packed_seq_params: qkv_format must be thd, of documents in one row, got"
-            f" {packed.qkv_format!r}; leave packed_seq_params away where rows are not packed"
-        )
-    if packed.cp_group is not None or (packed.local_cp_size or 1) > 1:
-        raise UserError(
-            "packed_seq_params: rows under --helix-m > 1 must be whole, got cp_group or"
-            f" local_cp_size {packed.local_cp_size}; leave context parallelism away"
-        )
-    ends = packed.cu_seqlens_q.tolist()
-    for name in ("cu_seqlens_kv", "cu_seqlens_q_padded", "cu_seqlens_kv_padded"):
-        other = getattr(packed, name)
-        if other is not None and other.tolist() != ends:
-            raise UserError(
-                f"packed_seq_params: {name} must be equal to cu_seqlens_q under --helix-m > 1, got"
-                f" {_some(other.tolist())} and {_some(ends)}; make padding part of its document"
-            )
-    while len(ends) > 2 and ends[-1] == ends[-2]:  # Megatron fills cu_seqlens up with them
-        ends.pop()
-    for document, (start, end) in enumerate(pairwise(ends)):
-        if end <= start:
-            raise UserError(
-                f"packed_seq_params: document {document} must have a token or more, got"
-                f" cu_seqlens_q from {start} to {end}; leave empty documents away"
-            )
-    if len(ends) < 2 or ends[0]:
-        raise UserError(
-            f"packed_seq_params: cu_seqlens_q must begin with 0 and end a document or more, got"
-            f" {_some(ends)}; give where every document ends"
-        )
-    return tuple(ends)
-
-
-def _some(ends: list[int]) -> str:
-    return str(ends if len(ends) < 9 else [*ends[:4], "...", ends[-1]]).replace("'", "")
-
-
-def share_of(packed: PackedSeqParams, plan: Plan, layout: HelixLayout, segment: int) -> Share:
-    """What dim rank ``segment`` has of a row; the same for all layers, and made once."""
     known = getattr(packed, "helix_share", None)
-    asked = plan, layout, segment
+    asked = plan, layout, segment, device
     if known is None or known[0] != asked:
         known = asked, _share(packed, *asked)
         packed.helix_share = known
     return known[1]
 
 
-def _share(packed: PackedSeqParams, plan: Plan, layout: HelixLayout, segment: int) -> Share:
+def _share(
+    packed: PackedSeqParams, plan: Plan, layout: HelixLayout, segment: int, device: torch.device
+) -> Share:
     runs = [
         Run(part.start, part.end, run.document)
         for run in runs_of(plan, layout, segment)
@@ -149,7 +95,6 @@ def _share(packed: PackedSeqParams, plan: Plan, layout: HelixLayout, segment: in
         before[run.document] += 1
     keys = _laid(documents, prefixes)
     turns = torch.tensor(turn).repeat_interleave(prefixes)
-    device = packed.cu_seqlens_q.device
     rounds = []
     for k in range(max(turn) + 1):
         of_round = (turns == k).nonzero().squeeze(1)
@@ -159,7 +104,7 @@ def _share(packed: PackedSeqParams, plan: Plan, layout: HelixLayout, segment: in
     return Share(
         qkv_format="thd",
         cu_seqlens_q=of_queries[[0, -1]].to(device),
-        cu_seqlens_kv=packed.cu_seqlens_kv,
+        cu_seqlens_kv=torch.tensor(plan.documents, dtype=torch.int32, device=device),
         max_seqlen_q=packed.max_seqlen_q,
         max_seqlen_kv=packed.max_seqlen_kv,
         tokens_per_sample=packed.tokens_per_sample,
@@ -259,8 +204,15 @@ def attend_to_documents(
         share: what I have of the row.
         attn_mask_type: a causal one, as GPT's are.
         kwargs: what else the core attention takes.
+
+    Raises:
+        UserError: for a mask that is not causal.
     """
-    assert attn_mask_type in _CAUSAL, attn_mask_type
+    if attn_mask_type not in _CAUSAL:
+        raise UserError(
+            "attn_mask_type: packed documents under --helix-m > 1 must be attended to causally, got"
+            f" {attn_mask_type.name} from the layer spec; use a causal one, or --helix-m 1"
+        )
     return attend(
         query,
         _Prefixes.apply(key, share),

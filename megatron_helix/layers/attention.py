@@ -103,7 +103,13 @@ class HelixSelfAttention(SelfAttention):
         """As ``SelfAttention.forward``; mask and rotary frequencies are those of all tokens."""
         m, segment = self.helix_layout.m, self.helix_groups.segment
         if self.plan.documents:
-            packed = share_of(kwargs["packed_seq_params"], self.plan, self.helix_layout, segment)
+            packed = share_of(
+                kwargs["packed_seq_params"],
+                self.plan,
+                self.helix_layout,
+                segment,
+                hidden_states.device,
+            )
             kwargs["packed_seq_params"] = packed
             if rotary_pos_emb is not None:
                 rotary_pos_emb = document_frequencies(

@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_viewless_tensor
 
 from megatron_helix.basics.errors import UserError
-from megatron_helix.exchange.packed import document_ends
+from megatron_helix.exchange.documents import document_ends
 from megatron_helix.exchange.plan import Plan
 from megatron_helix.exchange.strategy import (
     Choice,
@@ -116,6 +116,11 @@ class HelixLayer(torch.nn.Module):
         sequence = rows * self.helix_layout.size if self.config.sequence_parallel else rows
         if inference_context is None:
             return self.plan_for(sequence, batch, packed)
+        if packed is not None:
+            raise UserError(
+                "packed_seq_params: are of training under --helix-m > 1, got them beside an"
+                " inference_context; leave one of the two away"
+            )
         if inference_context.sequence_len_offset:
             return decode_plan(cache_split(self.helix_choice, self.helix_layout, batch))
         return prefill_plan(
@@ -130,11 +135,17 @@ class HelixLayer(torch.nn.Module):
     def plan_for(self, sequence: int, batch: int, packed: PackedSeqParams | None = None) -> Plan:
         """The plan for micro-batches of ``batch`` sequences of ``sequence`` tokens.
 
-        Packed, they are one row of documents, flattened.
+        Packed, they are one row of documents.
         """
         if packed is not None:
-            documents = document_ends(packed, sequence * batch)
-            return replace(self._plan_of(sequence * batch, 1, True), documents=documents)
+            if batch > 1:
+                raise UserError(
+                    "packed_seq_params: a micro-batch of packed rows must be flattened into one,"
+                    f" got {batch} of {sequence} tokens; lay them one behind the other, and their"
+                    " cu_seqlens"
+                )
+            documents = document_ends(packed, sequence)
+            return replace(self._plan_of(sequence, 1, True), documents=documents)
         return self._plan_of(sequence, batch, False)
 
     def _plan_of(self, sequence: int, batch: int, packed: bool) -> Plan:

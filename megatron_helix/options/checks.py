@@ -123,8 +123,10 @@ def least_sending(
 def _validated(args: argparse.Namespace, cut: HelixLayout) -> Iterator[tuple[str, int, str]]:
     """Micro-batches of validation: the flag they come from, their size, and what else to give."""
     if args.eval_micro_batch_size:
-        flag = "--eval-micro-batch-size"
-        yield flag, args.eval_micro_batch_size, f"use a multiple of --helix-m ({cut.m})"
+        of = f"--helix-m ({cut.m})"
+        if args.sft or args.dataloader_inter_document_masking:  # all of them are one row
+            of = str(cut.size // math.gcd(cut.size, args.seq_length))
+        yield "--eval-micro-batch-size", args.eval_micro_batch_size, f"use a multiple of {of}"
     if args.full_validation:
         yield "--full-validation", 1, "leave it away, or use another --seq-length"
 

@@ -2,15 +2,15 @@
 
 import random
 from collections.abc import Callable, Iterator
-from itertools import accumulate, chain, count, pairwise, repeat
+from itertools import accumulate, chain, count, cycle, islice, pairwise, repeat
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_helix.exchange import tokens
-from megatron_helix.exchange.dealing import Run, causal_work, deal
+from megatron_helix.exchange.dealing import Run, _pairs, causal_work, deal
 from tests.covering import covering
 from tests.exchange.test_tokens import layout_of
 
@@ -66,6 +66,15 @@ def test_no_rank_has_much_more_work_than_the_mean(row: tuple[int, int, tuple[int
     assert max(work) - sum(work) / m <= 2 * max(keys)
 
 
+@given(st.integers(2, 8), st.integers(0, 50), st.integers(1, 200))
+def test_shares_of_a_part_differ_by_the_work_of_its_last_token(m: int, p: int, tokens: int) -> None:
+    part = Run(p, p + tokens, 0)
+    pairs = _pairs(part, m, [*range(tokens % m)], [0] * m)
+    work = [sum(run.work for run in pair) for _, pair in pairs]
+    assert sum(work) == part.work
+    assert max(work) - min(work) <= p + tokens
+
+
 @given(st.integers(1, 6), st.integers(1, 4), st.integers(1, 9))
 def test_a_row_of_one_document_is_dealt_as_one_that_is_not_packed(m: int, n: int, of: int) -> None:
     layout, row = layout_of(m, n), m * n * of
@@ -108,6 +117,29 @@ def test_largest_over_mean(lengths: str, m: int, n: int) -> None:
         ends = ends_of(LENGTHS[lengths](row), row)
         work = causal_work(layout_of(m, n), ends)
         assert max(work) * m / sum(work) <= 1.1, (ends, work)
+
+
+@st.composite
+def long_rows(draw: st.DrawFn) -> tuple[int, int, tuple[int, ...]]:
+    """m from 2 to 8, n, and the ends of a row of 128 m tokens or more: one document may be long."""
+    m, n = draw(st.integers(2, 8)), draw(st.integers(1, 4))
+    row = m * n * draw(st.integers(-(-128 // n), -(-160 // n)))
+    short = draw(st.lists(st.integers(1, draw(st.sampled_from([1, 3, 40]))), min_size=1))
+    before = draw(st.integers(0, row // 2))
+    lengths = chain(islice(cycle(short), before), [draw(st.integers(1, row))], cycle(short))
+    return m, n, ends_of(lengths, row)
+
+
+@settings(max_examples=50)
+@given(long_rows())
+@example((8, 1, (0, 30, *range(31, 1025))))  # of 30 tokens one is much of a rank's work
+@example((5, 2, (0, 60, *range(61, 641))))
+def test_one_long_document_among_others_is_balanced(
+    row: tuple[int, int, tuple[int, ...]],
+) -> None:
+    m, n, ends = row
+    work = causal_work(layout_of(m, n), ends)
+    assert max(work) * m / sum(work) <= 1.1, (ends, work)
 
 
 def test_whole_chunks_of_documents_do_not_do() -> None:

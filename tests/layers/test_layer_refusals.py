@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.T5.t5_spec import get_t5_decoder_with_local_block_spec
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import build_module
 
@@ -19,6 +20,7 @@ from megatron_helix.layers.layer_spec import helixify, with_sequence_parallel_no
 from megatron_helix.partition.layout import HelixLayout
 from tests import block_case
 from tests.distributed import model_parallel, run_distributed
+from tests.packed_case import params
 
 
 def test_cross_attention_is_refused() -> None:
@@ -29,17 +31,35 @@ def test_cross_attention_is_refused() -> None:
     assert helixify(spec, block_case.Block().layout(1, 4)) is spec
 
 
-def test_packed_documents_that_do_not_add_up_are_refused_in_a_layer() -> None:
+WRONGLY_PACKED = {
+    "documents": (
+        {"packed_seq_params": params([4, 2])},
+        r"packed_seq_params: documents must add up to the row's 8 tokens, got .* 6;",
+    ),
+    "rows": (
+        {"hidden_states": torch.ones(8, 2, 32), "packed_seq_params": params([8, 8])},
+        "packed_seq_params: a micro-batch of packed rows must be flattened into one, got 2 of 8",
+    ),
+    "inference": (
+        {"inference_context": StaticInferenceContext(1, 8)},
+        "packed_seq_params: are of training under --helix-m > 1, got them beside an inference_",
+    ),
+    "mask": ({}, r"attn_mask_type: packed documents .* causally, got no_mask from the layer spec;"),
+}
+
+
+def test_what_packed_rows_do_not_go_with_is_refused() -> None:
     def call() -> None:
         with model_parallel(tp=2):
             block = block_case.Block(layers=1)
             groups = ProcessGroupCollection.use_mpu_process_groups(["tp", "cp", "pp"])
             (layer,) = block_case.build(block, groups, block.layout(2, 1), sequence_parallel=False)
-            ends = torch.tensor([0, 4, 6], dtype=torch.int32)
-            packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends)
-            message = r"^packed_seq_params: documents must add up to the row's 8 tokens, got .* 6;"
-            with pytest.raises(ValueError, match=message):
-                layer(torch.ones(8, 1, block.hidden), None, packed_seq_params=packed)
+            row = {"hidden_states": torch.ones(8, 1, 32), "packed_seq_params": params([3, 5])}
+            layer(attention_mask=None, **row)
+            layer.self_attention.attn_mask_type = AttnMaskType.no_mask  # pyright: ignore
+            for wrong, message in WRONGLY_PACKED.values():
+                with pytest.raises(ValueError, match=f"^{message}"):
+                    layer(attention_mask=None, **{**row, **wrong})
 
     run_distributed(call, 2)
 

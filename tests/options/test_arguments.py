@@ -27,6 +27,7 @@ def cut(m: object, n: object) -> tuple[str, ...]:
 
 RANKS = r"must be a positive divisor of the number of ranks \(4\)"
 ODD = ("--seq-length", "42", "--max-position-embeddings", "42")
+PACKED = ("--dataloader-inter-document-masking", "--seq-length", "33")
 REFUSALS = {
     "more ranks than there are": (
         (*cut(4, 2), "--num-attention-heads", "8"),
@@ -188,6 +189,11 @@ REFUSALS = {
         (*cut(2, 2), *ODD, "--eval-micro-batch-size", "1"),
         r"^--eval-micro-batch-size: validation reads micro-batches of 1, which no rank can take a"
         r" part of: .*; use a multiple of --helix-m \(2\)$",
+    ),
+    "validation of packed rows that no rank can take": (
+        (*cut(2, 2), *PACKED, "--eval-micro-batch-size", "2"),
+        r"^--eval-micro-batch-size: validation reads micro-batches of 2, .* packed rows must be a"
+        r" multiple of .*, got 66 in a micro-batch; use a multiple of 4$",
     ),
     "validation sequence by sequence that no split can take": (
         (*cut(2, 2), *ODD, "--full-validation"),

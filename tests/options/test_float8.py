@@ -6,7 +6,7 @@ import pytest
 
 from megatron_helix.basics.errors import UserError
 from megatron_helix.exchange.strategy import Choice
-from megatron_helix.options.float8 import require_float8
+from megatron_helix.options.float8 import require_float8, require_float8_tokens
 from megatron_helix.partition.layout import HelixLayout
 from tests.cpu_config import cpu_config
 
@@ -81,3 +81,29 @@ def test_what_fp8_does_not_go_with_is_refused(case: dict[str, Any], message: str
 )
 def test_what_has_whole_words_passes(case: dict[str, Any]) -> None:
     check(**case)
+
+
+@pytest.mark.parametrize(
+    ("exchange", "m", "sequence_parallel", "of"),
+    [
+        ("weights", 2, True, 32),
+        ("auto", 4, True, 64),
+        ("activations", 4, True, 64),
+        ("activations", 4, False, 16),
+    ],
+)
+def test_a_rank_multiplies_whole_words_of_tokens(
+    exchange: str, m: int, sequence_parallel: bool, of: int
+) -> None:
+    cut = HelixLayout(m=m, n=2, **HEADS)
+    config = cpu_config(num_layers=1, **HEADS, **SIZES)
+    config.sequence_parallel, config.fp8 = sequence_parallel, "hybrid"
+    require_float8_tokens(Choice(exchange=exchange), config, cut, 3 * of)
+    message = (
+        rf"^--seq-length: micro-batches must be of a multiple of {of} tokens for FP8 under"
+        rf" --helix-m {m} --helix-n 2, got {3 * of + 8}; use {3 * of} or {4 * of} of them, {LEAVE}"
+    )
+    with pytest.raises(UserError, match=message):
+        require_float8_tokens(Choice(exchange=exchange), config, cut, 3 * of + 8)
+    config.fp8 = None
+    require_float8_tokens(Choice(exchange=exchange), config, cut, 3 * of + 8)

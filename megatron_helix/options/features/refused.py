@@ -228,13 +228,20 @@ REFUSED_BY_LAYER = (
         where="the first forward whose packed_seq_params have other cu_seqlens_*_padded than"
         " cu_seqlens_q, or a cp_group",
         reason="padding is dealt out as a part of its document, and a row as a whole",
-        test="tests/exchange/test_packed.py::test_bad_rows_are_refused",
+        test="tests/exchange/test_documents.py::test_bad_rows_are_refused",
     ),
     RefusedByLayer(
         feature="Packed sequences (THD) under scores, a batch split or context parallelism",
         where="helixify() and the first forward; before any rank is started with Megatron's flags",
         reason="documents are apart, and a row is one sequence",
         test="tests/exchange/test_packed.py::test_what_cannot_be_packed_is_refused",
+    ),
+    RefusedByLayer(
+        feature="Packed sequences (THD) of several rows, seen from both sides, or while inferring",
+        where="the first forward whose packed_seq_params come with a micro-batch that is not"
+        " flattened, a mask type that is not causal or an inference_context",
+        reason="a row is one sequence, of which a piece sees what is before it",
+        test="tests/layers/test_layer_refusals.py::test_what_packed_rows_do_not_go_with_is_refused",
     ),
     RefusedByLayer(
         feature="A mask of padding, for MoE layers under weights with a batch split",
