@@ -9,7 +9,7 @@ one whose result the next operation waits for is all seen. The planner's predict
 terms among others, and a test holds what ``auto`` takes against them.
 """
 
-from megatron_helix.exchange import traffic
+from megatron_helix.exchange import tokens, traffic
 from megatron_helix.exchange.plan import Plan
 from megatron_helix.exchange.traffic import BlockShape
 from megatron_helix.machine.hardware import Beside, Hardware, Held
@@ -132,11 +132,11 @@ def _attention(
     """Seconds of core attention on the rank with most of it.
 
     Operations of all scores are ``4 b s^2 H d / T`` forward. A fused kernel does those below the
-    diagonal; under a sequence split a piece, one of 2T, costs it the rectangle of its prefix
-    (:mod:`megatron_helix.exchange.tokens`). Unfused, a batch split does all of them, and the scores
-    pass through memory; a sequence split those of its prefixes. ``prefix`` and ``split`` do as much
-    under either split; others are called for each piece, and the gradients of keys and values added
-    up.
+    diagonal; under a sequence split a piece, one of 2T, costs it the rectangle of its prefix, and a
+    long one a rectangle a call (:mod:`megatron_helix.exchange.tokens`). Unfused, a batch split does
+    all of them, and the scores pass through memory; a sequence split those of its prefixes.
+    ``prefix`` and ``split`` do as much under either split; others are called for each piece, and
+    the gradients of keys and values added up.
     """
     size, by_sequence = layout.size, plan.split == "sequence"
     fused = layout.kv_channels <= machine.fused_attention_max_channels or core in FUSED
@@ -144,12 +144,11 @@ def _attention(
     fused &= not prefix and plan.exchange != "scores"
     pairs = batch * sequence**2 * layout.num_attention_heads / size * (3 if training else 1)
     flops = 4 * pairs * layout.kv_channels
-    prefixes = (2 * size + 1) / (4 * size)
     waits = 0.0 if plan.balanced or not by_sequence else (layout.m - 1) / size / 2
     at_once = prefix or core == "split"  # all pieces in one call
     share = 0.5 if fused or prefix else 1.0
     if by_sequence and not at_once:
-        share = prefixes
+        share = of_prefixes(layout, sequence, core)
     if fused:
         taken = flops / (machine.fused_attention or machine.gemm).rate
     else:
@@ -158,14 +157,27 @@ def _attention(
     taken *= share + waits
     if by_sequence and training and not at_once:
         keys = 2 * batch * sequence * layout.num_query_groups / layout.n * layout.kv_channels
-        taken += keys * summed_bytes(layout, machine.element_bytes) / machine.streaming_rate
+        width = machine.element_bytes
+        taken += keys * summed_bytes(layout, sequence, core, width) / machine.streaming_rate
     return taken
 
 
-def summed_bytes(layout: HelixLayout, width: int) -> float:
-    """Read and written a key or value to add up gradients of a rank's pieces, each of its prefix.
+def calls(layout: HelixLayout, sequence: int, core: str) -> int:
+    """Of a piece, as :func:`megatron_helix.exchange.tokens.in_calls` cuts it."""
+    return 1 if core in ("flex", "ffpa") else -(-sequence // (2 * layout.size * tokens.QUERIES))
 
-    Zeros; a piece's gradient is read, the sum read and written; the sum is read, and rounded.
+
+def of_prefixes(layout: HelixLayout, sequence: int, core: str) -> float:
+    """Of all pairs of queries and keys, those in the rectangles of a sequence split's calls."""
+    parts = 2 * layout.size * calls(layout, sequence, core)
+    return (parts + 1) / (2 * parts)
+
+
+def summed_bytes(layout: HelixLayout, sequence: int, core: str, width: int) -> float:
+    """Read and written a key or value to add up gradients of a rank's calls, each of its prefix.
+
+    Zeros; a call's gradient is read, the sum read and written; the sum is read, and rounded.
     """
-    prefixes = 2 * layout.n * (2 * layout.size + 1) / (4 * layout.size)
+    each = 2 * layout.n * calls(layout, sequence, core)
+    prefixes = each * of_prefixes(layout, sequence, core)
     return FP32 + prefixes * (width + 2 * FP32) + FP32 + width

@@ -8,7 +8,7 @@ arithmetic and their memory traffic add up.
 
 from dataclasses import dataclass, replace
 
-from megatron_helix.exchange.cost import FUSED, summed_bytes
+from megatron_helix.exchange.cost import FUSED, calls, of_prefixes, summed_bytes
 from megatron_helix.kernels import parts, query_pieces
 from megatron_helix.kernels.parts import Heads
 from megatron_helix.kernels.query_pieces import Sight
@@ -55,17 +55,18 @@ def of_layer(here: Deployment, *, fused_channels: int) -> Core:
     whole = _all_flops(here)
     if here.plan.exchange == "scores":
         return _unfused(here, whole, 1.0)
-    # Under a sequence split a piece, one of 2T, attends to its own prefix: a rectangle, of which no
-    # kernel leaves out what is above the diagonal, but `split`, which cuts it in two.
+    # Under a sequence split a piece, one of 2T, attends to its own prefix: a rectangle for each of
+    # its calls, of which no kernel leaves out what is above the diagonal, but `split`, which cuts
+    # it in two.
     in_pieces = here.plan.split == "sequence" and here.phase != "decode"
-    prefixes = (2 * here.tp + 1) / (4 * here.tp)
     in_pieces &= asked != "split"
+    prefixes = of_prefixes(here.cut, _length(here), asked) if in_pieces else 1.0
     if fused and asked != "prefix":
         causal = 1.0 if here.phase == "decode" else prefixes if in_pieces else 0.5
         return Core(flops=whole * causal, summed_bytes=_summed(here) if in_pieces else 0.0)
     if asked in ("prefix", "auto"):
         return _in_pieces(here, whole)
-    core = _unfused(here, whole, prefixes if in_pieces else 1.0)
+    core = _unfused(here, whole, prefixes)
     return replace(core, summed_bytes=_summed(here)) if in_pieces else core
 
 
@@ -73,7 +74,23 @@ def _summed(here: Deployment) -> float:
     """Bytes of keys' and values' gradients on a rank, as its pieces' are added up."""
     model = here.model
     keys = 2 * here.tokens * model.query_groups / here.cut.n * model.kv_channels
-    return keys * summed_bytes(here.cut, here.element_bytes)
+    asked = here.layout.core_attention or "spec"
+    return keys * summed_bytes(here.cut, _length(here), asked, here.element_bytes)
+
+
+def laid_out(here: Deployment) -> float:
+    """Keys that the runs of packed documents attend to, for each of the row's: copies of them.
+
+    Of a document in one chunk of n, ``1 + 1/2m`` where its two pieces are attended to in one call.
+    """
+    alone = replace(here.cut, n=1)
+    each = 2 * calls(alone, _length(here), "spec")
+    return each * of_prefixes(alone, _length(here), "spec")
+
+
+def _length(here: Deployment) -> int:
+    """Tokens of a sequence; of packed documents those that a token finds itself among."""
+    return round(here.batch.keys)
 
 
 def _all_flops(here: Deployment) -> float:

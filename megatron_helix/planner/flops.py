@@ -159,8 +159,8 @@ def _attention(here: Deployment, fused_channels: int) -> list[Work]:
     cache = 2 * model.query_groups * model.kv_channels * keys * core.keys_read
     moved = here.layers * here.element_bytes * (4 * here.tokens * channels + cache) / T
     if here.packs_runs:  # what each run of tokens attends to is laid out for it, then read
-        runs = 1 + 0.5 / here.cut.m
-        moved += here.layers * here.element_bytes * 2 * runs * cache / here.cut.n
+        runs = 2 * core_attention.laid_out(here)
+        moved += here.layers * here.element_bytes * runs * cache / here.cut.n
     flops, summed = here.layers * core.flops, []
     if core.summed_bytes:
         adds = here.layers * core.summed_bytes

@@ -92,7 +92,7 @@ def _kept(here: Deployment, stage: int, fused_channels: int) -> float:
     attention += core_attention.of_layer(here, fused_channels=fused_channels).kept_bytes
     if here.packs_runs:  # the keys and values that each run of tokens attends to
         of_token = 2 * model.query_groups * model.kv_channels / here.cut.n
-        attention += (1 + 0.5 / here.cut.m) * of_token * here.tokens * width
+        attention += core_attention.laid_out(here) * of_token * here.tokens * width
     # Features before and after activation; what is routed in and out.
     mlp = rows * (3 if model.gated else 2) * here.features * width
     mlp += 2 * rows * D * width if model.num_experts else 0.0
