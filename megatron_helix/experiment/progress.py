@@ -70,6 +70,8 @@ def shown(console: Console, totals: Mapping[str, int]) -> Iterator[tuple[Notify,
         TimeElapsedColumn(),
         console=console,
         auto_refresh=False,
+        redirect_stdout=False,  # forked ranks would inherit what writes around the bars
+        redirect_stderr=False,
     )
     tasks: dict[str, Any] = {}
 
