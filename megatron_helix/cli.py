@@ -8,6 +8,7 @@ from megatron_helix import __version__
 from megatron_helix.basics import errors, signals
 from megatron_helix.commands import calibrate, data, experiment, fuzz, generate, plan, pretrain
 from megatron_helix.commands import launch as launch_command
+from megatron_helix.commands.passing_on import PassingOn
 from megatron_helix.launching.failures import RunFailed
 
 app = typer.Typer(
@@ -16,12 +17,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Two-level attention partitioning for Megatron-LM.",
 )
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
-    pretrain.pretrain
-)
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
-    generate.generate
-)
+_ANY_FLAG = {"allow_extra_args": True, "ignore_unknown_options": True}
+app.command(cls=PassingOn, context_settings=_ANY_FLAG)(pretrain.pretrain)
+app.command(context_settings=_ANY_FLAG)(generate.generate)
 app.command()(experiment.run)
 app.command()(experiment.report)
 app.command()(experiment.compare)
@@ -30,9 +28,7 @@ app.command()(data.data)
 app.command()(plan.plan)
 app.command()(calibrate.calibrate)
 app.command()(fuzz.fuzz)
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
-    launch_command.launch
-)
+app.command(cls=PassingOn, context_settings=_ANY_FLAG)(launch_command.launch)
 
 
 def _version(wanted: bool) -> None:

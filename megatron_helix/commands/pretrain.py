@@ -19,6 +19,7 @@ def pretrain(
     """
     from megatron_helix import pretrain_gpt
 
+    pretrain_gpt.help_instead(context.args)
     flags = pretrain_gpt.prepare(["--helix-device", "cpu", *context.args], nproc_per_node)
     fork_ranks.run(
         fork_ranks.Ranks(
