@@ -203,9 +203,15 @@ def commands() -> str:
             names = ", ".join(getattr(parameter, "opts", ())) or parameter.name
             if parameter.param_type_name == "argument":
                 names = str(parameter.name).upper()
-            rows.append(f"| `{names}` | {getattr(parameter, 'help', '') or ''} |")
+            said = [getattr(parameter, "help", "") or "", _names(parameter.type_descriptor)]
+            rows.append(f"| `{names}` | {' '.join(filter(None, said))} |")
         parts.append("\n".join(rows))
     return "\n\n".join(parts)
+
+
+def _names(kind: Any) -> str:
+    """What may be given, where that is one of some names."""
+    return f"One of {', '.join(map(str, kind.choices))}." if kind.is_choice else ""
 
 
 def errors() -> str:

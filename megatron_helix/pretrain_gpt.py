@@ -18,7 +18,7 @@ from typing import Any
 
 from megatron_helix import samples
 from megatron_helix.basics import errors, signals
-from megatron_helix.options import arguments, environment, parsed, unavailable
+from megatron_helix.options import arguments, environment, parsed, spelling, unavailable
 from megatron_helix.options.flags import FlagParser, add_helix_arguments, shown
 from megatron_helix.recording import rank_files
 from megatron_helix.upstream import initial_weights, patches
@@ -92,6 +92,7 @@ def prepare(argv: Sequence[str], world_size: int, *, script: bool = False) -> li
     Raises:
         UserError: for flags that cannot run.
     """
+    spelling.require_spelt(argv, script=script)
     argv = arguments.complete(argv, world_size)
     _require_free_metrics(argv)
     make_ready(arguments.device(argv))
