@@ -71,7 +71,7 @@ def help_instead(argv: Sequence[str]) -> None:
         return
     if os.environ.get("RANK", "0") == "0":
         print(f"{shown(add_helix_arguments)}\n\nMegatron's:\n", flush=True)
-        patches.quieten_imports()
+        patches.quieten()
         from megatron.training.arguments import add_megatron_arguments
 
         print(shown(add_megatron_arguments), flush=True)
@@ -109,7 +109,7 @@ def prepare(argv: Sequence[str], world_size: int, *, script: bool = False) -> li
 
 def make_ready(device: str | None) -> None:
     """The device, and imports that take seconds: ranks that are forked later have both."""
-    patches.quieten_imports()
+    patches.quieten()
     if device == "cpu":
         from megatron_helix.upstream import cpu_device
 

@@ -35,6 +35,9 @@ def fuzz(
     from rich.console import Console
 
     from megatron_helix.basics import files
+    from megatron_helix.upstream import patches
+
+    patches.quieten()  # before Megatron is imported
     from megatron_helix.fuzz import case as cases
     from megatron_helix.fuzz import draw, hunt, report
 

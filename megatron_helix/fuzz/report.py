@@ -123,7 +123,7 @@ def said_apart(outcomes: list[Outcome]) -> Iterator[str]:
             yield f"{status}, {count} times: {text}"
     missing = [name for name, count in coverage(outcomes).items() if not count]
     if missing:
-        yield f"in no equal case: {', '.join(missing)}"
+        yield f"in no equal case: {'; '.join(missing)}"  # names have commas
 
 
 def coverage(outcomes: list[Outcome]) -> dict[str, int]:

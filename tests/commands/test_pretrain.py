@@ -43,10 +43,13 @@ def test_losses_are_shown_as_they_come_and_all_else_is_in_the_logs(
     assert "lm loss: " not in (logs / "rank00.log").read_text()
 
 
-def test_a_run_without_a_folder_names_one(corpus_prefix: Path) -> None:
-    lines = trained(corpus_prefix, "--nproc-per-node", "2", "--log-interval", "4")
+def test_a_run_without_a_folder_names_one(corpus_prefix: Path, tmp_path: Path) -> None:
+    profile = ("--helix-profile", "--helix-metrics", str(tmp_path))
+    lines = trained(corpus_prefix, "--nproc-per-node", "2", "--log-interval", "4", *profile)
     assert lines[-2].startswith("first: [")  # the only one that Megatron logs
     logs = re.fullmatch(r"logs: (.*), losses in rank01.log", lines[-1])
     assert logs
-    assert (Path(logs[1]) / "rank01.log").exists()
+    said = (Path(logs[1]) / "rank01.log").read_text()
+    # What a CPU's user can do nothing about.
+    assert not [word for word in ("gpuGetDeviceCount", "confluence", "Mimo") if word in said]
     shutil.rmtree(logs[1])
