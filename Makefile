@@ -21,4 +21,5 @@ format:
 docs:
 	bash scripts/env.sh dev
 	.venv/bin/python docs/figures.py
+	.venv/bin/python docs/from_code.py
 	.venv/bin/mkdocs build --strict

@@ -73,7 +73,7 @@ def main(
         n=n,
     )
     cpu_device.enable()
-    patches.quieten_imports()
+    patches.quieten()
     import megatron.core.transformer.attention  # noqa: F401  # slow: forked ranks inherit it
 
     torch.set_num_threads(1)  # a forked rank cannot use its parent's thread pool

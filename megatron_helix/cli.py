@@ -8,31 +8,28 @@ from megatron_helix import __version__
 from megatron_helix.basics import errors, signals
 from megatron_helix.commands import calibrate, data, experiment, fuzz, generate, plan, pretrain
 from megatron_helix.commands import launch as launch_command
+from megatron_helix.commands.helped import Commands, Helped, PassingOn
 from megatron_helix.launching.failures import RunFailed
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
     help="Two-level attention partitioning for Megatron-LM.",
 )
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
-    pretrain.pretrain
-)
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
-    generate.generate
-)
-app.command()(experiment.run)
-app.command()(experiment.report)
-app.command()(experiment.compare)
-app.command()(experiment.dag)
-app.command()(data.data)
-app.command()(plan.plan)
-app.command()(calibrate.calibrate)
-app.command()(fuzz.fuzz)
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
-    launch_command.launch
-)
+_ANY_FLAG = {"allow_extra_args": True, "ignore_unknown_options": True}
+app.command(cls=PassingOn, context_settings=_ANY_FLAG)(pretrain.pretrain)
+app.command(cls=Helped, context_settings=_ANY_FLAG)(generate.generate)
+app.command(cls=Helped)(experiment.run)
+app.command(cls=Helped)(experiment.report)
+app.command(cls=Helped)(experiment.compare)
+app.command(cls=Helped)(experiment.dag)
+app.command(cls=Helped)(data.data)
+app.command(cls=Helped)(plan.plan)
+app.command(cls=Helped)(calibrate.calibrate)
+app.command(cls=Helped)(fuzz.fuzz)
+app.command(cls=PassingOn, context_settings=_ANY_FLAG)(launch_command.launch)
 
 
 def _version(wanted: bool) -> None:

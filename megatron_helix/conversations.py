@@ -85,6 +85,7 @@ def write(conversations: Iterable[list[Message]], prefix: Path, *, row_tokens: i
         raise UserError(f"--seq-length: must be 2 tokens or more, got {row_tokens}; use more")
     if not prefix.name:
         raise UserError(f"--out: must be the prefix of a file, got the folder {prefix}; add a name")
+    files.require_place(prefix, "--out")
     sized = [(_tokens(one), one) for one in conversations]
     if not sized:
         raise UserError("sources: need conversations, and found none; name other files")

@@ -17,7 +17,7 @@ from megatron_helix.inference import saved_model
 from megatron_helix.inference.requests import Request, tokenizer_of
 from megatron_helix.inference.transcript import Transcript
 from megatron_helix.inference.unserved import require_served, require_split
-from megatron_helix.options import arguments
+from megatron_helix.options import arguments, spelling
 from megatron_helix.upstream import patches
 
 Emit = Callable[[int, int], Any]  # (sequence, token)
@@ -60,8 +60,9 @@ def prepare(
     Raises:
         UserError: for what this model or layout cannot serve.
     """
+    spelling.require_spelt(flags)
     saved_model.require_checkpoint(checkpoint)
-    patches.quieten_imports()
+    patches.quieten()
     on_cpu = arguments.device(["--helix-device", device]) == "cpu"
     if on_cpu:
         from megatron_helix.upstream import cpu_device

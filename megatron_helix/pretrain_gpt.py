@@ -18,8 +18,8 @@ from typing import Any
 
 from megatron_helix import samples
 from megatron_helix.basics import errors, signals
-from megatron_helix.options import arguments, environment, parsed, unavailable
-from megatron_helix.options.flags import FlagParser, add_helix_arguments
+from megatron_helix.options import arguments, environment, parsed, spelling, unavailable
+from megatron_helix.options.flags import FlagParser, add_helix_arguments, shown
 from megatron_helix.recording import rank_files
 from megatron_helix.upstream import initial_weights, patches
 
@@ -48,15 +48,34 @@ def prepare_rank(argv: Sequence[str], *, script: bool = True) -> Sequence[str]:
         script: whether Megatron-LM's own script goes on from here.
 
     Raises:
-        SystemExit: with code 2, for flags that cannot run; one rank says what is wrong.
+        SystemExit: with code 2, for flags that cannot run; one rank says what is wrong. With code 0
+            for ``--help``.
     """
     signals.end_with_torchrun()
+    help_instead(argv)
     first = os.environ.get("RANK", "0") == "0"
     quiet = contextlib.nullcontext() if first else contextlib.redirect_stderr(io.StringIO())
     with errors.told(), quiet:  # what imports have to say, one rank says
         argv = prepare(argv, int(os.environ.get("WORLD_SIZE", "1")), script=script)
     adapt_megatron(argv)
     return argv
+
+
+def help_instead(argv: Sequence[str]) -> None:
+    """Show the flags and end, where they are asked for: helix's at once, then Megatron's.
+
+    Raises:
+        SystemExit: with code 0.
+    """
+    if not {"--help", "-h"} & set(argv):
+        return
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{shown(add_helix_arguments)}\n\nMegatron's:\n", flush=True)
+        patches.quieten()
+        from megatron.training.arguments import add_megatron_arguments
+
+        print(shown(add_megatron_arguments), flush=True)
+    sys.exit(0)
 
 
 def prepare(argv: Sequence[str], world_size: int, *, script: bool = False) -> list[str]:
@@ -73,6 +92,7 @@ def prepare(argv: Sequence[str], world_size: int, *, script: bool = False) -> li
     Raises:
         UserError: for flags that cannot run.
     """
+    spelling.require_spelt(argv, script=script)
     argv = arguments.complete(argv, world_size)
     _require_free_metrics(argv)
     make_ready(arguments.device(argv))
@@ -89,7 +109,7 @@ def prepare(argv: Sequence[str], world_size: int, *, script: bool = False) -> li
 
 def make_ready(device: str | None) -> None:
     """The device, and imports that take seconds: ranks that are forked later have both."""
-    patches.quieten_imports()
+    patches.quieten()
     if device == "cpu":
         from megatron_helix.upstream import cpu_device
 

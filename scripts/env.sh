@@ -1,8 +1,13 @@
 #!/usr/bin/env bash
 # Makes .venv in the repository's root, or leaves it as it is when up to date: scripts/env.sh [dev]
 set -euo pipefail
+[[ " $* " != *" --help "* ]] || exec sed -n '2,/^[^#]/s/^# //p' "$0"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-extra=${1:-}
+extra=$*
+[[ $extra =~ ^(dev)?$ ]] || {
+    echo "error: scripts/env.sh: must be called with dev or without a word, got $extra; correct that" >&2
+    exit 2
+}
 stamp=.venv/.helix-env # what .venv was made from; "unfinished" while it is being made
 constraints=requirements/cpu.txt
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PIP_NO_INPUT=1

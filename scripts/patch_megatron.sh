@@ -3,6 +3,7 @@
 # Takes the one of patches/ that is for that file. Exit code: 0 done or already so, 1 with --check when it is
 # not applied, 2 when it cannot be.
 set -euo pipefail
+[[ " $* " != *" --help "* ]] || exec sed -n '2,/^[^#]/s/^# //p' "$0"
 patches=$(cd "$(dirname "${BASH_SOURCE[0]}")/../patches" && pwd)
 
 fail() {

@@ -2,6 +2,7 @@
 # The fast suite, or with --all every case (tests/covering.py says which is which); other arguments go
 # to pytest: scripts/test.sh [--all] [-k NAME] [tests/FILE] ...
 set -euo pipefail
+[[ " $* " != *" --help "* ]] || exec sed -n '2,/^[^#]/s/^# //p' "$0"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 which=(-m "not thorough")
 if [[ ${1:-} == --all ]]; then

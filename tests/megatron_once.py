@@ -18,7 +18,7 @@ from megatron_helix import corpus
 from megatron_helix.upstream import cpu_device, patches
 
 cpu_device.enable()  # before Megatron is imported: some of its modules bind torch.cuda's names
-patches.quieten_imports()
+patches.quieten()
 
 import megatron.training  # noqa: E402, F401
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from megatron_helix import corpus
 from megatron_helix.basics import files
@@ -39,6 +40,18 @@ def test_every_text_file_is_read_back_byte_for_byte(folder: Path, tmp_path: Path
     assert summary.documents == 3
     assert summary.tokens == sum(map(len, expected))
     assert sorted(file.name for file in prefix.parent.iterdir()) == ["data.bin", "data.idx"]
+
+
+def test_the_files_are_those_of_megatrons_own_builder(folder: Path, tmp_path: Path) -> None:
+    corpus.build([folder], tmp_path / "data")
+    builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.uint8)
+    for name in ("a.py", "b.txt", "deep/c.txt"):
+        ids = [*TEXTS[name].encode(), 0]
+        builder.add_document(torch.tensor(ids, dtype=torch.uint8), [len(ids)])
+    builder.finalize(str(tmp_path / "theirs.idx"))
+    for suffix in ("bin", "idx"):
+        theirs = (tmp_path / f"theirs.{suffix}").read_bytes()
+        assert (tmp_path / f"data.{suffix}").read_bytes() == theirs
 
 
 def test_files_come_in_the_order_of_the_sources_and_by_pattern(

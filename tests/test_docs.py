@@ -37,7 +37,7 @@ def load(name: str) -> ModuleType:
     return module
 
 
-hooks = load("hooks")
+from_code = load("from_code")
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
@@ -50,7 +50,6 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     )
     assert built.returncode == 0, built.stderr
     flags = (tmp_path / "flags" / "index.html").read_text()
-    assert "from the code" not in flags
     assert all(f"--helix-{name}" in flags for name in ("m", "n", "exchange", "split", "metrics"))
     assert "helix launch" in flags
 
@@ -64,12 +63,25 @@ def test_the_figures_are_what_their_script_draws(tmp_path: Path) -> None:
         assert (tmp_path / name).read_text() == kept, f"{name}: call python docs/figures.py"
 
 
+@pytest.mark.parametrize("page", from_code.PAGES, ids=lambda page: page.name)
+def test_what_pages_have_of_the_code_is_what_it_says(page: Path) -> None:
+    assert from_code.page(page.read_text()) == page.read_text(), "call python docs/from_code.py"
+    assert all(row in page.read_text() for row in ROWS[page.stem])
+
+
+# What a reader of the repository finds there, without a site.
+ROWS = {
+    "flags": ("| `--helix-m M` |  |", "### helix launch", "| `--nproc-per-node` |"),
+    "troubleshooting": ("### Flags of a run", "### helix data", "| `sources: must exist, and"),
+}
+
+
 def test_every_error_message_says_or_is_told_what_to_do() -> None:
-    messages = list(hooks.messages())
+    messages = list(from_code.messages())
     assert len(messages) > 100
     without = [message.text for message in messages if not message.remedy]
-    assert not without, "give the message a remedy, or docs/hooks.py:REMEDIES an entry"
-    page = hooks.errors()
+    assert not without, "give the message a remedy, or docs/from_code.py:REMEDIES an entry"
+    page = from_code.errors()
     for message in messages:
         words = max(re.split(r"\{[^{}]*\}|`|\|", message.text.rpartition("; ")[0] or message.text))
         assert words in page
@@ -79,13 +91,13 @@ def test_every_error_message_says_or_is_told_what_to_do() -> None:
 def test_no_message_is_missed(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A raised error whose text cannot be read ends the build of the site."""
     (tmp_path / "new.py").write_text(f"def check():\n    raise ValueError({text})\n")
-    monkeypatch.setattr(hooks, "PACKAGE", tmp_path)
+    monkeypatch.setattr(from_code, "PACKAGE", tmp_path)
     with pytest.raises(ValueError, match=r"new\.py:2: no text to read"):
-        list(hooks.messages())
+        list(from_code.messages())
 
 
 def test_errors_that_word_themselves_and_those_of_scripts_are_read() -> None:
-    texts = " | ".join(message.text for message in hooks.messages())
+    texts = " | ".join(message.text for message in from_code.messages())
     for words in (
         "of {world_size} {how} (exit code {exitcode})",  # an exception's own __init__
         "{what it must be}",  # pydantic's, put together
@@ -97,8 +109,8 @@ def test_errors_that_word_themselves_and_those_of_scripts_are_read() -> None:
 
 
 def test_no_remedy_is_left_over() -> None:
-    texts = [message.text for message in hooks.messages()]
-    unused = [start for start in hooks.REMEDIES if not any(t.startswith(start) for t in texts)]
+    texts = [message.text for message in from_code.messages()]
+    unused = [start for start in from_code.REMEDIES if not any(t.startswith(start) for t in texts)]
     assert not unused
 
 

@@ -1,7 +1,10 @@
 """Launch scripts: the torchrun line they print, checked as a rank would check it."""
 
+import ast
 import os
+import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +41,64 @@ def test_every_script_passes_shellcheck() -> None:
         [TOOLS / "shellcheck", *scripts], capture_output=True, text=True, check=False, cwd=ROOT
     )
     assert found.returncode == 0, found.stdout
+
+
+def is_program(file: Path) -> bool:
+    """Whether a file is to be called, and not imported."""
+    is_script = file.suffix == ".py" and "__main__" in file.read_text()
+    return is_script or file.suffix in (".sh", ".sbatch")
+
+
+FILES = [file for name in ("scripts", "examples") for file in sorted((ROOT / name).rglob("*"))]
+PROGRAMS = [file for file in FILES if is_program(file)]
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda file: file.name)
+def test_a_program_says_what_it_does_and_does_nothing(
+    program: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In a copy, without the environment that a script would make or call."""
+    copy = tmp_path / program.parent.name
+    shutil.copytree(program.parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    if program.suffix == ".py":  # here, where torch has been imported
+        begins = ast.get_docstring(ast.parse(program.read_text()))
+        monkeypatch.setattr(sys, "argv", [str(copy / program.name), "--help"])
+        monkeypatch.setattr(sys, "dont_write_bytecode", True)
+        monkeypatch.syspath_prepend(str(copy))
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(copy / program.name), run_name="__main__")
+        for name in [path.stem for path in copy.glob("*.py")]:
+            sys.modules.pop(name, None)
+        code, said = ended.value.code, capsys.readouterr().out
+    else:
+        begins = program.read_text().splitlines()[1].removeprefix("# ")
+        called = subprocess.run(
+            ["bash", copy / program.name, "--help"],
+            env={"PATH": os.defpath},
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
+        )
+        code, said = called.returncode, called.stdout
+        assert called.stderr == ""
+    assert not code
+    assert begins
+    assert " ".join(said.split()).find(" ".join(begins.split()[:5])) >= 0
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_environment_is_made_of_a_word_that_is_known(tmp_path: Path) -> None:
+    shutil.copytree(SCRIPTS, tmp_path / "scripts")
+    refused = call(tmp_path / "scripts" / "env.sh", "develop")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: scripts/env.sh: must be called with dev or without")
+    assert [path.name for path in tmp_path.iterdir()] == ["scripts"]
 
 
 def flags_of(line: str) -> list[str]:

@@ -1,8 +1,8 @@
 """Curves of one or more runs, side by side: ``python examples/grpo/report.py OUT RUN...``."""
 
+import argparse
 import json
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,4 +62,8 @@ def _row(name: str, lines: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(write(Path(sys.argv[1]), [Path(run) for run in sys.argv[2:]]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path, help="Folder of the page and its picture.")
+    parser.add_argument("runs", type=Path, nargs="+", help="Folders that grpo.py has written.")
+    asked = parser.parse_args()
+    print(write(asked.out, asked.runs))

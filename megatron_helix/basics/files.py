@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,27 @@ def make_folder(folder: Path, field: str) -> None:
     except OSError as error:
         raise UserError(
             f"{field}: {folder} must be a folder that can be made: {error.strerror}; name another"
+        ) from None
+
+
+def require_place(path: Path, field: str) -> None:
+    """Check that a file can be made, before the work that it is to hold; makes nothing.
+
+    Args:
+        path: of the file; its folder need not be there.
+        field: what named it, for the error.
+
+    Raises:
+        UserError: when nothing can be written in the folder, or in the one that it is to be in.
+    """
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        make_folder(path.parent, field)  # which says why not
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(
+            f"{field}: {folder} must be a folder to write in: {error.strerror}; name another"
         ) from None
 
 

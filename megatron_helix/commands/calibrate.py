@@ -3,18 +3,20 @@
 import os
 import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from megatron_helix.basics.errors import UserError
 
+Device = Literal["auto", "cpu", "cuda"]
+
 
 def calibrate(
     out: Annotated[Path, typer.Option(help="Hardware file to write.")],
     device: Annotated[
-        str, typer.Option(help="auto, cpu or cuda; auto is cuda on two GPUs or more.")
-    ] = ("auto"),
+        Device, typer.Option(help="What to measure; auto is cuda on two GPUs or more.")
+    ] = "auto",
     ranks: Annotated[
         int | None, typer.Option(min=2, help="Ranks to start: by default all GPUs, or two on CPUs.")
     ] = None,
@@ -26,10 +28,8 @@ def calibrate(
     """
     from torch import cuda
 
-    from megatron_helix.options.checks import require_one_of
     from megatron_helix.planner import calibrate as measuring
 
-    require_one_of("--device", device, ("auto", "cpu", "cuda"))
     if "LOCAL_RANK" in os.environ:
         raise UserError(
             "helix calibrate: must be called once, for it starts its ranks itself, got torchrun's"

@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from megatron_helix.basics.errors import UserError
 
+Format = Literal["mermaid", "dot", "svg"]
 Folder = Annotated[Path, typer.Argument(help="Folder of a finished experiment.")]
 
 
@@ -78,7 +79,7 @@ def compare(
 
 def dag(
     experiment: Annotated[Path, typer.Argument(help="An experiment file (YAML).")],
-    format: Annotated[str, typer.Option(help="mermaid, dot or svg.")] = "mermaid",
+    format: Annotated[Format, typer.Option(help="Of the graph.")] = "mermaid",
     deployment: Annotated[
         bool, typer.Option("--deployment", help="Draw operators on devices instead.")
     ] = False,

@@ -34,9 +34,15 @@ def fuzz(
     """
     from rich.console import Console
 
+    from megatron_helix.basics import files
+    from megatron_helix.upstream import patches
+
+    patches.quieten()  # before Megatron is imported
     from megatron_helix.fuzz import case as cases
     from megatron_helix.fuzz import draw, hunt, report
 
+    if as_json:
+        files.require_place(as_json, "--json")
     console = Console()
     if case is not None:
         one = cases.parse(case)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
+from megatron_helix.commands import on_ranks
 from megatron_helix.launching import fork_ranks
 
 
@@ -68,7 +69,7 @@ def generate(
         ranks: dict[str, Any] = {"world_size": nproc_per_node, "logs": logs or Path(scratch)}
         if measure:
             args = (job, sampling, measure)
-            _run(fork_ranks.Ranks(target=generation.measure, args=args, **ranks))
+            on_ranks.run(fork_ranks.Ranks(target=generation.measure, args=args, **ranks))
             _report(measure, sys.stdout)
             return
         here, there = mp.Pipe(duplex=False)
@@ -80,7 +81,7 @@ def generate(
 
         emit = there.send
         args = (job, sampling, lambda *token: emit(token))
-        _run(fork_ranks.Ranks(target=generation.serve, args=args, **ranks), poll=drain)
+        on_ranks.run(fork_ranks.Ranks(target=generation.serve, args=args, **ranks), poll=drain)
         drain()
         printer.finish()
 
@@ -104,17 +105,6 @@ def _as_rank(job: Any, sampling: Any, measure: Path | None, out: TextIO) -> None
     else:
         generation.serve(job, sampling, lambda *token: None)
     dist.destroy_process_group()
-
-
-def _run(ranks: fork_ranks.Ranks, **options: Any) -> None:
-    """Run the ranks; when one fails, show the end of its output before it is gone."""
-    try:
-        fork_ranks.run(ranks, **options)
-    except fork_ranks.RankFailed as failure:
-        log = ranks.log(failure.rank)
-        if log and log.exists():
-            typer.echo("\n".join(log.read_text(errors="replace").splitlines()[-20:]), err=True)
-        raise
 
 
 def _report(folder: Path, out: TextIO) -> None:

@@ -29,7 +29,7 @@ def launch(
     """
     from megatron_helix.basics import signals
     from megatron_helix.experiment import config, torchrun
-    from megatron_helix.options import arguments, environment
+    from megatron_helix.options import arguments, environment, spelling
 
     chosen = config.load(experiment)
     words = torchrun.command(
@@ -40,6 +40,7 @@ def launch(
         data=data,
         more=context.args,
     )
+    spelling.require_spelt(context.args)
     if dry_run:
         unusual = environment.needed(words, {environment.CONNECTIONS: "1"})
         said = [f"{name}={value} " for name, value in unusual.items()]

@@ -1,13 +1,13 @@
 """``helix plan``."""
 
 import json
-import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from megatron_helix.basics.errors import UserError
+from megatron_helix.run_config.precision import Precision
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from megatron_helix.machine.hardware import Hardware
     from megatron_helix.planner.time import Prediction
     from megatron_helix.run_config.layout import LayoutConfig
-    from megatron_helix.run_config.precision import Precision
 
 
+Phase = Literal["train", "forward", "prefill", "decode"]
+Ranking = Literal["tps", "tpot", "memory"]
 FIGURES_WIDTH, PADDING_WIDTH = 60, 9  # of the table's columns beside the layout
 
 
@@ -25,7 +26,7 @@ def plan(
     model: Annotated[Path, typer.Option(help="A model file (YAML).")],
     hardware: Annotated[Path, typer.Option(help="A hardware file (YAML).")],
     phase: Annotated[
-        str, typer.Option(help="train, forward (of the training loop), prefill or decode.")
+        Phase, typer.Option(help="What is predicted; forward is that of the training loop.")
     ] = "train",
     batch: Annotated[int, typer.Option(min=1, help="Sequences of a step.")] = 1024,
     seq: Annotated[int, typer.Option(min=1, help="Tokens of a sequence; of the context.")] = 2048,
@@ -37,7 +38,7 @@ def plan(
         ),
     ] = None,
     devices: Annotated[int | None, typer.Option(min=1, help="Another number of devices.")] = None,
-    rank_by: Annotated[str, typer.Option(help="tps, tpot or memory.")] = "tps",
+    rank_by: Annotated[Ranking, typer.Option(help="What comes first.")] = "tps",
     top: Annotated[int, typer.Option(min=1, help="Layouts to show.")] = 10,
     layout: Annotated[
         list[str] | None,
@@ -50,7 +51,8 @@ def plan(
         str | None, typer.Option(help="Show the sum of this layout, term by term; as --layout.")
     ] = None,
     precision: Annotated[
-        str | None, typer.Option(help="bf16 instead of fp16, on a machine with figures for it.")
+        Precision | None,
+        typer.Option(help="bf16 instead of fp16, on a machine with figures for it."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -103,13 +105,17 @@ def plan(
         rows = [_row(prediction, machine) for prediction in shown]
         typer.echo(json.dumps({"plan": title, "source": "predicted", "layouts": rows}, indent=2))
         return
-    console.print(_table(shown, title, compare=bool(layout), width=console.width), words)
+    table = _table(shown, title, compare=bool(layout))
+    # As wide as its rows: a layout's name is one word, which is copied from here.
+    unbounded = console.options.update(max_width=1000)
+    console.width = max(console.width, console.measure(table, options=unbounded).maximum)
+    console.print(table, words)
 
 
 _EXAMPLES = "tp=8,pp=2,micro_batch=4 or m=4,n=4,exchange=weights,micro_batch=16"
 
 
-def _precision(asked: str | None, machine: "Hardware") -> "Precision":
+def _precision(asked: Precision | None, machine: "Hardware") -> Precision:
     """What is planned for: bf16 where it is asked for, else what the machine's figures are for."""
     if asked == "bf16" and machine.precision == "fp16":  # as wide
         return "bf16"
@@ -163,10 +169,13 @@ def _layout(words: str, *, training_on: int = 0) -> "LayoutConfig":
 
 def _too_large(shown: list["Prediction"], machine: "Hardware") -> str:
     """A line for each layout that a device cannot hold."""
+    from megatron_helix.experiment.results import significant
+
     most = machine.memory.rate
     return "\n".join(
-        f"{one.deployment.layout.name} does not fit: it needs {one.memory.total / 1e9:.1f} GB, of"
-        f" {most / 1e9:.1f} GB that a device has."
+        f"{one.deployment.layout.name} does not fit: it needs"
+        f" {significant(one.memory.total / 1e9)} GB, of {significant(most / 1e9)} GB that a device"
+        " has."
         for one in shown
         if one.memory.total > most
     )
@@ -191,9 +200,11 @@ def _row(one: "Prediction", machine: "Hardware") -> dict[str, Any]:
     }
 
 
-def _table(shown: list["Prediction"], title: str, *, compare: bool, width: int) -> "Table":
+def _table(shown: list["Prediction"], title: str, *, compare: bool) -> "Table":
     from rich import box
     from rich.table import Table
+
+    from megatron_helix.experiment.results import significant
 
     made = Table(
         title=f"Predicted: {title}",
@@ -209,7 +220,6 @@ def _table(shown: list["Prediction"], title: str, *, compare: bool, width: int) 
         made.caption = (
             f"{made.caption} zeros: what padding adds to the weights of attention / MLPs."
         )
-    width -= FIGURES_WIDTH + PADDING_WIDTH * padded
     made.add_column("layout", no_wrap=True)
     middle = ("TPS\nchange", "TPOT\nchange") if compare else ("step\nms", "wait")
     headings = ("TPS", "TPOT\nms", *middle, "comm.", "GB", "roofline", *["zeros\n%"] * padded)
@@ -222,12 +232,12 @@ def _table(shown: list["Prediction"], title: str, *, compare: bool, width: int) 
         changes = (f"{speed:+.1%}", f"{lost:+.1%}")
         times = (f"{one.step_s * 1e3:,.1f}", f"{one.waiting_s / one.step_s:.0%}")
         made.add_row(
-            _broken(one.deployment.layout.name, width),
+            one.deployment.layout.name,
             f"{one.tokens_per_s:,.0f}",
             f"{one.tpot_ms:.3f}",
             *(changes if compare else times),
             f"{one.communication_s / one.step_s:.0%}",
-            f"{one.memory.total / 1e9:.1f}",
+            significant(one.memory.total / 1e9),
             f"{one.roofline:.0%} {one.bounds.resource}",
             *[_padding(one)] * padded,
         )
@@ -240,21 +250,18 @@ def _padding(one: "Prediction") -> str:
     return " / ".join(f"{100 * part:.1f}" for part in waste) if any(waste) else ""
 
 
-def _broken(name: str, width: int) -> str:
-    """A layout's name in lines of at most ``width``, broken between its words."""
-    lines = textwrap.wrap(name.replace("_", " "), width, break_long_words=False)
-    return "\n".join(line.replace(" ", "_") for line in lines)
-
-
 def _terms(one: "Prediction", title: str) -> "Table":
     from dataclasses import asdict
 
     from rich import box
     from rich.table import Table
 
+    from megatron_helix.experiment.results import significant
+
     bounds = one.bounds
     needs = ", ".join(
-        f"{part.replace('_', ' ')} {need / 1e9:.2f}" for part, need in asdict(one.memory).items()
+        f"{part.replace('_', ' ')} {significant(need / 1e9)}"
+        for part, need in asdict(one.memory).items()
     )
     zeros = f" Zeros add {_padding(one)} % to the weights of attention / MLPs."
     zeros = zeros if _padding(one) else ""

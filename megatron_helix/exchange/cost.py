@@ -9,7 +9,7 @@ one whose result the next operation waits for is all seen. The planner's predict
 terms among others, and a test holds what ``auto`` takes against them.
 """
 
-from megatron_helix.exchange import tokens, traffic
+from megatron_helix.exchange import dealing, traffic
 from megatron_helix.exchange.plan import Plan
 from megatron_helix.exchange.traffic import BlockShape
 from megatron_helix.machine.hardware import Beside, Hardware, Held
@@ -164,7 +164,7 @@ def _attention(
 
 def calls(layout: HelixLayout, sequence: int, core: str) -> int:
     """Of a piece, as :func:`megatron_helix.exchange.tokens.in_calls` cuts it."""
-    return 1 if core in ("flex", "ffpa") else -(-sequence // (2 * layout.size * tokens.QUERIES))
+    return 1 if core in ("flex", "ffpa") else -(-sequence // (2 * layout.size * dealing.QUERIES))
 
 
 def of_prefixes(layout: HelixLayout, sequence: int, core: str) -> float:

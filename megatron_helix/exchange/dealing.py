@@ -38,6 +38,11 @@ from typing import NamedTuple
 
 from megatron_helix.partition.layout import HelixLayout
 
+# Queries of one call of a fused kernel that aligns them at the end of their keys. It computes the
+# rectangle of both (cuDNN does, seen on H200): half the square of the queries for nothing. Each
+# call more reads the keys once more, and adds their gradients up once more.
+QUERIES = 2048
+
 
 class Run(NamedTuple):
     """Neighbouring tokens of one document, on one rank.

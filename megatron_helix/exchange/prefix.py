@@ -4,7 +4,7 @@ Rank (i, j) holds the queries of some pieces of the sequence (:mod:`megatron_hel
 says which) and, gathered over the dim group, the keys and values of the whole sequence. A causal
 piece needs only keys up to its own end. :class:`PrefixAttention` and :class:`SplitAttention` take
 all pieces in one call; other core attentions are called for each, and for long ones more than once
-(:data:`~megatron_helix.exchange.tokens.QUERIES`).
+(:data:`~megatron_helix.exchange.dealing.QUERIES`).
 """
 
 from typing import Any

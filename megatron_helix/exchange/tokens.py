@@ -29,16 +29,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from megatron_helix.exchange.dealing import deal
+from megatron_helix.exchange.dealing import QUERIES, deal
 from megatron_helix.exchange.plan import Plan
 from megatron_helix.kernels.collectives import all_to_all, uneven_all_to_all
 from megatron_helix.kernels.copies import packed
 from megatron_helix.partition.layout import HelixLayout
-
-# Queries of one call of a fused kernel that aligns them at the end of their keys. It computes the
-# rectangle of both (cuDNN does, seen on H200): half the square of the queries for nothing. Each
-# call more reads the keys once more, and adds their gradients up once more.
-QUERIES = 2048
 
 
 class Piece(NamedTuple):

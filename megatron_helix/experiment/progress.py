@@ -5,6 +5,7 @@ and by no thread of this process, which forks ranks.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from megatron_helix.basics import files
 
 EVERY_S = 0.5
+TOLD_S = 0.5  # of a node that is no run: one that takes less is counted only
 
 Notify = Callable[[str, str], None]
 Advance = Callable[[str, int], None]
@@ -48,21 +50,75 @@ class Steps:
         self._next = time.monotonic() + EVERY_S
 
 
+class _Tally:
+    """Which runs are over, and how many other nodes there was nothing to see of.
+
+    Args:
+        totals: steps of the nodes that are runs.
+    """
+
+    def __init__(self, totals: Mapping[str, int]):
+        self.totals = totals
+        self.begun = 0
+        self.folded: Counter[str] = Counter()
+        self._since: dict[str, float] = {}
+
+    def start(self, name: str) -> str:
+        """A node begins; what it is called to the user: a run with its number."""
+        self._since[name] = time.monotonic()
+        if name not in self.totals:
+            return name
+        self.begun += 1
+        return f"{self.begun} of {len(self.totals)}, {name.partition('/')[2]}"
+
+    def keep(self, name: str) -> None:
+        """A node is as it was."""
+        self.begun += name in self.totals
+        self.folded["kept"] += 1
+
+    def end(self, name: str) -> float | None:
+        """A node is done; the seconds that it took, None where those are nothing to tell."""
+        seconds = time.monotonic() - self._since[name]
+        if name in self.totals or seconds >= TOLD_S:
+            return seconds
+        self.folded["done at once"] += 1
+        return None
+
+    def left(self) -> str:
+        """What has not begun."""
+        left = len(self.totals) - self.begun
+        return f", {left} left" if left else ""
+
+    def __str__(self) -> str:
+        return ", ".join(f"{count} nodes {state}" for state, count in self.folded.items())
+
+
 @contextmanager
 def shown(console: Console, totals: Mapping[str, int]) -> Iterator[tuple[Notify, Advance | None]]:
-    """Show what is done.
+    """Show what is done: a line, or a bar, for every node that takes its time.
+
+    The others are counted, and told of together when all is over.
 
     Args:
         console: where; bars need a terminal.
-        totals: steps of the nodes that have several.
+        totals: steps of the nodes that are runs; numbered, so that one sees how many are left.
 
     Yields:
         What to call with a node's name and state (as :func:`dag.run` does), and with its name and
         the number of steps that are done; None where nobody looks at those.
     """
-    if not console.is_terminal:
-        yield _lines(console, totals), None
-        return
+    tally = _Tally(totals)
+    if console.is_terminal:
+        with _bars(console, tally) as calls:
+            yield calls
+    else:
+        yield _lines(console, tally), None
+    if tally.folded:
+        console.print(str(tally), highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _bars(console: Console, tally: _Tally) -> Iterator[tuple[Notify, Advance]]:
     progress = Progress(
         TextColumn("{task.description:44}"),
         BarColumn(bar_width=16),
@@ -70,14 +126,22 @@ def shown(console: Console, totals: Mapping[str, int]) -> Iterator[tuple[Notify,
         TimeElapsedColumn(),
         console=console,
         auto_refresh=False,
+        redirect_stdout=False,  # forked ranks would inherit what writes around the bars
+        redirect_stderr=False,
     )
     tasks: dict[str, Any] = {}
 
     def notify(name: str, state: str) -> None:
-        total = totals.get(name, 1)
-        if name not in tasks:
-            tasks[name] = progress.add_task(name.removeprefix("execution_"), total=total)
-        progress.update(tasks[name], completed=None if state == "started" else total, refresh=True)
+        total = tally.totals.get(name, 1)
+        if state == "kept":
+            tally.keep(name)
+        elif state == "started":
+            tasks[name] = progress.add_task(tally.start(name), total=total)
+            progress.refresh()
+        elif tally.end(name) is None:
+            progress.remove_task(tasks[name])
+        else:
+            progress.update(tasks[name], completed=total, refresh=True)
 
     def advance(name: str, steps: int) -> None:
         progress.update(tasks[name], completed=steps, refresh=True)
@@ -86,18 +150,17 @@ def shown(console: Console, totals: Mapping[str, int]) -> Iterator[tuple[Notify,
         yield notify, advance
 
 
-def _lines(console: Console, totals: Mapping[str, int]) -> Notify:
-    since: dict[str, float] = {}
+def _lines(console: Console, tally: _Tally) -> Notify:
+    called: dict[str, str] = {}
 
     def notify(name: str, state: str) -> None:
-        steps = totals.get(name, 1)
-        if state == "started":
-            since[name] = time.monotonic()
-            if steps == 1:
-                return
-            state = f"{steps} steps"
-        elif state == "done":
-            state = f"done in {time.monotonic() - since[name]:.0f} s"
-        console.print(f"{name}: {state}", highlight=False, soft_wrap=True)
+        if state == "kept":
+            tally.keep(name)
+        elif state == "started":
+            called[name] = tally.start(name)
+        elif (seconds := tally.end(name)) is not None:
+            steps = tally.totals.get(name)
+            what = f"{steps} steps, {seconds:.0f} s{tally.left()}" if steps else f"{seconds:.0f} s"
+            console.print(f"{called[name]}: {what}", highlight=False, soft_wrap=True)
 
     return notify

@@ -78,13 +78,16 @@ def shown(console: Console, draws: int) -> Iterator[Callable[[list[Outcome]], No
         TimeRemainingColumn(),
         console=console,
         disable=not console.is_terminal,
+        auto_refresh=False,  # no thread beside what forks ranks, whose output is their own
+        redirect_stdout=False,
+        redirect_stderr=False,
     )
     task = progress.add_task("cases", total=draws)
 
     def update(outcomes: list[Outcome]) -> None:
         done, counts = counted(outcomes), Counter(outcome.status for outcome in outcomes)
         said = ", ".join(f"{count} {status}" for status, count in counts.items())
-        progress.update(task, completed=done, description=said)
+        progress.update(task, completed=done, description=said, refresh=True)
         if not console.is_terminal and outcomes[-1].status not in DRAWN_AGAIN and done % 10 == 0:
             console.print(f"{done} of {draws} cases: {said}", soft_wrap=True)
 
@@ -120,7 +123,7 @@ def said_apart(outcomes: list[Outcome]) -> Iterator[str]:
             yield f"{status}, {count} times: {text}"
     missing = [name for name, count in coverage(outcomes).items() if not count]
     if missing:
-        yield f"in no equal case: {', '.join(missing)}"
+        yield f"in no equal case: {'; '.join(missing)}"  # names have commas
 
 
 def coverage(outcomes: list[Outcome]) -> dict[str, int]:

@@ -23,6 +23,7 @@ from megatron_helix.launching.failures import RankFailed, RunFailed, RunTimeoutE
 GRACE_S = 5.0  # between asking ranks that have lost a peer, or their time, to end and killing them
 SETTLE_S = 5.0  # at most, between the first failure that is seen and naming its cause
 STORE_S = 60.0  # for the store to come up
+_STDOUT, _STDERR = 1, 2  # where native code writes, whatever Python's streams are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +95,9 @@ def forked(ranks: Ranks, deadline: float | None = None) -> Iterator[tuple[list[A
     ):
         context = mp.get_context("fork")
         parent = os.getpid()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
+            if stream:  # what is not written yet, every rank would write once more
+                stream.flush()
         here, there = context.Pipe(duplex=False)
         store = context.Process(target=_serve_rendezvous, args=(ranks.address, there, parent))
         started: list[Any] = []
@@ -264,6 +266,8 @@ def _run_rank(ranks: Ranks, rank: int, port: int, parent: int) -> None:
     log = ranks.log(rank)
     if log:
         with log.open("wb") as file:
-            os.dup2(file.fileno(), sys.stdout.fileno())
-            os.dup2(file.fileno(), sys.stderr.fileno())
+            os.dup2(file.fileno(), _STDOUT)
+            os.dup2(file.fileno(), _STDERR)
+        # The parent's may be wrapped: by bars of a terminal, by a test.
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
     ranks.target(*ranks.args)  # an exception or sys.exit becomes the exit code

@@ -221,7 +221,8 @@ class Hardware(Config):
                 f"--devices: {self.name} has {self.devices_per_node} devices in its one node, got"
                 f" {devices}; name a hardware file with inter_node"
             )
-        return Hardware.model_validate({**self.model_dump(), "devices": devices})
+        name = self.name if devices == self.devices else f"{devices} devices of {self.name}"
+        return Hardware.model_validate({**self.model_dump(), "devices": devices, "name": name})
 
     @property
     def streaming_rate(self) -> float:

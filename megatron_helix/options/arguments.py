@@ -9,6 +9,7 @@ layout needs. It raises the one error the user must read, before any process gro
 import argparse
 import math
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from megatron_helix.basics.errors import UserError
@@ -124,7 +125,8 @@ def complete(argv: Sequence[str], world_size: int) -> list[str]:
     require_norms(args, on_cpu)
     if not wants_helix(args) or args.helix_m == 1:  # else the table of features refuses them
         require_rival(args, on_cpu)
-    return [*argv, *(_cpu_flags(argv) if on_cpu else ()), *_mask_flags(args, argv), *implied]
+    own = [*(_cpu_flags(argv) if on_cpu else ()), *_logger_flags(argv), *_mask_flags(args, argv)]
+    return [*argv, *own, *implied]
 
 
 def _read(argv: Sequence[str]) -> argparse.Namespace:
@@ -205,6 +207,12 @@ def layout(
 
 def _cpu_flags(argv: Sequence[str]) -> list[str]:
     return [word for flag in _CPU_FLAGS if not _given(flag[0], argv) for word in flag]
+
+
+def _logger_flags(argv: Sequence[str]) -> list[str]:
+    """No tracking with a package of NVIDIA's own that is not there: the last rank would say so."""
+    asked = any(word.startswith(("--one-logger", "--no-one-logger")) for word in argv)
+    return [] if asked or find_spec("one_logger") else ["--no-one-logger"]
 
 
 def _mask_flags(args: argparse.Namespace, argv: Sequence[str]) -> list[str]:

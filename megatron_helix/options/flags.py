@@ -1,6 +1,7 @@
 """The helix flags, as Megatron's parser gets them."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,6 +28,28 @@ class FlagParser(argparse.ArgumentParser):
         raise UserError(f"{message.removeprefix('argument ')}; correct that flag")
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Shows help texts as they are written, where argparse cannot read them.
+
+    Some of Megatron's have per cent signs, which argparse takes for formats.
+    """
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        try:
+            return super()._expand_help(action)
+        except (ValueError, TypeError, KeyError):
+            return action.help or ""
+
+
+def shown(add: Callable[[argparse.ArgumentParser], object]) -> str:
+    """What ``--help`` shows of the flags that ``add`` adds to a parser."""
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, add_help=False, formatter_class=HelpFormatter
+    )
+    add(parser)
+    return parser.format_help().strip()
+
+
 def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the helix flags; an ``extra_args_provider`` of Megatron's parser."""
     group = parser.add_argument_group(title="helix")
@@ -49,17 +72,20 @@ def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     group.add_argument(
         "--helix-exchange",
         default="auto",
+        metavar="NAME",
         help=f"What moves over the M segments of a head: {', '.join(strategy.EXCHANGES)}. auto"
         " takes what is predicted to cost the least time.",
     )
     group.add_argument(
         "--helix-split",
         default="auto",
+        metavar="NAME",
         help=f"Which tokens a rank attends for: {', '.join(strategy.SPLITS)}.",
     )
     group.add_argument(
         "--helix-gather",
         default=strategy.GATHERS[0],
+        metavar="NAME",
         help=f"How often the exchange weights gathers a weight: {', '.join(strategy.GATHERS)}."
         " once keeps the gathered weights of a step over its micro-batches, 1/N of all weights;"
         " step their gradients as well, which then come home once.",
@@ -67,6 +93,7 @@ def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     group.add_argument(
         "--helix-core-attention",
         default=CORE_ATTENTIONS[0],
+        metavar="NAME",
         help=f"What computes softmax(QK)V: {', '.join(CORE_ATTENTIONS)}. spec is that of the layer"
         " spec, TransformerEngine's or the local one; prefix multiplies pieces of the queries with"
         " the keys that they see, for head dimensions without a fused kernel; split attends to what"
@@ -85,6 +112,7 @@ def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     group.add_argument(
         "--helix-device",
         default="auto",
+        metavar="NAME",
         help=f"{', '.join(DEVICES)}. auto is cuda; cpu runs Megatron on gloo ranks and fills in the"
         " flags a CPU needs.",
     )
@@ -105,6 +133,7 @@ def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     group.add_argument(
         "--helix-phase",
         default=PHASES[0],
+        metavar="NAME",
         help=f"What a step is: {', '.join(PHASES)}. prefill is the forward pass alone; needs"
         " --helix-metrics.",
     )

@@ -53,7 +53,7 @@ def on_cpu(ranks: int, out: Path) -> str:
     """Measure with ``ranks`` forked gloo ranks and write ``out``; one line that says what.
 
     Raises:
-        UserError: when ``out`` is a folder, or none can be made for it.
+        UserError: when ``out`` is a folder, or cannot be made.
     """
     from megatron_helix.launching import fork_ranks
 
@@ -74,10 +74,11 @@ def prepare(out: Path) -> None:
     """Make the folder of a file to write.
 
     Raises:
-        UserError: when ``out`` is a folder, or none can be made for it.
+        UserError: when ``out`` is a folder, or cannot be made.
     """
     if out.is_dir():
         raise UserError(f"--out: must be a file to write, got the folder {out}; name a file in it")
+    files.require_place(out, "--out")
     files.make_folder(out.parent, "--out")
 
 

@@ -242,7 +242,7 @@ def explain(found: Found, rank_by: str) -> str:
     loses = {
         "tps": f"{1 - other.tokens_per_s / best.tokens_per_s:.1%} of the TPS",
         "tpot": f"{other.tpot_ms - best.tpot_ms:.3f} ms of TPOT",
-        "memory": f"{(other.memory.total - best.memory.total) / 1e9:.1f} GB a device",
+        "memory": f"{(other.memory.total - best.memory.total) / 1e9:.3g} GB a device",
     }[rank_by]
     second = f" The next best cut, {rival.name} ({_kind(rival)}), loses {loses}"
     if not layout.is_helix:

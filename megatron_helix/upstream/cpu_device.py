@@ -47,6 +47,7 @@ def enable() -> None:
             " the GPU with CUDA_VISIBLE_DEVICES= to rehearse on the CPU"
         )
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # torch.compile has nothing to fuse for
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports that there is no GPU
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron insists, the CPU has none
     for name, value in _cuda_answers().items():
         setattr(torch.cuda, name, value)

@@ -36,11 +36,21 @@ def require_supported_megatron() -> None:
         )
 
 
-def quieten_imports() -> None:
-    """Keep back what Megatron and torch say, on every import, of what is optional or not used."""
-    warnings.filterwarnings(
-        "ignore", message=".*(Apex|Transformer Engine|transformer-engine|absl|MimoModelConfig).*"
-    )
+# What is said to those who write Megatron or torch, and its user can do nothing about.
+_SAID_TO_OTHERS = (
+    ".*(Apex|Transformer Engine|transformer-engine|absl).*",  # optional, and not there
+    ".*Mimo.*is experimental",  # imported with the rest; helix has nothing to do with it
+    ".*torch.distributed.* is deprecated",  # torch 2.13's new names, which 0.19 does not know
+)
+
+
+def quieten() -> None:
+    """Keep back what Megatron and torch say of themselves, when imported and when they run.
+
+    To be called before they are imported; forked ranks inherit it.
+    """
+    for message in _SAID_TO_OTHERS:
+        warnings.filterwarnings("ignore", message=message)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 

@@ -1,6 +1,7 @@
 """What is looked at while ranks have the cores to themselves."""
 
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -71,3 +72,37 @@ def test_nothing_runs_beside_what_forks_ranks(terminal: bool) -> None:
         assert len(list(Path("/proc/self/task").iterdir())) == before
         notify("execution_monitoring/a", "done")
     assert ("3/3" in log.getvalue()) is terminal
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_takes_no_time_is_folded_and_runs_are_numbered(
+    terminal: bool, clock: list[float]
+) -> None:
+    log = io.StringIO()
+    console = Console(file=log, force_terminal=terminal, width=100, legacy_windows=False)
+    totals = {f"execution_monitoring/{name}": 5 for name in ("kept", "slow", "last")}
+    with progress.shown(console, totals) as (notify, _):
+        notify("execution_monitoring/kept", "kept")
+        for name, seconds in (
+            ("input_preparation", 3.0),
+            *((f"device_mapping/{number}", 0.1) for number in range(4)),
+            ("execution_monitoring/slow", 12.0),
+            ("report", 0.0),
+            ("execution_monitoring/last", 0.2),
+        ):
+            notify(name, "started")
+            clock[0] += seconds
+            notify(name, "done")
+    if not terminal:
+        assert log.getvalue().splitlines() == [
+            "input_preparation: 3 s",
+            "2 of 3, slow: 5 steps, 12 s, 1 left",
+            "3 of 3, last: 5 steps, 0 s",
+            "1 nodes kept, 5 nodes done at once",
+        ]
+        return
+    screen = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", log.getvalue()).splitlines()
+    final = [line.split()[0] for line in screen[-4:]]
+    assert final == ["input_preparation", "2", "3", "1"]
+    assert screen[-1] == "1 nodes kept, 5 nodes done at once"
+    assert re.match(r"2 of 3, slow .* 5/5 ", screen[-3])

@@ -156,7 +156,7 @@ def test_what_a_measurement_holds(checkpoint: Path, tmp_path: Path) -> None:
         ),
         (
             ["--prompt", "x", "--", "--no-such-flag"],
-            "unrecognized arguments: --no-such-flag; correct that flag",
+            "--no-such-flag: must be a flag of Megatron's or helix's, and is none",
         ),
         (
             ["--prompt", "x", "--", "--pipeline-model-parallel-size", "4"],

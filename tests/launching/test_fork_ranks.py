@@ -1,17 +1,23 @@
 """The launcher: a run ends when its ranks do, and leaves no process behind."""
 
+import contextlib
+import io
 import multiprocessing
 import os
+import pty
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
+from rich.console import Console
 
+from megatron_helix.experiment import progress
+from megatron_helix.fuzz import report
 from megatron_helix.launching import failures, fork_ranks
 from tests.launch_case import ENDS_WITHIN_S, children, is_alive, pids, ranks, wait_for
 
@@ -51,6 +57,59 @@ def test_finished_ranks_leave_their_output_and_their_environment_is_torchruns(
         assert described.log(rank) == tmp_path / "logs" / f"rank{rank:02d}.log"
     assert children() == before
     assert "RANK" not in os.environ
+
+
+def test_ranks_of_a_wrapped_stream_write_to_their_logs_alone(tmp_path: Path) -> None:
+    """A parent's bars, or a test, may stand between ``print`` and the terminal."""
+
+    def run() -> None:
+        print("out")
+        print("err", file=sys.stderr)
+
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        fork_ranks.run(ranks(run, tmp_path, 1), timeout_s=ENDS_WITHIN_S)
+    assert (tmp_path / "logs" / "rank00.log").read_text().split() == ["out", "err"]
+    assert said.getvalue() == ""
+
+
+@contextlib.contextmanager
+def bars_of_a_run(console: Console) -> Iterator[None]:
+    with progress.shown(console, {"execution_monitoring/a": 3}) as (notify, _):
+        notify("execution_monitoring/a", "started")
+        yield
+
+
+@contextlib.contextmanager
+def bars_of_the_fuzzer(console: Console) -> Iterator[None]:
+    with report.shown(console, 3):
+        yield
+
+
+@pytest.mark.parametrize("bars", [bars_of_a_run, bars_of_the_fuzzer])
+def test_bars_of_a_terminal_are_in_no_log(
+    bars: Callable[[Console], contextlib.AbstractContextManager[None]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    line = "word " * 60  # longer than a terminal is wide
+
+    def run() -> None:
+        print(line)
+        print(line, file=sys.stderr)
+
+    above, below = pty.openpty()
+    with open(above, "rb", buffering=0) as screen, open(below, "w") as terminal:
+        for name in ("stdout", "stderr"):
+            monkeypatch.setattr(sys, name, terminal)
+        threads = len(list(Path("/proc/self/task").iterdir()))
+        with bars(Console(force_terminal=True, width=80)):
+            assert (sys.stdout, sys.stderr) == (terminal, terminal)
+            assert len(list(Path("/proc/self/task").iterdir())) == threads  # forks need none
+            fork_ranks.run(ranks(run, tmp_path, 1), timeout_s=ENDS_WITHIN_S)
+        terminal.flush()
+        assert b"word" not in screen.read(100_000)
+    assert (tmp_path / "logs" / "rank00.log").read_text().splitlines() == [line, line]
 
 
 def test_a_killed_rank_ends_the_others_and_is_named(tmp_path: Path) -> None:

@@ -331,6 +331,14 @@ def test_what_a_cpu_needs_is_filled_in(corpus_prefix: Path) -> None:
     assert "--use-cpu-initialization" in added
 
 
+def test_a_logger_that_is_not_there_is_not_asked_for(corpus_prefix: Path) -> None:
+    flags = tiny_gpt(corpus_prefix)
+    assert arguments.complete(flags, world_size=1).count("--no-one-logger") == 1
+    for said in (["--no-one-logger"], ["--one-logger-project", "mine"]):
+        added = arguments.complete([*flags, *said], world_size=1)[len(flags) + len(said) :]
+        assert "--no-one-logger" not in added
+
+
 def test_conversations_need_no_mask(corpus_prefix: Path) -> None:
     """Megatron's dataset of them asserts that none is asked for."""
     flags = tiny_gpt(corpus_prefix)

@@ -111,9 +111,8 @@ def test_a_log_gets_lines_and_no_bars() -> None:
         notify("execution_monitoring/a", "started")
         notify("execution_monitoring/a", "done")
     assert log.getvalue().splitlines() == [
-        "input_preparation: kept",
-        "execution_monitoring/a: 3 steps",
-        "execution_monitoring/a: done in 0 s",
+        "1 of 1, a: 3 steps, 0 s",
+        "1 nodes kept",
     ]
 
 

@@ -70,7 +70,8 @@ _OPTIMIZER = (
         names="--lr-decay-style --lr-wsd-decay-style --lr-decay-iters --lr-decay-samples"
         " --lr-wsd-decay-iters --lr-wsd-decay-samples --lr-warmup-fraction --lr-warmup-iters"
         " --lr-warmup-samples --lr-warmup-init --warmup --override-opt_param-scheduler"
-        " --use-checkpoint-opt_param-scheduler --start-weight-decay --end-weight-decay"
+        " --override-opt-param-scheduler --use-checkpoint-opt_param-scheduler"
+        " --use-checkpoint-opt-param-scheduler --start-weight-decay --end-weight-decay"
         " --weight-decay-incr-style",
     ),
 )

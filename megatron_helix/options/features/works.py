@@ -255,9 +255,9 @@ PRECISION = (
 CHECKPOINTS = (
     Works(
         feature="Checkpoints in torch_dist format, any layout to any other",
-        names="--save --load --save-interval --no-load-optim --no-load-rng --no-save-optim"
-        " --no-save-rng --finetune --pretrained-checkpoint --ckpt-step --use-cpu-initialization"
-        " --ckpt-format --non-persistent-ckpt-type",
+        names="--save --load --save-interval --persistent-save-interval --no-load-optim"
+        " --no-load-rng --no-save-optim --no-save-rng --finetune --pretrained-checkpoint"
+        " --ckpt-step --use-cpu-initialization --ckpt-format --non-persistent-ckpt-type",
         test=CHECKPOINT,
     ),
     Works(
