@@ -2,8 +2,12 @@
 
 Rank (i, j) holds the queries of some pieces of the sequence (:mod:`megatron_helix.exchange.tokens`
 says which) and, gathered over the dim group, the keys and values of the whole sequence. A causal
-piece needs only keys up to its own end. :class:`PrefixAttention` and :class:`SplitAttention` take
-all pieces in one call; other core attentions are called for each.
+piece needs only keys up to its own end. A core attention class says how it is called:
+
+* ``takes_runs``: once, with all pieces (``runs``);
+* ``aligns_at_end``: once a piece, which it hides the future of by the mask's type, aligned to the
+  end of the keys, as TransformerEngine does;
+* neither, and derived from Megatron's ``DotProductAttention``: once a piece, with its mask.
 """
 
 from typing import Any
@@ -17,15 +21,8 @@ from megatron_helix.exchange.decode import attend_to_share, merge_shares
 from megatron_helix.exchange.packed import Share, attend_to_documents, fewer_queries_than_keys
 from megatron_helix.exchange.plan import Plan
 from megatron_helix.exchange.tokens import Piece, pieces
-from megatron_helix.kernels.ffpa_attention import FFPAAttention
-from megatron_helix.kernels.flex_attention import FlexAttention
-from megatron_helix.kernels.prefix_attention import PrefixAttention
-from megatron_helix.kernels.split_attention import SplitAttention
 from megatron_helix.partition.layout import HelixLayout
 from megatron_helix.partition.process_groups import HelixGroups
-
-# They align a causal mask to the bottom right by its type, as TransformerEngine does.
-_BY_TYPE = (FlexAttention, FFPAAttention)
 
 
 class _Prefixes(torch.autograd.Function):
@@ -88,7 +85,7 @@ class PrefixPieces(torch.nn.Module):
             )
         layout, segment = self.helix_layout, self.helix_groups.segment
         mine = pieces(layout, segment, key.size(0), balanced=self.plan.balanced)
-        if isinstance(self, (PrefixAttention, SplitAttention)):
+        if getattr(self, "takes_runs", False):
             if attention_mask is not None:
                 attention_mask = torch.cat(
                     [attention_mask[..., piece.start : piece.end, :] for piece in mine], dim=-2
@@ -146,8 +143,8 @@ class PrefixPieces(torch.nn.Module):
         """
         if mask is not None:
             return mask[..., piece.start : piece.end, :end]
-        local = isinstance(self, DotProductAttention) and not isinstance(self, _BY_TYPE)
-        if not causal or not local:
+        local = isinstance(self, DotProductAttention)
+        if not causal or not local or getattr(self, "aligns_at_end", False):
             return None
         hidden = torch.ones(piece.length, end, dtype=torch.bool, device=device)
         return hidden.triu(piece.start + 1)[None, None]

@@ -12,8 +12,7 @@ from megatron_helix.kernels import parts, query_pieces
 from megatron_helix.kernels.parts import Heads
 from megatron_helix.kernels.query_pieces import Sight
 from megatron_helix.planner.deployment import Deployment
-
-FUSED = ("split", "flex", "ffpa")  # at head dimensions where the spec's core attention is not
+from megatron_helix.run_config.core_attention import OWN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +49,7 @@ def of_layer(here: Deployment, *, fused_channels: int) -> Core:
     asked = here.layout.core_attention or "spec"
     if here.batch.documents and asked == "auto":  # only the spec's keeps documents apart
         asked = "spec"
-    fused = here.model.kv_channels <= fused_channels or asked in FUSED
+    fused = here.model.kv_channels <= fused_channels or (asked in OWN and OWN[asked].fused)
     whole = _all_flops(here)
     if here.plan.exchange == "scores":
         return _unfused(here, whole, 1.0)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pydantic import ValidationError
 
 from megatron_helix.basics.errors import UserError
+from megatron_helix.exchange.strategy import EXCHANGES
 from megatron_helix.machine.hardware import Hardware
 from megatron_helix.planner.deployment import (
     Deployment,
@@ -208,7 +209,7 @@ def name(keys: dict) -> str:
 
 _NAMED = re.compile(
     r"(?:tp(?P<tp>\d+)|helix_(?P<m>\d+)x(?P<n>\d+))"
-    r"(?:_(?P<exchange>auto|activations|weights|scores))?(?:_(?P<gather>once|step))?"
+    rf"(?:_(?P<exchange>{'|'.join(EXCHANGES)}))?(?:_(?P<gather>once|step))?"
     r"(?:_(?P<fsdp>megatron_fsdp|torch_fsdp2))?(?:_pp(?P<pp>\d+))?"
     r"(?:_cp(?P<cp>\d+)(?:_(?P<cp_comm_type>p2p|a2a|all_gather))?)?(?:_gtp(?P<gtp>\d+))?(?:_ep(?P<ep>\d+))?(?:_etp(?P<etp>\d+))?"
     r"_mb(?P<micro_batch>\d+)"
