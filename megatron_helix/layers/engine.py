@@ -3,8 +3,8 @@
 They norm, multiply, add the bias and scale to FP8 by their own kernels; what they multiply with is
 a :class:`~megatron_helix.exchange.distributed_weight.DistributedShard`, gathered over the dim axis,
 or the whole weight that ``--helix-gather step`` keeps, whose gradient their GEMM adds up in fp32.
-Tokens move by their own sequence parallelism, over the head group for as long as a forward pass
-lasts: a context remembers for its backward pass.
+Tokens move by their own sequence parallelism, over the head-axis group for as long as a forward
+pass lasts: a context remembers for its backward pass.
 
 TransformerEngine 2.19 is the first that knows such weights. Written against 2.20.2, whose modules
 were run on the CPU with torch's GEMMs and norms in place of its kernels; not yet on a GPU.

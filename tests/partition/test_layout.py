@@ -157,7 +157,7 @@ def test_ranks_coordinates_and_groups_agree(layout: HelixLayout) -> None:
         assert [layout.coordinates(r) for r in layout.dim_group(rank)] == [
             (i, other) for other in range(layout.m)
         ]
-        assert [layout.coordinates(r) for r in layout.head_group(rank)] == [
+        assert [layout.coordinates(r) for r in layout.head_axis_group(rank)] == [
             (other, j) for other in range(layout.n)
         ]
 
