@@ -35,21 +35,35 @@ class Core:
     passing_bytes: float = 0.0
 
 
-def of_layer(here: Deployment, *, fused_channels: int) -> Core:
-    """The core attention that the layout asks for.
+def planned(here: Deployment, *, fused_channels: int) -> str:
+    """Which core attention is counted: what the layout asks for, but for ``auto``.
 
-    ``auto`` is taken for what it is where a pair of them was measured: the spec's where that is
-    fused, else ``prefix``. A fused kernel of FlexAttention is counted at the rate of any other
-    product, which makes it look faster than it is at a head dimension of 512.
+    That is taken for what it is where a pair of them was measured: the spec's where that is fused,
+    else ``prefix``.
 
     Args:
         here: the deployment.
         fused_channels: largest head dimension with fused attention.
     """
     asked = here.layout.core_attention or "spec"
-    if here.batch.documents and asked == "auto":  # only the spec's keeps documents apart
-        asked = "spec"
-    fused = here.model.kv_channels <= fused_channels or (asked in OWN and OWN[asked].fused)
+    if asked != "auto":
+        return asked
+    apart = bool(here.batch.documents)  # only the spec's keeps documents apart
+    return "spec" if apart or here.model.kv_channels <= fused_channels else "prefix"
+
+
+def of_layer(here: Deployment, *, fused_channels: int) -> Core:
+    """What the core attention of the layout takes (:func:`planned`).
+
+    A fused kernel of FlexAttention is counted at the rate of any other product, which makes it look
+    faster than it is at a head dimension of 512.
+
+    Args:
+        here: the deployment.
+        fused_channels: largest head dimension with fused attention.
+    """
+    core = planned(here, fused_channels=fused_channels)
+    fused = here.model.kv_channels <= fused_channels or (core in OWN and OWN[core].fused)
     whole = _all_flops(here)
     if here.plan.exchange == "scores":
         return _unfused(here, whole, 1.0)
@@ -57,11 +71,11 @@ def of_layer(here: Deployment, *, fused_channels: int) -> Core:
     # kernel leaves out what is above the diagonal, but `split`, which cuts it in two.
     in_pieces = here.plan.split == "sequence" and here.phase != "decode"
     prefixes = (2 * here.tp + 1) / (4 * here.tp)
-    if fused and asked != "prefix":
-        in_pieces &= asked != "split"
+    if fused and core != "prefix":
+        in_pieces &= core != "split"
         causal = 1.0 if here.phase == "decode" else prefixes if in_pieces else 0.5
         return Core(flops=whole * causal)
-    if asked in ("prefix", "auto"):
+    if core == "prefix":
         return _in_pieces(here, whole)
     return _unfused(here, whole, prefixes if in_pieces else 1.0)
 
