@@ -155,13 +155,12 @@ _TAKEN = ("layout", "TPS", "GB", "helix")
 
 def _taken(found: Found) -> list[str]:
     best = found.ranked[0]
-    kinds = [
+    helix, stocks = (
         next((one for one in found.ranked if one.deployment.layout.is_helix == is_helix), None)
         for is_helix in (True, False)
-    ]
+    )
     apart = "-"
-    if kinds[0] and kinds[1]:
-        helix, stocks = kinds
+    if helix and stocks:
         apart = f"{helix.tokens_per_s / stocks.tokens_per_s - 1:+.1%}"
         apart += " ~" * accuracy.alike(helix, stocks)
     size = f"{best.memory.total / 1e9:.0f}"
