@@ -2,10 +2,11 @@
 
     python benchmarks/predictions.py
 
-It reads ``benchmarks/results``; nothing runs. A prediction holds if TPS are within 10 %, memory
-within 5 % and TPOT within 25 % or 0.001 ms. A test asks that of every row of two GPUs but for the
-figures that the results call outside, with the reason. Constants of the hardware files are from
-these very steps, where they say so; rows of four GPUs show what they are worth elsewhere.
+It reads ``benchmarks/results``; nothing runs. A prediction holds if it is within the planner's
+error (:mod:`megatron_helix.planner.accuracy`), within which ``helix plan`` calls layouts a tie. A
+test asks that of every row of two GPUs but for the figures that the results call outside, with the
+reason. Constants of the hardware files are from these very steps, where they say so; rows of four
+GPUs show what they are worth elsewhere.
 """
 
 import json
@@ -19,17 +20,15 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_helix.machine import hardware
-from megatron_helix.planner import search
+from megatron_helix.planner import accuracy, search
 from megatron_helix.planner.deployment import Deployment
-from megatron_helix.planner.time import Prediction, predict
+from megatron_helix.planner.time import predict
 from megatron_helix.run_config.batch import BatchConfig
 from megatron_helix.run_config.layout import LayoutConfig
 from megatron_helix.run_config.model import ModelConfig
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-BARS = {"tokens_per_s": 0.10, "memory_gb": 0.05, "tpot_ms": 0.25}
-NEGLIGIBLE_TPOT_MS = 0.001
 SOURCE_SHAPE: dict[str, Any] = {
     **{"num_layers": 4, "hidden_size": 8192, "num_attention_heads": 16, "kv_channels": 512},
     "ffn_hidden_size": 32768,
@@ -59,12 +58,7 @@ class Row:
     @property
     def predicted(self) -> dict[str, float]:
         """The same figures by the planner."""
-        found: Prediction = predict(self.here, self.machine)
-        figures = {
-            "tokens_per_s": found.tokens_per_s,
-            "memory_gb": found.memory.total / 1e9,
-            "tpot_ms": found.tpot_ms,
-        }
+        figures = accuracy.figures(predict(self.here, self.machine))
         return {key: figures[key] for key in self.measured}
 
     def errors(self) -> dict[str, float]:
@@ -73,10 +67,10 @@ class Row:
 
     def missed(self) -> set[str]:
         """Figures beyond their bars."""
-        beyond = {key for key, error in self.errors().items() if abs(error) > BARS[key]}
+        beyond = {key for key, error in self.errors().items() if abs(error) > accuracy.ERROR[key]}
         if "tpot_ms" in beyond:
             apart = abs(self.predicted["tpot_ms"] - self.measured["tpot_ms"])
-            beyond -= {"tpot_ms"} if apart <= NEGLIGIBLE_TPOT_MS * (1 + 1e-9) else set()
+            beyond -= {"tpot_ms"} if apart <= accuracy.NEGLIGIBLE_TPOT_MS * (1 + 1e-9) else set()
         return beyond
 
 

@@ -67,7 +67,7 @@ def partition() -> Axes:
     axes.add_patch(Rectangle((1.57, 1.92), 4.86, 0.76, **mark))
     axes.add_patch(Rectangle((3.97, 0.52), 1.26, 2.86, linestyle="--", **mark))
     axes.text(6.55, 2.3, "dim group\n(same heads)", va="center")
-    axes.text(4.6, 0.2, "head group ranks (same segment)", ha="center")
+    axes.text(4.6, 0.2, "head-axis group (same segment)", ha="center")
     return axes
 
 

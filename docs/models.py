@@ -17,7 +17,7 @@ from megatron.core.utils import divide  # noqa: E402
 
 from megatron_helix.basics.errors import UserError  # noqa: E402
 from megatron_helix.machine import hardware  # noqa: E402
-from megatron_helix.planner import parameters  # noqa: E402
+from megatron_helix.planner import accuracy, parameters  # noqa: E402
 from megatron_helix.planner.deployment import Deployment  # noqa: E402
 from megatron_helix.planner.memory import cache_bytes_of_token  # noqa: E402
 from megatron_helix.planner.search import Found, search  # noqa: E402
@@ -130,7 +130,7 @@ def _kilobytes(here: Deployment) -> str:
 
 
 def plans() -> list[str]:
-    """What the planner takes on :data:`MACHINE`, and how far behind helix's best is."""
+    """What the planner takes on :data:`MACHINE`, and how far helix's best is from stock's."""
     rows = []
     for model in MODELS:
         one = LayoutConfig(name="one", tp=1, micro_batch=1)
@@ -155,13 +155,17 @@ _TAKEN = ("layout", "TPS", "GB", "helix")
 
 def _taken(found: Found) -> list[str]:
     best = found.ranked[0]
-    other = next((one for one in found.ranked if one.deployment.layout.is_helix), None)
-    behind = "-"
-    if other:
-        lost = other.tokens_per_s / best.tokens_per_s - 1
-        behind = "this" if other is best else f"{lost:+.1%}"
+    helix, stocks = (
+        next((one for one in found.ranked if one.deployment.layout.is_helix == is_helix), None)
+        for is_helix in (True, False)
+    )
+    apart = "-"
+    if helix and stocks:
+        apart = f"{helix.tokens_per_s / stocks.tokens_per_s - 1:+.1%}"
+        apart += " ~" * accuracy.alike(helix, stocks)
     size = f"{best.memory.total / 1e9:.0f}"
-    return [best.deployment.layout.name, f"{best.tokens_per_s:,.0f}", size, behind]
+    size += "?" * accuracy.may_not_fit(best, MACHINE.memory.rate)
+    return [best.deployment.layout.name, f"{best.tokens_per_s:,.0f}", size, apart]
 
 
 def departures() -> list[str]:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 Phase = Literal["train", "forward", "prefill", "decode"]
 Ranking = Literal["tps", "tpot", "memory"]
-FIGURES_WIDTH, PADDING_WIDTH = 60, 9  # of the table's columns beside the layout
 
 
 def plan(
@@ -60,7 +59,7 @@ def plan(
     from rich.console import Console
 
     from megatron_helix.machine import hardware as machines
-    from megatron_helix.planner import search
+    from megatron_helix.planner import accuracy, search, verdict
     from megatron_helix.planner.deployment import Deployment
     from megatron_helix.planner.time import predict
     from megatron_helix.run_config.batch import BatchConfig, document_lengths
@@ -82,34 +81,44 @@ def plan(
         here = Deployment(chosen, made, size, machine.devices, phase, width, machine).check()
         return predict(here, machine)
 
-    console = Console()
+    console, most = Console(), machine.memory.rate
     of = f", packed ({documents}; a token's document {size.keys:,.0f})" if documents else ""
     title = f"{chosen.name}, {phase}, {batch} x {seq} tokens{of}, {machine.name}"
     if explain:
         sum_of = one(explain)
         if as_json:
             terms = {"terms": [term._asdict() for term in sum_of.terms]}
-            typer.echo(json.dumps({"source": "predicted", **_row(sum_of, machine), **terms}))
+            row = _row(sum_of, sum_of, machine, rank_by)
+            typer.echo(json.dumps({**_errors(phase), **row, **terms}))
         else:
-            console.print(_terms(sum_of, title), _too_large([sum_of], machine))
+            console.print(
+                _terms(sum_of, title), *verdict.of_memory([sum_of], most), *_decode(phase)
+            )
         return
     if layout:
         shown = [one(spec) for spec in layout]
-        words = _too_large(shown, machine)
+        words = "\n".join([*verdict.of_memory(shown, most), *_decode(phase)])
     else:
         how: dict[str, Any] = {"phase": phase, "precision": width}
         found = search.search(chosen, machine, size, rank_by=rank_by, **how)
-        shown, words = found.cuts()[:top], search.explain(found, rank_by)
+        shown, words = found.cuts()[:top], verdict.explain(found, rank_by)
         words += f" {len(found.ranked):,} layouts fit, {found.too_large:,} do not."
+        words = "\n".join([words, *verdict.of_memory(shown[:1], most)])
     if as_json:
-        rows = [_row(prediction, machine) for prediction in shown]
-        typer.echo(json.dumps({"plan": title, "source": "predicted", "layouts": rows}, indent=2))
+        rows = [_row(one, shown[0], machine, rank_by) for one in shown]
+        typer.echo(json.dumps({"plan": title, **_errors(phase), "layouts": rows}, indent=2))
         return
-    table = _table(shown, title, compare=bool(layout))
+    marks = [_marks(one, shown[0], machine, rank_by) for one in shown]
+    made = _table(shown, title, marks, compare=bool(layout))
+    if any(tie for tie, _ in marks[1:]):
+        made.caption = f"{made.caption} ~: not distinguishable from the first, within"
+        made.caption += f" {accuracy.said(rank_by)}."
+    if any(near for _, near in marks):
+        made.caption = f"{made.caption} ?: may not fit, within {accuracy.said('memory')}."
     # As wide as its rows: a layout's name is one word, which is copied from here.
     unbounded = console.options.update(max_width=1000)
-    console.width = max(console.width, console.measure(table, options=unbounded).maximum)
-    console.print(table, words)
+    console.width = max(console.width, console.measure(made, options=unbounded).maximum)
+    console.print(made, words)
 
 
 _EXAMPLES = "tp=8,pp=2,micro_batch=4 or m=4,n=4,exchange=weights,micro_batch=16"
@@ -167,22 +176,34 @@ def _layout(words: str, *, training_on: int = 0) -> "LayoutConfig":
     return made.model_copy(update=update)
 
 
-def _too_large(shown: list["Prediction"], machine: "Hardware") -> str:
-    """A line for each layout that a device cannot hold."""
-    from megatron_helix.experiment.results import significant
+def _decode(phase: str) -> list[str]:
+    from megatron_helix.planner import accuracy
 
-    most = machine.memory.rate
-    return "\n".join(
-        f"{one.deployment.layout.name} does not fit: it needs"
-        f" {significant(one.memory.total / 1e9)} GB, of {significant(most / 1e9)} GB that a device"
-        " has."
-        for one in shown
-        if one.memory.total > most
-    )
+    return [accuracy.DECODE] if phase == "decode" else []
 
 
-def _row(one: "Prediction", machine: "Hardware") -> dict[str, Any]:
+def _errors(phase: str) -> dict[str, Any]:
+    """How far predictions are off, for JSON."""
+    from megatron_helix.planner import accuracy
+
+    known = {"source": "predicted", "relative_error": accuracy.ERROR}
+    return {**known, **({"note": accuracy.DECODE} if phase == "decode" else {})}
+
+
+def _marks(
+    one: "Prediction", first: "Prediction", machine: "Hardware", rank_by: str
+) -> tuple[bool, bool]:
+    """Whether it is as good as the first, and whether it may not fit."""
+    from megatron_helix.planner import accuracy
+
+    return accuracy.alike(first, one, rank_by), accuracy.may_not_fit(one, machine.memory.rate)
+
+
+def _row(
+    one: "Prediction", first: "Prediction", machine: "Hardware", rank_by: str
+) -> dict[str, Any]:
     here = one.deployment
+    as_first, may_not_fit = _marks(one, first, machine, rank_by)
     return {
         "layout": here.layout.name,
         "tokens_per_s": one.tokens_per_s,
@@ -193,6 +214,8 @@ def _row(one: "Prediction", machine: "Hardware") -> dict[str, Any]:
         "waiting_ms": one.waiting_s * 1e3,
         "memory_gb": one.memory.total / 1e9,
         "fits": one.memory.total <= machine.memory.rate,
+        "may_not_fit": may_not_fit,
+        "not_distinguishable_from_first": as_first,
         "microbatches": here.microbatches,
         "waste": here.waste._asdict(),
         "roofline": one.roofline,
@@ -200,7 +223,13 @@ def _row(one: "Prediction", machine: "Hardware") -> dict[str, Any]:
     }
 
 
-def _table(shown: list["Prediction"], title: str, *, compare: bool) -> "Table":
+def _table(
+    shown: list["Prediction"],
+    title: str,
+    marks: list[tuple[bool, bool]],
+    *,
+    compare: bool,
+) -> "Table":
     from rich import box
     from rich.table import Table
 
@@ -226,18 +255,18 @@ def _table(shown: list["Prediction"], title: str, *, compare: bool) -> "Table":
     for heading in headings:
         made.add_column(heading, justify="right", no_wrap=True)
     first = shown[0]
-    for one in shown:
+    for one, (tie, near) in zip(shown, marks, strict=True):
         speed = one.tokens_per_s / first.tokens_per_s - 1
         lost = one.tpot_ms / first.tpot_ms - 1 if first.tpot_ms else 0.0
         changes = (f"{speed:+.1%}", f"{lost:+.1%}")
         times = (f"{one.step_s * 1e3:,.1f}", f"{one.waiting_s / one.step_s:.0%}")
         made.add_row(
             one.deployment.layout.name,
-            f"{one.tokens_per_s:,.0f}",
+            f"{one.tokens_per_s:,.0f}{'~' * (tie and one is not first)}",
             f"{one.tpot_ms:.3f}",
             *(changes if compare else times),
             f"{one.communication_s / one.step_s:.0%}",
-            significant(one.memory.total / 1e9),
+            f"{significant(one.memory.total / 1e9)}{'?' * near}",
             f"{one.roofline:.0%} {one.bounds.resource}",
             *[_padding(one)] * padded,
         )

@@ -14,9 +14,9 @@ from megatron_helix.exchange.plan import Plan
 from megatron_helix.exchange.traffic import BlockShape
 from megatron_helix.machine.hardware import Beside, Hardware, Held
 from megatron_helix.partition.layout import HelixLayout
+from megatron_helix.run_config.core_attention import OWN
 
 FP32 = 4
-FUSED = ("split", "flex", "ffpa")  # at head dimensions where the spec's core attention is not
 KERNELS = {"forward": 25, "backward": 45}  # of a layer, as TransformerEngine has it
 
 
@@ -139,7 +139,9 @@ def _attention(
     the gradients of keys and values added up.
     """
     size, by_sequence = layout.size, plan.split == "sequence"
-    fused = layout.kv_channels <= machine.fused_attention_max_channels or core in FUSED
+    fused = layout.kv_channels <= machine.fused_attention_max_channels or (
+        core in OWN and OWN[core].fused
+    )
     prefix = core == "prefix" or (core == "auto" and not fused)
     fused &= not prefix and plan.exchange != "scores"
     pairs = batch * sequence**2 * layout.num_attention_heads / size * (3 if training else 1)
@@ -164,7 +166,8 @@ def _attention(
 
 def calls(layout: HelixLayout, sequence: int, core: str) -> int:
     """Of a piece, as :func:`megatron_helix.exchange.tokens.in_calls` cuts it."""
-    return 1 if core in ("flex", "ffpa") else -(-sequence // (2 * layout.size * dealing.QUERIES))
+    skips = core in OWN and OWN[core].skips
+    return 1 if skips else -(-sequence // (2 * layout.size * dealing.QUERIES))
 
 
 def of_prefixes(layout: HelixLayout, sequence: int, core: str) -> float:

@@ -2,9 +2,14 @@
 
 Rank (i, j) holds the queries of some pieces of the sequence (:mod:`megatron_helix.exchange.tokens`
 says which) and, gathered over the dim group, the keys and values of the whole sequence. A causal
-piece needs only keys up to its own end. :class:`PrefixAttention` and :class:`SplitAttention` take
-all pieces in one call; other core attentions are called for each, and for long ones more than once
-(:data:`~megatron_helix.exchange.dealing.QUERIES`).
+piece needs only keys up to its own end. A core attention class says how it is called:
+
+* ``takes_runs``: once, with all pieces (``runs``);
+* ``aligns_at_end``: once a piece, whose future it hides by the mask's type, aligned to the end of
+  the keys, and leaves out what is hidden;
+* neither: once a piece by the mask's type, as TransformerEngine does, or with its mask where it is
+  derived from Megatron's ``DotProductAttention``; a long piece in several calls
+  (:data:`~megatron_helix.exchange.dealing.QUERIES`).
 """
 
 from typing import Any
@@ -18,16 +23,8 @@ from megatron_helix.exchange.decode import attend_to_share, merge_shares
 from megatron_helix.exchange.packed import Share, attend_to_documents, fewer_queries_than_keys
 from megatron_helix.exchange.plan import Plan
 from megatron_helix.exchange.tokens import Piece, in_calls, pieces
-from megatron_helix.kernels.ffpa_attention import FFPAAttention
-from megatron_helix.kernels.flex_attention import FlexAttention
-from megatron_helix.kernels.prefix_attention import PrefixAttention
-from megatron_helix.kernels.split_attention import SplitAttention
 from megatron_helix.partition.layout import HelixLayout
 from megatron_helix.partition.process_groups import HelixGroups
-
-# They align a causal mask to the bottom right by its type, as TransformerEngine does, and leave out
-# what it hides.
-_BY_TYPE = (FlexAttention, FFPAAttention)
 
 
 class _Prefixes(torch.autograd.Function):
@@ -90,7 +87,7 @@ class PrefixPieces(torch.nn.Module):
             )
         layout, segment = self.helix_layout, self.helix_groups.segment
         mine = pieces(layout, segment, key.size(0), balanced=self.plan.balanced)
-        if isinstance(self, (PrefixAttention, SplitAttention)):
+        if getattr(self, "takes_runs", False):
             if attention_mask is not None:
                 attention_mask = torch.cat(
                     [attention_mask[..., piece.start : piece.end, :] for piece in mine], dim=-2
@@ -102,7 +99,7 @@ class PrefixPieces(torch.nn.Module):
                 **kwargs,
             )
         causal = attn_mask_type == AttnMaskType.causal
-        if causal and not isinstance(self, _BY_TYPE):
+        if causal and not getattr(self, "aligns_at_end", False):
             mine = [part for piece in mine for part in in_calls(piece)]
         ends = [piece.end if causal else key.size(0) for piece in mine]
         parts = zip(
@@ -150,8 +147,8 @@ class PrefixPieces(torch.nn.Module):
         """
         if mask is not None:
             return mask[..., piece.start : piece.end, :end]
-        local = isinstance(self, DotProductAttention) and not isinstance(self, _BY_TYPE)
-        if not causal or not local:
+        local = isinstance(self, DotProductAttention)
+        if not causal or not local or getattr(self, "aligns_at_end", False):
             return None
         hidden = torch.ones(piece.length, end, dtype=torch.bool, device=device)
         return hidden.triu(piece.start + 1)[None, None]

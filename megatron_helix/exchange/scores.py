@@ -73,9 +73,9 @@ class ScoresAttention(DotProductAttention):
         return context.reshape(sq, b, -1)
 
     def _dropout(self, probabilities: torch.Tensor) -> torch.Tensor:
-        """Dropout under a seed of the head group.
+        """Dropout under a seed of the head group, the same on all ranks that have it.
 
-        Megatron has no state that a head group shares alone. The data-parallel one is common to the
+        Megatron has no state that a dim group shares alone. The data-parallel one is common to the
         whole tensor-parallel group: every rank draws from it a seed for each head group. No mask
         comes from it directly, for it starts as the state does that the stream is dropped by.
         """

@@ -1,6 +1,6 @@
 """The weight of a head group, gathered from the m shards of a dim group; its gradient, back again.
 
-Sharded einsum (a weight ``[F, D]``, cut over head group and dim group; tokens over the dim group)::
+Sharded einsum (a weight ``[F, D]``, cut over head and dim axis; tokens over the dim axis)::
 
     W[F_mn, D]  -> W[F_n, D]      all-gather over dim, whenever the whole is needed
     dW[F_n, D]_m -> dW[F_mn, D]   all-to-all over dim of the parts, each from 1/m of the tokens

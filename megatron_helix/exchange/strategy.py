@@ -16,7 +16,8 @@ from megatron_helix.exchange.traffic import BlockShape, block_ends, layer, per_l
 from megatron_helix.machine.hardware import Hardware
 from megatron_helix.partition.layout import HelixLayout
 
-EXCHANGES = ("auto", "activations", "weights", "scores")
+MOVES = ("activations", "weights", "scores")
+EXCHANGES = ("auto", *MOVES)
 SPLITS = ("auto", "batch", "sequence")
 GATHERS = ("microbatch", "once", "step")
 

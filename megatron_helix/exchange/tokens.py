@@ -1,8 +1,8 @@
 """Which tokens a rank of the dim axis takes, and the order of tokens inside the decoder block.
 
 Under sequence parallelism the residual stream is ``[s/T, b, hidden]``: rank t = i * m + j holds
-sequence chunk t of T. The m chunks of head group i together are chunk i of n. Attention on whole
-heads needs whole sequences, for 1/m of the tokens:
+sequence chunk t of T. The m chunks of the ranks (i, 0), (i, 1), ..., a dim group, are chunk i of n.
+Attention on whole heads needs whole sequences, for 1/m of the tokens:
 
 * **batch split**: rank (i, j) takes sequences ``[j * b/m, (j+1) * b/m)``. Inside the decoder block
   the stream is kept as ``[s/n, b/m, hidden]``: sequence chunk i of n, for its own sequences. One
@@ -11,7 +11,7 @@ heads needs whole sequences, for 1/m of the tokens:
   2m - 1 - j of all of them. A token attends to those before it, so the rank that has an early piece
   has a late one: all ranks have the same causal work, for any m and n. Under ``weights`` the stream
   is dealt out within the dim group, each rank its two pieces of chunk i; an all-gather over the
-  head group then yields them for all chunks. Where tokens enter by an embedding and leave by a
+  head-axis group then yields them for all chunks. Where tokens enter by an embedding and leave by a
   loss, it is word ids, labels and losses that are put in order, and no stream is sent for it.
 
 What needs stock's order in every layer takes the chunks as the stream has them, ``j, m + j, 2m + j,

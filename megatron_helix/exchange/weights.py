@@ -3,10 +3,10 @@
 Tensor parallelism over T ranks gathers every token to every rank. Here the m ranks of a dim group
 share out the tokens instead (see :mod:`megatron_helix.exchange.tokens`) and gather the m shards of
 a weight: each works on 1/m of the tokens with the weights of its head group, and the tokens are
-gathered and summed over the n ranks of the head group only.
+gathered and summed over the n ranks of the head-axis group only.
 
-Sharded einsums of the two linears (N tokens, D hidden, F features; x is sharded over head group and
-tokens, a weight over head group and dim group)::
+Sharded einsums of the two linears (N tokens, D hidden, F features; x is sharded over both axes by
+tokens, or by tokens and features; a weight over both by features)::
 
     column:  y[N_m, F_n] = x[N_m, D] W[F_n, D]^T   x: all-gather over head, W: all-gather over dim
     row:     y[N_mn, D]  = x[N_m, F_n] W[D, F_n]^T  W: all-gather over dim,

@@ -25,6 +25,7 @@ class FFPAAttention(PlainAttention):
     """
 
     core = "ffpa"
+    aligns_at_end = True
 
     def forward(
         self,

@@ -36,6 +36,8 @@ class FlexAttention(DotProductAttention):
         UserError: for attention dropout, which the kernel cannot do.
     """
 
+    aligns_at_end = True
+
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if self.attention_dropout.p:

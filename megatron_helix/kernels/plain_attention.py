@@ -6,7 +6,7 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_helix.basics.errors import UserError
-from megatron_helix.kernels import head_sizes
+from megatron_helix.run_config.core_attention import OWN
 
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.causal_bottom_right)
 
@@ -25,8 +25,8 @@ class PlainAttention(DotProductAttention):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        channels = self.hidden_size_per_attention_head
-        taken = channels in head_sizes.CHANNELS[self.core]
+        channels, own = self.hidden_size_per_attention_head, OWN[self.core]
+        taken = own.channels is None or channels in own.channels
         lacking = {
             "--attention-dropout": self.attention_dropout.p,
             "--window-size": self.scale_mask_softmax.window_size,
@@ -37,7 +37,7 @@ class PlainAttention(DotProductAttention):
             if value:
                 raise UserError(
                     f"{flag}: {self.core}'s kernels have no dropout, window or softmax offset and"
-                    f" take {head_sizes.said(self.core)} channels, got {value}; use another"
+                    f" take {own.channels_said} channels, got {value}; use another"
                     " --helix-core-attention"
                 )
 

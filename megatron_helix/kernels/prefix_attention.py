@@ -36,6 +36,7 @@ class PrefixAttention(DotProductAttention):
         scores, filling: how heads are (:func:`megatron_helix.kernels.parts.divide`).
     """
 
+    takes_runs = True
     least = query_pieces.LEAST
     most = query_pieces.MOST
     scores = parts.SCORES

@@ -23,6 +23,7 @@ class SplitAttention(PlainAttention):
     """
 
     core = "split"
+    takes_runs = True
 
     def forward(
         self,

@@ -3,8 +3,8 @@
 They norm, multiply, add the bias and scale to FP8 by their own kernels; what they multiply with is
 a :class:`~megatron_helix.exchange.distributed_weight.DistributedShard`, gathered over the dim axis,
 or the whole weight that ``--helix-gather step`` keeps, whose gradient their GEMM adds up in fp32.
-Tokens move by their own sequence parallelism, over the head group for as long as a forward pass
-lasts: a context remembers for its backward pass.
+Tokens move by their own sequence parallelism, over the head-axis group for as long as a forward
+pass lasts: a context remembers for its backward pass.
 
 TransformerEngine 2.19 is the first that knows such weights. Written against 2.20.2; on two H200
 its linears gave the torch path's outputs and gradients, in bf16 and in FP8. In the tests its

@@ -91,7 +91,7 @@ class _HelixLinear(torch.nn.Module):
         *,
         layout: HelixLayout,
         groups: HelixGroups | None = None,
-        tp_group: Any = None,  # attention passes its head group; shards span the whole group
+        tp_group: Any = None,  # attention passes its head-axis group; shards span all
         **kwargs: Any,
     ):
         groups = groups or register(layout, tp_group)
@@ -158,7 +158,7 @@ class _HelixLinear(torch.nn.Module):
         )
 
     def _by_engine(self, engine: EngineLinear, x: torch.Tensor, bias: Callable[[], Any]) -> Any:
-        """TransformerEngine's own linear, over the head group."""
+        """TransformerEngine's own linear, over the head-axis group."""
         shown: list[DistributedShard] = []
 
         ahead = self._ahead()

@@ -2,16 +2,12 @@
 
 import argparse
 import importlib.util
-from typing import get_args
 
 from megatron_helix.basics.errors import UserError
-from megatron_helix.kernels import core_times, head_sizes
+from megatron_helix.kernels import core_times
 from megatron_helix.machine import hardware
 from megatron_helix.options.checks import require_one_of
-from megatron_helix.run_config.layout import CoreAttention
-
-CORE_ATTENTIONS = get_args(CoreAttention)
-OWN = CORE_ATTENTIONS[1:-1]  # that stand in for the layer spec's
+from megatron_helix.run_config.core_attention import NAMES, OWN, Own
 
 
 def require_core_attention(args: argparse.Namespace, on_cpu: bool) -> None:
@@ -25,7 +21,7 @@ def require_core_attention(args: argparse.Namespace, on_cpu: bool) -> None:
         UserError: for the first thing that it cannot.
     """
     core = args.helix_core_attention
-    require_one_of("--helix-core-attention", core, CORE_ATTENTIONS)
+    require_one_of("--helix-core-attention", core, NAMES)
     _require(core, args, on_cpu)
 
 
@@ -91,7 +87,8 @@ def _can(core: str, args: argparse.Namespace, on_cpu: bool) -> bool:
 def _require(core: str, args: argparse.Namespace, on_cpu: bool) -> None:
     if core not in OWN:
         return
-    if core in ("split", "flex", "ffpa") and args.attention_dropout:
+    own = OWN[core]
+    if args.attention_dropout and not own.dropout:
         raise UserError(
             f"--helix-core-attention: {core} needs --attention-dropout 0, since its kernel has no"
             f" dropout, got {args.attention_dropout}; set it to 0"
@@ -118,18 +115,18 @@ def _require(core: str, args: argparse.Namespace, on_cpu: bool) -> None:
                 f"--helix-core-attention: {core} keeps no documents apart that {flag} packs into"
                 " a row, got both; leave one of the two away"
             )
-    if core == "flex" and on_cpu:
+    if on_cpu and not own.on_cpu:
         raise UserError(
-            "--helix-core-attention: flex needs a GPU, since torch's FlexAttention has no backward"
-            " pass on a CPU, got --helix-device cpu; leave one of the two away"
+            f"--helix-core-attention: {core} needs a GPU, since its kernels have no backward pass"
+            " on a CPU, got --helix-device cpu; leave one of the two away"
         )
-    if core in ("split", "ffpa"):
+    if own.plain:
         _require_plain(core, args)
-        _require_channels(core, _channels(args))
-    if core == "split" and not on_cpu:
+    _require_channels(core, own, _channels(args))
+    if own.half and not on_cpu:
         _require_half(core, args)
     if core == "ffpa":
-        _require_ffpa(args, on_cpu)
+        _require_ffpa()
 
 
 def _require_plain(core: str, args: argparse.Namespace) -> None:
@@ -146,10 +143,10 @@ def _require_plain(core: str, args: argparse.Namespace) -> None:
             )
 
 
-def _require_channels(core: str, channels: int) -> None:
-    if channels and channels not in head_sizes.CHANNELS[core]:
+def _require_channels(core: str, own: Own, channels: int) -> None:
+    if channels and own.channels is not None and channels not in own.channels:
         raise UserError(
-            f"--helix-core-attention: {core} has kernels for {head_sizes.said(core)} channels a"
+            f"--helix-core-attention: {core} has kernels for {own.channels_said} channels a"
             f" head, got {channels}; use --helix-core-attention auto"
         )
 
@@ -162,14 +159,8 @@ def _require_half(core: str, args: argparse.Namespace) -> None:
         )
 
 
-def _require_ffpa(args: argparse.Namespace, on_cpu: bool) -> None:
+def _require_ffpa() -> None:
     """Where the kernels of ffpa-attn 0.2.4 for Hopper can run."""
-    if on_cpu:
-        raise UserError(
-            "--helix-core-attention: ffpa needs a GPU, got --helix-device cpu; leave one of the two"
-            " away"
-        )
-    _require_half("ffpa", args)
     if importlib.util.find_spec("ffpa_attn") is None:
         raise UserError(
             "--helix-core-attention: ffpa needs the package ffpa-attn, which is not installed; pip"

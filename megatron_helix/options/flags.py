@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from megatron_helix.basics.errors import UserError
 from megatron_helix.exchange import strategy
-from megatron_helix.options.core_attention import CORE_ATTENTIONS
+from megatron_helix.run_config import core_attention
 
 DEVICES = ("auto", "cpu", "cuda")
 PHASES = ("train", "prefill")
@@ -92,14 +92,12 @@ def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     )
     group.add_argument(
         "--helix-core-attention",
-        default=CORE_ATTENTIONS[0],
+        default="spec",
         metavar="NAME",
-        help=f"What computes softmax(QK)V: {', '.join(CORE_ATTENTIONS)}. spec is that of the layer"
-        " spec, TransformerEngine's or the local one; prefix multiplies pieces of the queries with"
-        " the keys that they see, for head dimensions without a fused kernel; split attends to what"
-        " lies before a rank's queries apart from their own square, for a sequence split; flex is"
-        " torch's FlexAttention, ffpa that of the package ffpa-attn, which keep scores out of"
-        " memory; auto takes what was fastest where it was measured. Works without M and N, too.",
+        help=f"What computes softmax(QK)V: {', '.join(core_attention.NAMES)}. spec is that of the"
+        " layer spec, TransformerEngine's or the local one; "
+        + "".join(f"{name} {own.said}; " for name, own in core_attention.OWN.items())
+        + "auto takes what was fastest where it was measured. Works without M and N, too.",
     )
     group.add_argument(
         "--helix-hardware",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from megatron_helix.basics.errors import UserError
-from megatron_helix.options.core_attention import OWN
+from megatron_helix.run_config.core_attention import OWN
 
 _MODELOPT = (
     *("--modelopt-enabled", "--export-model-type", "--export-legacy-megatron"),

@@ -6,7 +6,9 @@ A tensor-parallel group of ``T = m * n`` ranks is cut along two axes:
 * the **dim axis**, ``m`` segments of the head dimension.
 
 Rank ``t`` of the group is ``(i, j) = divmod(t, m)``: it owns segment ``j`` of every head of head
-group ``i``. The dim axis is the fast one, so the ``m`` ranks of a dim group are neighbours.
+group ``i``. The ``m`` ranks with the same heads are a *dim group*: the dim axis is the fast one,
+so they are neighbours. The ``n`` ranks with the same segment are a *head-axis group*. (A head group
+is of heads, not of ranks.)
 
 Sharded einsums, with K query groups, slots (the query heads of a group, its gates, its key, its
 value) and head dimension d:
@@ -181,8 +183,8 @@ class HelixLayout:
         i, _ = self.coordinates(rank)
         return [i * self.m + j for j in range(self.m)]
 
-    def head_group(self, rank: int) -> list[int]:
-        """Ranks that own the same segment as ``rank``, in head-group order; n of them."""
+    def head_axis_group(self, rank: int) -> list[int]:
+        """Ranks that own the same segment as ``rank``, in the order of head groups; n of them."""
         _, j = self.coordinates(rank)
         return [i * self.m + j for i in range(self.n)]
 

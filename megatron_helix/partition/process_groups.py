@@ -1,4 +1,4 @@
-"""The head and dim groups of every tensor-parallel group, as live process groups.
+"""The head-axis and dim groups of every tensor-parallel group, as live process groups.
 
 They are carved from the tensor-parallel groups that megatron-core has made, whatever pipeline,
 data, context and expert parallelism stands beside them, and are registered where Megatron keeps its
@@ -25,10 +25,10 @@ class HelixGroups:
 
     Attributes:
         tp: the whole tensor-parallel group, m * n ranks.
-        dim: the m ranks that own the same heads, in segment order.
+        dim: the m ranks that own the same heads, in segment order: a dim group.
         home: the same ranks, for gradients on their way home: over NCCL a communicator of its own,
             so that they and gathers need not wait for each other.
-        head: the n ranks that own the same segment, in head-group order.
+        head: the n ranks that own the same segment, in the order of head groups: a head-axis group.
     """
 
     tp: dist.ProcessGroup
@@ -48,12 +48,12 @@ class HelixGroups:
 
 
 def carve(layout: HelixLayout, tp_group: dist.ProcessGroup) -> HelixGroups:
-    """Make this rank's dim and head groups inside ``tp_group``; every rank of it must call this.
+    """Make this rank's dim and head-axis group inside ``tp_group``; all its ranks must call this.
 
     Only the members of a group take part in making it, so ranks need not know the other
-    tensor-parallel groups. All dim groups are disjoint, as are all head groups, and every rank
-    makes its dim group first: no two ranks wait for each other in different order. They give up
-    waiting when ``tp_group`` does.
+    tensor-parallel groups. All dim groups are disjoint, as are all head-axis groups, and every
+    rank makes its dim group first: no two ranks wait for each other in different order. They give
+    up waiting when ``tp_group`` does.
 
     Raises:
         UserError: when ``tp_group`` does not have m * n ranks.
@@ -91,7 +91,7 @@ def carve(layout: HelixLayout, tp_group: dist.ProcessGroup) -> HelixGroups:
         home=group(layout.dim_group(tp_group.rank()), "HELIX_DIM_GROUP", options)
         if on_nccl
         else dim,
-        head=group(layout.head_group(tp_group.rank()), "HELIX_HEAD_GROUP"),
+        head=group(layout.head_axis_group(tp_group.rank()), "HELIX_HEAD_GROUP"),
     )
 
 
@@ -111,10 +111,10 @@ def register(layout: HelixLayout, tp_group: dist.ProcessGroup) -> HelixGroups:
 
 
 def on_head_axis(collection: ProcessGroupCollection, groups: HelixGroups) -> ProcessGroupCollection:
-    """``collection`` as attention sees it: ``tp`` is the head group, ``helix`` holds all three.
+    """``collection`` as attention sees it: ``tp`` is the head-axis group, ``helix`` has all.
 
     Attention's head arithmetic and core attention divide heads by the size of ``tp``; they must see
-    the n ranks that share a head axis, never the m * n ranks of the tensor-parallel group.
+    the n ranks of a head axis, never the m * n ranks of the tensor-parallel group.
     """
     seen = copy.copy(collection)
     seen.tp = groups.head

@@ -8,11 +8,12 @@ arithmetic and their memory traffic add up.
 
 from dataclasses import dataclass, replace
 
-from megatron_helix.exchange.cost import FUSED, calls, of_prefixes, summed_bytes
+from megatron_helix.exchange.cost import calls, of_prefixes, summed_bytes
 from megatron_helix.kernels import parts, query_pieces
 from megatron_helix.kernels.parts import Heads
 from megatron_helix.kernels.query_pieces import Sight
 from megatron_helix.planner.deployment import Deployment
+from megatron_helix.run_config.core_attention import OWN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,45 +38,57 @@ class Core:
     passing_bytes: float = 0.0
 
 
-def of_layer(here: Deployment, *, fused_channels: int) -> Core:
-    """The core attention that the layout asks for.
+def planned(here: Deployment, *, fused_channels: int) -> str:
+    """Which core attention is counted: what the layout asks for, but for ``auto``.
 
-    ``auto`` is taken for what it is where a pair of them was measured: the spec's where that is
-    fused, else ``prefix``. A fused kernel of FlexAttention is counted at the rate of any other
-    product, which makes it look faster than it is at a head dimension of 512.
+    That is taken for what it is where a pair of them was measured: the spec's where that is fused,
+    else ``prefix``.
 
     Args:
         here: the deployment.
         fused_channels: largest head dimension with fused attention.
     """
     asked = here.layout.core_attention or "spec"
-    if here.batch.documents and asked == "auto":  # only the spec's keeps documents apart
-        asked = "spec"
-    fused = here.model.kv_channels <= fused_channels or asked in FUSED
+    if asked != "auto":
+        return asked
+    apart = bool(here.batch.documents)  # only the spec's keeps documents apart
+    return "spec" if apart or here.model.kv_channels <= fused_channels else "prefix"
+
+
+def of_layer(here: Deployment, *, fused_channels: int) -> Core:
+    """What the core attention of the layout takes (:func:`planned`).
+
+    A fused kernel of FlexAttention is counted at the rate of any other product, which makes it look
+    faster than it is at a head dimension of 512.
+
+    Args:
+        here: the deployment.
+        fused_channels: largest head dimension with fused attention.
+    """
+    core = planned(here, fused_channels=fused_channels)
+    fused = here.model.kv_channels <= fused_channels or (core in OWN and OWN[core].fused)
     whole = _all_flops(here)
     if here.plan.exchange == "scores":
         return _unfused(here, whole, 1.0)
     # Under a sequence split a piece, one of 2T, attends to its own prefix: a rectangle for each of
     # its calls, of which no kernel leaves out what is above the diagonal, but `split`, which cuts
     # it in two.
-    in_pieces = here.plan.split == "sequence" and here.phase != "decode"
-    in_pieces &= asked != "split"
-    prefixes = of_prefixes(here.cut, _length(here), asked) if in_pieces else 1.0
-    if fused and asked != "prefix":
+    in_pieces = here.plan.split == "sequence" and here.phase != "decode" and core != "split"
+    prefixes = of_prefixes(here.cut, _length(here), core) if in_pieces else 1.0
+    summed = _summed(here, core) if in_pieces else 0.0
+    if fused and core != "prefix":
         causal = 1.0 if here.phase == "decode" else prefixes if in_pieces else 0.5
-        return Core(flops=whole * causal, summed_bytes=_summed(here) if in_pieces else 0.0)
-    if asked in ("prefix", "auto"):
+        return Core(flops=whole * causal, summed_bytes=summed)
+    if core == "prefix":
         return _in_pieces(here, whole)
-    core = _unfused(here, whole, prefixes)
-    return replace(core, summed_bytes=_summed(here)) if in_pieces else core
+    return replace(_unfused(here, whole, prefixes), summed_bytes=summed)
 
 
-def _summed(here: Deployment) -> float:
+def _summed(here: Deployment, core: str) -> float:
     """Bytes of keys' and values' gradients on a rank, as its pieces' are added up."""
     model = here.model
     keys = 2 * here.tokens * model.query_groups / here.cut.n * model.kv_channels
-    asked = here.layout.core_attention or "spec"
-    return keys * summed_bytes(here.cut, _length(here), asked, here.element_bytes)
+    return keys * summed_bytes(here.cut, _length(here), core, here.element_bytes)
 
 
 def laid_out(here: Deployment) -> float:

@@ -1,4 +1,4 @@
-"""Every layout that fits in memory, ranked, and the winner explained."""
+"""Every layout that fits in memory, ranked."""
 
 import math
 import re
@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pydantic import ValidationError
 
 from megatron_helix.basics.errors import UserError
+from megatron_helix.exchange.strategy import EXCHANGES
 from megatron_helix.machine.hardware import Hardware
+from megatron_helix.planner import accuracy
 from megatron_helix.planner.deployment import (
     Deployment,
     layout_of,
@@ -21,7 +23,7 @@ from megatron_helix.run_config.layout import LayoutConfig
 from megatron_helix.run_config.model import ModelConfig
 from megatron_helix.run_config.precision import Precision
 
-RANKINGS = ("tps", "tpot", "memory")
+RANKINGS = tuple(accuracy.RANKINGS)
 MOST_WASTE = 1 / 8  # of the weights of attention, or of MLPs: what needs more padding is left out
 MICRO_BATCH_STEP = 3  # of powers of two every third: a factor of 8 between sizes that are tried
 
@@ -208,7 +210,7 @@ def name(keys: dict) -> str:
 
 _NAMED = re.compile(
     r"(?:tp(?P<tp>\d+)|helix_(?P<m>\d+)x(?P<n>\d+))"
-    r"(?:_(?P<exchange>auto|activations|weights|scores))?(?:_(?P<gather>once|step))?"
+    rf"(?:_(?P<exchange>{'|'.join(EXCHANGES)}))?(?:_(?P<gather>once|step))?"
     r"(?:_(?P<fsdp>megatron_fsdp|torch_fsdp2))?(?:_pp(?P<pp>\d+))?"
     r"(?:_cp(?P<cp>\d+)(?:_(?P<cp_comm_type>p2p|a2a|all_gather))?)?(?:_gtp(?P<gtp>\d+))?(?:_ep(?P<ep>\d+))?(?:_etp(?P<etp>\d+))?"
     r"_mb(?P<micro_batch>\d+)"
@@ -219,55 +221,6 @@ def named(word: str) -> dict[str, str]:
     """The keys that :func:`name` made a word of; empty when it did not make it."""
     found = _NAMED.fullmatch(word)
     return {key: value for key, value in found.groupdict().items() if value} if found else {}
-
-
-def explain(found: Found, rank_by: str) -> str:
-    """The winner in two sentences: what bounds it, and what the next best loses."""
-    best = found.ranked[0]
-    shares = {
-        bound: sum(term.seconds for term in best.terms if term.bound == bound) for bound in _BOUNDS
-    }
-    bound = max(shares, key=shares.__getitem__)
-    layout = best.deployment.layout
-    reached = (
-        f"{shares[bound] / best.step_s:.0%} of the step, and {best.roofline:.0%} of its roofline"
-    )
-    kind = _kind(layout)
-    first = f"{layout.name}, {kind}, wins; {_BOUNDS[bound]} bounds it ({reached} is reached)."
-    cuts = found.cuts()
-    if len(cuts) == 1:
-        return f"{first} Nothing else fits."
-    other = cuts[1]
-    rival = other.deployment.layout
-    loses = {
-        "tps": f"{1 - other.tokens_per_s / best.tokens_per_s:.1%} of the TPS",
-        "tpot": f"{other.tpot_ms - best.tpot_ms:.3f} ms of TPOT",
-        "memory": f"{(other.memory.total - best.memory.total) / 1e9:.3g} GB a device",
-    }[rank_by]
-    second = f" The next best cut, {rival.name} ({_kind(rival)}), loses {loses}"
-    if not layout.is_helix:
-        helix = next((one for one in found.ranked if one.deployment.layout.is_helix), None)
-        if helix is None:
-            return f"{first}{second}; no helix layout fits, m = 1 suffices."
-        if helix is not other:
-            behind = 1 - helix.tokens_per_s / best.tokens_per_s
-            second += f"; m = 1 suffices: the best helix layout, {helix.deployment.layout.name},"
-            return f"{first}{second} has {behind:.1%} less TPS."
-        return f"{first}{second}; m = 1 suffices."
-    return f"{first}{second}."
-
-
-_BOUNDS = {
-    "compute": "arithmetic",
-    "memory": "memory bandwidth",
-    "link": "the links",
-    "launch": "launching kernels",
-    "waiting": "waiting for other stages",
-}
-
-
-def _kind(layout: LayoutConfig) -> str:
-    return "a helix layout" if layout.is_helix else "a stock layout"
 
 
 def _cut(one: Prediction) -> tuple:

@@ -185,11 +185,14 @@ def _outlook_table(asked: OutlookConfig, experiment: ExperimentConfig) -> Page:
         "title": "The same layouts on GPUs: predicted, and claimed by others",
         "note": outlook.note(asked),
         "heads": [
-            *("machine", "model", "phase", "layout", "TPS, predicted", "TPS, claimed"),
+            *("machine", "model", "phase", "layout", "of it", "TPS, predicted", "TPS, claimed"),
             *("TPOT ms, predicted", "TPOT ms, claimed", "GB a rank, predicted"),
         ],
         "rows": [
-            [row["hardware"], row["model"], row["phase"], row["layout"], *outlook.cells(row, found)]
+            [
+                *(row[key] for key in ("hardware", "model", "phase", "layout")),
+                *(outlook.how(row), *outlook.cells(row, found)),
+            ]
             for row in found
         ],
     }

@@ -11,6 +11,7 @@ from typing import Any
 from megatron_helix.experiment.config import ExperimentConfig, OutlookConfig
 from megatron_helix.experiment.results import change, significant
 from megatron_helix.experiment.runs import compared
+from megatron_helix.planner import core_attention
 from megatron_helix.planner.time import predict
 from megatron_helix.verification import expectation
 
@@ -21,8 +22,9 @@ def rows(experiment: ExperimentConfig) -> list[Row]:
     """Every machine, model, phase and layout that the experiment shares with its outlook.
 
     Returns:
-        A mapping each: ``hardware``, ``model``, ``phase``, ``layout``, ``tokens_per_s``,
-        ``tpot_ms`` and ``memory_bytes`` (of the fullest rank), predicted;
+        A mapping each: ``hardware``, ``model``, ``phase``, ``layout``, its ``micro_batch`` and the
+        ``core_attention`` that is counted; ``tokens_per_s``, ``tpot_ms`` and ``memory_bytes`` (of
+        the fullest rank), predicted;
         ``claimed`` (``tokens_per_s``, ``tpot_ms`` and ``of``; or None), and ``source``, which is
         "predicted". None of them where there is no outlook.
     """
@@ -40,6 +42,7 @@ def rows(experiment: ExperimentConfig) -> list[Row]:
             planned = expectation.deployment(other, run)
             here = replace(planned, phase=run.phase, machine=whole).check()
             figures = predict(here, whole)
+            fused = whole.fused_attention_max_channels
             claim = claims.get((run.model.name, run.layout.name, run.phase))
             found.append(
                 {
@@ -47,6 +50,8 @@ def rows(experiment: ExperimentConfig) -> list[Row]:
                     "model": run.model.name,
                     "phase": run.phase,
                     "layout": run.layout.name,
+                    "micro_batch": here.layout.micro_batch,
+                    "core_attention": core_attention.planned(here, fused_channels=fused),
                     "tokens_per_s": figures.tokens_per_s,
                     "tpot_ms": figures.tpot_ms,
                     "memory_bytes": figures.memory.total,
@@ -72,9 +77,16 @@ def note(outlook: OutlookConfig) -> str:
         f"{other.precision}, {other.batch.sequences:,} sequences of"
         f" {other.batch.sequence_length:,} tokens; nothing here was measured."
         + (f" Claimed: by {'; '.join(of)}." if of else "")
-        + " In brackets: against the first layout. The planner's model of a GPU, and how far it was"
-        " off where it was measured: docs/planner.md, docs/performance.md."
+        + " In brackets: against the first layout. mb: sequences of a micro-batch, then the core"
+        " attention, as the experiment's file asks; docs/performance.md has every layout at its"
+        " best micro-batch, with the layer spec's core attention. The planner's model of a GPU, and"
+        " how far it was off where it was measured: docs/planner.md, docs/performance.md."
     )
+
+
+def how(row: Row) -> str:
+    """With which micro-batch and core attention: other figures of a layout have others."""
+    return f"mb{row['micro_batch']} {row['core_attention']}"
 
 
 def first(row: Row, found: Sequence[Row]) -> Row:

@@ -97,7 +97,7 @@ def _outlook(experiment: ExperimentConfig) -> list[Table]:
             if row is outlook.first(row, own):
                 table.add_row(f"{row['model']} {row['phase']}")
             *cells, _ = outlook.cells(row, own, narrow=True)
-            table.add_row(f"  {row['layout']}", *cells)
+            table.add_row(f"  {row['layout']}\n    {outlook.how(row)}", *cells)
         made.append(table)
     if experiment.outlook:
         made[-1].caption = outlook.note(experiment.outlook)

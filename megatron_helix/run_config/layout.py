@@ -5,11 +5,10 @@ from typing import Literal
 from pydantic import PositiveInt, model_validator
 
 from megatron_helix.basics.errors import UserError
+from megatron_helix.run_config.core_attention import CoreAttention
 from megatron_helix.run_config.files import Config
 from megatron_helix.run_config.model import ModelConfig
 from megatron_helix.run_config.words import valued
-
-CoreAttention = Literal["spec", "prefix", "split", "flex", "ffpa", "auto"]
 
 
 class LayoutConfig(Config):

@@ -13,9 +13,12 @@ import yaml
 from megatron_helix.basics import files
 from megatron_helix.kernels.core_times import MEASURED, CoreTime, fastest
 from megatron_helix.kernels.prefix_attention import PrefixAttention
+from megatron_helix.layers.layer_spec import CORE_ATTENTIONS
 from megatron_helix.machine.hopper import HOPPER
 from megatron_helix.options import arguments
-from megatron_helix.options.core_attention import OWN, chosen, require_core_attention
+from megatron_helix.options.core_attention import chosen, require_core_attention
+from megatron_helix.options.features.models import MODELS
+from megatron_helix.run_config.core_attention import NAMES, OWN
 from tests.distributed import pretrain_launched, tiny_gpt
 
 WIDE = (
@@ -73,7 +76,7 @@ def test_where_ffpa_cannot_be_is_refused(machine: Machine) -> None:
     machine((8, 0))
     with pytest.raises(ValueError, match=r"for Hopper .*, and this GPU has 8\.0; use"):
         require_core_attention(args, on_cpu=False)
-    with pytest.raises(ValueError, match=r"ffpa needs a GPU, got --helix-device cpu;"):
+    with pytest.raises(ValueError, match=r"ffpa needs a GPU, since .* got --helix-device cpu;"):
         require_core_attention(args, on_cpu=True)
     args.bf16 = False
     with pytest.raises(ValueError, match=r"got neither --bf16 nor --fp16; add one$"):
@@ -161,6 +164,18 @@ def test_the_fastest_at_the_nearest_shape_is_taken(
     assert fastest(TIMES, cores, **size, training=True)[0] == expected
     if (channels, length) == (512, 2048):
         assert fastest(TIMES, cores, **size, training=False)[0] == "ffpa"
+
+
+def test_a_core_attention_is_in_every_place() -> None:
+    """Of its recipe in docs/contributing.md, where a test can tell."""
+    assert list(OWN) == [name for name in NAMES if name not in ("spec", "auto")]
+    assert CORE_ATTENTIONS.keys() == OWN.keys()
+    page = Path("docs/on_gpus.md").read_text()
+    assert [name for name in OWN if f"\n| `{name}` | " not in page] == []
+    noted = " ".join(row.note for row in MODELS)
+    assert [name for name in OWN if f"--helix-core-attention {name}." not in noted] == []
+    for core in CORE_ATTENTIONS.values():  # whether the kernel hides the future, or we do
+        assert not (getattr(core, "takes_runs", False) and getattr(core, "aligns_at_end", False))
 
 
 @pytest.mark.parametrize("core", OWN)

@@ -157,7 +157,7 @@ def test_ranks_coordinates_and_groups_agree(layout: HelixLayout) -> None:
         assert [layout.coordinates(r) for r in layout.dim_group(rank)] == [
             (i, other) for other in range(layout.m)
         ]
-        assert [layout.coordinates(r) for r in layout.head_group(rank)] == [
+        assert [layout.coordinates(r) for r in layout.head_axis_group(rank)] == [
             (other, j) for other in range(layout.n)
         ]
 
@@ -219,7 +219,7 @@ def test_a_partition_that_does_not_fit_is_refused(change: dict, message: str) ->
 
 
 @pytest.mark.parametrize("rank", [-1, 4])
-@pytest.mark.parametrize("question", ["coordinates", "dim_group", "head_group"])
+@pytest.mark.parametrize("question", ["coordinates", "dim_group", "head_axis_group"])
 def test_a_rank_outside_the_group_is_refused(question: str, rank: int) -> None:
     layout = HelixLayout(**MHA)
     with pytest.raises(ValueError, match=rf"^rank: need 0 <= rank < m \* n = 4, got {rank}$"):

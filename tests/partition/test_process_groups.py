@@ -17,7 +17,7 @@ def timeout(group: dist.ProcessGroup) -> timedelta:
 
 
 def timeouts(minutes: int) -> list[timedelta]:
-    """Of the tensor-parallel, dim and head group of a rank, with Megatron's flag."""
+    """Of the tensor-parallel, dim and head-axis group of a rank, with Megatron's flag."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=4, distributed_timeout_minutes=minutes
     )

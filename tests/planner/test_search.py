@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_helix.planner import search
+from megatron_helix.planner import accuracy, search, verdict
 from megatron_helix.run_config.batch import BatchConfig
 from tests.planner.planner_case import DENSE, MOE, NARROW, SIXTEEN, SMALL, multiplied
 
@@ -28,12 +28,51 @@ def test_a_thousand_gpus_are_searched_in_full() -> None:
 @pytest.mark.parametrize("rank_by", search.RANKINGS)
 def test_the_explanation_is_two_sentences_and_names_the_winner(rank_by: str) -> None:
     found = search.search(DENSE, SIXTEEN, SMALL, rank_by=rank_by)
-    words = search.explain(found, rank_by)
+    words = verdict.explain(found, rank_by)
     best = found.ranked[0].deployment.layout
     assert words.startswith(best.name)
     assert words.count(". ") == 1
     assert words.endswith(".")
     assert best.is_helix or "m = 1 suffices" in words
+
+
+@pytest.mark.parametrize("rank_by", search.RANKINGS)
+def test_what_is_within_the_error_is_a_tie(rank_by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Crowned is only what is ahead by more; an error of nothing makes a winner of the first."""
+    found = search.search(DENSE, SIXTEEN, SMALL, rank_by=rank_by)
+    best, *others = found.cuts()
+    alike = [other for other in others if accuracy.alike(best, other, rank_by)]
+    words = verdict.explain(found, rank_by)
+    if alike:
+        assert ", is first, in a tie; " in words
+        assert f"{len(alike)} other cut" in words
+        assert f"not distinguishable from it, within {accuracy.said(rank_by)}" in words
+    else:
+        assert ", wins; " in words
+    for one in (best, *others):
+        figures = [accuracy.figures(each) for each in (best, one)]
+        key = accuracy.RANKINGS[rank_by].figure
+        low, high = sorted(figure[key] for figure in figures)
+        assert accuracy.alike(one, best, rank_by) == (
+            low >= high * (1 - accuracy.ERROR[key])
+            or (rank_by == "tpot" and high - low <= accuracy.NEGLIGIBLE_TPOT_MS)
+        )
+    monkeypatch.setattr(accuracy, "ERROR", dict.fromkeys(accuracy.ERROR, 0.0))
+    monkeypatch.setattr(accuracy, "NEGLIGIBLE_TPOT_MS", 0.0)
+    assert ", wins; " in verdict.explain(found, rank_by)
+
+
+def test_decode_is_said_to_be_predicted_too_fast() -> None:
+    found = search.search(DENSE, SIXTEEN, SMALL, phase="decode")
+    assert verdict.explain(found, "tps").endswith(accuracy.DECODE)
+
+
+def test_a_layout_that_leaves_a_device_little_may_not_fit() -> None:
+    best = search.search(DENSE, SIXTEEN, SMALL).ranked[0]
+    needed = best.memory.total
+    given = (0.99, 1.0, 1.04, 1.06)
+    fits = [accuracy.may_not_fit(best, needed * factor) for factor in given]
+    assert fits == [False, True, True, False]
 
 
 def test_nothing_that_does_not_fit_is_ranked() -> None:

@@ -88,6 +88,7 @@ def test_the_outlook_predicts_the_same_layouts_beside_claims(
         for layout in ("tp2_pp2", "helix_2x2")
     ]
     assert {row["source"] for row in rows} == {"predicted"}
+    assert all(outlook.how(row) == f"mb{row['micro_batch']} spec" for row in rows)
     assert {row["phase"] for row in outlook.claimed(rows)} == {"train"}
     assert rows[1]["claimed"] == {"tokens_per_s": 123456, "tpot_ms": 0.5, "of": "another machine"}
     cells = outlook.cells(rows[1], rows)
