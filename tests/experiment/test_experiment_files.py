@@ -198,7 +198,10 @@ def test_what_auto_takes_on_the_experiments_machine_is_said_to_the_run() -> None
         }
         chosen = experiment(
             hardware={**DOCUMENT["hardware"], "intra_node": links},
-            layouts=[DOCUMENT["layouts"][0], {**DOCUMENT["layouts"][1], "exchange": "auto"}],
+            layouts=[
+                DOCUMENT["layouts"][0],
+                {**DOCUMENT["layouts"][1], "m": 4, "n": 1, "exchange": "auto"},
+            ],
         )
         run = next(one for one in runs.compared(chosen) if one.layout.is_helix)
         flags = runs.layout_flags(chosen, run)
