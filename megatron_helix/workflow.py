@@ -16,7 +16,7 @@ from rich.console import Console
 from megatron_helix import __version__
 from megatron_helix.basics import files
 from megatron_helix.basics.errors import UserError
-from megatron_helix.experiment import dag, decode, execution, progress, runs, source
+from megatron_helix.experiment import dag, decode, execution, progress, runs, source, vocabulary
 from megatron_helix.experiment.config import ExperimentConfig
 from megatron_helix.experiment.dag import Made, Node, seen
 from megatron_helix.experiment.runs import Run
@@ -164,6 +164,7 @@ def _run_nodes(
             inputs=[
                 asked,
                 experiment.world_size,
+                vocabulary.rows(experiment),
                 experiment.batch.model_dump(),
                 *request,
                 source.whole(),

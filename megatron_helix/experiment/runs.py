@@ -14,17 +14,14 @@ from rich.console import Console
 
 from megatron_helix import conversations, corpus
 from megatron_helix.basics.errors import UserError
+from megatron_helix.experiment import vocabulary
 from megatron_helix.experiment.config import ExperimentConfig, Phase
 from megatron_helix.inference import saved_model
 from megatron_helix.launching import launchers
-from megatron_helix.planner.deployment import VOCAB_MULTIPLE, Deployment
+from megatron_helix.planner.deployment import Deployment
 from megatron_helix.run_config.layout import LayoutConfig
 from megatron_helix.run_config.model import ModelConfig
 from megatron_helix.run_config.precision import Precision
-
-# One vocabulary for every layout: Megatron pads it to a multiple of VOCAB_MULTIPLE times the
-# tensor-parallel size, and 256 bytes need no padding up to 16 ranks.
-VOCABULARY = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +119,7 @@ def model_flags(experiment: ExperimentConfig, model: ModelConfig) -> list[str]:
         *("--helix-device", experiment.device),
         *model.flags(),
         *corpus.TOKENIZER_FLAGS,
-        *("--make-vocab-size-divisible-by", str(VOCAB_MULTIPLE)),
+        *vocabulary.flags(experiment),
         "--no-create-attention-mask-in-dataloader",  # causal is what a GPT attends by itself
         *(["--sft"] if experiment.sft else []),
         *("--seq-length", length),
@@ -151,8 +148,16 @@ def deployment(experiment: ExperimentConfig, run: Run) -> Deployment:
 
     A prefill is here the forward pass of the training step, loss included: layouts compare by it.
     """
-    batch, size, machine = experiment.counted_batch, experiment.world_size, experiment.hardware
-    return Deployment(run.model, run.layout, batch, size, "train", run.precision, machine)
+    return Deployment(
+        run.model,
+        run.layout,
+        experiment.counted_batch,
+        experiment.world_size,
+        "train",
+        run.precision,
+        experiment.hardware,
+        vocabulary.rows(experiment),
+    )
 
 
 def _settled(experiment: ExperimentConfig, run: Run) -> LayoutConfig:

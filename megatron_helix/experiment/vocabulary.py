@@ -1,0 +1,51 @@
+"""How many rows the embedding has: as many in every layout of an experiment.
+
+Megatron pads a vocabulary to a multiple of ``--make-vocab-size-divisible-by`` times the
+tensor-parallel size, and the rows that pad take part in the softmax: layouts of unlike sizes would
+have unlike losses. What all of an experiment are padded to is what Megatron makes of it at the
+least common multiple of their sizes, and ``--padded-vocab-size`` says so to every run.
+"""
+
+import math
+
+from megatron_helix import corpus
+from megatron_helix.basics.errors import UserError
+from megatron_helix.experiment.config import ExperimentConfig
+from megatron_helix.options.flags import FlagParser
+from megatron_helix.planner.deployment import VOCAB_MULTIPLE, padded_rows
+
+FLAG = "--padded-vocab-size"
+
+
+def rows(experiment: ExperimentConfig) -> int:
+    """Rows of the embedding of every run that trains or prefills: those of bytes, and padding.
+
+    Raises:
+        UserError: when the experiment's ``flags`` give another number, which its layouts cannot
+            share.
+    """
+    sizes = math.lcm(*(layout.tensor_parallel_size for layout in experiment.layouts))
+    asked = _asked(experiment)
+    if asked is None:
+        return padded_rows(corpus.VOCAB_SIZE, sizes)
+    if asked < corpus.VOCAB_SIZE or asked % sizes:
+        raise UserError(
+            f"flags: {FLAG} must be at least {corpus.VOCAB_SIZE}, of bytes, and a multiple of"
+            f" {sizes}, for all layouts to share, got {asked}; leave it out, or use"
+            f" {padded_rows(corpus.VOCAB_SIZE, sizes)}"
+        )
+    return asked
+
+
+def flags(experiment: ExperimentConfig) -> list[str]:
+    """What says so to Megatron. Decode runs are padded by each layout to its own size."""
+    said = ["--make-vocab-size-divisible-by", str(VOCAB_MULTIPLE)]
+    if _asked(experiment) is None:
+        said += [FLAG, str(rows(experiment))]
+    return said
+
+
+def _asked(experiment: ExperimentConfig) -> int | None:
+    parser = FlagParser()
+    parser.add_argument(FLAG, type=int)
+    return parser.parse_known_args(experiment.flags)[0].padded_vocab_size
