@@ -73,13 +73,22 @@ def check(experiment: ExperimentConfig) -> None:
                 " layout of one of them"
             )
     launchers.require(experiment.launcher, experiment.device, experiment.world_size)
+    require_layouts(experiment)
     for one in [*runs.compared(experiment), *runs.checks(experiment)]:
-        try:
-            expectation.deployment(experiment, one).check()
+        with runs.named(one):
             arguments.complete(runs.layout_flags(experiment, one), experiment.world_size)
-        except UserError as error:
-            raise UserError(f"{one.model.name}, layout {one.layout.name}: {error}") from None
     outlook.rows(experiment)
+
+
+def require_layouts(experiment: ExperimentConfig) -> None:
+    """Refuse layouts that cannot run anywhere.
+
+    Raises:
+        UserError: naming the run and what is wrong with it.
+    """
+    for one in [*runs.compared(experiment), *runs.checks(experiment)]:
+        with runs.named(one):
+            expectation.deployment(experiment, one).check()
 
 
 def nodes(

@@ -3,9 +3,10 @@
 Also what all runs of a model start from: the text, and one checkpoint of initial weights.
 """
 
+import contextlib
 import shutil
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,15 @@ from megatron_helix.planner.deployment import Deployment
 from megatron_helix.run_config.layout import LayoutConfig
 from megatron_helix.run_config.model import ModelConfig
 from megatron_helix.run_config.precision import Precision
+
+
+@contextlib.contextmanager
+def named(run: "Run") -> Iterator[None]:
+    """Name the run in the error of what is wrong with it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{run.model.name}, layout {run.layout.name}: {error}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +135,7 @@ def model_flags(experiment: ExperimentConfig, model: ModelConfig) -> list[str]:
         *("--seq-length", length),
         *([] if model.max_position_embeddings else ["--max-position-embeddings", length]),
         *("--lr", str(experiment.learning_rate), "--lr-decay-style", "constant"),
-        *("--eval-iters", "0", "--eval-interval", "1000000", "--log-interval", "1"),
+        *("--eval-iters", "0", "--log-interval", "1"),
         *(["--no-gradient-accumulation-fusion"] if experiment.device == "cuda" else []),
     ]
 

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from megatron_helix.basics.errors import UserError
 from megatron_helix.experiment.config import ExperimentConfig
-from megatron_helix.experiment.runs import Run, layout_flags
+from megatron_helix.experiment.runs import Run, deployment, layout_flags, named
 from megatron_helix.partition.layout import require_divides
 
 ENTRY = "megatron_helix.pretrain_gpt"
@@ -53,7 +53,8 @@ def command(
         more: further flags for Megatron, which win over those before them.
 
     Raises:
-        UserError: for names the experiment does not have, and nodes that cannot hold its ranks.
+        UserError: for names the experiment does not have, a layout that cannot run, and nodes that
+            cannot hold its ranks.
     """
     run = Run(
         model=_named("MODEL", model, experiment.models),
@@ -61,6 +62,8 @@ def command(
         phase="train",
         precision=experiment.precision,
     )
+    with named(run):
+        deployment(experiment, run).check()
     require_divides("--nnodes", nodes.count, "the experiment's world_size", experiment.world_size)
     return [
         *("torchrun", *_rendezvous(nodes)),
