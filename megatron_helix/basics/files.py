@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,17 @@ def make_folder(folder: Path, field: str) -> None:
     except OSError as error:
         raise UserError(
             f"{field}: {folder} must be a folder that can be made: {error.strerror}; name another"
+        ) from None
+
+
+def make_writable(folder: Path, field: str) -> None:
+    """Make a folder that can be written into; arguments and errors as for :func:`make_folder`."""
+    make_folder(folder, field)
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(
+            f"{field}: {folder} must be a folder to write in: {error.strerror}; name another"
         ) from None
 
 
