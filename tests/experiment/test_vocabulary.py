@@ -99,7 +99,8 @@ def test_the_shipped_experiments_need_no_padding() -> None:
 def test_all_runs_are_padded_alike_as_megatron_pads_the_largest(
     layouts: list[dict[str, Any]], rows: int
 ) -> None:
-    asked = chosen(12, *layouts, phases=["train", "prefill"])
+    batch = {"sequences": 48, "sequence_length": 48}
+    asked = chosen(12, *layouts, phases=["train", "prefill"], batch=batch)
     for run in runs.compared(asked):
         flags = runs.layout_flags(asked, run)
         assert flags[flags.index("--padded-vocab-size") + 1] == str(rows)
