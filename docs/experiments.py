@@ -117,7 +117,7 @@ def value(about: dict[str, Any]) -> str:
     words = {"boolean": "`true`, `false`", "string": "text"}
     if about.get("format") == "path":
         return "path"
-    name = words.get(about["type"], about["type"])
+    name = words.get(kind := str(about["type"]), kind)
     limits = [f"{sign} {about[key]:g}" for key, sign in BOUNDS.items() if key in about]
     return " ".join([name, *limits])
 

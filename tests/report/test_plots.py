@@ -1,6 +1,7 @@
 """The report's pictures: what is told apart, and what is said of where it was measured."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,8 +14,9 @@ def test_every_layout_is_seen_though_all_losses_are_alike(finished: tuple[Path, 
     one = finished[1]["result_collection"][0]
     names = ("first", "second", "third", "fourth")
     figure = plots._losses([{**one, "layout": name} for name in names], "loss")
-    first, *others = figure.axes[0].lines
-    assert len({line.get_color() for line in (first, *others)}) == len(names)
+    curves: list[Any] = [*figure.axes[0].lines]
+    first, *others = curves
+    assert len({line.get_color() for line in curves}) == len(names)
     assert first.get_linewidth() > max(line.get_linewidth() for line in others)
     offsets, patterns = zip(*(line._unscaled_dash_pattern for line in others), strict=True)
     (dash, gap) = patterns[0]
