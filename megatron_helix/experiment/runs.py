@@ -214,7 +214,8 @@ def layout_flags(experiment: ExperimentConfig, run: Run) -> list[str]:
         *_sample_flags(experiment, run),
     ]
     for flag in experiment.flags:
-        if flag.startswith("--") and flag.partition("=")[0] in own:
+        name = flag.partition("=")[0]
+        if name.startswith("--") and name in own and name != vocabulary.FLAG:
             raise UserError(f"flags: {flag} is set by the experiment's other keys; leave it out")
     return [*own, *experiment.flags]
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from megatron_helix.basics.errors import UserError
+from megatron_helix.experiment import vocabulary
 from megatron_helix.experiment.config import ExperimentConfig
 from megatron_helix.experiment.runs import Run, deployment, layout_flags, named
 from megatron_helix.partition.layout import require_divides
@@ -69,7 +70,7 @@ def command(
         *("torchrun", *_rendezvous(nodes)),
         *("--nproc-per-node", str(experiment.world_size // nodes.count)),
         *("-m", ENTRY),
-        *layout_flags(experiment, run),
+        *vocabulary.of_bytes(layout_flags(experiment, run), more),
         *(("--data-path", data, "--split", "100,0,0") if data else ("--mock-data",)),
         *more,
     ]

@@ -7,6 +7,7 @@ least common multiple of their sizes, and ``--padded-vocab-size`` says so to eve
 """
 
 import math
+from collections.abc import Sequence
 
 from megatron_helix import corpus
 from megatron_helix.basics.errors import UserError
@@ -15,6 +16,7 @@ from megatron_helix.options.flags import FlagParser
 from megatron_helix.planner.deployment import VOCAB_MULTIPLE, padded_rows
 
 FLAG = "--padded-vocab-size"
+_OF_TOKENS = {"--tokenizer-type", "--tokenizer-model", "--vocab-size"}
 
 
 def rows(experiment: ExperimentConfig) -> int:
@@ -38,11 +40,21 @@ def rows(experiment: ExperimentConfig) -> int:
 
 
 def flags(experiment: ExperimentConfig) -> list[str]:
-    """What says so to Megatron. Decode runs are padded by each layout to its own size."""
+    """What says so to Megatron, where there is something to pad; to who makes the weights, too.
+
+    Decode runs are padded by each layout to its own size.
+    """
     said = ["--make-vocab-size-divisible-by", str(VOCAB_MULTIPLE)]
-    if _asked(experiment) is None:
-        said += [FLAG, str(rows(experiment))]
-    return said
+    many = rows(experiment)
+    return [*said, FLAG, str(many)] if many > corpus.VOCAB_SIZE else said
+
+
+def of_bytes(words: Sequence[str], more: Sequence[str]) -> list[str]:
+    """Flags of a run without the number of rows, where ``more`` of them name other tokens."""
+    if not _OF_TOKENS & {word.partition("=")[0] for word in more}:
+        return list(words)
+    at = words.index(FLAG) if FLAG in words else len(words)
+    return [*words[:at], *words[at + 2 :]]
 
 
 def _asked(experiment: ExperimentConfig) -> int | None:

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from megatron_helix import workflow
 from megatron_helix.basics.errors import UserError
-from megatron_helix.experiment import config, execution, results, runs, vocabulary
+from megatron_helix.experiment import config, execution, results, runs, torchrun, vocabulary
 from megatron_helix.report import outlook
 from megatron_helix.verification import expectation
 from tests.covering import THOROUGH
@@ -103,8 +103,28 @@ def test_all_runs_are_padded_alike_as_megatron_pads_the_largest(
     asked = chosen(12, *layouts, phases=["train", "prefill"], batch=batch)
     for run in runs.compared(asked):
         flags = runs.layout_flags(asked, run)
-        assert flags[flags.index("--padded-vocab-size") + 1] == str(rows)
+        said = ["--padded-vocab-size", str(rows)]
+        assert (flags[flags.index(said[0]) :][:2] == said) if rows > 256 else said[0] not in flags
         assert expectation.deployment(asked, run).vocabulary == rows
+
+
+def test_another_number_of_rows_is_that_of_the_weights_all_start_from() -> None:
+    asked = chosen(3, helix(3, 1), phases=["train"], flags=["--padded-vocab-size", "384"])
+    for flags in (
+        runs.model_flags(asked, asked.models[0]),
+        *(runs.layout_flags(asked, run) for run in runs.compared(asked)),
+    ):
+        assert flags[flags.index("--padded-vocab-size") :][:2] == ["--padded-vocab-size", "384"]
+    assert {expectation.deployment(asked, run).vocabulary for run in runs.compared(asked)} == {384}
+
+
+@pytest.mark.parametrize("flag", ["--vocab-size=50257", "--tokenizer-type"])
+def test_a_launched_run_of_other_tokens_is_padded_as_these_need(flag: str) -> None:
+    asked = chosen(3, helix(3, 1), phases=["train"])
+    words = torchrun.command(asked, "tiny", "helix_3x1")
+    at = words.index("--padded-vocab-size")
+    others = torchrun.command(asked, "tiny", "helix_3x1", more=[flag])
+    assert others == [*words[:at], *words[at + 2 :], flag]
 
 
 def test_the_outlook_counts_the_models_own_vocabulary() -> None:
