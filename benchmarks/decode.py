@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_helix import corpus, generate, pretrain_gpt
+from megatron_helix.experiment.results import if_known
 from megatron_helix.inference import measure
 from megatron_helix.inference.requests import Request
 from megatron_helix.inference.sampling import Sampling
@@ -79,7 +80,7 @@ def main(
         times = ("ttft_ms", "itl_ms", "itl_p50_ms", "itl_p99_ms", "tpot_ms", "tokens_per_s")
         table.add_row(
             name,
-            *(f"{getattr(measured, time):,.0f}" for time in times),
+            *(if_known(getattr(measured, time), 0) for time in times),
             f"{max(measured.kv_bytes) / 1024:,.0f}",
             f"{sum(measured.sent_bytes.values()) / 1024:,.1f}",
         )

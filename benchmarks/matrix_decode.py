@@ -10,6 +10,7 @@ from rich.table import Table
 
 from megatron_helix.experiment import decode, runs
 from megatron_helix.experiment.config import ExperimentConfig
+from megatron_helix.experiment.results import if_known
 from megatron_helix.launching import launchers
 from megatron_helix.launching.fork_ranks import RunFailed
 
@@ -75,7 +76,8 @@ def _turn(bench: Bench, experiment: ExperimentConfig, run: runs.Run, place: Path
 def _row(name: str, turns: list[Found]) -> Found:
     row: Found = {"layout": name, "turns": len(turns)}
     for key in ("ttft_ms", "itl_p50_ms", "itl_p99_ms", "tpot_ms", "tokens_per_s"):
-        row[key] = statistics.median(turn[key] for turn in turns)
+        known = [turn[key] for turn in turns if turn[key] is not None]
+        row[key] = statistics.median(known) if known else None
     row["kv_mb"] = max(turns[0]["kv_bytes"]) / 1e6
     row["sent_mb"] = sum(turns[0]["sent_bytes"].values()) / 1e6
     return row
@@ -88,5 +90,5 @@ def _table(title: str, rows: list[Found]) -> Table:
     for heading in ("layout", "TTFT", "ITL p50", "p99", "TPOT", "tokens/s", "KV", "sent"):
         made.add_column(heading, justify="left" if heading == "layout" else "right", no_wrap=True)
     for row in rows:
-        made.add_row(row["layout"], *(f"{row[figure]:,.2f}" for figure in figures))
+        made.add_row(row["layout"], *(if_known(row[figure], 2) for figure in figures))
     return made

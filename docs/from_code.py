@@ -48,7 +48,7 @@ REMEDIES = {
     "{first}; {remedy}": "write it again, as the message says",
     "{path}: must list": "write it again, as the message says",
     "needs either tp": "give a layout tp, or m and n",
-    "{one.model.name}, layout": "correct that layout in the experiment file",
+    "{run.model.name}, layout": "correct that layout in the experiment file",
     "phase: must be one of": "take one of the phases",
     "rank: need 0 <=": "ask for a rank of the group",
     "need a GPTModel": "build the model with Megatron's GPT builder",

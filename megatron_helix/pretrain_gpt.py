@@ -18,10 +18,10 @@ from typing import Any
 
 from megatron_helix import samples
 from megatron_helix.basics import errors, signals
-from megatron_helix.options import arguments, environment, parsed, spelling, unavailable
+from megatron_helix.options import arguments, environment, folders, parsed, spelling, unavailable
 from megatron_helix.options.flags import FlagParser, add_helix_arguments, shown
 from megatron_helix.recording import rank_files
-from megatron_helix.upstream import initial_weights, patches
+from megatron_helix.upstream import initial_weights, patches, resuming
 
 PROGRAM_START_S = time.time()  # before the imports that take seconds
 Provider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
@@ -94,16 +94,20 @@ def prepare(argv: Sequence[str], world_size: int, *, script: bool = False) -> li
     """
     spelling.require_spelt(argv, script=script)
     argv = arguments.complete(argv, world_size)
+    if not script:
+        folders.require_loaded(argv)
     _require_free_metrics(argv)
     make_ready(arguments.device(argv))
     args = parsed.require_flags(argv)
     if not script:
         unavailable.require_available(args, argv)
         parsed.require_known(argv)
+        resuming.require_schedule(args, folders.loaded(argv), world_size)
     arguments.require_data(argv)
     if args.helix_initial_weights:
         initial_weights.require(args.helix_initial_weights)
     samples.require(args)
+    folders.require_written(argv)  # last: nothing is made for flags that are refused
     return argv
 
 

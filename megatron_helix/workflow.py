@@ -16,7 +16,7 @@ from rich.console import Console
 from megatron_helix import __version__
 from megatron_helix.basics import files
 from megatron_helix.basics.errors import UserError
-from megatron_helix.experiment import dag, decode, execution, progress, runs, source
+from megatron_helix.experiment import dag, decode, execution, progress, runs, source, vocabulary
 from megatron_helix.experiment.config import ExperimentConfig
 from megatron_helix.experiment.dag import Made, Node, seen
 from megatron_helix.experiment.runs import Run
@@ -73,13 +73,22 @@ def check(experiment: ExperimentConfig) -> None:
                 " layout of one of them"
             )
     launchers.require(experiment.launcher, experiment.device, experiment.world_size)
+    require_layouts(experiment)
     for one in [*runs.compared(experiment), *runs.checks(experiment)]:
-        try:
-            expectation.deployment(experiment, one).check()
+        with runs.named(one):
             arguments.complete(runs.layout_flags(experiment, one), experiment.world_size)
-        except UserError as error:
-            raise UserError(f"{one.model.name}, layout {one.layout.name}: {error}") from None
     outlook.rows(experiment)
+
+
+def require_layouts(experiment: ExperimentConfig) -> None:
+    """Refuse layouts that cannot run anywhere.
+
+    Raises:
+        UserError: naming the run and what is wrong with it.
+    """
+    for one in [*runs.compared(experiment), *runs.checks(experiment)]:
+        with runs.named(one):
+            expectation.deployment(experiment, one).check()
 
 
 def nodes(
@@ -164,6 +173,7 @@ def _run_nodes(
             inputs=[
                 asked,
                 experiment.world_size,
+                vocabulary.rows(experiment),
                 experiment.batch.model_dump(),
                 *request,
                 source.whole(),

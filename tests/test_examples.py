@@ -51,6 +51,12 @@ def test_two_turns_of_grpo(grpo: ModuleType, tmp_path: Path) -> None:
     assert (tmp_path / "curves.svg").stat().st_size > 1000
 
 
+def test_turns_are_whole_numbers_on_an_axis(grpo: ModuleType) -> None:
+    lines = [{"turn": turn, "reward": 0.5, "length": 2.5} for turn in (1, 2, 3)]
+    for axes in grpo.report.curves({"run": lines}).axes:
+        assert {float(tick) % 1 for tick in axes.get_xticks()} == {0.0}
+
+
 def _learn(folder: str, *args: object) -> object:
     sys.path.insert(0, folder)
     import grpo  # pyright: ignore[reportMissingImports]

@@ -25,13 +25,7 @@ def read(run: Path) -> list[dict[str, Any]]:
 def write(out: Path, runs: Sequence[Path]) -> Path:
     """``report.md`` and ``curves.svg`` in the folder ``out``; the page's path."""
     turns = {run.name: read(run) for run in runs}
-    figure, axes = plt.subplots(1, len(CURVES), figsize=(9, 3.2), layout="constrained")
-    for place, (key, label) in zip(axes, CURVES.items(), strict=True):
-        for name, lines in turns.items():
-            place.plot([one["turn"] for one in lines], [one[key] for one in lines], label=name)
-        place.set(xlabel="turn", ylabel=label)
-        place.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False)
+    figure = curves(turns)
     out.mkdir(parents=True, exist_ok=True)
     figure.savefig(out / "curves.svg")
     plt.close(figure)
@@ -41,6 +35,19 @@ def write(out: Path, runs: Sequence[Path]) -> Path:
     page = out / "report.md"
     page.write_text(template.render(runs=[_row(name, lines) for name, lines in turns.items()]))
     return page
+
+
+def curves(turns: dict[str, list[dict[str, Any]]]) -> Any:
+    """A panel for each of :data:`CURVES`, a curve for each run."""
+    figure, axes = plt.subplots(1, len(CURVES), figsize=(9, 3.2), layout="constrained")
+    for place, (key, label) in zip(axes, CURVES.items(), strict=True):
+        for name, lines in turns.items():
+            place.plot([one["turn"] for one in lines], [one[key] for one in lines], label=name)
+        place.set(xlabel="turn", ylabel=label)
+        place.xaxis.get_major_locator().set_params(integer=True)
+        place.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False)
+    return figure
 
 
 def _row(name: str, lines: list[dict[str, Any]]) -> dict[str, Any]:

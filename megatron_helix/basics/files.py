@@ -104,6 +104,16 @@ def require_place(path: Path, field: str) -> None:
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if not folder.is_dir():
         make_folder(path.parent, field)  # which says why not
+    _require_writable(folder, field)
+
+
+def make_writable(folder: Path, field: str) -> None:
+    """Make a folder that can be written into; arguments and errors as for :func:`make_folder`."""
+    make_folder(folder, field)
+    _require_writable(folder, field)
+
+
+def _require_writable(folder: Path, field: str) -> None:
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:

@@ -98,6 +98,7 @@ def dag(
             " them away"
         )
     chosen = config.load(experiment)
+    workflow.require_layouts(chosen)
     if deployment:
         made = deployment_graph.build(chosen, model=model, layout=layout, layers=layers)
     else:

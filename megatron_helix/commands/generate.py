@@ -10,6 +10,7 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
+from megatron_helix.basics import files
 from megatron_helix.commands import on_ranks
 from megatron_helix.launching import fork_ranks
 
@@ -62,9 +63,11 @@ def generate(
             device = arguments.device(context.args)
             world_size = int(os.environ["WORLD_SIZE"])
             job = generation.prepare(load, request, context.args, world_size, device)
+            _require_folder(measure)
             _as_rank(job, sampling, measure, out)
         return
     job = generation.prepare(load, request, context.args, nproc_per_node)
+    _require_folder(measure)
     with tempfile.TemporaryDirectory(prefix="helix-generate-") as scratch:
         ranks: dict[str, Any] = {"world_size": nproc_per_node, "logs": logs or Path(scratch)}
         if measure:
@@ -84,6 +87,11 @@ def generate(
         on_ranks.run(fork_ranks.Ranks(target=generation.serve, args=args, **ranks), poll=drain)
         drain()
         printer.finish()
+
+
+def _require_folder(measure: Path | None) -> None:
+    if measure:
+        files.make_writable(measure, "--measure")
 
 
 def _as_rank(job: Any, sampling: Any, measure: Path | None, out: TextIO) -> None:

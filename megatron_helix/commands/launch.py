@@ -29,7 +29,7 @@ def launch(
     """
     from megatron_helix.basics import signals
     from megatron_helix.experiment import config, torchrun
-    from megatron_helix.options import arguments, environment, spelling
+    from megatron_helix.options import arguments, environment, folders, spelling
 
     chosen = config.load(experiment)
     words = torchrun.command(
@@ -47,7 +47,10 @@ def launch(
         typer.echo("".join(said) + shlex.join(words))
         return
     # Here once, before any rank says it and torchrun a page about it.
-    arguments.require_data(arguments.complete(torchrun.flags(words), chosen.world_size))
+    flags = arguments.complete(torchrun.flags(words), chosen.world_size)
+    folders.require_loaded(flags)
+    arguments.require_data(flags)
+    folders.require_written(flags)
     # torchrun's own is 30 s: too little for a large checkpoint.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", f"{signals.SAVE_GRACE_S:.0f}")
     os.environ.update(environment.needed(words, os.environ))

@@ -28,7 +28,12 @@ _NAME = re.compile(r"\w[\w.-]*")
 
 
 class Tolerance(Config):
-    """How far a layout may leave the baseline, relative, at any step."""
+    """How far a layout may leave the baseline, relative, at any step.
+
+    Attributes:
+        loss: of the loss.
+        grad_norm: of the gradient norm.
+    """
 
     loss: float = Field(default=1e-5, gt=0)
     grad_norm: float = Field(default=1e-4, gt=0)
@@ -98,7 +103,16 @@ class VerificationConfig(Config):
 
 
 class Claim(Config):
-    """Figures somebody else has published for one phase of one layout of one model."""
+    """Figures somebody else has published for one phase of one layout of one model.
+
+    Attributes:
+        model: its name in this experiment.
+        layout: its name in this experiment.
+        phase: that the figures are of.
+        tokens_per_s: TPS.
+        tpot_ms: TPOT.
+        of: who claims them.
+    """
 
     model: str
     layout: str
@@ -112,16 +126,30 @@ class ExperimentConfig(Config):
     """Layouts of one or more models side by side; the first layout is the baseline.
 
     Attributes:
+        name: of the experiment, for the report.
+        models: what is trained.
+        layouts: how the ranks share a model; the first one is the baseline.
+        world_size: ranks, of every layout.
+        batch: tokens of one step.
         data: prefix of a dataset that ``helix data`` made; null is Python's standard library.
         sft: whether that is a dataset of conversations, packed into rows; null data are the
             signatures and docstrings of Python's standard library.
+        phases: what every layout does: train; prefill, which is the forward pass of a training
+            step alone; decode, which serves a request.
         decode: what the phase ``decode`` serves.
         samples: what the models are asked while they train; null asks nothing.
+        steps: of a run; the first one warms up and counts in no time.
+        learning_rate: constant.
+        device: of the ranks.
+        launcher: what starts them.
         precision: of the runs that are compared.
         flags: more of Megatron's, for the runs that train or prefill; those that make the model
             hold for decode runs too.
         hardware: what to predict the runs for, beside measuring them; null predicts nothing.
         peak_tflops: of one device at that precision, for MFU; the device's datasheet says it.
+        tolerance: how far layouts may be from the first one.
+        verification: what the deployment verification asks for.
+        claims: figures of others, to stand beside what is measured.
         outlook: what to predict beside, of layouts that run here, for what cannot run here.
     """
 

@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from megatron_helix import corpus
 from megatron_helix.basics import files
 from megatron_helix.experiment import runs
 from megatron_helix.experiment.config import DecodeConfig, ExperimentConfig, VerificationConfig
 from megatron_helix.experiment.runs import Run
 from megatron_helix.launching.launchers import Program
-from megatron_helix.planner.deployment import Deployment
+from megatron_helix.planner.deployment import Deployment, padded_rows
 from megatron_helix.planner.traffic import step_bytes
 from megatron_helix.run_config.batch import BatchConfig
 
@@ -38,7 +39,15 @@ def deployment(experiment: ExperimentConfig, run: Run) -> Deployment:
     request = asked(experiment)
     length = request.prompt_length + request.output_length
     batch = BatchConfig(sequences=request.sequences, sequence_length=length)
-    whole = Deployment(run.model, run.layout, batch, experiment.world_size, "decode", run.precision)
+    whole = Deployment(
+        run.model,
+        run.layout,
+        batch,
+        experiment.world_size,
+        "decode",
+        run.precision,
+        padded_vocabulary=padded_rows(corpus.VOCAB_SIZE, run.layout.tensor_parallel_size),
+    )
     share = max(1, request.sequences // max(1, whole.batch_ranks))
     parts = run.layout.pp if share % run.layout.pp == 0 else 1
     layout = run.layout.model_copy(update={"micro_batch": share // parts})

@@ -12,7 +12,7 @@ from typing import Any
 import megatron_helix
 from megatron_helix import samples
 from megatron_helix.basics import files
-from megatron_helix.experiment import decode, metrics, runs
+from megatron_helix.experiment import decode, metrics, runs, vocabulary
 from megatron_helix.experiment.config import ExperimentConfig
 from megatron_helix.experiment.progress import Steps
 from megatron_helix.experiment.runs import Run
@@ -102,7 +102,8 @@ def utilisation(experiment: ExperimentConfig, one: Run, step_ms: float) -> dict[
 def step_flops(experiment: ExperimentConfig, one: Run) -> float:
     """Operations of a step of a run; attention in full, as is usual for FLOPs utilisation."""
     tokens, keys = experiment.batch.tokens, experiment.counted_batch.keys
-    flops = of_model(one.model, tokens=tokens, words=tokens, keys=keys, vocabulary=runs.VOCABULARY)
+    rows = vocabulary.rows(experiment)
+    flops = of_model(one.model, tokens=tokens, words=tokens, keys=keys, vocabulary=rows)
     return flops * (3 if one.phase == "train" else 1)
 
 

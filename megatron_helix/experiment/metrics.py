@@ -17,11 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy
-
 from megatron_helix.basics import files
 from megatron_helix.basics.errors import UserError
 from megatron_helix.recording.kinds import POINT_TO_POINT
+from megatron_helix.recording.percentiles import p99
 
 TAIL_BYTES = 1 << 20  # holds the last line of a rank, whatever it sent in the step
 
@@ -43,9 +42,10 @@ class RunMetrics:
         tpot_ms: communication and waiting time of a rank, mean over ranks, for every ``batch``
             tokens; median over steps.
         tpot_mean_ms: the same, mean over steps.
-        tpot_p99_ms: the same, 99th percentile over steps.
+        tpot_p99_ms: the same, 99th percentile over steps; None of fewer than 20.
         tpot_slowest_rank_ms: of the rank with most of it, median over steps.
-        breakdown_ms: the parts of a step (:data:`PARTS`), means over ranks and steps.
+        breakdown_ms: the parts of a step (:data:`PARTS`), means over ranks, each the median over
+            steps.
         hidden_ms: communication beside which a rank computed, mean over ranks, in the profiled
             step; None without one.
         peak_memory_bytes: most that a rank has held: of a GPU's allocator, or resident of the
@@ -65,7 +65,7 @@ class RunMetrics:
     tokens_per_s: float
     tpot_ms: float
     tpot_mean_ms: float
-    tpot_p99_ms: float
+    tpot_p99_ms: float | None
     tpot_slowest_rank_ms: float
     breakdown_ms: dict[str, float]
     hidden_ms: float | None
@@ -121,7 +121,7 @@ def read(folder: Path) -> RunMetrics:
         tokens_per_s=tokens / statistics.median(step_ms) * 1e3,
         tpot_ms=statistics.median(tpot),
         tpot_mean_ms=statistics.mean(tpot),
-        tpot_p99_ms=float(numpy.percentile(tpot, 99)),
+        tpot_p99_ms=p99(tpot),
         tpot_slowest_rank_ms=slowest * per_batch_ms,
         breakdown_ms=_breakdown(counted),
         hidden_ms=statistics.mean(hidden) * 1e3 if hidden else None,
@@ -167,22 +167,26 @@ def _communication(step: tuple[Line, ...]) -> list[float]:
 
 
 def _breakdown(counted: list[tuple[Line, ...]]) -> dict[str, float]:
-    """Milliseconds of each part, means over ranks and steps."""
+    """Milliseconds of each part, medians over steps as the durations of these are."""
+    steps = [_parts(step) for step in counted]
+    return {part: statistics.median(step[part] for step in steps) * 1e3 for part in PARTS}
+
+
+def _parts(step: tuple[Line, ...]) -> dict[str, float]:
+    """Seconds of each part of a step, means over ranks."""
+    shortest: dict[tuple[str, int], float] = {}
+    for line in step:
+        for channel, number, _, seconds in line.get("calls", ()):
+            call = channel, number
+            shortest[call] = min(seconds, shortest.get(call, seconds))
     sums = dict.fromkeys(PARTS, 0.0)
-    for step in counted:
-        shortest: dict[tuple[str, int], float] = {}
-        for line in step:
-            for channel, number, _, seconds in line.get("calls", ()):
-                call = channel, number
-                shortest[call] = min(seconds, shortest.get(call, seconds))
-        for line in step:
-            sums["compute"] += line["step_s"] - line["communication_s"]
-            for channel, number, kind, seconds in line.get("calls", ()):
-                waited = seconds - shortest[channel, number]
-                sums["communication"] += seconds - waited
-                sums["pipeline_idle" if kind in POINT_TO_POINT else "waiting"] += waited
-    lines = sum(len(step) for step in counted)
-    return {part: seconds / lines * 1e3 for part, seconds in sums.items()}
+    for line in step:
+        sums["compute"] += line["step_s"] - line["communication_s"]
+        for channel, number, kind, seconds in line.get("calls", ()):
+            waited = seconds - shortest[channel, number]
+            sums["communication"] += seconds - waited
+            sums["pipeline_idle" if kind in POINT_TO_POINT else "waiting"] += waited
+    return {part: seconds / len(step) for part, seconds in sums.items()}
 
 
 def _sent(line: Line) -> dict[str, float]:

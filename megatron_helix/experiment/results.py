@@ -170,6 +170,13 @@ def significant(value: float) -> str:
     return f"{value:,.{max(0, decimals)}f}"
 
 
+def if_known(value: float | None, digits: int | None = None) -> str:
+    """The same, or so many digits behind the point; a stroke where there is no figure."""
+    if value is None:
+        return "-"
+    return significant(value) if digits is None else f"{value:,.{digits}f}"
+
+
 def change(value: float, baseline: float, digits: int = 1) -> str:
     """What is printed behind a value: by how much it differs, relative."""
     return "" if value == baseline or not baseline else f" ({value / baseline - 1:+.{digits}%})"

@@ -3,9 +3,10 @@
 Also what all runs of a model start from: the text, and one checkpoint of initial weights.
 """
 
+import contextlib
 import shutil
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,23 @@ from rich.console import Console
 
 from megatron_helix import conversations, corpus
 from megatron_helix.basics.errors import UserError
+from megatron_helix.experiment import vocabulary
 from megatron_helix.experiment.config import ExperimentConfig, Phase
 from megatron_helix.inference import saved_model
 from megatron_helix.launching import launchers
-from megatron_helix.planner.deployment import VOCAB_MULTIPLE, Deployment
+from megatron_helix.planner.deployment import Deployment
 from megatron_helix.run_config.layout import LayoutConfig
 from megatron_helix.run_config.model import ModelConfig
 from megatron_helix.run_config.precision import Precision
 
-# One vocabulary for every layout: Megatron pads it to a multiple of VOCAB_MULTIPLE times the
-# tensor-parallel size, and 256 bytes need no padding up to 16 ranks.
-VOCABULARY = 256
+
+@contextlib.contextmanager
+def named(run: "Run") -> Iterator[None]:
+    """Name the run in the error of what is wrong with it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{run.model.name}, layout {run.layout.name}: {error}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,13 +129,13 @@ def model_flags(experiment: ExperimentConfig, model: ModelConfig) -> list[str]:
         *("--helix-device", experiment.device),
         *model.flags(),
         *corpus.TOKENIZER_FLAGS,
-        *("--make-vocab-size-divisible-by", str(VOCAB_MULTIPLE)),
+        *vocabulary.flags(experiment),
         "--no-create-attention-mask-in-dataloader",  # causal is what a GPT attends by itself
         *(["--sft"] if experiment.sft else []),
         *("--seq-length", length),
         *([] if model.max_position_embeddings else ["--max-position-embeddings", length]),
         *("--lr", str(experiment.learning_rate), "--lr-decay-style", "constant"),
-        *("--eval-iters", "0", "--eval-interval", "1000000", "--log-interval", "1"),
+        *("--eval-iters", "0", "--log-interval", "1"),
         *(["--no-gradient-accumulation-fusion"] if experiment.device == "cuda" else []),
     ]
 
@@ -151,8 +158,16 @@ def deployment(experiment: ExperimentConfig, run: Run) -> Deployment:
 
     A prefill is here the forward pass of the training step, loss included: layouts compare by it.
     """
-    batch, size, machine = experiment.counted_batch, experiment.world_size, experiment.hardware
-    return Deployment(run.model, run.layout, batch, size, "train", run.precision, machine)
+    return Deployment(
+        run.model,
+        run.layout,
+        experiment.counted_batch,
+        experiment.world_size,
+        "train",
+        run.precision,
+        experiment.hardware,
+        vocabulary.rows(experiment),
+    )
 
 
 def _settled(experiment: ExperimentConfig, run: Run) -> LayoutConfig:
@@ -199,7 +214,8 @@ def layout_flags(experiment: ExperimentConfig, run: Run) -> list[str]:
         *_sample_flags(experiment, run),
     ]
     for flag in experiment.flags:
-        if flag.startswith("--") and flag.partition("=")[0] in own:
+        name = flag.partition("=")[0]
+        if name.startswith("--") and name in own and name != vocabulary.FLAG:
             raise UserError(f"flags: {flag} is set by the experiment's other keys; leave it out")
     return [*own, *experiment.flags]
 

@@ -13,7 +13,7 @@ import megatron_helix
 _BESIDE_RUNS = ("commands", "planner", "report", "verification", "workflow.py")
 _PACKAGE = Path(megatron_helix.__file__).parent
 # Beside what ranks execute: their flags, and how their lines are put together.
-_OF_RUNS = ("decode", "execution", "metrics", "runs")
+_OF_RUNS = ("decode", "execution", "metrics", "runs", "vocabulary")
 
 
 @cache

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from megatron_helix.basics.errors import UserError
+from megatron_helix.experiment import vocabulary
 from megatron_helix.experiment.config import ExperimentConfig
-from megatron_helix.experiment.runs import Run, layout_flags
+from megatron_helix.experiment.runs import Run, deployment, layout_flags, named
 from megatron_helix.partition.layout import require_divides
 
 ENTRY = "megatron_helix.pretrain_gpt"
@@ -53,7 +54,8 @@ def command(
         more: further flags for Megatron, which win over those before them.
 
     Raises:
-        UserError: for names the experiment does not have, and nodes that cannot hold its ranks.
+        UserError: for names the experiment does not have, a layout that cannot run, and nodes that
+            cannot hold its ranks.
     """
     run = Run(
         model=_named("MODEL", model, experiment.models),
@@ -61,12 +63,14 @@ def command(
         phase="train",
         precision=experiment.precision,
     )
+    with named(run):
+        deployment(experiment, run).check()
     require_divides("--nnodes", nodes.count, "the experiment's world_size", experiment.world_size)
     return [
         *("torchrun", *_rendezvous(nodes)),
         *("--nproc-per-node", str(experiment.world_size // nodes.count)),
         *("-m", ENTRY),
-        *layout_flags(experiment, run),
+        *vocabulary.of_bytes(layout_flags(experiment, run), more),
         *(("--data-path", data, "--split", "100,0,0") if data else ("--mock-data",)),
         *more,
     ]

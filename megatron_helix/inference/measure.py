@@ -27,6 +27,7 @@ from megatron_helix.basics import files
 from megatron_helix.basics.errors import UserError
 from megatron_helix.recording.clocks import HostClock, StreamClock
 from megatron_helix.recording.comm_ledger import CommLedger, install
+from megatron_helix.recording.percentiles import p99
 
 if TYPE_CHECKING:  # it imports Megatron, which a process that only reads does without
     from megatron_helix.inference.engine import Engine, MicroBatch
@@ -45,7 +46,7 @@ class DecodeMetrics:
         ttft_ms: time to first token.
         itl_ms: inter-token latency, mean.
         itl_p50_ms: its median.
-        itl_p99_ms: its 99th percentile.
+        itl_p99_ms: its 99th percentile; None of fewer than 20 times.
         tpot_ms: communication and waiting per decode step.
         tokens_per_s: in decode steps.
         kv_bytes: keys and values each rank holds, in rank order.
@@ -58,7 +59,7 @@ class DecodeMetrics:
     ttft_ms: float
     itl_ms: float
     itl_p50_ms: float
-    itl_p99_ms: float
+    itl_p99_ms: float | None
     tpot_ms: float
     tokens_per_s: float
     kv_bytes: list[int]
@@ -129,14 +130,14 @@ def read(folder: Path) -> DecodeMetrics:
     latencies = [b - a for part in times for a, b in pairwise(part)]
     batch = ranks[0]["batch"]
     decode_s = max(part[-1] for part in times) - max(part[0] for part in times)
-    percentiles = statistics.quantiles(latencies, n=100, method="inclusive")
+    longest = p99(latencies)
     return DecodeMetrics(
         batch=batch,
         decode_steps=steps,
         ttft_ms=statistics.mean(part[0] for part in times) * 1e3,
         itl_ms=statistics.mean(latencies) * 1e3,
-        itl_p50_ms=percentiles[49] * 1e3,
-        itl_p99_ms=percentiles[98] * 1e3,
+        itl_p50_ms=statistics.median(latencies) * 1e3,
+        itl_p99_ms=None if longest is None else longest * 1e3,
         tpot_ms=statistics.mean(rank["communication_s"] for rank in ranks) / steps * 1e3,
         tokens_per_s=batch * steps / decode_s,
         kv_bytes=[rank["kv_bytes"] for rank in ranks],

@@ -12,13 +12,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 from megatron_helix.basics import files, signals
 from megatron_helix.launching.failures import RankFailed, RunFailed, RunTimeoutError
+from megatron_helix.launching.last_words import LastWords
 
 GRACE_S = 5.0  # between asking ranks that have lost a peer, or their time, to end and killing them
 SETTLE_S = 5.0  # at most, between the first failure that is seen and naming its cause
@@ -70,8 +71,10 @@ def run(
         RunTimeoutError: when the ranks outlast ``timeout_s``.
     """
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
-    with forked(ranks, deadline) as (started, store):
-        _watch(ranks, started, store, deadline, poll)
+    with contextlib.closing(LastWords()) as words:
+        telling = replace(ranks, target=words.of(ranks.target))
+        with forked(telling, deadline) as (started, store):
+            _watch(ranks, started, store, deadline, poll, words.heard)
 
 
 @contextlib.contextmanager
@@ -144,7 +147,12 @@ def _require_store(store: Any, address: str) -> None:
 
 
 def _watch(
-    ranks: Ranks, processes: list[Any], store: Any, deadline: float | None, poll: Any
+    ranks: Ranks,
+    processes: list[Any],
+    store: Any,
+    deadline: float | None,
+    poll: Any,
+    heard: Callable[[], dict[int, str]] = dict,
 ) -> None:
     left = dict(enumerate(processes))
     while left:
@@ -158,8 +166,15 @@ def _watch(
         failed = _failed(left)
         if failed:
             failed = _settled(left)
-            rank = min(failed, key=lambda rank: (failed[rank] > 0, rank))  # a signal is a cause
-            raise RankFailed(rank, ranks.world_size, failed[rank], ranks.log(rank))
+            said = heard()
+            told = list(said)
+            # A signal is a cause, and so is what failed before others had lost a peer.
+            rank = min(
+                failed,
+                key=lambda rank: (failed[rank] > 0, told.index(rank) if rank in told else -1, rank),
+            )
+            of_rank = said.get(rank, "")
+            raise RankFailed(rank, ranks.world_size, failed[rank], ranks.log(rank), of_rank)
         # Only what ended well: a rank may have failed since, and is to be seen next time.
         left = {rank: process for rank, process in left.items() if process.exitcode != 0}
         if left and deadline is not None and time.monotonic() >= deadline:

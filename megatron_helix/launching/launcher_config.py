@@ -10,8 +10,11 @@ from megatron_helix.run_config.files import Config
 class LauncherConfig(Config):
     """What starts the ranks.
 
-    ``fork`` forks them on this machine's CPUs, ``torchrun`` starts them on this machine, ``slurm``
-    starts one torchrun on each node of an allocation, which share the folder of the results.
+    Attributes:
+        kind: ``fork`` forks them on this machine's CPUs, ``torchrun`` starts them on this machine,
+            ``slurm`` starts one torchrun on each node of an allocation, which share the folder of
+            the results.
+        nodes: machines; several under Slurm only.
     """
 
     kind: Literal["fork", "torchrun", "slurm"] = "fork"

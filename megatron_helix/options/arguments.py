@@ -48,6 +48,7 @@ _SWITCHES = (
     *("use-megatron-fsdp", "use-torch-fsdp2", "add-qkv-bias", "disable-bias-linear"),
     *("apply-layernorm-1p", "quick-geglu"),
 )
+_NEVER = str(10**9)  # steps
 _FOLDERS = ("load", "non-persistent-global-ckpt-dir", "pretrained-checkpoint")
 
 # What a CPU needs of Megatron. Each line is appended unless the user said something about its flag.
@@ -126,7 +127,7 @@ def complete(argv: Sequence[str], world_size: int) -> list[str]:
     if not wants_helix(args) or args.helix_m == 1:  # else the table of features refuses them
         require_rival(args, on_cpu)
     own = [*(_cpu_flags(argv) if on_cpu else ()), *_logger_flags(argv), *_mask_flags(args, argv)]
-    return [*argv, *own, *implied]
+    return [*argv, *own, *_eval_flags(argv), *implied]
 
 
 def _read(argv: Sequence[str]) -> argparse.Namespace:
@@ -225,6 +226,11 @@ def _mask_flags(args: argparse.Namespace, argv: Sequence[str]) -> list[str]:
     own = args.helix_core_attention not in ("spec", "auto")
     needless = args.sft or (own and not args.reset_attention_mask)
     return [flag] if needless and not _given(flag, argv) else []
+
+
+def _eval_flags(argv: Sequence[str]) -> list[str]:
+    """Never, in a number: Megatron (0.19) means never where none is given, and divides by it."""
+    return [] if _given("--eval-interval", argv) else ["--eval-interval", _NEVER]
 
 
 def _given(flag: str, argv: Sequence[str]) -> bool:

@@ -224,7 +224,7 @@ def require_loadable(args: argparse.Namespace, *, where: str = "under --helix-m 
         folder = folder or (args.load and Path(args.load, "non_persistent"))
         loaded.append(("--non-persistent-ckpt-type", folder, None))
     for flag, folder, step in loaded:
-        checkpoint = folder and _checkpoint(Path(folder), step)
+        checkpoint = folder and newest_checkpoint(Path(folder), step)
         if not checkpoint or not checkpoint.is_dir():
             continue  # nothing to load: Megatron's to judge
         if not (checkpoint / "metadata.json").exists():
@@ -237,7 +237,7 @@ def require_loadable(args: argparse.Namespace, *, where: str = "under --helix-m 
             _require_canonical_optimizer(flag, checkpoint, where)
 
 
-def _checkpoint(folder: Path, step: int | None) -> Path | None:
+def newest_checkpoint(folder: Path, step: int | None) -> Path | None:
     """The checkpoint in ``folder`` that Megatron would load, if it says so."""
     if step:
         return folder / f"iter_{step:07d}"

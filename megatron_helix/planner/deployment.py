@@ -84,6 +84,8 @@ class Deployment:
         phase: one of :data:`PHASES`.
         precision: of weights and activations; fp16 scales its loss.
         machine: by which ``auto`` compares plans; None compares what they send, as on CPUs.
+        padded_vocabulary: rows of the embedding, as ``--padded-vocab-size`` says them; None: what
+            Megatron pads the model's vocabulary to.
 
     Raises:
         UserError: from :meth:`check`.
@@ -96,6 +98,7 @@ class Deployment:
     phase: str = "train"
     precision: Precision = "fp16"
     machine: Hardware | None = None
+    padded_vocabulary: int | None = None
 
     def check(self) -> "Deployment":
         """This deployment, if it can run.
@@ -272,9 +275,8 @@ class Deployment:
 
     @cached_property
     def vocabulary(self) -> int:
-        """Rows of the embedding, padded as Megatron pads them."""
-        unit = VOCAB_MULTIPLE * self.tp
-        return -(-self.model.vocab_size // unit) * unit
+        """Rows of the embedding, with those that pad it."""
+        return self.padded_vocabulary or padded_rows(self.model.vocab_size, self.tp)
 
     @cached_property
     def block(self) -> BlockShape:
@@ -346,6 +348,12 @@ class Deployment:
             return first + last
         # Word ids and labels come in order; learned positions are added to whole sequences.
         return int(first and self.model.position_embedding_type == "learned_absolute")
+
+
+def padded_rows(vocabulary: int, ranks: int) -> int:
+    """Rows of an embedding for so many tokens that ``ranks`` share, as Megatron pads them."""
+    unit = VOCAB_MULTIPLE * ranks
+    return -(-vocabulary // unit) * unit
 
 
 def layout_of(model: ModelConfig, m: int, n: int) -> HelixLayout:

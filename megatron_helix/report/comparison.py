@@ -1,6 +1,7 @@
 """Two finished experiments side by side, if they are of the same models, data and batch."""
 
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from rich import box
@@ -8,9 +9,13 @@ from rich.table import Table
 
 from megatron_helix.basics.errors import UserError
 from megatron_helix.experiment.results import Result, change, read, significant
+from megatron_helix.run_config.files import Config
 
 # What must be equal for the figures of two experiments to be of the same work.
 EQUAL = ("models", "batch", "decode", "steps", "learning_rate")
+
+SHOWN = 6  # keys that differ
+LONGEST = 60  # characters of a value
 
 Pair = tuple[Result, Result]
 
@@ -29,9 +34,12 @@ def pairs(first: Path, second: Path) -> list[Pair]:
     for what in EQUAL:
         one, other = getattr(a["experiment"], what), getattr(b["experiment"], what)
         if one != other:
+            differing = _differences(one, other)
+            here, there = (", ".join(said[:SHOWN]) for said in zip(*differing, strict=True))
+            more = f" (and {len(differing) - SHOWN} more)" if len(differing) > SHOWN else ""
             raise UserError(
-                f"compare: {what} must be equal, got {_shown(one)} in {first} and {_shown(other)}"
-                f" in {second}; run both with the same {what}"
+                f"compare: {what} must be equal, got {here} in {first} and {there} in"
+                f" {second}{more}; run both with the same {what}"
             )
     for folder, found in ((first, a), (second, b)):
         if not found["data"]:
@@ -107,6 +115,29 @@ def _last_loss(result: Result) -> Any:
     return next(iter(result.get("losses", ())[-1:]), None)
 
 
-def _shown(value: Any) -> str:
-    items = value if isinstance(value, list) else [value]
-    return ", ".join(str(item) for item in items)
+def _differences(one: Any, other: Any, path: str = "") -> list[tuple[str, str]]:
+    """The keys in which two values of a config differ, with what is said of either."""
+    here, there = _inside(one), _inside(other)
+    if not (here and there):
+        return [(_said(path, one), _said(path, other))]
+    found = []
+    for key in {**here, **there}:
+        below = f"{path}.{key}" if path else key
+        if not (key in here and key in there):
+            found.append((below, f"no {below}") if key in here else (f"no {below}", below))
+        elif here[key] != there[key]:
+            found += _differences(here[key], there[key], below)
+    return found
+
+
+def _inside(value: Any) -> dict[str, Any]:
+    """What a mapping, or a list of named ones, holds by key or name; nothing, of other values."""
+    if isinstance(value, Config):
+        return {key: getattr(value, key) for key in type(value).model_fields}
+    if isinstance(value, list):
+        return {item.name: item for item in value}
+    return {}
+
+
+def _said(path: str, value: Any) -> str:
+    return shorten(f"{path} {value}", LONGEST, placeholder="...")

@@ -32,7 +32,7 @@ def tables(experiment: ExperimentConfig, results: Sequence[Result]) -> list[Page
     loops = trained(results)
     return [
         _layout_table(experiment),
-        *([_exactness_table(experiment, loops), _held_table(loops)] if loops else []),
+        *([_exactness_table(experiment, loops), _held_table(experiment, loops)] if loops else []),
         *([_sample_table(loops)] if any(result.get("samples") for result in loops) else []),
         *([_outlook_table(experiment.outlook, experiment)] if experiment.outlook else []),
     ]
@@ -157,7 +157,7 @@ def _exactness_table(experiment: ExperimentConfig, results: Sequence[Result]) ->
     }
 
 
-def _held_table(results: Sequence[Result]) -> Page:
+def _held_table(experiment: ExperimentConfig, results: Sequence[Result]) -> Page:
     """Weights of a rank, and what it sends by axis."""
     sent = [by_axis(result) for result in results]
     axes = [axis for axis in AXES_SHOWN if any(axis in one for one in sent)]
@@ -173,10 +173,37 @@ def _held_table(results: Sequence[Result]) -> Page:
     return {
         "title": "What a rank holds and sends",
         "note": "Counted, MB. Weights: of the rank with most. Sent: in a step, mean over ranks, and"
-        " by the axis of the collective; by kind, beside the prediction, further down.",
+        " by the axis of the collective; by kind, beside the prediction, further down."
+        + "".join(f" {said}" for said in experts_held(experiment)),
         "heads": ["run", "weights held", "sent", *(f"sent, {axis}" for axis in axes)],
         "rows": rows,
     }
+
+
+def experts_held(experiment: ExperimentConfig) -> list[str]:
+    """Why a rank holds and sends what it does, where experts are held more often than the rest."""
+    said = []
+    for model in experiment.models:
+        heres = [
+            expectation.deployment(
+                experiment,
+                Run(model=model, layout=layout, phase="train", precision=experiment.precision),
+            )
+            for layout in experiment.layouts
+        ]
+        for here in heres if model.num_experts else ():
+            if here.expert_replicas <= here.replicas:
+                continue
+            layout, first = here.layout, heres[0]
+            share = f"EP={layout.ep}" + (f" x ETP={layout.etp}" if layout.etp > 1 else "")
+            other = f" ({first.layout.name}: of {first.layers})"
+            said.append(
+                f"{model.name}, {layout.name}: {share} on {here.world_size // layout.pp} ranks a"
+                f" stage, so that every expert is held {here.expert_replicas} times and its"
+                " gradients are summed over the axis data; a rank has experts of"
+                f" {here.layers} layers{other if first.layers != here.layers else ''}."
+            )
+    return said
 
 
 def _outlook_table(asked: OutlookConfig, experiment: ExperimentConfig) -> Page:

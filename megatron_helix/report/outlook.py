@@ -40,7 +40,9 @@ def rows(experiment: ExperimentConfig) -> list[Row]:
                 continue
             whole = machine.scaled(other.world_size)
             planned = expectation.deployment(other, run)
-            here = replace(planned, phase=run.phase, machine=whole).check()
+            # Of the model as it is: what is trained here reads bytes.
+            own = {"phase": run.phase, "machine": whole, "padded_vocabulary": None}
+            here = replace(planned, **own).check()
             figures = predict(here, whole)
             fused = whole.fused_attention_max_channels
             claim = claims.get((run.model.name, run.layout.name, run.phase))

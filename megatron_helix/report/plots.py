@@ -4,19 +4,19 @@ import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
+from megatron_helix.experiment.config import ExperimentConfig
 from megatron_helix.experiment.metrics import PARTS
 from megatron_helix.experiment.results import AXES_SHOWN, by_axis, decoded, significant, trained
-from megatron_helix.report import outlook
+from megatron_helix.report import load_map, outlook
 
-_COLOURS = ("#0072b2", "#e69f00", "#56b4e9", "#999999", "#009e73", "#cc79a7", "#d55e00", "#f0e442")
+_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#999999", "#f0e442")
 _WIDTH = 8.0
 _DPI = 130
 _HATCHES = ("", "///", "...", "xx")  # where there is no colour in print
-_READABLE = 8  # figures in a row of a heat map that stand apart
-_DARK = 0.45  # luminance of a tile on which white is read better than black
+_DASH = 7.0  # points of a curve before the next one's turn, where they lie on each other
 
 
 class Picture(NamedTuple):
@@ -38,6 +38,7 @@ def draw(found: dict[str, Any], folder: Path) -> list[Picture]:
     logging.getLogger("matplotlib").setLevel(logging.WARNING)  # its cache of fonts is no news
     folder.mkdir(parents=True, exist_ok=True)
     results, checks = found["results"], found["verification"]
+    where = _where(found["experiment"])
     drawn: list[Picture] = []
 
     def add(title: str, name: str, figure: Figure, *, is_timed: bool) -> None:
@@ -49,7 +50,7 @@ def draw(found: dict[str, Any], folder: Path) -> list[Picture]:
         title = "Bytes that a rank sends in a step, counted"
         add(title, "bytes.png", _sent(loops), is_timed=False)
     if rows := outlook.claimed(outlook.rows(found["experiment"])):
-        title = "The same layouts on GPUs: predicted, and claimed by others"
+        title = "TPS and TPOT on GPUs, predicted and claimed"
         add(title, "outlook.png", _outlook(rows), is_timed=False)
     if loops:
         of = "loss on answers" if found["experiment"].sft else "loss"
@@ -61,15 +62,23 @@ def draw(found: dict[str, Any], folder: Path) -> list[Picture]:
     ]
     if helix:
         title = "Load of every rank, over the mean"
-        add(title, "load.png", _load(helix), is_timed=False)
-    add("TPS and TPOT, measured", "tps_tpot.png", _bars(results), is_timed=True)
+        add(title, "load.png", load_map.draw(helix, _WIDTH), is_timed=False)
+    add("TPS and TPOT, measured", "tps_tpot.png", _bars(results, where), is_timed=True)
     if loops:
-        title = "Where a step's time goes, measured"
-        add(title, "breakdown.png", _breakdown(loops), is_timed=True)
+        title = "Parts of a step's time, measured"
+        add(title, "breakdown.png", _breakdown(loops, where), is_timed=True)
     if requests:
         title = "Time to the first token and between tokens, measured"
-        add(title, "decode.png", _latencies(requests), is_timed=True)
+        add(title, "decode.png", _latencies(requests, where), is_timed=True)
     return drawn
+
+
+def _where(experiment: ExperimentConfig) -> str:
+    """What clocks were read on, and what that is worth."""
+    ranks = f"{experiment.world_size} {experiment.device.upper()} ranks"
+    if experiment.device == "cpu":
+        return f"{ranks} that share one machine's cores: these times say nothing about GPUs"
+    return ranks
 
 
 def _label(result: dict[str, Any]) -> str:
@@ -87,11 +96,13 @@ def _figure(rows: int, columns: int, height: float) -> tuple[Figure, Any]:
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _bars(results: list[dict[str, Any]]) -> Figure:
+def _bars(results: list[dict[str, Any]], where: str) -> Figure:
     """A row of panels for each phase, whose figures are of different sizes."""
     phases = list(dict.fromkeys(result["phase"] for result in results))
     by_phase = [[one for one in results if one["phase"] == phase] for phase in phases]
-    figure = Figure(figsize=(_WIDTH, 0.55 * len(results) + 0.9 * len(phases)), layout="constrained")
+    height = 0.55 * len(results) + 0.9 * len(phases) + 0.7  # of the title and the legend
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    figure.suptitle(where, fontsize=9)
     heights = [len(own) + 1 for own in by_phase]
     grid = figure.subplots(len(phases), 2, squeeze=False, height_ratios=heights)
     for (tps, tpot), own in zip(grid, by_phase, strict=True):
@@ -113,11 +124,18 @@ def _bars(results: list[dict[str, Any]]) -> Figure:
             axes.set_xlabel(unit)
             axes.spines[["top", "right"]].set_visible(False)
         tpot.set_yticklabels([])
+    looks = dict(zip([result["layout"] for result in results], _colours(results), strict=True))
+    handles = [
+        Patch(facecolor=colour, edgecolor="black", lw=0.5, label=name)
+        for name, colour in looks.items()
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure
 
 
-def _breakdown(results: list[dict[str, Any]]) -> Figure:
-    figure, ((axes,),) = _figure(1, 1, 0.55 * len(results) + 1.6)
+def _breakdown(results: list[dict[str, Any]], where: str) -> Figure:
+    figure, ((axes,),) = _figure(1, 1, 0.55 * len(results) + 2.0)
+    axes.set_title(where, fontsize=9)
     left = [0.0] * len(results)
     for part, colour, hatch in zip(PARTS, _COLOURS, _HATCHES, strict=False):
         values = [result["breakdown_ms"][part] for result in results]
@@ -137,7 +155,7 @@ def _breakdown(results: list[dict[str, Any]]) -> Figure:
     axes.invert_yaxis()
     axes.set_xlim(0, 1.02 * max(left, default=1.0))
     axes.xaxis.set_major_formatter("{x:,.12g}")
-    axes.set_xlabel("ms of a step, mean over ranks and steps")
+    axes.set_xlabel("ms of a step, mean over ranks, median over steps")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=len(PARTS), frameon=False, fontsize=9)
     return figure
@@ -226,25 +244,27 @@ def _losses(results: list[dict[str, Any]], of: str) -> Figure:
         own = [result for result in results if (result["model"], result["phase"]) == case]
         for place, (result, colour) in enumerate(zip(own, _colours(own), strict=True)):
             steps = range(1, len(result["losses"]) + 1)
-            # The first curve is broad, so that it is seen under one that lies on it.
-            width, style = (5, "-") if place == 0 else (1.5, "--")
-            alpha = 0.5 if place == 0 else 1.0
-            label = result["layout"]
-            axes.plot(
-                steps, result["losses"], style, lw=width, color=colour, label=label, alpha=alpha
-            )
+            # Exact layouts lie on each other: the first is broad, and seen under the others, which
+            # take turns in dashes.
+            look: dict[str, Any] = {"lw": 6, "color": "#bbbbbb"}
+            if place > 0:
+                gap = _DASH * max(1, len(own) - 2)
+                dashes = (_DASH * (place - 1), (_DASH, gap))
+                look = {"lw": 1.8, "color": colour, "linestyle": dashes}
+            axes.plot(steps, result["losses"], label=result["layout"], **look)
         axes.set_title(" ".join(case), fontsize=10)
         axes.set_xlabel("step")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, handlelength=4)
     panels[0].set_ylabel(of)
     return figure
 
 
-def _latencies(results: list[dict[str, Any]]) -> Figure:
+def _latencies(results: list[dict[str, Any]], where: str) -> Figure:
     """Time to first token, and inter-token latency with its median and 99th percentile marked."""
-    figure, ((first, between),) = _figure(1, 2, 0.55 * len(results) + 1.6)
+    figure, ((first, between),) = _figure(1, 2, 0.55 * len(results) + 2.0)
+    figure.suptitle(where, fontsize=9)
     places = range(len(results))
     for axes, key, unit in (
         (first, "ttft_ms", "time to first token (ms)"),
@@ -257,43 +277,10 @@ def _latencies(results: list[dict[str, Any]]) -> Figure:
         axes.set_xlabel(unit)
         axes.spines[["top", "right"]].set_visible(False)
     for key, mark, name in (("itl_p50_ms", "|", "p50"), ("itl_p99_ms", "x", "p99")):
-        values = [result[key] for result in results]
-        between.plot(values, places, mark, color="black", markersize=9, label=name)
+        known = [(result[key], place) for result, place in zip(results, places, strict=True)]
+        known = [point for point in known if point[0] is not None]
+        if known:
+            between.plot(*zip(*known, strict=True), mark, color="black", markersize=9, label=name)
     between.set_yticklabels([])
-    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return figure
-
-
-def _load(helix: list[tuple[dict[str, Any], dict[str, Any]]]) -> Figure:
-    """A row for each run, a panel for each load: m columns, n rows, mean over replicas."""
-    kinds = list(helix[0][0]["ratios"])
-    figure, grid = _figure(len(helix), len(kinds), 2.1 * len(helix) + 0.5)
-    shown = Normalize(0.5, 1.5)
-    image: Any = None
-    for panels, (check, cut) in zip(grid, helix, strict=True):
-        for axes, kind in zip(panels, kinds, strict=True):
-            tiles = _tiles(check["loads"][kind], cut)
-            image = axes.imshow(tiles, cmap="PuOr", norm=shown, aspect="auto")
-            for i, row in enumerate(tiles if cut["m"] <= _READABLE else []):
-                for j, value in enumerate(row):
-                    red, green, blue, _ = image.cmap(shown(value))
-                    dark = 0.2126 * red + 0.7152 * green + 0.0722 * blue < _DARK
-                    ink = "white" if dark else "black"
-                    axes.text(j, i, f"{value:.2f}", color=ink, ha="center", va="center", size=7)
-            axes.set_xticks(range(cut["m"]))
-            axes.set_yticks(range(cut["n"]))
-            axes.tick_params(labelsize=7, length=0)
-            axes.set_title(kind, fontsize=9)
-        panels[0].set_ylabel(f"{check['run']}\nhead group", fontsize=8)
-        panels[0].set_xlabel("segment", fontsize=8)
-    figure.colorbar(image, ax=grid, label="load / mean", shrink=0.8, aspect=10 * len(helix))
-    return figure
-
-
-def _tiles(values: list[float], cut: dict[str, Any]) -> list[list[float]]:
-    """``values`` of all ranks as ``[n, m]``, over their mean."""
-    sums = [[0.0] * cut["m"] for _ in range(cut["n"])]
-    for place, value in zip(cut["ranks"], values, strict=True):
-        sums[place["head_group"]][place["segment"]] += value or 0.0
-    mean = sum(map(sum, sums)) / (cut["m"] * cut["n"]) or 1.0
-    return [[value / mean for value in row] for row in sums]

@@ -55,7 +55,8 @@ def _content(found: dict[str, Any], pictures: list[plots.Picture], out: Path) ->
         "experiment": experiment,
         "device": f"{experiment.world_size} {experiment.device} ranks",
         "commits": sorted({result["commit"] for result in results}),
-        "configuration": f"experiment.json ({digest(experiment.model_dump(mode='json'))})",
+        "configuration": "all of the experiment file as it was read, in experiment.json"
+        f" ({digest(experiment.model_dump(mode='json'))})",
         "verdict": verdict(experiment, results, found["verification"]),
         "cpu_note": CPU_NOTE if on_cpu else "",
         "wrong": wrong,

@@ -12,11 +12,13 @@ from megatron_helix.experiment.results import (
     by_axis,
     change,
     decoded,
+    if_known,
     largest_difference,
     significant,
     trained,
 )
 from megatron_helix.report import outlook, prediction
+from megatron_helix.report.counted import experts_held
 
 _SHOWN = 0.01  # of what is sent; axes with less stand in the report
 
@@ -33,7 +35,7 @@ def tables(experiment: ExperimentConfig, results: Sequence[Result]) -> list[Tabl
     """
     phases = dict.fromkeys(result["phase"] for result in trained(results))
     loops = [[one for one in results if one["phase"] == phase] for phase in phases]
-    counted = [_counted(own) for own in loops]
+    counted = [_counted(experiment, own) for own in loops]
     times = [_times(own) for own in loops]
     times += [_decoded(decoded(results))] if decoded(results) else []
     with_prediction = [result for result in results if result["predicted"]]
@@ -42,13 +44,15 @@ def tables(experiment: ExperimentConfig, results: Sequence[Result]) -> list[Tabl
     return [*counted, *_outlook(experiment), *times] if on_cpu else [*times, *counted]
 
 
-def _counted(results: list[Result]) -> Table:
+def _counted(experiment: ExperimentConfig, results: list[Result]) -> Table:
     """One line a run: how far it leaves the baseline, what a rank sends and holds."""
     first = results[0]
+    notes = experts_held(experiment) if first["phase"] == "train" else []
     made = Table(
         title=f"{first['phase']}: exact or not (compared), held and sent by a rank (counted)",
         caption="Differs: from the first layout, relative, largest of all steps. Held and sent: MB;"
-        " sent in a step, mean over ranks, over the axes of the layout.",
+        " sent in a step, mean over ranks, over the axes of the layout."
+        + "".join(f" {said}" for said in notes),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
     )
@@ -164,7 +168,7 @@ def _decoded(results: list[Result]) -> Table:
         made.add_row(
             f"  {result['layout']}",
             *(
-                significant(result[key])
+                if_known(result[key])
                 for key in (
                     "tokens_per_s",
                     "ttft_ms",

@@ -15,9 +15,11 @@ from megatron_helix.experiment.results import (
     baseline_of,
     change,
     decoded,
+    if_known,
     significant,
     trained,
 )
+from megatron_helix.recording.percentiles import FEWEST
 from megatron_helix.report import prediction
 
 Page = dict[str, Any]
@@ -96,8 +98,8 @@ def _time_table(results: Sequence[Result]) -> Page:
     return {
         "title": "Where a step's time goes",
         "note": "Measured, ms. Step: slowest rank, median (shortest to longest) of the steps after"
-        " the first. Parts: means over ranks and steps. Hidden: communication beside which the"
-        " rank computes, in no other column; of one step, by the profiler.",
+        " the first. Parts: means over ranks, medians over steps. Hidden: communication beside"
+        " which the rank computes, in no other column; of one step, by the profiler.",
         "heads": ["run", "step", *(part.replace("_", " ") for part in PARTS), "hidden"],
         "rows": rows,
     }
@@ -115,7 +117,7 @@ def _rate_table(results: Sequence[Result]) -> Page:
                 result["name"],
                 f"{result['tokens_per_s']:,.0f} ({slow:,.0f} to {fast:,.0f})",
                 *(
-                    significant(result[key])
+                    if_known(result[key])
                     for key in ("tpot_mean_ms", "tpot_ms", "tpot_p99_ms", "tpot_slowest_rank_ms")
                 ),
                 f"{result['tokens_per_s'] / result['world_size']:,.0f}",
@@ -133,8 +135,8 @@ def _rate_table(results: Sequence[Result]) -> Page:
     return {
         "title": "Rates and memory",
         "note": "Measured. TPS: median over steps (slowest to fastest). TPOT: over steps; of the"
-        " slowest rank, the median. TFLOP/s and MFU: by the formula below. Peak memory: of the"
-        f" rank with most, {memory}.",
+        f" slowest rank, the median; p99: of {FEWEST} steps or more. TFLOP/s and MFU: by the"
+        f" formula below. Peak memory: of the rank with most, {memory}.",
         "heads": [
             *("run", "TPS", "TPOT ms, mean", "TPOT ms, p50", "TPOT ms, p99"),
             *("TPOT ms, slowest rank", "tokens/s/device", "TFLOP/s/device", "MFU"),
@@ -151,7 +153,7 @@ def _decode_table(experiment: ExperimentConfig, results: Sequence[Result]) -> Pa
             result["name"],
             f"{result['tokens_per_s']:,.0f}",
             f"{result['ttft_ms']:,.1f}",
-            f"{result['itl_ms']:,.1f} / {result['itl_p50_ms']:,.1f} / {result['itl_p99_ms']:,.1f}",
+            " / ".join(if_known(result[key], 1) for key in ("itl_ms", "itl_p50_ms", "itl_p99_ms")),
             significant(result["tpot_ms"]),
             f"{max(result['kv_bytes']) / 1024:,.1f}",
             f"{sum(result['sent_bytes'].values()) / 1024:,.1f}",
@@ -165,7 +167,8 @@ def _decode_table(experiment: ExperimentConfig, results: Sequence[Result]) -> Pa
         "note": f"Measured: {request.sequences} sequences, prompts of {request.prompt_length}"
         f" tokens, {request.output_length} new tokens of each, the first one by the prefill. TTFT:"
         " from the start of the prefill to a sequence's first new token, mean over sequences."
-        " Inter-token latency: between two tokens of a sequence. KV cache: of the rank with most.",
+        f" Inter-token latency: between two tokens of a sequence; p99: of {FEWEST} or more. KV"
+        " cache: of the rank with most.",
         "heads": [
             *("run", "TPS", "TTFT ms", "inter-token latency ms, mean / p50 / p99", "TPOT ms"),
             *("KV cache, KiB a rank", "sent in a decode step, KiB a rank"),

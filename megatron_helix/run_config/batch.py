@@ -15,9 +15,11 @@ class BatchConfig(Config):
     """Tokens of one step.
 
     Attributes:
+        sequences: of a step, of all data-parallel ranks together.
+        sequence_length: tokens of each.
         documents: lengths of those that are packed into the sequences, as many times over as it
-            takes, cut at the sequence's length; in a file also as :func:`document_lengths` has
-            them. None: a sequence is one document.
+            takes, cut at the sequence's length; in a file also the path of a file of numbers, or
+            ``lognormal:MEDIAN:SIGMA``. Without them a sequence is one document.
     """
 
     sequences: PositiveInt

@@ -18,12 +18,28 @@ class LayoutConfig(Config):
     :mod:`megatron_helix.options.environment`.
 
     Attributes:
+        name: of the layout; it names folders.
+        tp: tensor-parallel ranks of a stock layout, instead of ``m`` and ``n``.
+        m: segments that every head's dimension is cut into; m x n ranks share a layer.
+        n: head groups that the heads are cut into.
+        exchange: what moves over the dim axis: ``activations``, ``weights`` or ``scores``; without
+            it ``auto``, what is predicted to cost least.
+        split: which tokens a rank attends for, by ``batch`` or by ``sequence``; without it
+            ``auto``.
+        gather: how often the exchange ``weights`` gathers a weight: every ``microbatch`` without
+            it, ``once`` a step, or once a ``step`` with the gradients.
         core_attention: another than the layer spec's, in a stock layout too.
+        distributed_optimizer: whether data-parallel ranks share out the optimizer's states.
         fsdp: fully sharded data parallelism, Megatron's own (strategy ``optim_grads_params``) or
             torch's: a data-parallel rank keeps its part of weights, gradients and optimizer states,
             and gathers a layer's weights for use.
         gtp: of these ranks each keeps 1/gtp of every weight and gathers it for use (Megatron's
             generalized tensor parallelism, ``--tensor-parallel-num-weight-shards``, over tp).
+        pp: stages of the pipeline.
+        ep: ranks that share out the experts of an MoE model.
+        etp: ranks that share each of its experts.
+        cp: ranks that share out the tokens of a sequence.
+        micro_batch: sequences of a micro-batch, of one replica.
         cp_comm_type: how context-parallel ranks come by keys and values: p2p passes them round a
             ring, a2a trades tokens for heads, all_gather gathers them. Without it TransformerEngine
             takes p2p.

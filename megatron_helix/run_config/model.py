@@ -16,7 +16,7 @@ class ModelConfig(Config):
         name: of the model.
         add_bias_linear: whether linears have biases; Megatron's flag is ``--disable-bias-linear``.
         vocab_size: what the planner counts with; experiments tokenise bytes, 256 of them.
-        max_position_embeddings: the longest sequence; None leaves it to the run.
+        max_position_embeddings: the longest sequence; without it that of the run.
         departures: what Megatron's flags have no word for, and what stands in its place.
     """
 

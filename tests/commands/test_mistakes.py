@@ -77,6 +77,12 @@ PLAN = (
     *("--hardware", str(CONFIGS / "hardware" / "h100_2x8_ib.yaml")),
 )
 CPU_FLAGS = ("--num-layers", "2", "--hidden-size", "64", "--num-attention-heads", "4")
+TINY = (
+    *("--num-layers", "2", "--hidden-size", "64", "--num-attention-heads", "4"),
+    *("--seq-length", "32", "--max-position-embeddings", "32", "--micro-batch-size", "1"),
+    *("--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "256"),
+    *("--lr", "1e-3", "--train-iters", "1", "--eval-iters", "0"),
+)
 
 MISTAKES = [
     ("run missing.yaml --out out", "missing.yaml: cannot be read: No such file"),
@@ -87,6 +93,9 @@ MISTAKES = [
     ("run typed.yaml --out out", "tiny, layout tp2_pp2: --helix-m: invalid int value: 'x'; corr"),
     ("report missing", "missing: must hold a finished experiment, and experiment.json is missing"),
     ("compare missing missing", "missing: must hold a finished experiment"),
+    ("dag wide.yaml", "tiny, layout wide: tp (or m x n) x pp x cp: must be a positive divisor of"),
+    ("launch wide.yaml tiny wide --dry-run", "tiny, layout wide: tp (or m x n) x pp x cp: must be"),
+    ("launch wide.yaml tiny odd --dry-run", "tiny, layout odd: micro_batch x data-parallel ranks"),
     ("dag small.yaml --model tiny", "--model, --layout: say what --deployment draws, which was"),
     ("dag small.yaml --deployment --model x", "--model: must be one of tiny, got 'x'"),
     ("data missing --out out/data", "sources: must exist, and missing does not; check the path"),
@@ -111,6 +120,9 @@ MISTAKES = [
         "--num-layer: must be a flag of Megatron's or helix's, and is none; is --num-layers",
     ),
     ("generate --load . --prompt a -- --xyzzy", "--xyzzy: must be a flag of Megatron's or helix's"),
+    ("pretrain --nproc-per-node 2 -- TINY --load missing", "--load: must be a folder that Megatro"),
+    ("pretrain --nproc-per-node 2 -- TINY --save /proc/x", "--save: /proc/x must be a folder that"),
+    ("pretrain --nproc-per-node 2 -- TINY --helix-metrics file", "--helix-metrics: file must be a"),
     ("pretrain --nproc-per-node 2 --logs file", "--logs: file must be a folder that can be made"),
     (f"launch {QUICK} tiny dense", "MODEL: must be one of tiny_dense, tiny_moe, got 'tiny'"),
     (
@@ -119,6 +131,8 @@ MISTAKES = [
     ),
     (f"launch {QUICK} tiny_dense helix_4x4 --helix-m x", "--helix-m: invalid int value: 'x'"),
     (f"launch {QUICK} tiny_dense helix_4x4 --nnodes 3", "--nnodes: must be a positive divisor of"),
+    (f"launch {QUICK} tiny_dense helix_4x4 --load x", "--load: must be a folder that Megatron sav"),
+    (f"launch {QUICK} tiny_dense helix_4x4 --save file", "--save: file must be a folder that can "),
     (f"launch {QUICK} tiny_dense helix_4x4 --data x", "--data-path: x must be the prefix of a"),
     ("calibrate --device cpu --out .", "--out: must be a file to write, got the folder .; name"),
     ("calibrate --device cpu --out file/x", "--out: file must be a folder that can be made: File"),
@@ -140,6 +154,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     flags = {**DOCUMENT, "flags": ["--helix-m", "x"]}
     (tmp_path / "small.yaml").write_text(json.dumps(DOCUMENT))  # JSON is YAML
     (tmp_path / "typed.yaml").write_text(json.dumps(flags))
+    wide = [
+        {"name": "wide", "m": 4, "n": 2, "micro_batch": 1},
+        {"name": "odd", "m": 2, "n": 2, "micro_batch": 3},
+    ]
+    stretched = {**DOCUMENT, "layouts": wide, "claims": [], "outlook": None}
+    (tmp_path / "wide.yaml").write_text(json.dumps(stretched))
     (tmp_path / "torn.yaml").write_text(json.dumps(DOCUMENT)[:-3])
     (tmp_path / "binary").write_bytes(bytes(range(128, 256)))
     (tmp_path / "text").write_text("text")
@@ -165,6 +185,9 @@ def test_a_mistake_is_one_line_and_makes_nothing(
     monkeypatch.setattr(os, "execv", lambda *words: pytest.fail("torchrun was started"))
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     words = [*PLAN, *line.split()[1:]] if line.startswith("PLAN") else line.split()
+    if "TINY" in words:
+        at = words.index("TINY")
+        words[at : at + 1] = TINY
     if line.startswith("PLAN_1"):
         words[4] = str(CONFIGS / "hardware" / "h200_2.yaml")
     before = sorted(folder.rglob("*"))

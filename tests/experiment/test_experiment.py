@@ -68,8 +68,7 @@ def test_decode_measures_what_a_client_sees_alike_for_every_layout(
     stock, helix = results.decoded(finished[1]["result_collection"])
     for result in (stock, helix):
         assert (result["batch"], result["decode_steps"]) == (4, 3)
-        assert result["itl_p50_ms"] <= result["itl_p99_ms"]
-        assert result["itl_ms"] <= result["itl_p99_ms"]
+        assert result["itl_p99_ms"] is None  # of so few times there is none
         assert min(result["ttft_ms"], result["itl_p50_ms"], result["tpot_ms"]) > 0
         # 12 positions, rounded up to 12 or 16; two layers of keys and values of 64 channels, fp32.
         held = sum(result["kv_bytes"])

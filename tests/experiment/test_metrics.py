@@ -98,6 +98,22 @@ def test_the_shortest_time_of_a_call_is_communication_and_the_rest_waiting(tmp_p
     assert parts["compute"] == pytest.approx((0.7 + 0.1) / 2 * 1e3)
 
 
+def test_a_part_is_a_median_over_steps_as_the_step_is(tmp_path: Path) -> None:
+    """One step that was held up says no more of the parts than of the whole."""
+    steps = [line(), *(line(step_s=s, communication_s=s / 2) for s in (1.0, 2.0, 90.0))]
+    found = metrics.read(write(tmp_path, steps))
+    assert found.step_ms == 2000.0
+    assert found.breakdown_ms["compute"] == 1000.0
+
+
+@pytest.mark.parametrize(("steps", "known"), [(20, False), (21, True)])
+def test_a_99th_percentile_needs_twenty_steps(tmp_path: Path, steps: int, known: bool) -> None:
+    lines = [line(communication_s=float(step)) for step in range(steps)]  # the first warms up
+    found = metrics.read(write(tmp_path, lines))
+    assert (found.tpot_p99_ms is not None) is known
+    assert not known or found.tpot_ms < (found.tpot_p99_ms or 0) < 20 * 1e3 * 8 / 256
+
+
 def test_a_profiled_step_counts_in_no_time(tmp_path: Path) -> None:
     profile = {"ledger_s": 1.0, "profiler_s": 1.0, "hidden_s": 0.5}
     steps = [line(step_s=9.0), line(step_s=2.0), line(step_s=7.0, profile=profile)]

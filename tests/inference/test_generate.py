@@ -116,7 +116,8 @@ def test_what_a_measurement_holds(checkpoint: Path, tmp_path: Path) -> None:
         measured = measure.read(folder / name)
         caches[name] = measured.kv_bytes
         assert (measured.batch, measured.decode_steps) == (2, 7)
-        assert 0 < measured.itl_p50_ms <= measured.itl_p99_ms
+        assert measured.itl_p50_ms > 0
+        assert measured.itl_p99_ms is None  # of seven times there is none
         assert min(measured.ttft_ms, measured.itl_ms, measured.tpot_ms) > 0
         assert measured.tokens_per_s > 0
         assert measured.sent_bytes["TENSOR_MODEL_PARALLEL_GROUP/all_reduce"] > 0

@@ -16,6 +16,7 @@ import pytest
 import torch.distributed as dist
 from rich.console import Console
 
+from megatron_helix.basics import errors
 from megatron_helix.experiment import progress
 from megatron_helix.fuzz import report
 from megatron_helix.launching import failures, fork_ranks
@@ -191,17 +192,32 @@ def test_a_rank_that_fails_while_it_is_looked_at_is_not_lost(tmp_path: Path) -> 
         fork_ranks._watch(watched, [Process()], store, None, None)
 
 
-def test_an_exception_in_a_rank_is_in_its_log(tmp_path: Path) -> None:
+def test_an_exception_in_a_rank_is_in_its_log_and_in_the_line_that_ends_the_run(
+    tmp_path: Path,
+) -> None:
+    """Of the rank that failed first: the others have only lost a peer."""
+
     def mistake() -> None:
         raise ZeroDivisionError("the mistake of rank 1")
 
     run = in_a_collective_without_rank_1(mistake)
-    with pytest.raises(failures.RankFailed, match=r"rank \d of 3 failed \(exit code 1\)"):
+    said = r"^rank 1 of 3 failed \(exit code 1\): ZeroDivisionError: the mistake of rank 1; the "
+    with pytest.raises(failures.RankFailed, match=said):
         fork_ranks.run(ranks(run, tmp_path), timeout_s=ENDS_WITHIN_S)
     log = (tmp_path / "logs" / "rank01.log").read_text()
     assert "Traceback" in log
     assert "ZeroDivisionError: the mistake of rank 1" in log
     assert not any(is_alive(pid) for pid in pids(tmp_path))
+
+
+def test_a_mistake_that_a_rank_tells_is_in_the_line_too(tmp_path: Path) -> None:
+    def mistaken() -> None:
+        with errors.told():
+            raise errors.UserError("--flag: must be so,\n  got not so")
+
+    said = r"^rank 0 of 1 failed \(exit code 2\): UserError: --flag: must be so, got not so; the "
+    with pytest.raises(failures.RankFailed, match=said):
+        fork_ranks.run(ranks(mistaken, tmp_path, 1), timeout_s=ENDS_WITHIN_S)
 
 
 def test_ranks_that_outlast_the_timeout_are_ended(tmp_path: Path) -> None:

@@ -215,7 +215,8 @@ def test_a_checkpoint_of_other_heads_in_the_same_shapes_is_refused(
     save = ("--save", checkpoint, "--save-interval", "1")
     argv = tiny_gpt(corpus_prefix, *saving, *save, train_iters=1)
     pretrain(argv, 1)
-    argv = tiny_gpt(corpus_prefix, *LAYOUTS["helix_2x2"], *loading, "--load", checkpoint)
+    load = ("--load", checkpoint, "--override-opt-param-scheduler")
+    argv = tiny_gpt(corpus_prefix, *LAYOUTS["helix_2x2"], *loading, *load)
     message = r"num_attention_heads value from checkpoint \(4\) is not equal .*\(8\)"
     with pytest.raises(CallFailed, match=message):
         pretrain(argv, 4)

@@ -5,13 +5,19 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
-from megatron_helix.experiment import progress, results
+from megatron_helix.basics.errors import UserError
+from megatron_helix.experiment import config, progress, results, runs
+from megatron_helix.planner.traffic import step_bytes
 from megatron_helix.report import comparison, counted, outlook, report, terminal
+from megatron_helix.verification import expectation
 from tests.experiment_case import DOCUMENT, Values, experiment
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "experiments"
 
 
 def copied(source: Path, target: Path) -> None:
@@ -98,6 +104,25 @@ def test_the_outlook_predicts_the_same_layouts_beside_claims(
     assert outlook.rows(experiment(outlook=None)) == []
 
 
+def test_experts_that_are_held_more_often_than_the_rest_are_explained() -> None:
+    """What the quickstart shows of its MoE model: no pipeline, and more ranks than experts."""
+    chosen = config.load(CONFIGS / "quickstart.yaml")
+    (said,) = counted.experts_held(chosen)
+    assert said == (
+        "tiny_moe, helix_4x4: EP=8 on 16 ranks a stage, so that every expert is held 2 times and"
+        " its gradients are summed over the axis data; a rank has experts of 4 layers (tp8_pp2: of"
+        " 2)."
+    )
+    run = runs.compared(chosen)[-1]
+    assert run.name == "tiny_moe-helix_4x4"
+    here = expectation.deployment(chosen, run)
+    sent = step_bytes(here, 0)
+    of_layer = 2 * run.model.hidden_size * run.model.ffn_hidden_size * 4
+    assert sent["EXPERT_DATA_PARALLEL_GROUP", "all_reduce"] == here.layers * of_layer
+    assert here.replicas == 1
+    assert counted.experts_held(experiment()) == []
+
+
 def test_three_digits_say_what_a_figure_is() -> None:
     printed = [results.significant(value) for value in (0.0, 0.00517, 0.188, 9.876, 52.34, 39426.4)]
     assert printed == ["0", "0.00517", "0.188", "9.88", "52.3", "39,426"]
@@ -127,6 +152,8 @@ def test_the_report_stands_alone_and_separates_claims(
     assert "Verified:" in page
     assert "context switches" in page  # what times on shared cores are worth
     text = (out / "report.md").read_text()
+    headings = [line for line in text.splitlines() if line.startswith("#")]
+    assert len(set(headings)) == len(headings)
     order = (
         "Same training",
         "holds and sends",
@@ -143,7 +170,7 @@ def test_the_report_stands_alone_and_separates_claims(
     assert "| tiny | tp2_pp2 | TP=2 | - | 2 | 1 | 1 | - | 4 x 2 |" in text
     assert "| tiny | helix_2x2 | m=2, n=2 | weights, batch split | 1 | 1 | 1 | - | 4 x 2 |" in text
     assert "peak memory, MB" in text
-    assert "experiment.json (" in text
+    assert "Configuration: all of the experiment file as it was read, in experiment.json (" in text
     assert "Predicted for four slow ranks" in text
     assert "inter-token latency ms, mean / p50 / p99" in text
     assert "Claimed figures are those of another machine." in text
@@ -176,22 +203,52 @@ def test_comparing_with_itself_finds_no_change(finished: tuple[Path, Values]) ->
             assert row[figure][0] == row[figure][1]
 
 
-@pytest.mark.parametrize("what", ["models", "batch", "decode", "steps", "learning_rate"])
-def test_unequal_experiments_are_not_compared(
-    finished: tuple[Path, Values], tmp_path: Path, what: str
+TINY = DOCUMENT["models"][0]
+UNEQUAL = [
+    (
+        {"models": [{**TINY, "ffn_hidden_size": 128, "swiglu": True}]},
+        "models must be equal, got tiny.ffn_hidden_size 256, tiny.swiglu False in {0} and"
+        " tiny.ffn_hidden_size 128, tiny.swiglu True in {1}; run both with the same models",
+    ),
+    (
+        {"models": [{**TINY, "name": "other"}], "claims": [], "outlook": None},
+        "models must be equal, got tiny, no other in {0} and no tiny, other in {1}; run",
+    ),
+    (
+        {"batch": {"sequences": 16, "sequence_length": 32}},
+        "batch must be equal, got sequences 8 in",
+    ),
+    (
+        {"decode": {**DOCUMENT["decode"], "output_length": 5}},
+        "decode must be equal, got output_len",
+    ),
+    ({"steps": 5}, "steps must be equal, got 4 in {0} and 5 in {1}; run both with the same steps"),
+    ({"learning_rate": 0.5}, "learning_rate must be equal, got 0.001 in {0} and 0.5 in {1}; run"),
+]
+
+
+@pytest.mark.parametrize(("changed", "said"), UNEQUAL)
+def test_of_unequal_experiments_what_differs_is_said(
+    finished: tuple[Path, Values], tmp_path: Path, changed: dict[str, Any], said: str
 ) -> None:
-    other = {
-        "models": [{**DOCUMENT["models"][0], "ffn_hidden_size": 128}],
-        "batch": {"sequences": 16, "sequence_length": 32},
-        "decode": {**DOCUMENT["decode"], "output_length": 5},
-        "steps": 5,
-        "learning_rate": 0.5,
-    }
     out = tmp_path / "other"
     copied(finished[0], out)
-    (out / "experiment.json").write_text(experiment(**{what: other[what]}).model_dump_json())
-    with pytest.raises(ValueError, match=f"compare: {what} must be equal, got"):
+    (out / "experiment.json").write_text(experiment(**changed).model_dump_json())
+    with pytest.raises(UserError) as refused:
         comparison.pairs(finished[0], out)
+    assert str(refused.value).startswith(f"compare: {said.format(finished[0], out)}")
+
+
+def test_of_many_differences_some_are_said() -> None:
+    others = {
+        **{"num_layers": 3, "hidden_size": 65, "num_attention_heads": 5, "kv_channels": 17},
+        **{"ffn_hidden_size": 257, "num_query_groups": 5, "vocab_size": 300, "swiglu": True},
+        "departures": ["word " * 100],
+    }
+    one, other = (experiment(models=[model]).models for model in (TINY, {**TINY, **others}))
+    found = comparison._differences(one, other)
+    assert len(found) == len(others)
+    assert max(len(text) for pair in found for text in pair) <= comparison.LONGEST
 
 
 def test_unequal_or_unknown_data_are_not_compared(

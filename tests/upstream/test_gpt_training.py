@@ -43,6 +43,16 @@ def test_evaluation_micro_batches_of_their_own(corpus_prefix: Path, tmp_path: Pa
         assert found[name] == pytest.approx(found["one rank"], rel=1e-5)
 
 
+def test_without_an_interval_training_is_not_evaluated(corpus_prefix: Path) -> None:
+    """As Megatron documents it; 0.19 divides by what is not given."""
+    flags = tiny_gpt(corpus_prefix, train_iters=2)
+    assert flags[flags.index("--eval-interval") + 1] == "1000"
+    expected = pretrain(flags, 1)
+    at = flags.index("--eval-interval")
+    del flags[at : at + 2]
+    assert pretrain(flags, 1) == expected
+
+
 @pytest.fixture
 def tokenizer(tmp_path: Path) -> tuple[str, ...]:
     """Flags of a tokenizer of bytes with special tokens, such as those around a middle."""
