@@ -71,7 +71,8 @@ def build(sources: Sequence[Path], prefix: Path, *, pattern: str = "*") -> Summa
                 text = _text(file)
                 if text:
                     lengths.append(out.write(text.encode() + bytes([END])))
-        unfinished_index.write_bytes(_index(lengths))
+        with unfinished_index.open("wb") as out:
+            out.write(_index(lengths))
     except BaseException:
         unfinished.unlink(missing_ok=True)
         unfinished_index.unlink(missing_ok=True)
