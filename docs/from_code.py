@@ -161,11 +161,15 @@ def _text(node: ast.expr) -> str | None:
     if isinstance(node, ast.Constant):
         return str(node.value)
     if isinstance(node, ast.JoinedStr):
-        return "".join(
-            str(part.value) if isinstance(part, ast.Constant) else f"{{{ast.unparse(part.value)}}}"  # type: ignore[attr-defined]
-            for part in node.values
-        )
+        return "".join(map(_part, node.values))
     return None
+
+
+def _part(node: ast.expr) -> str:
+    """Of a formatted string: words as they are, a value as its expression."""
+    if isinstance(node, ast.FormattedValue):
+        return f"{{{ast.unparse(node.value)}}}"
+    return str(node.value) if isinstance(node, ast.Constant) else ""
 
 
 def _remedy(text: str) -> str | None:

@@ -1,12 +1,12 @@
 """The public models of configs/models, and the same as small as a test can train them."""
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from megatron_helix.run_config.files import read_config
 from megatron_helix.run_config.model import ModelConfig
+from tests.script_module import script_module
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,9 +40,4 @@ def scaled(name: str) -> ModelConfig:
 
 def page_script() -> ModuleType:
     """The script that writes docs/models.md."""
-    spec = importlib.util.spec_from_file_location("docs_models", ROOT / "docs" / "models.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script_module("docs/models.py")

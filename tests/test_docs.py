@@ -1,7 +1,6 @@
 """The documentation: it builds, its figures are current, and its commands and messages are so."""
 
 import argparse
-import importlib.util
 import os
 import re
 import shlex
@@ -22,6 +21,7 @@ from megatron_helix.experiment import config
 from megatron_helix.options import arguments
 from megatron_helix.options.flags import add_helix_arguments
 from tests.covering import THOROUGH
+from tests.script_module import script_module
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -29,12 +29,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 def load(name: str) -> ModuleType:
     """A script of docs/, which is no package."""
-    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script_module(f"docs/{name}.py")
 
 
 from_code = load("from_code")

@@ -1,7 +1,5 @@
 """scripts/planted_faults.yaml follows the code and the suite: its lines and its tests are there."""
 
-import importlib.util
-import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -12,21 +10,15 @@ from _pytest.mark import KeywordMatcher
 from _pytest.mark.expression import Expression
 
 from tests.covering import THOROUGH
+from tests.script_module import script_module
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def script() -> ModuleType:
     """The script, which is no package."""
-    path = ROOT / "scripts" / "planted_faults.py"
-    spec = importlib.util.spec_from_file_location("planted_faults", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)  # its dataclasses look there
-    spec.loader.exec_module(module)
-    return module
+    return script_module("scripts/planted_faults.py")
 
 
 def test_every_line_that_is_to_be_spoilt_is_there(script: ModuleType) -> None:

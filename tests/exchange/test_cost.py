@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from megatron_helix.exchange import traffic
-from megatron_helix.exchange.cost import layer_seconds, moves
+from megatron_helix.exchange import tokens, traffic
+from megatron_helix.exchange.cost import layer_seconds, moves, of_prefixes, summed_bytes
 from megatron_helix.exchange.plan import Plan
 from megatron_helix.exchange.strategy import Choice, explain, resolve
 from megatron_helix.exchange.traffic import BlockShape
@@ -219,3 +219,19 @@ def test_only_cards_that_are_known_are_described(monkeypatch: pytest.MonkeyPatch
     assert (here.devices, here.devices_per_node) == (16, 4)
     # Between nodes a collective goes at the pace of the link that leaves them.
     assert here.seconds("all_gather", 1e9, 1, 16, 1) > here.seconds("all_gather", 1e9, 1, 4, 1)
+
+
+@pytest.mark.parametrize(("m", "n", "sequence"), [(2, 1, 32768), (4, 2, 4096), (3, 2, 49152)])
+def test_rectangles_are_those_of_the_calls(m: int, n: int, sequence: int) -> None:
+    """Of a sequence split, long pieces cut: queries times the keys up to their end."""
+    layout = replace(LAYOUT, m=m, n=n)
+    calls = [
+        call
+        for segment in range(m)
+        for piece in tokens.pieces(layout, segment, sequence)
+        for call in tokens.in_calls(piece)
+    ]
+    pairs = sum(call.length * call.end for call in calls)
+    assert of_prefixes(layout, sequence, "spec") == pytest.approx(pairs / sequence**2)
+    each = sum(call.end for call in calls) / sequence / m
+    assert summed_bytes(layout, sequence, "spec", 2) == pytest.approx(4 + each * 10 + 6)

@@ -1,6 +1,5 @@
 """docs/experiments.md has every key of an experiment file, as the config classes have it."""
 
-import importlib.util
 import re
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +9,7 @@ import yaml
 
 from megatron_helix.experiment import config
 from megatron_helix.run_config.batch import BatchConfig
+from tests.script_module import script_module
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "experiments.md").read_text()
@@ -18,12 +18,7 @@ PAGE = (DOCS / "experiments.md").read_text()
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
     """The script that writes the tables."""
-    spec = importlib.util.spec_from_file_location("docs_experiments", DOCS / "experiments.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script_module("docs/experiments.py")
 
 
 def test_the_tables_are_current(script: ModuleType) -> None:

@@ -1,7 +1,5 @@
 """Machines and models that predictions are made for, and the steps that were measured."""
 
-import importlib.util
-import sys
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +9,7 @@ from megatron_helix.machine.hardware import Hardware
 from megatron_helix.run_config.batch import BatchConfig
 from megatron_helix.run_config.files import read_config
 from megatron_helix.run_config.model import ModelConfig
+from tests.script_module import script_module
 
 MACHINES = {
     path.stem: hardware.load(path) for path in sorted(Path("configs/hardware").glob("*.yaml"))
@@ -27,14 +26,7 @@ NARROW = DENSE.model_copy(update={"name": "narrow", "num_attention_heads": 64, "
 @cache
 def benchmark() -> ModuleType:
     """``benchmarks/predictions.py``, which reads what was measured."""
-    script = Path(__file__).parents[2] / "benchmarks" / "predictions.py"
-    spec = importlib.util.spec_from_file_location("benchmark_predictions", script)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return script_module("benchmarks/predictions.py")
 
 
 def multiplied(machine: Hardware, *path: str, factor: float) -> Hardware:

@@ -1,13 +1,13 @@
 """docs/performance.md: every figure is what the planner says now."""
 
-import importlib.util
 import json
 import re
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from tests.script_module import script_module
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "performance.md").read_text()
@@ -16,13 +16,7 @@ PAGE = (ROOT / "docs" / "performance.md").read_text()
 @pytest.fixture(scope="module")
 def performance() -> ModuleType:
     """The script that writes the figures."""
-    spec = importlib.util.spec_from_file_location("docs_performance", ROOT / "docs/performance.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return script_module("docs/performance.py")
 
 
 def test_the_figures_are_current(performance: ModuleType) -> None:
