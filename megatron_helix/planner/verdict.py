@@ -30,7 +30,7 @@ def of_memory(shown: Sequence[Prediction], memory_bytes: float) -> list[str]:
         if too_large or accuracy.may_not_fit(one, memory_bytes):
             lines.append(
                 f"{one.deployment.layout.name} {'does' if too_large else 'may'} not fit: it needs"
-                f" {one.memory.total / 1e9:.1f} GB, and a device has {memory_bytes / 1e9:.1f} GB"
+                f" {one.memory.total / 1e9:.3g} GB, and a device has {memory_bytes / 1e9:.3g} GB"
                 + ("." if too_large else f" (within {accuracy.said('memory')}).")
             )
     return lines
@@ -85,7 +85,7 @@ def _loss(best: Prediction, other: Prediction, rank_by: str) -> str:
     return {
         "tps": f"{1 - other.tokens_per_s / best.tokens_per_s:.1%} of the TPS",
         "tpot": f"{other.tpot_ms - best.tpot_ms:.3f} ms of TPOT",
-        "memory": f"{(other.memory.total - best.memory.total) / 1e9:.1f} GB a device",
+        "memory": f"{(other.memory.total - best.memory.total) / 1e9:.3g} GB a device",
     }[rank_by]
 
 
