@@ -5,6 +5,8 @@ but of what Megatron's and TransformerEngine's unfused paths compute half is abo
 thrown away. Pieces leave most of that out (:mod:`megatron_helix.kernels.query_pieces`).
 """
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -78,17 +80,15 @@ class PrefixAttention(DotProductAttention):
         sight = self._sight(attn_mask_type or self.attn_mask_type)
         if self.scale_mask_softmax.window_size is not None:
             attention_mask = None
-        pieces = query_pieces.cut(
-            runs or [(keys - query.size(0), query.size(0))],
+        cut, scores = _divided(
+            tuple(runs or [(keys - query.size(0), query.size(0))]),
             keys,
             sight,
-            least=self.least,
-            most=self.most,
+            parts.Heads(query.size(1), query.size(2), key.size(2), query.size(3)),
+            (self.least, self.most, self.scores, self.filling),
         )
-        heads = parts.Heads(query.size(1), query.size(2), key.size(2), query.size(3))
-        scores = heads.sequences * heads.heads * query_pieces.computed(pieces)
         work = piecewise.Work(
-            parts=parts.divide(pieces, heads, scores=self.scores, filling=self.filling),
+            parts=cut,
             # Megatron divides by the layer's number in the product and multiplies after it.
             scores=Scores(sight=sight, coefficient=float(self.scale_mask_softmax.scale or 1)),
             scale=self.softmax_scale,
@@ -111,6 +111,21 @@ class PrefixAttention(DotProductAttention):
             left, right = window
             return Sight(left=None if left < 0 else left, right=None if right < 0 else right)
         return masked_softmax.CAUSAL if mask_type in _CAUSAL else Sight(left=None, right=None)
+
+
+@functools.lru_cache(maxsize=64)  # a GPU waits for the first product meanwhile
+def _divided(
+    runs: tuple[tuple[int, int], ...],
+    keys: int,
+    sight: Sight,
+    heads: parts.Heads,
+    how: tuple[int, int, int, int],
+) -> tuple[Sequence[parts.Part], int]:
+    """The parts, and how many scores they have together; ``how`` are the attributes."""
+    least, most, scores, filling = how
+    pieces = query_pieces.cut(runs, keys, sight, least=least, most=most)
+    computed = heads.sequences * heads.heads * query_pieces.computed(pieces)
+    return parts.divide(pieces, heads, scores=scores, filling=filling), computed
 
 
 def _apart(value: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
