@@ -142,7 +142,8 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         work: Work = ctx.work
-        given, saved = Given(*ctx.saved_tensors[:5]), ctx.saved_tensors[5:]
+        tensors = ctx.saved_tensors
+        given, saved = Given(*tensors[:5]), tensors[5:]
         offset = given.offset
         made = Given(
             *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in given[:3]),
@@ -165,7 +166,7 @@ def _part_forward(
     context: torch.Tensor, given: _Matrices, part: Part, work: Work
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Write ``context``; the probabilities and what dropout kept, if they are saved."""
-    probabilities = _probabilities(given, part, work)
+    probabilities = _probabilities(given, _rows(given.query, part), part, work)
     weights, kept = _of_keys(probabilities, part.piece), None
     if work.rate:
         weights, kept = torch.native_dropout(weights, work.rate, True)
@@ -186,9 +187,9 @@ def _part_backward(
     """Add one part's share to the gradients ``made``; the piece that comes first writes them."""
     piece, plain = part.piece, given.all.is_plain
     first, scale = piece == work.parts[0].piece, work.scale * work.scores.coefficient
+    queries, incoming = _rows(given.query, part), _rows(grad, part)
     if probabilities is None:
-        probabilities = _probabilities(given, part, work)
-    incoming = _rows(grad, part)
+        probabilities = _probabilities(given, queries, part, work)
     of_scores = torch.empty_like(probabilities)
     of_weights, weights = (_of_keys(x, piece) for x in (of_scores, probabilities))
     if of_weights is not of_scores:
@@ -205,17 +206,16 @@ def _part_backward(
         of_offset.add_(whole[..., piece.keys].sum(dim=(0, 2), dtype=of_offset.dtype))
     if (mask := given.mask_of(part)) is not None:
         given.by_head(of_scores, part)[..., : piece.keys].masked_fill_(mask, 0)
-    _accumulate(made.key, part, of_weights, _rows(given.query, part), first=first, scale=scale)
+    _accumulate(made.key, part, of_weights, queries, first=first, scale=scale)
     _multiply_into(made.query, part, of_weights, _keys(given.key, part), scale=scale)
 
 
-def _probabilities(given: _Matrices, part: Part, work: Work) -> torch.Tensor:
-    """Of one part, ``[matrices, H/K * length, columns]``."""
+def _probabilities(given: _Matrices, queries: torch.Tensor, part: Part, work: Work) -> torch.Tensor:
+    """Of one part, ``[matrices, H/K * length, columns]``; ``queries`` are its rows."""
     piece, offset = part.piece, given.offset_of(part)
-    rows = _rows(given.query, part)
-    scores = rows.new_empty(*rows.shape[:2], masked_softmax.columns(piece.keys, offset))
+    scores = queries.new_empty(*queries.shape[:2], masked_softmax.columns(piece.keys, offset))
     keys = _keys(given.key, part).transpose(1, 2)
-    _product(_of_keys(scores, piece), rows, keys, scale=work.scale)
+    _product(_of_keys(scores, piece), queries, keys, scale=work.scale)
     masked_softmax.softmax_(
         given.by_head(scores, part), piece, work.scores, given.mask_of(part), offset
     )
