@@ -11,6 +11,7 @@ from typing import NamedTuple
 from megatron_helix.kernels.query_pieces import Piece
 
 SCORES = 2**26  # that a part has at most: 128 MiB in half precision
+KEPT = 1.5  # times queries, keys and values: what kept probabilities may take
 FILLING = 2**23  # elements of output that it has at least: 256 tiles of 128 x 256, two for each SM
 
 

@@ -29,13 +29,14 @@ class PrefixAttention(DotProductAttention):
     values are not repeated), softmax offsets and dropout; bf16, fp16, fp32 and fp64.
 
     Scores are in memory for some heads of one piece at a time. The probabilities are kept for the
-    backward pass where they take no more memory than queries, keys and values do: up to some 1.6
-    times 3 d tokens of causal attention with as many query groups as heads. Beyond, they are
-    computed again, which is a product of seven instead of six.
+    backward pass where they take at most 1.5 times the memory of queries, keys and values: up to
+    8 d tokens of causal attention with as many query groups as heads. Beyond, they are computed
+    again, which is a product of seven instead of six.
 
     Attributes:
         least, most: how queries are cut (:func:`megatron_helix.kernels.query_pieces.cut`).
         scores, filling: how heads are (:func:`megatron_helix.kernels.parts.divide`).
+        kept: times queries, keys and values: what kept probabilities may take.
     """
 
     takes_runs = True
@@ -43,6 +44,7 @@ class PrefixAttention(DotProductAttention):
     most = query_pieces.MOST
     scores = parts.SCORES
     filling = parts.FILLING
+    kept = parts.KEPT
 
     def forward(
         self,
@@ -87,13 +89,14 @@ class PrefixAttention(DotProductAttention):
             parts.Heads(query.size(1), query.size(2), key.size(2), query.size(3)),
             (self.least, self.most, self.scores, self.filling),
         )
+        elements = query.numel() + key.numel() + value.numel()
         work = piecewise.Work(
             parts=cut,
             # Megatron divides by the layer's number in the product and multiplies after it.
             scores=Scores(sight=sight, coefficient=float(self.scale_mask_softmax.scale or 1)),
             scale=self.softmax_scale,
             rate=self.attention_dropout.p if self.training else 0.0,
-            keep=torch.is_grad_enabled() and scores <= query.numel() + key.numel() + value.numel(),
+            keep=torch.is_grad_enabled() and scores <= self.kept * elements,
         )
         value = _apart(value, query, key)
         given = piecewise.Given(query, key, value, self.softmax_offset, attention_mask)
