@@ -141,8 +141,8 @@ def _unfused(here: Deployment, flops: float, share: float) -> Core:
 def _in_pieces(here: Deployment, flops: float) -> Core:
     """``prefix``: one tensor of a part's scores at a time, two where they are computed again.
 
-    Their probabilities are kept where that takes at most 1.5 times the memory of queries, keys and
-    values; else a backward pass makes them again: a product of seven instead of six, three passes over
+    Their probabilities are kept where they take at most 1.5 times what queries, keys and values do;
+    else a backward pass makes them again: a product of seven instead of six, three passes over
     memory of fifteen instead of twelve.
     """
     model, keys = here.model, here.batch.sequence_length
