@@ -29,6 +29,7 @@ def main() -> None:
     alone(port)
     flags = pretrain_gpt.prepare_rank(sys.argv[1:])
     own_words()
+    logs_as_the_last()
     gate = os.environ.get("ONE_RANK_GATE")
     while gate and not Path(gate).exists():
         time.sleep(0.05)
@@ -64,6 +65,13 @@ def own_words() -> None:
         return forward(self, input_ % self.num_embeddings_per_partition)
 
     layers.VocabParallelEmbedding.forward = within
+
+
+def logs_as_the_last() -> None:
+    """Megatron's log, which the last rank writes, is written here."""
+    from megatron.training.utils import common_utils
+
+    common_utils.is_last_rank = lambda: True
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ use in a step to the step's end. :mod:`megatron_helix.exchange.step_weight` keep
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ import torch.distributed as dist
 
 from megatron_helix.exchange import main_grad
 from megatron_helix.kernels.collectives import UnderWay, start_exchanges, start_gathers
-from megatron_helix.kernels.copies import joined, parted
+from megatron_helix.kernels.copies import joined, parted, turned
+from megatron_helix.kernels.peer_memory import PeerMemory
 
 FEW_RUNS = 2  # that many are sent one by one: a call more each, and nothing to put in order
 
@@ -118,9 +119,12 @@ class GatheredWeight:
 
     Attributes:
         keeps: whether what is gathered is kept until :meth:`forget`.
+        peers: where the dim group's ranks read each other's shards, if they do: then a gather is
+            copies, which are not a collective.
     """
 
     keeps = False
+    peers: PeerMemory | None = None
     _kept: torch.Tensor | None = None
     _coming: "_Gathering | None" = None
     _leaves: Callable[[], None] | None = None
@@ -209,10 +213,17 @@ class GatheredWeight:
         return start_exchanges(parts, self.home, early=self.early)
 
     def _start(self) -> "_Gathering":
-        runs = self.shards.runs(self._sent())
+        copied = self.peers is not None and self.peers.has(self.shard)
+        # A copy takes shards as they lie; what wants them turned turns them when they are there.
+        shards = replace(self.shards, as_they_lie=True) if copied else self.shards
+        runs = shards.runs(self._sent())
         m, first = self.dim.size(), runs[0]
         whole = first.new_empty(len(runs), m, *first.shape)
         into = [place.flatten(0, 1) for place in whole]
+        if copied:
+            assert self.peers is not None
+            works = self.peers.start_gathers(self.shard, runs, into)
+            return _Gathering(whole, works, turns=self.shards.turns)
         return _Gathering(whole, start_gathers(runs, self.dim, early=self.early, into=into))
 
     def _sent(self) -> torch.Tensor:
@@ -222,15 +233,20 @@ class GatheredWeight:
 
 @dataclass(frozen=True)
 class _Gathering:
-    """Shards under way, run by run: ``[apart, m, ...]`` once all are there."""
+    """Shards under way, run by run: ``[apart, m, ...]`` once all are there.
+
+    Attributes:
+        turns: whether the shards are to be transposed then.
+    """
 
     whole: torch.Tensor
     works: Sequence[UnderWay]
+    turns: bool = False
 
     def wait(self) -> torch.Tensor:
         for work in self.works:
             work.wait()
-        return self.whole
+        return turned(self.whole[0]).unsqueeze(0) if self.turns else self.whole
 
 
 def runs_beside_compute(shard: torch.Tensor) -> bool:

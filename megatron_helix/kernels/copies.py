@@ -19,8 +19,8 @@ def contiguous(x: torch.Tensor) -> torch.Tensor:
     """``x.contiguous()``, copied by words of 16 bytes where its innermost runs have whole ones."""
     if x.is_contiguous():
         return x
-    if x.dim() == 2 and x.t().is_contiguous() and x.device.type == "cuda":
-        return _transposed(x.t())
+    if x.dim() == 2 and x.t().is_contiguous():
+        return turned(x.t())
     if not _has_whole_words(x):
         return x.contiguous()
     return x.view(WORD).contiguous().view(x.dtype)
@@ -118,8 +118,10 @@ def _part(whole: torch.Tensor, lengths: Sequence[int], dim: int) -> torch.Tensor
     return parts
 
 
-def _transposed(x: torch.Tensor) -> torch.Tensor:
-    """``[rows, columns] -> [columns, rows]``, contiguous both."""
+def turned(x: torch.Tensor) -> torch.Tensor:
+    """``[..., rows, columns] -> [..., columns, rows]``, contiguous both."""
+    if x.device.type != "cuda":
+        return x.mT.contiguous()
     from megatron_helix.kernels import transposition  # Triton, where there is a GPU
 
     return transposition.transposed(x)

@@ -72,7 +72,7 @@ def in_tile_order(
     return init
 
 
-class _HelixLinear(torch.nn.Module):
+class HelixLinear(torch.nn.Module):
     """What all four share: the shards of the whole tensor-parallel group, and the plan.
 
     Comes before a linear class of Megatron's, which it extends.
@@ -208,7 +208,7 @@ def finish_step(model: list[torch.nn.Module]) -> None:
     """Bring home the gradients of weights that were gathered for a step; forget what was kept."""
     for chunk in model:
         for module in chunk.modules():
-            if isinstance(module, _HelixLinear):
+            if isinstance(module, HelixLinear):
                 module.forms.step.finish()
                 module.forms.expire()
 
@@ -218,7 +218,7 @@ def _skips_bias(linear: Any) -> bool:
     return bool(getattr(linear, "skip_bias_add", False) or getattr(linear, "te_return_bias", False))
 
 
-class _Tiled(_HelixLinear):
+class _Tiled(HelixLinear):
     """A linear of attention: its shards are tiles, in memory and in checkpoints."""
 
     tiled: tuple[str, ...]  # the parameters that are cut along the shards' axis
@@ -319,7 +319,7 @@ class _Proj(_Tiled):
         return super().forward(context, *args, **kwargs)
 
 
-class _FC1(_HelixLinear):
+class _FC1(HelixLinear):
     """``linear_fc1`` of a dense MLP: stock shards; under ``weights``, F/n features of my tokens."""
 
     def __init__(self, input_size: int, output_size: int, *, config: Any, **kwargs: Any):
@@ -332,7 +332,7 @@ class _FC1(_HelixLinear):
         return super().forward(x, *args, **kwargs)
 
 
-class _FC2(_HelixLinear):
+class _FC2(HelixLinear):
     """``linear_fc2`` of a dense MLP; inverse of :class:`_FC1`."""
 
     shards = Shards(axis=1)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron_helix.exchange.float8 import Float8Shard, Float8Weight, QuantizedWhole
 from megatron_helix.exchange.shards import GatheredWeight, Shards
 from megatron_helix.exchange.step_weight import StepWeight
+from megatron_helix.kernels.peer_memory import PeerMemory
 
 Pair = tuple[GatheredWeight, GatheredWeight]
 
@@ -58,6 +59,15 @@ class WeightForms:
         self.forward, self.backward = forward, backward
         forward.keeps = backward.keeps = self.keeps
         return forward, backward
+
+    @property
+    def plain(self) -> bool:
+        """Whether what is gathered in every pass is the parameter as it is: not FP8, not kept."""
+        return self.forward in (self.turned, self.lying) and not self.keeps
+
+    def lend(self, peers: PeerMemory) -> None:
+        """Gather the parameter as it is from where the dim group's ranks read it."""
+        self.turned.peers = self.lying.peers = peers
 
     def for_engine(self, quantizer: Any) -> Pair:
         """What TransformerEngine's GEMMs read, by its quantizer for the weight; None for none."""

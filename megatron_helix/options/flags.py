@@ -11,6 +11,7 @@ from megatron_helix.run_config import core_attention
 
 DEVICES = ("auto", "cpu", "cuda")
 PHASES = ("train", "prefill")
+GATHER_BY = ("auto", "nccl")
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -89,6 +90,13 @@ def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         help=f"How often the exchange weights gathers a weight: {', '.join(strategy.GATHERS)}."
         " once keeps the gathered weights of a step over its micro-batches, 1/N of all weights;"
         " step their gradients as well, which then come home once.",
+    )
+    group.add_argument(
+        "--helix-gather-by",
+        default=GATHER_BY[0],
+        choices=GATHER_BY,
+        help="What moves weights that are gathered in every micro-batch: auto lets copy engines"
+        " read them where the GPUs of a dim group reach each other's memory; nccl does without.",
     )
     group.add_argument(
         "--helix-core-attention",
