@@ -20,7 +20,7 @@ from megatron_helix.exchange.plan import Plan
 from megatron_helix.exchange.prefix import PrefixPieces
 from megatron_helix.exchange.scores import ScoresAttention, SegmentNorm, segment_frequencies
 from megatron_helix.exchange.strategy import Choice
-from megatron_helix.exchange.tokens import chunk_positions, in_sequence_order
+from megatron_helix.exchange.tokens import chunk_positions, in_sequence_order, pieces
 from megatron_helix.kernels import sums
 from megatron_helix.kernels.collectives import all_gather, gather
 from megatron_helix.layers.linear import helix_linear
@@ -240,10 +240,9 @@ class HelixSelfAttention(SelfAttention):
         segment = self.helix_groups.segment
         if self.plan.exchange == "scores":
             return tuple(segment_frequencies(f, self.helix_layout, segment) for f in (query, key))
-        positions = chunk_positions(
-            self.helix_layout, segment, query.size(0), balanced=self.plan.balanced
-        )
-        return query[positions.to(query.device)], key
+        # By slices: an index would be copied to the GPU, for which the host waits in every layer.
+        mine = pieces(self.helix_layout, segment, query.size(0), balanced=self.plan.balanced)
+        return torch.cat([query[piece.start : piece.end] for piece in mine]), key
 
     def _keep_segments(self, config: TransformerConfig) -> None:
         """Set the head dimension that stock attention sees to one segment."""
