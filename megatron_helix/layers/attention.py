@@ -70,7 +70,7 @@ class HelixSelfAttention(SelfAttention):
                 linear_qkv=partial(helix_linear("linear_qkv", submodules.linear_qkv), **tiles),
                 linear_proj=partial(helix_linear("linear_proj", submodules.linear_proj), **tiles),
                 core_attention=partial(
-                    _on_head_axis, core or _prefix_pieces(submodules.core_attention), layout.n
+                    _on_head_axis, core or prefix_pieces(submodules.core_attention), layout.n
                 ),
             ),
             layer_number,
@@ -313,7 +313,7 @@ def document_frequencies(
 
 
 @cache
-def _prefix_pieces(core_attention: type) -> type:
+def prefix_pieces(core_attention: type) -> type:
     """The spec's core attention class, able to run a sequence split."""
     return type(f"Helix{core_attention.__name__}", (PrefixPieces, core_attention), {})
 
