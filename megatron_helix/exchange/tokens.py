@@ -32,7 +32,7 @@ import torch.distributed as dist
 from megatron_helix.exchange.dealing import QUERIES, Run, deal
 from megatron_helix.exchange.plan import Plan
 from megatron_helix.kernels.collectives import all_to_all, uneven_all_to_all
-from megatron_helix.kernels.copies import packed
+from megatron_helix.kernels.copies import on_device, packed
 from megatron_helix.partition.layout import HelixLayout
 
 
@@ -106,7 +106,9 @@ class Order(NamedTuple):
     @classmethod
     def of(cls, there: torch.Tensor, device: torch.device) -> "Order":
         """The permutation on a device."""
-        return cls(there.to(device), there.argsort().to(device))
+        back = torch.empty_like(there)
+        back[there] = torch.arange(len(there))
+        return cls(on_device(there, device), on_device(back, device))
 
 
 class _Hand(NamedTuple):
