@@ -146,7 +146,8 @@ class PrefixPieces(torch.nn.Module):
             tokens = len(query) * layout.m
             gaps = gaps_of(self.plan, layout, groups.segment, tokens, query.device)
         assert kernel is not None
-        return attend(query, key, value, gaps, kernel, groups.dim).flatten(-2)
+        # The next weights are on their way over the dim group, and nothing need wait for them.
+        return attend(query, key, value, gaps, kernel, groups.home).flatten(-2)
 
     def _merged(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """A decode step on the positions I hold, merged: ``[1, b, H/n, d] -> [1, b, H/n * d/m]``.
