@@ -49,9 +49,15 @@ def kernel_of(core_attention: Any) -> "EngineKernel | None":
 
 @cache
 def _knows_parts() -> bool:
-    """Whether it is 2.19 or later, whose functions are called as here."""
+    """Whether it is 2.19 or later, whose functions are called as here, on a GPU that they are for.
+
+    cuDNN gives the log-sum-exp of packed rows token by token from 9.6 on.
+    """
     known = find_spec("transformer_engine") is not None
-    return known and find_spec("transformer_engine.pytorch.distributed_weight") is not None
+    if not known or find_spec("transformer_engine.pytorch.distributed_weight") is None:
+        return False
+    newer = (torch.backends.cudnn.version() or 0) >= 90600
+    return newer and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] in (9, 10)
 
 
 @dataclass(frozen=True)
