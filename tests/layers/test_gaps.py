@@ -8,9 +8,12 @@ from functools import cache
 
 import pytest
 
+from megatron_helix.exchange import traffic
+from megatron_helix.exchange.traffic import BlockShape
 from tests import attention_case
 from tests.attention_case import Cut, Model, Result, Weights, stream_part
 from tests.distributed import run_distributed
+from tests.exchange import test_traffic
 from tests.gap_case import by_gaps
 from tests.layers import test_packed_gradients as packed
 from tests.layers.test_attention_layer import assert_close, name_of, tolerance, whole_grad
@@ -111,3 +114,25 @@ def test_documents_that_are_attended_to_gap_by_gap_are_whole(
                 scale = expected.abs().max().clamp_min(1e-2)
                 error = (found - expected).abs().max() / scale
                 assert error <= 2000 * 2**-52, f"{name}, rank {rank}, {key}: off by {error:.1e}"
+
+
+def counted(m: int, n: int) -> dict:
+    """Elements that a rank sends, gap by gap. Runs in the ranks of the cut."""
+    with by_gaps() as calls:
+        found = test_traffic._count(m, n, 4 // n)
+    assert calls
+    return found
+
+
+@pytest.mark.parametrize(("m", "n"), [(2, 2), (4, 1)])
+def test_what_is_sent_is_what_the_closed_form_says(m: int, n: int) -> None:
+    layout = test_traffic._layout(m, n, 4 // n)
+    for of_rank in run_distributed(counted, m * n, m, n):
+        for (plan, gated), sent in of_rank.items():
+            shape = BlockShape(
+                hidden=test_traffic.HIDDEN, ffn=test_traffic.FFN, gated=gated, num_layers=1
+            )
+            size = {"sequence": test_traffic.S, "batch": test_traffic.B}
+            ends = traffic.block_ends(plan, layout, shape, **size)
+            for one, expected in zip(sent, traffic.layer(plan, layout, shape, **size), strict=True):
+                assert +one == +(expected + ends), plan
