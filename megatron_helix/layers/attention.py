@@ -155,11 +155,13 @@ class HelixSelfAttention(SelfAttention):
         """
         if self.plan.split != "sequence":
             return False
-        causal = self.attn_mask_type in (AttnMaskType.causal, AttnMaskType.padding_causal)
+        causal = self.attn_mask_type == AttnMaskType.causal or (
+            self.plan.documents and self.attn_mask_type == AttnMaskType.padding_causal
+        )
         apart = forward_kwargs.get("inference_context") or forward_kwargs.get("attention_bias")
         again = self.checkpoint_core_attention and self.training
         pieces: Any = self.core_attention
-        return causal and apart is None and not again and pieces.attends_by_gaps()
+        return bool(causal and apart is None and not again and pieces.attends_by_gaps())
 
     def _caches_positions(self, forward_kwargs: dict[str, Any]) -> bool:
         """Whether this forward fills or reads a cache that is split by position."""
