@@ -21,9 +21,9 @@ fp32 weights copied into those of the model (half)        4 + e       the same
 ========================================================  ==========  =============================
 
 With FSDP a gradient is not added to a buffer of the whole: it is copied into the one that it is
-scattered from (e + s, of width ``s`` as it is sent), and the shard is added (s + 2 g). Torch FSDP2
-copies what it has gathered out of the flat buffer, too, in both passes (4 e). Nothing is averaged or
-zeroed in memory, and a gradient in half precision is widened.
+scattered from (e + s, of the width ``s`` that is sent), and the shard is added (s + 2 g). Torch
+FSDP2 copies what it has gathered out of the flat buffer, too, in both passes (4 e). Nothing is
+averaged or zeroed in memory, and a gradient in half precision is widened.
 
 The first is of runs with ``--no-gradient-accumulation-fusion``, as experiments set it: the fused
 GEMM needs apex.

@@ -299,7 +299,9 @@ def test_gradients_go_in_the_precision_that_flags_say(
     cut = LayoutConfig(name="case", **layout)
     batch = batch_of(cut, world_size)
     run = MODELS[model], cut, batch, world_size
-    sent = _run(*run, corpus_prefix, tmp_path, precision, [word for name in told for word in switch(name)])
+    sent = _run(
+        *run, corpus_prefix, tmp_path, precision, [word for name in told for word in switch(name)]
+    )
     assert sent == _predicted(*run, precision, GradientFlags(**told))
     # Torch FSDP2 alone has gradients in the precision of the weights whatever it is told.
     assert (sent == _predicted(*run, precision)) == (cut.fsdp is not None)
