@@ -11,6 +11,7 @@ from typing import NamedTuple
 from megatron_helix.kernels.query_pieces import Piece
 
 SCORES = 2**26  # that a part has at most: 128 MiB in half precision
+KEPT = 1.5  # times queries, keys and values: what kept probabilities may take
 FILLING = 2**23  # elements of output that it has at least: 256 tiles of 128 x 256, two for each SM
 
 
@@ -30,11 +31,13 @@ class Part(NamedTuple):
         piece: of the queries.
         sequences: of the batch.
         groups: of the query groups; all, where there is more than one sequence.
+        matrices: both, of all query groups of all sequences, sequence by sequence.
     """
 
     piece: Piece
     sequences: slice
     groups: slice
+    matrices: slice
 
 
 def divide(
@@ -75,11 +78,10 @@ def _of_piece(piece: Piece, heads: Heads, *, scores: int, filling: int) -> Itera
     sequences, groups = max(1, together // heads.groups), min(together, heads.groups)
     for sequence in range(0, heads.sequences, sequences):
         for group in range(0, heads.groups, groups):
-            yield Part(
-                piece,
-                slice(sequence, min(sequence + sequences, heads.sequences)),
-                slice(group, min(group + groups, heads.groups)),
-            )
+            last = min(sequence + sequences, heads.sequences)
+            behind = min(group + groups, heads.groups)
+            matrices = slice(sequence * heads.groups + group, (last - 1) * heads.groups + behind)
+            yield Part(piece, slice(sequence, last), slice(group, behind), matrices)
 
 
 def _count(part: slice) -> int:

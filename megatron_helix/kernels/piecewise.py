@@ -12,8 +12,12 @@ c pieces see has its gradient rounded c times, 8 at most.
 S_p and P_p are one tensor, dP_p and dS_p another one, and both are there for some heads at a time
 (:mod:`megatron_helix.kernels.parts`). In the backward pass beside the gradients and what was saved
 there is so much: two such tensors, or one where probabilities are kept.
+
+A GPU is through with a part's product within 50 to 200 us, and the host has to be as quick to start
+them: whatever is the same for all parts is made once, as matrices one below the other.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -38,7 +42,7 @@ class Work:
         keep: probabilities for the backward pass; else they are computed again.
     """
 
-    parts: list[Part]
+    parts: Sequence[Part]
     scores: Scores
     scale: float
     rate: float
@@ -62,18 +66,52 @@ class Given(NamedTuple):
     offset: torch.Tensor | None
     mask: torch.Tensor | None
 
-    def of(self, part: Part) -> "Given":
-        """Views of what one part has of it."""
-        whole = (slice(None), part.sequences, part.groups)
-        heads = _heads(part, self.query.size(2) // self.key.size(2))
-        masks = self.mask is not None and self.mask.size(0) > 1
-        return Given(
-            self.query[:, part.sequences, heads],
-            self.key[whole],
-            self.value[whole],
-            None if self.offset is None else self.offset[heads],
-            self.mask[part.sequences] if self.mask is not None and masks else self.mask,
-        )
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing but positions and scores makes the probabilities."""
+        return self.mask is None and self.offset is None
+
+
+class _Matrices(NamedTuple):
+    """One for each query group of each sequence: views of what is given, or of its gradients.
+
+    Attributes:
+        query: ``[b * K, H/K, sq, d]``.
+        key: ``[b * K, sk, d]``.
+        value: like ``key``.
+        all: what they are of.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    all: Given
+
+    @classmethod
+    def of(cls, given: Given) -> "_Matrices":
+        key, value = (x.flatten(1, 2).transpose(0, 1) for x in (given.key, given.value))
+        return cls(_by_group(given.query, given.key.size(2)), key, value, given)
+
+    def offset_of(self, part: Part) -> torch.Tensor | None:
+        """Of the part's heads."""
+        return None if self.all.offset is None else self.all.offset[self._heads(part)]
+
+    def mask_of(self, part: Part) -> torch.Tensor | None:
+        """Of the part's sequences and queries, and the keys that they need."""
+        mask, piece = self.all.mask, part.piece
+        if mask is None:
+            return None
+        own = mask[part.sequences] if mask.size(0) > 1 else mask
+        return own[..., piece.rows, piece.start : piece.end]
+
+    def by_head(self, scores: torch.Tensor, part: Part) -> torch.Tensor:
+        """``[matrices, H/K * length, columns] -> [b, H, length, columns]``, a view."""
+        sequences = part.sequences.stop - part.sequences.start
+        return scores.view(sequences, -1, part.piece.length, scores.size(2))
+
+    def _heads(self, part: Part) -> slice:
+        shared = self.query.size(1)
+        return slice(part.groups.start * shared, part.groups.stop * shared)
 
 
 def attend(work: Work, given: Given) -> torch.Tensor:
@@ -92,9 +130,10 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, work: Work, *tensors: torch.Tensor | None) -> torch.Tensor:
         given = Given(*tensors)  # type: ignore[arg-type]  # the first three are there
         context = given.query.new_empty(*given.query.shape[:3], given.value.size(3))
+        matrices, out = _Matrices.of(given), _by_group(context, given.key.size(2))
         saved: list[torch.Tensor | None] = []
         for part in work.parts:
-            saved += _part_forward(_of_queries(context, part, given), given.of(part), part, work)
+            saved += _part_forward(out, matrices, part, work)
         ctx.work = work
         ctx.save_for_backward(*given, *saved)
         return context
@@ -103,7 +142,8 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         work: Work = ctx.work
-        given, saved = Given(*ctx.saved_tensors[:5]), ctx.saved_tensors[5:]
+        tensors = ctx.saved_tensors
+        given, saved = Given(*tensors[:5]), tensors[5:]
         offset = given.offset
         made = Given(
             *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in given[:3]),
@@ -112,33 +152,32 @@ class _Attention(torch.autograd.Function):
             else torch.zeros_like(offset, dtype=torch.promote_types(offset.dtype, torch.float32)),
             mask=None,
         )
+        matrices, sums = _Matrices.of(given), _Matrices.of(made)
+        incoming = _by_group(grad, given.key.size(2))
         for number, part in enumerate(work.parts):
-            incoming = _of_queries(grad, part, given)
             kept = saved[2 * number : 2 * number + 2]
-            _part_backward(made.of(part), incoming, given.of(part), *kept, part=part, work=work)
+            _part_backward(sums, incoming, matrices, *kept, part=part, work=work)
         if offset is not None and made.offset is not None:
             made = made._replace(offset=made.offset.to(offset.dtype))
         return None, *made
 
 
 def _part_forward(
-    context: torch.Tensor, given: Given, part: Part, work: Work
+    context: torch.Tensor, given: _Matrices, part: Part, work: Work
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Write ``context``; the probabilities and what dropout kept, if they are saved."""
-    piece, groups = part.piece, given.key.size(2)
-    probabilities = _probabilities(given, piece, work)
-    weights, kept = probabilities[..., : piece.keys], None
+    probabilities = _probabilities(given, _rows(given.query, part), part, work)
+    weights, kept = _of_keys(probabilities, part.piece), None
     if work.rate:
         weights, kept = torch.native_dropout(weights, work.rate, True)
-    weights = _grouped(weights, groups)
-    _multiply_into(context[piece.rows], weights, _keys(given.value, piece), scale=1.0)
+    _multiply_into(context, part, weights, _keys(given.value, part), scale=1.0)
     return probabilities if work.keep else None, kept
 
 
 def _part_backward(
-    made: Given,
+    made: _Matrices,
     grad: torch.Tensor,
-    given: Given,
+    given: _Matrices,
     probabilities: torch.Tensor | None,
     kept: torch.Tensor | None,
     *,
@@ -146,44 +185,40 @@ def _part_backward(
     work: Work,
 ) -> None:
     """Add one part's share to the gradients ``made``; the piece that comes first writes them."""
-    piece, groups = part.piece, given.key.size(2)
+    piece, plain = part.piece, given.all.is_plain
     first, scale = piece == work.parts[0].piece, work.scale * work.scores.coefficient
+    queries, incoming = _rows(given.query, part), _rows(grad, part)
     if probabilities is None:
-        probabilities = _probabilities(given, piece, work)
-    incoming = _rows(grad, piece, groups)
+        probabilities = _probabilities(given, queries, part, work)
     of_scores = torch.empty_like(probabilities)
-    of_scores[..., piece.keys :] = 0
-    of_weights, weights = (x[..., : piece.keys] for x in (of_scores, probabilities))
-    _product(_grouped(of_weights, groups), incoming, _keys(given.value, piece).transpose(1, 2))
+    of_weights, weights = (_of_keys(x, piece) for x in (of_scores, probabilities))
+    if of_weights is not of_scores:
+        of_scores[..., piece.keys :] = 0
+    _product(of_weights, incoming, _keys(given.value, part).transpose(1, 2))
     if kept is not None:
         weights = _dropped(weights, kept, work.rate)
         of_weights.copy_(_dropped(of_weights, kept, work.rate))
-    _accumulate(made.value, piece, _grouped(weights, groups), incoming, first=first)
-    plain = given.mask is None and given.offset is None
-    masked_softmax.softmax_backward_(of_scores, probabilities, piece, work.scores, plain=plain)
-    if made.offset is not None:
-        made.offset.add_(of_scores[..., piece.keys].sum(dim=(0, 2), dtype=made.offset.dtype))
-    if given.mask is not None:
-        of_weights.masked_fill_(_mask(given.mask, piece), 0)
-    of_weights = _grouped(of_weights, groups)
-    queries = _rows(given.query, piece, groups)
-    _accumulate(made.key, piece, of_weights, queries, first=first, scale=scale)
-    _multiply_into(made.query[piece.rows], of_weights, _keys(given.key, piece), scale=scale)
+    _accumulate(made.value, part, weights, incoming, first=first)
+    by_head = (given.by_head(x, part) for x in (of_scores, probabilities))
+    masked_softmax.softmax_backward_(*by_head, piece, work.scores, plain=plain)
+    if (of_offset := made.offset_of(part)) is not None:
+        whole = given.by_head(of_scores, part)
+        of_offset.add_(whole[..., piece.keys].sum(dim=(0, 2), dtype=of_offset.dtype))
+    if (mask := given.mask_of(part)) is not None:
+        given.by_head(of_scores, part)[..., : piece.keys].masked_fill_(mask, 0)
+    _accumulate(made.key, part, of_weights, queries, first=first, scale=scale)
+    _multiply_into(made.query, part, of_weights, _keys(given.key, part), scale=scale)
 
 
-def _probabilities(given: Given, piece: Piece, work: Work) -> torch.Tensor:
-    """Of one piece, ``[b, H, length, columns]``."""
-    query, groups = given.query, given.key.size(2)
-    columns = masked_softmax.columns(piece.keys, given.offset)
-    scores = query.new_empty(query.size(1), query.size(2), piece.length, columns)
-    _product(
-        _grouped(scores, groups)[..., : piece.keys],
-        _rows(query, piece, groups),
-        _keys(given.key, piece).transpose(1, 2),
-        scale=work.scale,
+def _probabilities(given: _Matrices, queries: torch.Tensor, part: Part, work: Work) -> torch.Tensor:
+    """Of one part, ``[matrices, H/K * length, columns]``; ``queries`` are its rows."""
+    piece, offset = part.piece, given.offset_of(part)
+    scores = queries.new_empty(*queries.shape[:2], masked_softmax.columns(piece.keys, offset))
+    keys = _keys(given.key, part).transpose(1, 2)
+    _product(_of_keys(scores, piece), queries, keys, scale=work.scale)
+    masked_softmax.softmax_(
+        given.by_head(scores, part), piece, work.scores, given.mask_of(part), offset
     )
-    mask = None if given.mask is None else _mask(given.mask, piece)
-    masked_softmax.softmax_(scores, piece, work.scores, mask, given.offset)
     return scores
 
 
@@ -192,40 +227,27 @@ def _dropped(x: torch.Tensor, kept: torch.Tensor, rate: float) -> torch.Tensor:
     return torch.ops.aten.native_dropout_backward(x, kept, 1 / (1 - rate))
 
 
-def _heads(part: Part, shared: int) -> slice:
-    """Of a part, where ``shared`` of them share a key."""
-    return slice(part.groups.start * shared, part.groups.stop * shared)
+def _by_group(x: torch.Tensor, groups: int) -> torch.Tensor:
+    """``[s, b, H, d] -> [b * K, H/K, s, d]``; a view of what is contiguous."""
+    return x.unflatten(2, (groups, -1)).flatten(1, 2).permute(1, 2, 0, 3)
 
 
-def _of_queries(x: torch.Tensor, part: Part, given: Given) -> torch.Tensor:
-    """What a part has of ``[sq, b, H, d]``, a view."""
-    return x[:, part.sequences, _heads(part, given.query.size(2) // given.key.size(2))]
-
-
-def _mask(mask: torch.Tensor, piece: Piece) -> torch.Tensor:
-    """One piece's of ``[b or 1, 1, sq, sk]``."""
-    return mask[..., piece.rows, piece.start : piece.end]
-
-
-def _rows(x: torch.Tensor, piece: Piece, groups: int) -> torch.Tensor:
-    """Queries of a piece, ``[s, b, H, d] -> [b * K, H/K * length, d]``; a copy where H > K.
+def _rows(x: torch.Tensor, part: Part) -> torch.Tensor:
+    """Queries of a part, ``[b * K, H/K, s, d] -> [matrices, H/K * length, d]``; a copy where H > K.
 
     The heads of a group lie below each other: one product with its keys serves them all.
     """
-    rows = x[piece.rows]
-    length, b, heads, channels = rows.shape
-    grouped = rows.view(length, b, groups, heads // groups, channels).permute(1, 2, 3, 0, 4)
-    return grouped.reshape(b * groups, -1, channels)
+    return x[part.matrices, :, part.piece.rows].flatten(1, 2)
 
 
-def _keys(x: torch.Tensor, piece: Piece) -> torch.Tensor:
-    """Keys or values that a piece sees, ``[s, b, K, d] -> [b * K, keys, d]``."""
-    return x[piece.start : piece.end].flatten(1, 2).transpose(0, 1)
+def _keys(x: torch.Tensor, part: Part) -> torch.Tensor:
+    """Keys or values that a part sees, ``[b * K, s, d] -> [matrices, keys, d]``, a view."""
+    return x[part.matrices, part.piece.start : part.piece.end]
 
 
-def _grouped(scores: torch.Tensor, groups: int) -> torch.Tensor:
-    """``[b, H, length, columns] -> [b * K, H/K * length, columns]``, a view."""
-    return scores.view(scores.size(0) * groups, -1, scores.size(3))
+def _of_keys(scores: torch.Tensor, piece: Piece) -> torch.Tensor:
+    """The columns that have a key."""
+    return scores if scores.size(2) == piece.keys else scores[..., : piece.keys]
 
 
 def _product(
@@ -235,32 +257,33 @@ def _product(
     torch.baddbmm(out, a, b, beta=beta, alpha=scale, out=out)
 
 
-def _multiply_into(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, scale: float) -> None:
-    """The product ``[b * K, H/K * length, d]`` into rows ``[length, b, H, d]``."""
-    length, batch, heads, channels = out.shape
-    groups = a.size(0) // batch
-    if groups == heads:
-        _product(out.view(length, -1, channels).transpose(0, 1), a, b, scale=scale)
+def _multiply_into(
+    out: torch.Tensor, part: Part, a: torch.Tensor, b: torch.Tensor, *, scale: float
+) -> None:
+    """The product ``[matrices, H/K * length, d]`` into a part's rows of ``[b * K, H/K, s, d]``."""
+    rows = out[part.matrices, :, part.piece.rows]
+    if rows.size(1) == 1:
+        _product(rows.squeeze(1), a, b, scale=scale)
         return
-    made = a.new_empty(a.size(0), a.size(1), channels)
+    made = a.new_empty(a.size(0), a.size(1), rows.size(3))
     _product(made, a, b, scale=scale)
-    by_head = made.view(batch, groups, heads // groups, length, channels).permute(3, 0, 1, 2, 4)
-    out.view(length, batch, groups, heads // groups, channels).copy_(by_head)
+    rows.copy_(made.view(rows.shape))
 
 
 def _accumulate(
     total: torch.Tensor,
-    piece: Piece,
+    part: Part,
     a: torch.Tensor,
     b: torch.Tensor,
     *,
     first: bool,
     scale: float = 1.0,
 ) -> None:
-    """Add ``a^T b`` to the gradient of a piece's keys; the first one writes, zeros elsewhere."""
-    if first:
-        total[: piece.start] = 0
-        total[piece.end :] = 0
-    sums = total[piece.start : piece.end]
-    sums = sums.view(piece.keys, -1, sums.size(3)).transpose(0, 1)
+    """Add ``a^T b`` to the gradient of a part's keys; the first one writes, zeros elsewhere."""
+    piece = part.piece
+    if first and piece.start:
+        total[part.matrices, : piece.start] = 0
+    if first and piece.end < total.size(1):
+        total[part.matrices, piece.end :] = 0
+    sums = _keys(total, part)
     _product(sums, a.transpose(1, 2), b, scale=scale, beta=0.0 if first else 1.0)

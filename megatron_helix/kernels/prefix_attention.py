@@ -5,6 +5,8 @@ but of what Megatron's and TransformerEngine's unfused paths compute half is abo
 thrown away. Pieces leave most of that out (:mod:`megatron_helix.kernels.query_pieces`).
 """
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,13 +29,14 @@ class PrefixAttention(DotProductAttention):
     values are not repeated), softmax offsets and dropout; bf16, fp16, fp32 and fp64.
 
     Scores are in memory for some heads of one piece at a time. The probabilities are kept for the
-    backward pass where they take no more memory than queries, keys and values do: up to some 1.6
-    times 3 d tokens of causal attention with as many query groups as heads. Beyond, they are
-    computed again, which is a product of seven instead of six.
+    backward pass where they take at most 1.5 times the memory of queries, keys and values: up to
+    8 d tokens of causal attention with as many query groups as heads. Beyond, they are computed
+    again, which is a product of seven instead of six.
 
     Attributes:
         least, most: how queries are cut (:func:`megatron_helix.kernels.query_pieces.cut`).
         scores, filling: how heads are (:func:`megatron_helix.kernels.parts.divide`).
+        kept: times queries, keys and values: what kept probabilities may take.
     """
 
     takes_runs = True
@@ -41,6 +44,7 @@ class PrefixAttention(DotProductAttention):
     most = query_pieces.MOST
     scores = parts.SCORES
     filling = parts.FILLING
+    kept = parts.KEPT
 
     def forward(
         self,
@@ -78,22 +82,21 @@ class PrefixAttention(DotProductAttention):
         sight = self._sight(attn_mask_type or self.attn_mask_type)
         if self.scale_mask_softmax.window_size is not None:
             attention_mask = None
-        pieces = query_pieces.cut(
-            runs or [(keys - query.size(0), query.size(0))],
+        cut, scores = _divided(
+            tuple(runs or [(keys - query.size(0), query.size(0))]),
             keys,
             sight,
-            least=self.least,
-            most=self.most,
+            parts.Heads(query.size(1), query.size(2), key.size(2), query.size(3)),
+            (self.least, self.most, self.scores, self.filling),
         )
-        heads = parts.Heads(query.size(1), query.size(2), key.size(2), query.size(3))
-        scores = heads.sequences * heads.heads * query_pieces.computed(pieces)
+        elements = query.numel() + key.numel() + value.numel()
         work = piecewise.Work(
-            parts=parts.divide(pieces, heads, scores=self.scores, filling=self.filling),
+            parts=cut,
             # Megatron divides by the layer's number in the product and multiplies after it.
             scores=Scores(sight=sight, coefficient=float(self.scale_mask_softmax.scale or 1)),
             scale=self.softmax_scale,
             rate=self.attention_dropout.p if self.training else 0.0,
-            keep=torch.is_grad_enabled() and scores <= query.numel() + key.numel() + value.numel(),
+            keep=torch.is_grad_enabled() and scores <= self.kept * elements,
         )
         value = _apart(value, query, key)
         given = piecewise.Given(query, key, value, self.softmax_offset, attention_mask)
@@ -111,6 +114,21 @@ class PrefixAttention(DotProductAttention):
             left, right = window
             return Sight(left=None if left < 0 else left, right=None if right < 0 else right)
         return masked_softmax.CAUSAL if mask_type in _CAUSAL else Sight(left=None, right=None)
+
+
+@functools.lru_cache(maxsize=64)  # a GPU waits for the first product meanwhile
+def _divided(
+    runs: tuple[tuple[int, int], ...],
+    keys: int,
+    sight: Sight,
+    heads: parts.Heads,
+    how: tuple[int, int, int, int],
+) -> tuple[Sequence[parts.Part], int]:
+    """The parts, and how many scores they have together; ``how`` are the attributes."""
+    least, most, scores, filling = how
+    pieces = query_pieces.cut(runs, keys, sight, least=least, most=most)
+    computed = heads.sequences * heads.heads * query_pieces.computed(pieces)
+    return parts.divide(pieces, heads, scores=scores, filling=filling), computed
 
 
 def _apart(value: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:

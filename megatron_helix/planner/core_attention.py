@@ -141,7 +141,7 @@ def _unfused(here: Deployment, flops: float, share: float) -> Core:
 def _in_pieces(here: Deployment, flops: float) -> Core:
     """``prefix``: one tensor of a part's scores at a time, two where they are computed again.
 
-    Their probabilities are kept where that takes no more memory than queries, keys and values;
+    Their probabilities are kept where they take at most 1.5 times what queries, keys and values do;
     else a backward pass makes them again: a product of seven instead of six, three passes over
     memory of fifteen instead of twelve.
     """
@@ -155,7 +155,7 @@ def _in_pieces(here: Deployment, flops: float) -> Core:
     )
     given = (rows * heads + 2 * keys * groups) * model.kv_channels
     train = here.phase == "train"
-    keep = train and heads * query_pieces.computed(pieces) <= given
+    keep = train and heads * query_pieces.computed(pieces) <= parts.KEPT * given
     again = train and not keep
     scores = score_bytes(here)
 

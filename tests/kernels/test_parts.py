@@ -80,7 +80,7 @@ def test_memory_is_that_of_the_gradients_what_is_kept_and_one_part(channels: int
     with counted:
         torch.autograd.grad(core(query, key, value, None), (query, key, value), grad)
     kept = B * H * computed(cut([(0, 64)], 64, CAUSAL, least=16))
-    keeps = kept <= 3 * query.numel()
+    keeps = kept <= core.kept * 3 * query.numel()
     assert keeps == (channels == D)
     expected = 4 * query.numel() + (kept + core.scores if keeps else 2 * core.scores)
     masks = 16 * 16 * (2 * 8 + 3)  # of positions, on the diagonal

@@ -171,9 +171,11 @@ def saved_elements(core: Any, groups: int = H, channels: int = D) -> int:
 
 
 def test_probabilities_are_kept_where_they_are_small() -> None:
-    given = sum(x.numel() for x in tensors(S, S, H))
-    pieces = sum(8 * end for end in range(8, S + 1, 8))
-    assert saved_elements(in_pieces()) == given + B * H * pieces
+    pieces = B * H * sum(8 * end for end in range(8, S + 1, 8))
+    for channels in (D, 6):  # 1/2 and 4/3 times what is given
+        given = sum(x.numel() for x in tensors(S, S, H, channels))
+        core = in_pieces(kv_channels=channels)
+        assert saved_elements(core, channels=channels) == given + pieces
     given = sum(x.numel() for x in tensors(S, S, H, NARROW["kv_channels"]))
     narrow = in_pieces(**NARROW)
     assert saved_elements(narrow, channels=NARROW["kv_channels"]) == given

@@ -37,7 +37,8 @@ def _with_core(core: str, *, length: int, channels: int = 512, **layout: Any) ->
 
 
 @pytest.mark.parametrize(
-    ("length", "share", "kept"), [(1024, 3 / 4, True), (2048, 5 / 8, True), (8192, 9 / 16, False)]
+    ("length", "share", "kept"),
+    [(1024, 3 / 4, True), (2048, 5 / 8, True), (4096, 9 / 16, True), (8192, 9 / 16, False)],
 )
 def test_attention_in_pieces_does_and_keeps_what_its_pieces_say(
     length: int, share: float, kept: bool
