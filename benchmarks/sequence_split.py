@@ -189,7 +189,7 @@ class _Ranks:
     def _as(self, rank: int, qkv: Any, share: Any) -> torch.Tensor:
         self.core.plan = self.plan
         dim = SimpleNamespace(size=lambda: self.m)
-        self.core.helix_groups = SimpleNamespace(segment=rank, dim=dim)
+        self.core.helix_groups = SimpleNamespace(segment=rank, dim=dim, home=dim)
         return self._call(qkv, share)
 
     def _call(self, qkv: Any, packed: Any) -> torch.Tensor:

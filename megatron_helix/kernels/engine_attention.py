@@ -56,7 +56,11 @@ def _knows_parts() -> bool:
     known = find_spec("transformer_engine") is not None
     if not known or find_spec("transformer_engine.pytorch.distributed_weight") is None:
         return False
-    newer = (torch.backends.cudnn.version() or 0) >= 90600
+    from transformer_engine.pytorch.utils import (  # type: ignore[import-not-found]
+        get_cudnn_version,  # the one it runs; torch refuses to tell where it has another
+    )
+
+    newer = get_cudnn_version() >= (9, 6, 0)
     return newer and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] in (9, 10)
 
 
