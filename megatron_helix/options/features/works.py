@@ -3,6 +3,7 @@
 from megatron_helix.options.features.experts import EXPERTS
 from megatron_helix.options.features.models import MODELS
 from megatron_helix.options.features.rows import InOrder, Works
+from megatron_helix.options.graphs import captured
 
 DRAWN = "tests/fuzz/test_slice.py::test_helix_gives_stocks_numbers"
 PARITY = "tests/test_parity.py::test_training_is_as_stock"
@@ -282,7 +283,18 @@ CHECKPOINTS = (
     ),
 )
 
-WORKS = (*PARALLEL, *BATCH, *PRECISION, *CHECKPOINTS, *MODELS, *EXPERTS)
+GRAPHS = (
+    Works(
+        feature="CUDA graphs",
+        names="--cuda-graph-impl --cuda-graph-warmup-steps --cuda-graph-scope --cuda-graph-modules"
+        " cuda_graph_scope cuda_graph_use_single_mempool cuda_graph_retain_backward_graph",
+        test="tests/options/test_graphs.py::test_a_step_is_a_replay_of_the_step_before",
+        note=f"{captured()}. Dense models, half precision, no pipeline, no context parallelism, no"
+        " recomputation",
+    ),
+)
+
+WORKS = (*PARALLEL, *BATCH, *PRECISION, *GRAPHS, *CHECKPOINTS, *MODELS, *EXPERTS)
 
 IN_ORDER = (
     InOrder(
