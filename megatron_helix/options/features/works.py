@@ -1,9 +1,9 @@
 """What works: layout, batch and run. Of models: :mod:`.models`, :mod:`.experts`."""
 
+from megatron_helix.options.features.captured import GRAPHS
 from megatron_helix.options.features.experts import EXPERTS
 from megatron_helix.options.features.models import MODELS
 from megatron_helix.options.features.rows import InOrder, Works
-from megatron_helix.options.graphs import captured
 
 DRAWN = "tests/fuzz/test_slice.py::test_helix_gives_stocks_numbers"
 PARITY = "tests/test_parity.py::test_training_is_as_stock"
@@ -280,17 +280,6 @@ CHECKPOINTS = (
         test="tests/options/test_features_table.py::test_what_a_checkpoint_asks_for_is_refused_too",
         note="give the model's heads and --kv-channels too: the layout is checked against them"
         " before a checkpoint is read",
-    ),
-)
-
-GRAPHS = (
-    Works(
-        feature="CUDA graphs",
-        names="--cuda-graph-impl --cuda-graph-warmup-steps --cuda-graph-scope --cuda-graph-modules"
-        " cuda_graph_scope cuda_graph_use_single_mempool cuda_graph_retain_backward_graph",
-        test="tests/options/test_graphs.py::test_a_step_is_a_replay_of_the_step_before",
-        note=f"{captured()}. Dense models, half precision, no pipeline, no context parallelism, no"
-        " recomputation",
     ),
 )
 
