@@ -16,6 +16,7 @@ from megatron_helix.options.checks import require_loadable, require_plan
 from megatron_helix.options.features.check import require_compatible
 from megatron_helix.options.flags import FlagParser, add_helix_arguments
 from megatron_helix.options.float8 import require_float8, require_float8_tokens
+from megatron_helix.options.graphs import require_graphs
 from megatron_helix.options.uneven import require_paddable, require_paddable_heads
 from megatron_helix.partition.layout import HelixLayout
 
@@ -98,6 +99,7 @@ def require_run(
         require_paddable_heads(args, cut)
         require_float8(arguments.choice(args), transformer, cut)
         if training:
+            require_graphs(args, arguments.choice(args), transformer)
             tokens = args.micro_batch_size * args.seq_length // args.context_parallel_size
             require_float8_tokens(arguments.choice(args), transformer, cut, tokens)
             require_plan(args, arguments.choice(args), cut)

@@ -7,7 +7,7 @@ from megatron_helix.options.features.refused_runs import RUNS
 from megatron_helix.options.features.rows import Refused, RefusedByLayer
 
 _SCALES = "gathered weights and exchanged heads have no FP8 scaling factors"
-_CAPTURED = "exchanges have not been captured yet"
+_GRAPHS_BY_NAME = "what may be captured is said of --cuda-graph-impl, which took its place"
 _NOT_RUN = "it has not been run beside helix"
 
 _ATTENTION = (
@@ -143,31 +143,22 @@ _NARROW = (
 
 _GRAPHS = (
     Refused(
-        feature="CUDA graphs",
-        asks="--cuda-graph-impl",
-        field="cuda_graph_impl",
-        values=("local", "transformer_engine", "full_iteration"),
-        reason=_CAPTURED,
-        parts="--cuda-graph-warmup-steps --cuda-graph-scope --cuda-graph-modules cuda_graph_scope"
-        " cuda_graph_use_single_mempool cuda_graph_retain_backward_graph",
-    ),
-    Refused(
         feature="CUDA graphs (old flag)",
         asks="--enable-cuda-graph",
         field="enable_cuda_graph",
-        reason=_CAPTURED,
+        reason=_GRAPHS_BY_NAME,
     ),
     Refused(
         feature="CUDA graphs of TransformerEngine (old flag)",
         asks="--external-cuda-graph",
         field="external_cuda_graph",
-        reason=_CAPTURED,
+        reason=_GRAPHS_BY_NAME,
     ),
     Refused(
         feature="CUDA graphs in reinforcement learning",
         asks="--rl-training-cuda-graphs",
         field="rl_training_cuda_graphs",
-        reason=_CAPTURED,
+        reason=_NOT_RUN,
     ),
 )
 

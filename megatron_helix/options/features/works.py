@@ -1,5 +1,6 @@
 """What works: layout, batch and run. Of models: :mod:`.models`, :mod:`.experts`."""
 
+from megatron_helix.options.features.captured import GRAPHS
 from megatron_helix.options.features.experts import EXPERTS
 from megatron_helix.options.features.models import MODELS
 from megatron_helix.options.features.rows import InOrder, Works
@@ -282,7 +283,7 @@ CHECKPOINTS = (
     ),
 )
 
-WORKS = (*PARALLEL, *BATCH, *PRECISION, *CHECKPOINTS, *MODELS, *EXPERTS)
+WORKS = (*PARALLEL, *BATCH, *PRECISION, *GRAPHS, *CHECKPOINTS, *MODELS, *EXPERTS)
 
 IN_ORDER = (
     InOrder(
