@@ -17,6 +17,8 @@ from megatron_helix.partition.layout import HelixLayout
 from megatron_helix.run_config.core_attention import OWN
 
 FP32 = 4
+# Channels of a head up to which TransformerEngine's fused kernels attend gap by gap.
+IN_PARTS = 256
 KERNELS = {"forward": 25, "backward": 45}  # of a layer, as TransformerEngine has it
 
 
@@ -132,11 +134,12 @@ def _attention(
     """Seconds of core attention on the rank with most of it.
 
     Operations of all scores are ``4 b s^2 H d / T`` forward. A fused kernel does those below the
-    diagonal; under a sequence split a piece, one of 2T, costs it the rectangle of its prefix, and a
-    long one a rectangle a call (:mod:`megatron_helix.exchange.tokens`). Unfused, a batch split does
-    all of them, and the scores pass through memory; a sequence split those of its prefixes.
-    ``prefix`` and ``split`` do as much under either split; others are called for each piece, and
-    the gradients of keys and values added up.
+    diagonal; under a sequence split the layer spec's does so gap by gap in training, and merges
+    parts (:func:`by_gaps`). Others are called for each piece, one of 2T, which costs the rectangle
+    of its prefix, and a long one a rectangle a call (:mod:`megatron_helix.exchange.tokens`), and
+    the gradients of keys and values are added up. Unfused, a batch split does all of them, and the
+    scores pass through memory; a sequence split those of its prefixes. ``prefix`` and ``split`` do
+    as much under either split.
     """
     size, by_sequence = layout.size, plan.split == "sequence"
     fused = layout.kv_channels <= machine.fused_attention_max_channels or (
@@ -147,7 +150,8 @@ def _attention(
     pairs = batch * sequence**2 * layout.num_attention_heads / size * (3 if training else 1)
     flops = 4 * pairs * layout.kv_channels
     waits = 0.0 if plan.balanced or not by_sequence else (layout.m - 1) / size / 2
-    at_once = prefix or core == "split"  # all pieces in one call
+    apart = by_sequence and training and by_gaps(core, layout.kv_channels, fused=fused)
+    at_once = prefix or core == "split" or apart  # no more than what is causal
     share = 0.5 if fused or prefix else 1.0
     if by_sequence and not at_once:
         share = of_prefixes(layout, sequence, core)
@@ -161,7 +165,28 @@ def _attention(
         keys = 2 * batch * sequence * layout.num_query_groups / layout.n * layout.kv_channels
         width = machine.element_bytes
         taken += keys * summed_bytes(layout, sequence, core, width) / machine.streaming_rate
+    if apart:
+        rows = batch * sequence * layout.num_attention_heads * layout.kv_channels / size
+        taken += rows * merged_bytes(layout, machine.element_bytes) / machine.streaming_rate
     return taken
+
+
+def by_gaps(core: str, channels: int, *, fused: bool) -> bool:
+    """Whether tokens of a sequence split attend gap by gap (:mod:`megatron_helix.exchange.gaps`).
+
+    As TransformerEngine's fused kernels do it in training, by whose name they are asked for.
+    """
+    return fused and core in ("spec", "auto") and channels <= IN_PARTS
+
+
+def merged_bytes(layout: HelixLayout, width: int) -> float:
+    """Read and written an element of the output to merge what is seen gap by gap, in training.
+
+    A call reads two outputs and writes one, and its backward pass as many gradients of queries; of
+    n chunks the mean call is that of half the queries, and of two ranks there is one a chunk.
+    """
+    calls = (layout.n + 1) / 2 if layout.m == 2 else (2 * layout.n + 1) / 2
+    return 6 * width * calls
 
 
 def calls(layout: HelixLayout, sequence: int, core: str) -> int:

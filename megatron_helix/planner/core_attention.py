@@ -8,7 +8,13 @@ arithmetic and their memory traffic add up.
 
 from dataclasses import dataclass, replace
 
-from megatron_helix.exchange.cost import calls, of_prefixes, summed_bytes
+from megatron_helix.exchange.cost import (
+    by_gaps,
+    calls,
+    merged_bytes,
+    of_prefixes,
+    summed_bytes,
+)
 from megatron_helix.kernels import parts, query_pieces
 from megatron_helix.kernels.parts import Heads
 from megatron_helix.kernels.query_pieces import Sight
@@ -26,6 +32,7 @@ class Core:
         keys_read: how often keys and values are read.
         score_bytes: of scores and probabilities through memory, forward; 0 where fused.
         summed_bytes: of gradients of keys and values that are added up piece by piece, backward.
+        merged_bytes: of outputs and gradients of queries that are merged gap by gap, both passes.
         kept_bytes: for the backward pass.
         passing_bytes: beside that, while it is computed.
     """
@@ -34,6 +41,7 @@ class Core:
     keys_read: float = 1.0
     score_bytes: float = 0.0
     summed_bytes: float = 0.0
+    merged_bytes: float = 0.0
     kept_bytes: float = 0.0
     passing_bytes: float = 0.0
 
@@ -70,6 +78,10 @@ def of_layer(here: Deployment, *, fused_channels: int) -> Core:
     whole = _all_flops(here)
     if here.plan.exchange == "scores":
         return _unfused(here, whole, 1.0)
+    if _by_gaps(here, fused_channels):
+        rows = here.tokens * here.model.num_attention_heads * here.model.kv_channels / here.tp
+        merged = rows * merged_bytes(here.cut, here.element_bytes)
+        return Core(flops=whole * 0.5, merged_bytes=merged)
     # Under a sequence split a piece, one of 2T, attends to its own prefix: a rectangle for each of
     # its calls, of which no kernel leaves out what is above the diagonal, but `split`, which cuts
     # it in two.
@@ -84,6 +96,13 @@ def of_layer(here: Deployment, *, fused_channels: int) -> Core:
     return replace(_unfused(here, whole, prefixes), summed_bytes=summed)
 
 
+def _by_gaps(here: Deployment, fused_channels: int) -> bool:
+    """Whether a rank's tokens attend gap by gap."""
+    core, channels = planned(here, fused_channels=fused_channels), here.model.kv_channels
+    apart = here.plan.split == "sequence" and here.phase == "train"
+    return apart and by_gaps(core, channels, fused=channels <= fused_channels)
+
+
 def _summed(here: Deployment, core: str) -> float:
     """Bytes of keys' and values' gradients on a rank, as its pieces' are added up."""
     model = here.model
@@ -91,11 +110,14 @@ def _summed(here: Deployment, core: str) -> float:
     return keys * summed_bytes(here.cut, _length(here), core, here.element_bytes)
 
 
-def laid_out(here: Deployment) -> float:
+def laid_out(here: Deployment, *, fused_channels: int) -> float:
     """Keys that the runs of packed documents attend to, for each of the row's: copies of them.
 
-    Of a document in one chunk of n, ``1 + 1/2m`` where its two pieces are attended to in one call.
+    Of a document in one chunk of n, ``1 + 1/2m`` where its two pieces are attended to in one call;
+    none gap by gap.
     """
+    if not here.packs_runs or _by_gaps(here, fused_channels):
+        return 0.0
     alone = replace(here.cut, n=1)
     each = 2 * calls(alone, _length(here), "spec")
     return each * of_prefixes(alone, _length(here), "spec")

@@ -158,10 +158,13 @@ def _attention(here: Deployment, fused_channels: int) -> list[Work]:
     keys = here.batch.sequence_length * here.layout.micro_batch
     cache = 2 * model.query_groups * model.kv_channels * keys * core.keys_read
     moved = here.layers * here.element_bytes * (4 * here.tokens * channels + cache) / T
-    if here.packs_runs:  # what each run of tokens attends to is laid out for it, then read
-        runs = 2 * core_attention.laid_out(here)
-        moved += here.layers * here.element_bytes * runs * cache / here.cut.n
+    # What each run of tokens attends to is laid out for it, then read.
+    runs = 2 * core_attention.laid_out(here, fused_channels=fused_channels)
+    moved += here.layers * here.element_bytes * runs * cache / here.cut.n
     flops, summed = here.layers * core.flops, []
+    if core.merged_bytes:
+        half = here.layers * core.merged_bytes / 2
+        summed = [Work(what="parts of attention merged", memory_bytes=half, backward_bytes=half)]
     if core.summed_bytes:
         adds = here.layers * core.summed_bytes
         summed = [Work(what="gradients of keys and values added up", backward_bytes=adds)]

@@ -90,9 +90,10 @@ def _kept(here: Deployment, stage: int, fused_channels: int) -> float:
     # QKV, context, and the softmax of the scores where they go through memory.
     attention = N * packed(here.cut) * width
     attention += core_attention.of_layer(here, fused_channels=fused_channels).kept_bytes
-    if here.packs_runs:  # the keys and values that each run of tokens attends to
-        of_token = 2 * model.query_groups * model.kv_channels / here.cut.n
-        attention += core_attention.laid_out(here) * of_token * here.tokens * width
+    # The keys and values that each run of tokens of packed rows attends to.
+    of_token = 2 * model.query_groups * model.kv_channels / here.cut.n
+    copies = core_attention.laid_out(here, fused_channels=fused_channels)
+    attention += copies * of_token * here.tokens * width
     # Features before and after activation; what is routed in and out.
     mlp = rows * (3 if model.gated else 2) * here.features * width
     mlp += 2 * rows * D * width if model.num_experts else 0.0

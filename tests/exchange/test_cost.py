@@ -107,7 +107,8 @@ def test_a_sequence_split_costs_what_its_pieces_are_more_or_less_than_a_batch_sp
 ) -> None:
     """Fused, the rectangles of their prefixes; unfused, these instead of the square.
 
-    And where pieces are called one by one, the sums of their gradients of keys and values.
+    And where pieces are called one by one, the sums of their gradients of keys and values. The
+    layer spec's fused kernels, in training, attend gap by gap and merge instead.
     """
     fast = machine(bandwidth=1e9, latency=1e-9)
     assert fast.fused_attention is not None
@@ -133,7 +134,11 @@ def test_a_sequence_split_costs_what_its_pieces_are_more_or_less_than_a_batch_sp
         products = 4 * pairs * channels / fast.gemm.rate
         scores = 4 * pairs * 2 / fast.streaming_rate
         expected = -(products + scores) * 15 / 32
-    if training and expected:
+    if training and fused and core in ("spec", "auto"):
+        # Four runs of a rank: behind the mean gap are 5/8 of its queries.
+        elements = 4 * 4096 * 16 * channels / 8
+        expected = elements * 4 * 5 / 8 * 6 * 2 / fast.streaming_rate
+    elif training and expected:
         keys = 2 * 4 * 4096 * 8 * channels  # and values, of a head group
         # Four pieces of 17/32 in the mean: a gradient in half precision read, sums read, written.
         expected += keys * (4 + 4 * 17 / 32 * 10 + 6) / fast.streaming_rate

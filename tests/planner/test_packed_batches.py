@@ -53,12 +53,16 @@ def test_operations_of_attention_are_those_of_the_documents(layout: dict[str, ob
 
 
 def test_the_split_is_by_sequence_and_prefixes_are_kept() -> None:
+    """Not where fused kernels attend gap by gap."""
     here = deployed((64,), m=2, n=2, exchange="weights")
     assert here.plan.split == "sequence"
     through = deployed(None, m=2, n=2, exchange="weights", split="sequence")
     kept = [memory._kept(one, 0, 256) for one in (here, through)]
-    of_row = 2 * 4 * 16 / 2 * 256 * 2  # keys and values of a head group, in fp16
-    assert kept[0] - kept[1] == MODEL.num_layers * of_row * 1.25
+    assert kept[0] == kept[1]
+    # Keys and values of a head group, in fp16; scores are those of the documents.
+    of_row, scores = 2 * 4 * 16 / 2 * 256 * 2, 256 * 4 / 4 * 2
+    kept = [memory._kept(one, 0, 8) for one in (here, through)]
+    assert kept[0] - kept[1] == MODEL.num_layers * (of_row * 1.25 - scores * (256 - 64))
     with pytest.raises(ValueError, match=r"^documents: are packed for training, got phase prefill"):
         replace(here, phase="prefill").check()
 
