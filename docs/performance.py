@@ -4,6 +4,7 @@ A test compares: the page cannot say another thing than the planner does. What s
 marks is written by hand and kept. A measurement goes into :data:`MEASURED_MS`.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -19,7 +20,9 @@ from megatron_helix.planner.deployment import Deployment
 from megatron_helix.planner.search import name, named
 from megatron_helix.planner.time import Prediction, predict
 from megatron_helix.run_config.batch import BatchConfig
+from megatron_helix.run_config.gradients import GradientFlags
 from megatron_helix.run_config.layout import LayoutConfig
+from megatron_helix.run_config.model import ModelConfig
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "performance.md"
@@ -360,12 +363,38 @@ def claims() -> str:
     return "Dense: TPS {}, TPOT {}. MoE: TPS {}, TPOT {}.".format(*changes)
 
 
+def sums() -> list[str]:
+    """Of the rivals' cell with a model of today's shape: what the precision of gradients changes.
+
+    Each layout as it was measured, and predicted with gradients in bf16 and in fp32. GB are those
+    of the measurement, thousands of MiB.
+    """
+    results = json.loads((ROOT / "benchmarks/results/two_h200_rivals.json").read_text())
+    cell = next(one for one in results["cells"] if one["name"].startswith("qwen, by"))
+    model, batch = ModelConfig(**cell["model"]), BatchConfig(**cell["batch"])
+    told = (
+        GradientFlags(grad_reduce_in_bf16=True, megatron_fsdp_main_grads_dtype="bf16"),
+        GradientFlags(megatron_fsdp_main_grads_dtype="fp32"),
+    )
+    rows = []
+    for row in cell["rows"]:
+        layout = LayoutConfig(name=name({"gather": None, **row["layout"]}), **row["layout"])
+        figures = [f"{row['memory_mib'] / 1e3:.1f}", f"{row['step_ms']:.1f}"]
+        for flags in told:
+            known = (model, layout, batch, 2, "train", "bf16", MACHINES["h200_2"])
+            one = predict(Deployment(*known, gradient_flags=flags).check(), MACHINES["h200_2"])
+            figures += [f"{one.memory.total / 2**20 / 1e3:.1f}", f"{one.step_s * 1e3:.1f}"]
+        rows.append([layout.name, *figures])
+    return table("layout | GB, ms, GB in bf16, ms in bf16, GB in fp32, ms in fp32", rows)
+
+
 PARTS: dict[str, Callable[[], list[str]]] = {
     "prefill": lambda: source_table("prefill"),
     "training": lambda: [ceiling(), "", *source_table("train"), replicas_ahead(), ""],
     "arithmetic": arithmetic,
     "where": lambda: [claims(), "", *where()],
     "few": few_gpus,
+    "sums": sums,
     "eight": eight_gpus,
 }
 

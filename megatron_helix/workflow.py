@@ -37,8 +37,16 @@ COMPONENTS = (
 )
 
 
-def run(experiment: ExperimentConfig, out: Path, console: Console) -> dict[str, Any]:
+def run(
+    experiment: ExperimentConfig, out: Path, console: Console, file: str | None = None
+) -> dict[str, Any]:
     """Do what is missing of ``experiment`` in ``out``.
+
+    Args:
+        experiment: what runs.
+        out: folder for all of it.
+        console: for what is said meanwhile.
+        file: name of the file that the experiment was read from, for its results.
 
     Returns:
         The value of every node by name.
@@ -54,7 +62,7 @@ def run(experiment: ExperimentConfig, out: Path, console: Console) -> dict[str, 
         for one in [*runs.compared(experiment), *runs.checks(experiment)]
     }
     with files.locked(out, "--out"), progress.shown(console, totals) as (notify, advance):
-        return dag.run(nodes(experiment, out, console, advance), out, notify)
+        return dag.run(nodes(experiment, out, console, advance, file), out, notify)
 
 
 def check(experiment: ExperimentConfig) -> None:
@@ -96,6 +104,7 @@ def nodes(
     out: Path,
     console: Console | None = None,
     advance: progress.Advance | None = None,
+    file: str | None = None,
 ) -> list[Node]:
     """The graph of ``experiment``, in the order of its components."""
     console = console or Console(quiet=True)
@@ -129,8 +138,8 @@ def nodes(
         *made,
         Node(
             name="result_collection",
-            inputs=[document, source.whole()],
-            action=partial(_collect, experiment, compared, out),
+            inputs=[document, file, source.whole()],
+            action=partial(_collect, experiment, compared, out, file),
             needs=results,
         ),
         Node(
@@ -242,7 +251,11 @@ def _execute(
 
 
 def _collect(
-    experiment: ExperimentConfig, compared: list[Run], out: Path, values: dict[str, Any]
+    experiment: ExperimentConfig,
+    compared: list[Run],
+    out: Path,
+    file: str | None,
+    values: dict[str, Any],
 ) -> Made:
     """``results.json``: the runs, the baseline first within a model; and what was asked for."""
     results = []
@@ -253,7 +266,7 @@ def _collect(
             result |= execution.utilisation(experiment, one, result["step_ms"])
         results.append({**result, "predicted": prediction.of_run(experiment, one)})
     path = out / "results.json"
-    document = {"runs": results, "outlook": outlook.rows(experiment)}
+    document = {"file": file, "runs": results, "outlook": outlook.rows(experiment)}
     files.write(path, json.dumps(document, indent=2) + "\n")
     asked = out / "experiment.json"
     files.write(asked, experiment.model_dump_json(indent=1) + "\n")

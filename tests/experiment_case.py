@@ -5,6 +5,7 @@ from typing import Any
 
 from megatron_helix.experiment.config import ExperimentConfig
 
+FILE = "small.yaml"  # that it was read from
 DOCUMENT: dict[str, Any] = {
     "name": "small",
     "models": [

@@ -23,7 +23,7 @@ patches.quieten()
 import megatron.training  # noqa: E402, F401
 
 from megatron_helix import workflow  # noqa: E402
-from tests.experiment_case import Values, experiment  # noqa: E402
+from tests.experiment_case import FILE, Values, experiment  # noqa: E402
 
 patches.use_compiled_dataset_helpers()
 torch.set_num_threads(1)  # a forked rank cannot use its parent's thread pool
@@ -54,4 +54,4 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Values]:
     with (folder / "experiment.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         out = folder / "experiment"
-        return out, workflow.run(experiment(), out, Console(quiet=True))
+        return out, workflow.run(experiment(), out, Console(quiet=True), FILE)

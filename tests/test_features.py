@@ -75,6 +75,7 @@ DYNAMIC = (
 PRECISIONS = {
     "bf16": ("--bf16",),
     "fp16": ("--fp16", *DYNAMIC),
+    "bf16, gradients too": ("--bf16", "--grad-reduce-in-bf16"),
     "bf16, softmax in fp32": ("--bf16", "--attention-softmax-in-fp32"),
     "fp16, cross entropy too": ("--fp16", *DYNAMIC, "--fp16-lm-cross-entropy"),
 }

@@ -101,6 +101,41 @@ def test_the_environment_is_made_of_a_word_that_is_known(tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["scripts"]
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--ouT", "runs/own"], "must be called with --out DIR or without a word, got --ouT; corr"),
+        (["runs/own"], "must be called with --out DIR or without a word, got runs/own; correct"),
+        (
+            ["--out", "runs/own", "more"],
+            "must be called with --out DIR or without a word, got more",
+        ),
+        (["--json", "--out"], "--out must have a value; add it"),
+    ],
+)
+def test_the_quickstart_refuses_a_word_before_it_makes_the_environment(
+    tmp_path: Path, words: list[str], said: str
+) -> None:
+    shutil.copytree(SCRIPTS, tmp_path / "scripts")
+    refused = call(tmp_path / "scripts" / "quickstart.sh", *words)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(f"error: scripts/quickstart.sh: {said}")
+    assert [path.name for path in tmp_path.iterdir()] == ["scripts"]
+
+
+def test_the_quickstart_hands_on_what_helix_run_takes(tmp_path: Path) -> None:
+    shutil.copytree(SCRIPTS, tmp_path / "scripts")
+    (tmp_path / "scripts" / "env.sh").write_text("")
+    helix = tmp_path / ".venv" / "bin" / "helix"
+    helix.parent.mkdir(parents=True)
+    helix.write_text('#!/bin/sh\necho "$@"\n')
+    helix.chmod(0o755)
+    words = ["--out", "runs/own", "--json", "--hardware=here.yaml"]
+    called = call(tmp_path / "scripts" / "quickstart.sh", *words)
+    assert called.returncode == 0, called.stderr
+    assert called.stdout.split()[-len(words) :] == words
+
+
 def flags_of(line: str) -> list[str]:
     """Megatron's flags in a torchrun line."""
     words = shlex.split(line)

@@ -29,6 +29,7 @@ def main() -> None:
     alone(port)
     flags = pretrain_gpt.prepare_rank(sys.argv[1:])
     own_words()
+    own_memory()
     logs_as_the_last()
     gate = os.environ.get("ONE_RANK_GATE")
     while gate and not Path(gate).exists():
@@ -65,6 +66,25 @@ def own_words() -> None:
         return forward(self, input_ % self.num_embeddings_per_partition)
 
     layers.VocabParallelEmbedding.forward = within
+
+
+def own_memory() -> None:
+    """What a rank reads of its peers' memory it reads of its own, at the rate of that."""
+    from megatron_helix.kernels import symmetric_memory
+    from megatron_helix.layers import lending
+
+    class OwnMemory:
+        def __init__(self, group: Any) -> None:
+            self.group = group
+
+        def place(self, like: Any) -> tuple[Any, list[Any]]:
+            own = like.clone()
+            return own, [own.view(-1)] * self.group.size()
+
+        def barrier(self) -> None: ...
+
+    symmetric_memory.within_reach = lambda group: group.size() > 1
+    lending.SymmetricMemory = OwnMemory
 
 
 def logs_as_the_last() -> None:

@@ -36,7 +36,7 @@ def run(
 
     console = Console(stderr=as_json)
     chosen = config.load(experiment, hardware)
-    values = workflow.run(chosen, out, console)
+    values = workflow.run(chosen, out, console, experiment.name)
     found, checks = values["result_collection"], values["deployment_verification"]
     wrong = [f"not exact: {line}" for line in results.departures(chosen, found)]
     wrong += [f"not verified: {line}" for line in results.failures(checks)]

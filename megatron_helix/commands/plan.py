@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Phase = Literal["train", "forward", "prefill", "decode"]
 Ranking = Literal["tps", "tpot", "memory"]
+Sums = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 def plan(
@@ -53,6 +54,13 @@ def plan(
         Precision | None,
         typer.Option(help="bf16 instead of fp16, on a machine with figures for it."),
     ] = None,
+    grad_reduce_in_bf16: Annotated[
+        bool,
+        typer.Option("--grad-reduce-in-bf16", help="As of a run: gradients are added up in bf16."),
+    ] = False,
+    megatron_fsdp_main_grads_dtype: Annotated[
+        Sums, typer.Option(help="As of a run: in which Megatron FSDP adds gradients up.")
+    ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Predict layouts of a model on a machine, best first. Nothing runs; nothing is measured."""
@@ -64,6 +72,7 @@ def plan(
     from megatron_helix.planner.time import predict
     from megatron_helix.run_config.batch import BatchConfig, document_lengths
     from megatron_helix.run_config.files import read_config
+    from megatron_helix.run_config.gradients import GradientFlags
     from megatron_helix.run_config.model import ModelConfig
 
     chosen, machine = read_config(ModelConfig, model), machines.load(hardware)
@@ -75,11 +84,22 @@ def plan(
     width = _precision(precision, machine)
     if explain and layout:
         raise UserError("--explain, --layout: take one at a time, got both; leave one away")
+    if grad_reduce_in_bf16 and width != "bf16":
+        raise UserError(
+            f"--grad-reduce-in-bf16: is read in bf16 alone, got {width}; add --precision bf16, or"
+            " leave it out"
+        )
+    sums = GradientFlags(
+        grad_reduce_in_bf16=grad_reduce_in_bf16,
+        megatron_fsdp_main_grads_dtype=megatron_fsdp_main_grads_dtype,
+    )
 
     def one(words: str) -> "Prediction":
         made = _layout(words, training_on=machine.devices if phase == "train" else 0)
-        here = Deployment(chosen, made, size, machine.devices, phase, width, machine).check()
-        return predict(here, machine)
+        here = Deployment(
+            *(chosen, made, size, machine.devices, phase, width, machine), gradient_flags=sums
+        )
+        return predict(here.check(), machine)
 
     console, most = Console(), machine.memory.rate
     of = f", packed ({documents}; a token's document {size.keys:,.0f})" if documents else ""
@@ -99,7 +119,7 @@ def plan(
         shown = [one(spec) for spec in layout]
         words = "\n".join([*verdict.of_memory(shown, most), *_decode(phase)])
     else:
-        how: dict[str, Any] = {"phase": phase, "precision": width}
+        how: dict[str, Any] = {"phase": phase, "precision": width, "gradient_flags": sums}
         found = search.search(chosen, machine, size, rank_by=rank_by, **how)
         shown, words = found.cuts()[:top], verdict.explain(found, rank_by)
         words += f" {len(found.ranked):,} layouts fit, {found.too_large:,} do not."

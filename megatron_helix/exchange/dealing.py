@@ -98,7 +98,7 @@ def deal(layout: HelixLayout, ends: tuple[int, ...]) -> tuple[tuple[Run, ...], .
         for j, pair in list(_pairs(whole, m, chosen, None if alone else work)):
             runs[j] += pair
             work[j] += sum(run.work for run in pair)
-    return tuple(tuple(_joined(sorted(mine))) for mine in runs)
+    return tuple(tuple(joined(sorted(mine))) for mine in runs)
 
 
 def _pairs(
@@ -125,15 +125,15 @@ def _pairs(
         yield from zip(ranks, theirs, strict=True)
 
 
-def _joined(runs: list[Run]) -> list[Run]:
+def joined(runs: list[Run]) -> list[Run]:
     """The runs, ascending; neighbours of one document as one."""
-    joined: list[Run] = []
+    found: list[Run] = []
     for run in runs:
-        if joined and joined[-1].end == run.start and joined[-1].document == run.document:
-            joined[-1] = joined[-1]._replace(end=run.end)
+        if found and found[-1].end == run.start and found[-1].document == run.document:
+            found[-1] = found[-1]._replace(end=run.end)
         else:
-            joined.append(run)
-    return joined
+            found.append(run)
+    return found
 
 
 def causal_work(layout: HelixLayout, ends: tuple[int, ...]) -> list[int]:

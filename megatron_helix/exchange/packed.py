@@ -26,8 +26,11 @@ from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_helix.basics.errors import UserError
 from megatron_helix.exchange.dealing import Run
+from megatron_helix.exchange.gaps import gaps_of
 from megatron_helix.exchange.plan import Plan
-from megatron_helix.exchange.tokens import Piece, in_calls, pieces
+from megatron_helix.exchange.tokens import Piece, in_calls, runs_of
+from megatron_helix.kernels.copies import on_device
+from megatron_helix.kernels.gap_attention import Gaps
 from megatron_helix.partition.layout import HelixLayout
 
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal, AttnMaskType.causal_bottom_right)
@@ -52,6 +55,7 @@ class Share(PackedSeqParams):
         prefixes: of the row, the keys that each of my runs attends to, run after run.
         rounds: of ``prefixes``, those that are all different: which, and the keys they are.
         attended: my runs and their prefixes, as packed documents.
+        gaps: in the place of the last three, the calls of a rank that has keys of its own tokens.
     """
 
     positions: torch.Tensor = field(default_factory=lambda: torch.empty(0))
@@ -59,34 +63,68 @@ class Share(PackedSeqParams):
     prefixes: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     rounds: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
     attended: PackedSeqParams = field(default_factory=PackedSeqParams)
+    gaps: Gaps | None = None
 
 
 def share_of(
-    packed: PackedSeqParams, plan: Plan, layout: HelixLayout, segment: int, device: torch.device
+    packed: PackedSeqParams,
+    plan: Plan,
+    layout: HelixLayout,
+    segment: int,
+    device: torch.device,
+    *,
+    by_gaps: bool = False,
 ) -> Share:
     """What dim rank ``segment`` has of a row; the same for all layers, and made once.
 
-    On the ``device`` of its tokens, wherever ``cu_seqlens_q`` is.
+    On the ``device`` of its tokens, wherever ``cu_seqlens_q`` is. ``by_gaps`` says whether the keys
+    beside the queries are those of the same tokens (:mod:`megatron_helix.exchange.gaps`).
     """
     known = getattr(packed, "helix_share", None)
-    asked = plan, layout, segment, device
+    asked = plan, layout, segment, device, by_gaps
     if known is None or known[0] != asked:
-        known = asked, _share(packed, *asked)
+        known = asked, (_with_gaps if by_gaps else _with_prefixes)(packed, *asked[:-1])
         packed.helix_share = known
     return known[1]
 
 
-def _share(
+def _with_gaps(
+    packed: PackedSeqParams, plan: Plan, layout: HelixLayout, segment: int, device: torch.device
+) -> Share:
+    tokens = plan.documents[-1]
+    mine = torch.tensor([0, tokens // layout.m], dtype=torch.int32)
+    ends = on_device(mine, device)
+    share = _rows(packed, runs_of(plan, layout, segment, tokens), device)
+    share.cu_seqlens_q = share.cu_seqlens_kv = ends
+    share.gaps = gaps_of(plan, layout, segment, tokens, device)
+    return share
+
+
+def _rows(packed: PackedSeqParams, runs: list[Run], device: torch.device) -> Share:
+    """Where the tokens of some runs are."""
+    starts, ends, documents = torch.tensor(runs).unbind(dim=1)
+    positions = _laid(starts, ends - starts)
+    return Share(
+        qkv_format="thd",
+        max_seqlen_q=packed.max_seqlen_q,
+        max_seqlen_kv=packed.max_seqlen_kv,
+        tokens_per_sample=packed.tokens_per_sample,
+        positions=on_device(positions, device),
+        in_documents=on_device(positions - documents.repeat_interleave(ends - starts), device),
+    )
+
+
+def _with_prefixes(
     packed: PackedSeqParams, plan: Plan, layout: HelixLayout, segment: int, device: torch.device
 ) -> Share:
     runs = [
         Run(part.start, part.end, run.document)
-        for run in runs_of(plan, layout, segment)
+        for run in runs_of(plan, layout, segment, plan.documents[-1])
         for part in in_calls(Piece(run.start, run.end - run.start))
     ]
+    share = _rows(packed, runs, device)
     starts, ends, documents = torch.tensor(runs).unbind(dim=1)
     prefixes = ends - documents
-    positions = _laid(starts, ends - starts)
     # A document's runs in turn: the first of each, the second of each, ...
     before: Counter[int] = Counter()
     turn = []
@@ -98,42 +136,19 @@ def _share(
     rounds = []
     for k in range(max(turn) + 1):
         of_round = (turns == k).nonzero().squeeze(1)
-        rounds.append((of_round.to(device), keys[of_round].to(device)))
+        rounds.append((on_device(of_round, device), on_device(keys[of_round], device)))
     of_queries, of_keys = _ends(ends - starts), _ends(prefixes)
-    longest = {"max_seqlen_q": int((ends - starts).max()), "max_seqlen_kv": int(prefixes.max())}
-    return Share(
+    share.cu_seqlens_q = on_device(of_queries[[0, -1]], device)
+    share.cu_seqlens_kv = on_device(torch.tensor(plan.documents, dtype=torch.int32), device)
+    share.prefixes, share.rounds = on_device(keys, device), tuple(rounds)
+    share.attended = PackedSeqParams(
         qkv_format="thd",
-        cu_seqlens_q=of_queries[[0, -1]].to(device),
-        cu_seqlens_kv=torch.tensor(plan.documents, dtype=torch.int32, device=device),
-        max_seqlen_q=packed.max_seqlen_q,
-        max_seqlen_kv=packed.max_seqlen_kv,
-        tokens_per_sample=packed.tokens_per_sample,
-        positions=positions.to(device),
-        in_documents=(positions - documents.repeat_interleave(ends - starts)).to(device),
-        prefixes=keys.to(device),
-        rounds=tuple(rounds),
-        attended=PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=of_queries.to(device),
-            cu_seqlens_kv=of_keys.to(device),
-            **longest,
-        ),
+        cu_seqlens_q=on_device(of_queries, device),
+        cu_seqlens_kv=on_device(of_keys, device),
+        max_seqlen_q=int((ends - starts).max()),
+        max_seqlen_kv=int(prefixes.max()),
     )
-
-
-def runs_of(plan: Plan, layout: HelixLayout, segment: int) -> list[Run]:
-    """What dim rank ``segment`` attends for: the pieces of the plan, cut where documents end."""
-    ends = plan.documents
-    runs, document = [], 0
-    for piece in pieces(layout, segment, ends[-1], **plan.dealing):
-        start = piece.start
-        while start < piece.end:
-            while ends[document + 1] <= start:
-                document += 1
-            end = min(piece.end, ends[document + 1])
-            runs.append(Run(start, end, ends[document]))
-            start = end
-    return runs
+    return share
 
 
 def _laid(starts: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

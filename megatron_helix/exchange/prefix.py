@@ -10,6 +10,9 @@ piece needs only keys up to its own end. A core attention class says how it is c
 * neither: once a piece by the mask's type, as TransformerEngine does, or with its mask where it is
   derived from Megatron's ``DotProductAttention``; a long piece in several calls
   (:data:`~megatron_helix.exchange.dealing.QUERIES`).
+
+Where TransformerEngine's fused kernels can do it in parts, nothing is gathered before: the rank has
+keys and values of its own tokens, and they attend gap by gap (:mod:`megatron_helix.exchange.gaps`).
 """
 
 from typing import Any
@@ -20,9 +23,12 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_helix.exchange.decode import attend_to_share, merge_shares
+from megatron_helix.exchange.gaps import gaps_of
 from megatron_helix.exchange.packed import Share, attend_to_documents, fewer_queries_than_keys
 from megatron_helix.exchange.plan import Plan
 from megatron_helix.exchange.tokens import Piece, in_calls, pieces
+from megatron_helix.kernels import engine_attention
+from megatron_helix.kernels.gap_attention import attend
 from megatron_helix.partition.layout import HelixLayout
 from megatron_helix.partition.process_groups import HelixGroups
 
@@ -66,14 +72,16 @@ class PrefixPieces(torch.nn.Module):
         **kwargs: Any,
     ) -> torch.Tensor:
         """Query ``[s/m, b, H/n, d]``, key and value ``[s, b, K/n, d]`` -> ``[s/m, b, H/n * d]``."""
-        attend = super().forward  # the core attention class behind the mixin
+        attend_to = super().forward  # the core attention class behind the mixin
         if self.plan.exchange == "partials":
             return self._merged(query, key, value)
         packed = kwargs.get("packed_seq_params")
+        if self.plan.split == "sequence" and len(key) < len(query) * self.helix_layout.m:
+            return self._by_gaps(query, key, value, packed)
         if isinstance(packed, Share):
             with fewer_queries_than_keys(self):
                 return attend_to_documents(
-                    attend,
+                    attend_to,
                     query,
                     key,
                     value,
@@ -82,7 +90,7 @@ class PrefixPieces(torch.nn.Module):
                     attention_bias=kwargs.get("attention_bias"),
                 )
         if self.plan.split != "sequence":
-            return attend(
+            return attend_to(
                 query, key, value, attention_mask, attn_mask_type=attn_mask_type, **kwargs
             )
         layout, segment = self.helix_layout, self.helix_groups.segment
@@ -92,7 +100,7 @@ class PrefixPieces(torch.nn.Module):
                 attention_mask = torch.cat(
                     [attention_mask[..., piece.start : piece.end, :] for piece in mine], dim=-2
                 )
-            return attend(
+            return attend_to(
                 *(query, key, value, attention_mask),
                 attn_mask_type=attn_mask_type,
                 runs=[tuple(piece) for piece in mine],
@@ -110,7 +118,7 @@ class PrefixPieces(torch.nn.Module):
             strict=True,
         )
         contexts = [
-            attend(
+            attend_to(
                 queries,
                 keys,
                 values,
@@ -121,6 +129,25 @@ class PrefixPieces(torch.nn.Module):
             for queries, keys, values, piece in parts
         ]
         return torch.cat(contexts)
+
+    def attends_by_gaps(self) -> bool:
+        """Whether, under a sequence split, it takes the keys and values of its own tokens alone."""
+        sequence = self.plan.split == "sequence" and self.plan.exchange != "partials"
+        return sequence and engine_attention.kernel_of(self) is not None
+
+    def _by_gaps(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, share: Share | None
+    ) -> torch.Tensor:
+        """Query, key and value of my tokens: ``[s/m, b, ..., d] -> [s/m, b, H/n * d]``."""
+        layout, groups = self.helix_layout, self.helix_groups
+        kernel = engine_attention.kernel_of(self)
+        gaps = share.gaps if share else None
+        if gaps is None:
+            tokens = len(query) * layout.m
+            gaps = gaps_of(self.plan, layout, groups.segment, tokens, query.device)
+        assert kernel is not None
+        # The next weights are on their way over the dim group, and nothing need wait for them.
+        return attend(query, key, value, gaps, kernel, groups.home).flatten(-2)
 
     def _merged(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """A decode step on the positions I hold, merged: ``[1, b, H/n, d] -> [1, b, H/n * d/m]``.

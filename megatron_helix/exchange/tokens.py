@@ -29,10 +29,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from megatron_helix.exchange.dealing import QUERIES, deal
+from megatron_helix.exchange.dealing import QUERIES, Run, deal
 from megatron_helix.exchange.plan import Plan
 from megatron_helix.kernels.collectives import all_to_all, uneven_all_to_all
-from megatron_helix.kernels.copies import packed
+from megatron_helix.kernels.copies import on_device, packed
 from megatron_helix.partition.layout import HelixLayout
 
 
@@ -106,7 +106,9 @@ class Order(NamedTuple):
     @classmethod
     def of(cls, there: torch.Tensor, device: torch.device) -> "Order":
         """The permutation on a device."""
-        return cls(there.to(device), there.argsort().to(device))
+        back = torch.empty_like(there)
+        back[there] = torch.arange(len(there))
+        return cls(on_device(there, device), on_device(back, device))
 
 
 class _Hand(NamedTuple):
@@ -171,6 +173,24 @@ def pieces(
     return [Piece(start + piece.start, piece.length) for start in starts for piece in chunk]
 
 
+def runs_of(plan: Plan, layout: HelixLayout, segment: int, tokens: int) -> list[Run]:
+    """What dim rank ``segment`` attends for: the pieces of the plan, cut where documents end.
+
+    Of rows that are not packed, ``tokens`` long, each is one document.
+    """
+    ends = plan.documents or (0, tokens)
+    runs, document = [], 0
+    for piece in pieces(layout, segment, ends[-1], **plan.dealing):
+        start = piece.start
+        while start < piece.end:
+            while ends[document + 1] <= start:
+                document += 1
+            end = min(piece.end, ends[document + 1])
+            runs.append(Run(start, end, ends[document]))
+            start = end
+    return runs
+
+
 def in_calls(piece: Piece) -> list[Piece]:
     """The same tokens in parts of at most :data:`QUERIES`, as even as can be."""
     parts = -(-piece.length // QUERIES)
@@ -205,9 +225,10 @@ def stream_order(
 
 
 @lru_cache(maxsize=64)
-def _segment_order(
+def segment_order(
     layout: HelixLayout, sequence: int, device: torch.device, **dealing: Any
 ) -> Order:
+    """Of a sequence's tokens, dim rank after dim rank; ``dealing`` as in :func:`pieces`."""
     each = [chunk_positions(layout, j, sequence, **dealing) for j in range(layout.m)]
     return Order.of(torch.cat(each), device)
 
@@ -242,11 +263,11 @@ def in_sequence_order(gathered: torch.Tensor, layout: HelixLayout, **dealing: An
 
     ``[m * s/m, ...]`` (rank after rank) -> ``[s, ...]``; ``dealing`` as in :func:`pieces`.
     """
-    order = _segment_order(layout, len(gathered), gathered.device, **dealing)
+    order = segment_order(layout, len(gathered), gathered.device, **dealing)
     return out_of_order(gathered, order)
 
 
 def by_segment(x: torch.Tensor, layout: HelixLayout, **dealing: Any) -> torch.Tensor:
     """``[s, ...] -> [m, s/m, ...]``, dim rank by dim rank; undoes `in_sequence_order`."""
-    taken = in_order(x, _segment_order(layout, len(x), x.device, **dealing))
+    taken = in_order(x, segment_order(layout, len(x), x.device, **dealing))
     return taken.view(layout.m, -1, *x.shape[1:])

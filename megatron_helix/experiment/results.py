@@ -35,8 +35,8 @@ def read(out: Path) -> dict[str, Any]:
     """What a finished experiment left in its folder.
 
     Returns:
-        ``experiment``, ``results``, ``verification``, ``data`` (its files) and ``cuts`` (the
-        partition of every run).
+        ``experiment``, ``file`` (its name, None where nobody said it), ``results``,
+        ``verification``, ``data`` (its files) and ``cuts`` (the partition of every run).
 
     Raises:
         UserError: when something is missing, or was torn or edited.
@@ -58,6 +58,7 @@ def read(out: Path) -> dict[str, Any]:
         run["name"]: (read_record(out, f"partitioning_setup/{run['name']}") or {}).get("value")
         for run in found["results"]
     }
+    found["file"] = files.read_json(out / "results.json", again).get("file")
     return {**found, "data": (record or {}).get("files", {}), "cuts": cuts}
 
 

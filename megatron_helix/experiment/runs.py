@@ -15,7 +15,7 @@ from rich.console import Console
 
 from megatron_helix import conversations, corpus
 from megatron_helix.basics.errors import UserError
-from megatron_helix.experiment import vocabulary
+from megatron_helix.experiment import gradients, vocabulary
 from megatron_helix.experiment.config import ExperimentConfig, Phase
 from megatron_helix.inference import saved_model
 from megatron_helix.launching import launchers
@@ -167,6 +167,7 @@ def deployment(experiment: ExperimentConfig, run: Run) -> Deployment:
         run.precision,
         experiment.hardware,
         vocabulary.rows(experiment),
+        gradients.flags(experiment),
     )
 
 

@@ -125,3 +125,10 @@ def turned(x: torch.Tensor) -> torch.Tensor:
     from megatron_helix.kernels import transposition  # Triton, where there is a GPU
 
     return transposition.transposed(x)
+
+
+def on_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy of what was made on the host, for which the host does not wait."""
+    if device.type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)

@@ -20,7 +20,7 @@ from megatron_helix.exchange.plan import Plan
 from megatron_helix.exchange.prefix import PrefixPieces
 from megatron_helix.exchange.scores import ScoresAttention, SegmentNorm, segment_frequencies
 from megatron_helix.exchange.strategy import Choice
-from megatron_helix.exchange.tokens import chunk_positions, in_sequence_order
+from megatron_helix.exchange.tokens import chunk_positions, in_sequence_order, pieces
 from megatron_helix.kernels import sums
 from megatron_helix.kernels.collectives import all_gather, gather
 from megatron_helix.layers.linear import helix_linear
@@ -43,6 +43,7 @@ class HelixSelfAttention(SelfAttention):
     """
 
     plan = Plan(exchange="activations", split="batch")
+    by_gaps = False  # whether core attention is given the keys of my tokens alone
 
     def __init__(
         self,
@@ -69,7 +70,7 @@ class HelixSelfAttention(SelfAttention):
                 linear_qkv=partial(helix_linear("linear_qkv", submodules.linear_qkv), **tiles),
                 linear_proj=partial(helix_linear("linear_proj", submodules.linear_proj), **tiles),
                 core_attention=partial(
-                    _on_head_axis, core or _prefix_pieces(submodules.core_attention), layout.n
+                    _on_head_axis, core or prefix_pieces(submodules.core_attention), layout.n
                 ),
             ),
             layer_number,
@@ -102,6 +103,7 @@ class HelixSelfAttention(SelfAttention):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As ``SelfAttention.forward``; mask and rotary frequencies are those of all tokens."""
         m, segment = self.helix_layout.m, self.helix_groups.segment
+        self.by_gaps = self._attends_by_gaps(kwargs)
         if self.plan.documents:
             packed = share_of(
                 kwargs["packed_seq_params"],
@@ -109,6 +111,7 @@ class HelixSelfAttention(SelfAttention):
                 self.helix_layout,
                 segment,
                 hidden_states.device,
+                by_gaps=self.by_gaps,
             )
             kwargs["packed_seq_params"] = packed
             if rotary_pos_emb is not None:
@@ -130,18 +133,35 @@ class HelixSelfAttention(SelfAttention):
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
         """Stock, and under a sequence split the keys and values of all tokens.
 
-        ``query [s/m, b, H/n, d]``, ``key`` and ``value`` ``[s, b, K/n, d]``.
+        ``query [s/m, b, H/n, d]``, ``key`` and ``value`` ``[s, b, K/n, d]``; those of my tokens
+        where they attend gap by gap.
         """
         query, key, value, *gate = super().get_query_key_value_tensors(*args, **kwargs)
         if self.plan.exchange == "partials":  # what comes out of core attention is my segment
             channels = self.helix_layout.segment_channels(self.helix_groups.segment)
             gate = [whole[..., channels.to(whole.device)] for whole in gate]
-        elif self.plan.split == "sequence":
+        elif self.plan.split == "sequence" and not self.by_gaps:
             both = all_gather(torch.cat([key, value], dim=-1), self.helix_groups.dim)
             whole = in_sequence_order(both, self.helix_layout, **self.plan.dealing)
             key, value = whole.chunk(2, dim=-1)
             key, value = key.contiguous(), value.contiguous()
         return query, key, value, *gate
+
+    def _attends_by_gaps(self, forward_kwargs: dict[str, Any]) -> bool:
+        """Whether this forward hands core attention the keys and values of my tokens alone.
+
+        Not where a cache is filled, nor where core attention is recomputed, which would gather them
+        again; and a causal mask needs no other, as TransformerEngine has it.
+        """
+        if self.plan.split != "sequence":
+            return False
+        causal = self.attn_mask_type == AttnMaskType.causal or (
+            self.plan.documents and self.attn_mask_type == AttnMaskType.padding_causal
+        )
+        apart = forward_kwargs.get("inference_context") or forward_kwargs.get("attention_bias")
+        again = self.checkpoint_core_attention and self.training
+        pieces: Any = self.core_attention
+        return bool(causal and apart is None and not again and pieces.attends_by_gaps())
 
     def _caches_positions(self, forward_kwargs: dict[str, Any]) -> bool:
         """Whether this forward fills or reads a cache that is split by position."""
@@ -240,10 +260,10 @@ class HelixSelfAttention(SelfAttention):
         segment = self.helix_groups.segment
         if self.plan.exchange == "scores":
             return tuple(segment_frequencies(f, self.helix_layout, segment) for f in (query, key))
-        positions = chunk_positions(
-            self.helix_layout, segment, query.size(0), balanced=self.plan.balanced
-        )
-        return query[positions.to(query.device)], key
+        # By slices: an index would be copied to the GPU, for which the host waits in every layer.
+        mine = pieces(self.helix_layout, segment, query.size(0), balanced=self.plan.balanced)
+        of_mine = torch.cat([query[piece.start : piece.end] for piece in mine])
+        return of_mine, of_mine if self.by_gaps else key
 
     def _keep_segments(self, config: TransformerConfig) -> None:
         """Set the head dimension that stock attention sees to one segment."""
@@ -282,17 +302,20 @@ def document_frequencies(
 ) -> tuple[Any, Any]:
     """(query, key) rotary frequencies of a packed row: of each of my queries, and as given.
 
+    Both are of my tokens where they attend gap by gap.
+
     Megatron counts positions from the beginning of a document, but where there are as many
     frequencies as tokens: from that of the row. The fused kernel, which turns the keys by what is
     returned here, never does.
     """
     query, key = frequencies if isinstance(frequencies, tuple) else (frequencies,) * 2
     of_row = query.size(0) == plan.documents[-1] and not fused
-    return query[share.positions if of_row else share.in_documents], key
+    mine = query[share.positions if of_row else share.in_documents]
+    return mine, key if share.gaps is None else mine
 
 
 @cache
-def _prefix_pieces(core_attention: type) -> type:
+def prefix_pieces(core_attention: type) -> type:
     """The spec's core attention class, able to run a sequence split."""
     return type(f"Helix{core_attention.__name__}", (PrefixPieces, core_attention), {})
 

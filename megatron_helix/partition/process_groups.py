@@ -26,8 +26,9 @@ class HelixGroups:
     Attributes:
         tp: the whole tensor-parallel group, m * n ranks.
         dim: the m ranks that own the same heads, in segment order: a dim group.
-        home: the same ranks, for gradients on their way home: over NCCL a communicator of its own,
-            so that they and gathers need not wait for each other.
+        home: the same ranks, for gradients on their way home, and keys and values that are gathered
+            beside core attention: over NCCL a communicator of its own, so that they and gathers of
+            weights need not wait for each other.
         head: the n ranks that own the same segment, in the order of head groups: a head-axis group.
     """
 

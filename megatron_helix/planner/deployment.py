@@ -22,13 +22,11 @@ from megatron_helix.machine.hardware import Hardware
 from megatron_helix.partition.features import padded, require_features
 from megatron_helix.partition.layout import HelixLayout, require_divides
 from megatron_helix.run_config.batch import BatchConfig
+from megatron_helix.run_config.gradients import GradientFlags
 from megatron_helix.run_config.layout import LayoutConfig
 from megatron_helix.run_config.model import ModelConfig
 from megatron_helix.run_config.precision import ELEMENT_BYTES, Precision
 
-# Megatron adds gradients up, and sends them, in the weights' precision but for bf16. Its Megatron
-# FSDP (grad dtype "auto") and torch FSDP2 (no mixed-precision policy) do so for bf16, too.
-GRADIENT_BYTES: dict[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 4}
 # A forward pass of the training loop, loss included, is what experiments call prefill: layouts
 # compare by it. The planner's prefill and decode serve.
 PHASES = ("train", "forward", "prefill", "decode")
@@ -86,6 +84,7 @@ class Deployment:
         machine: by which ``auto`` compares plans; None compares what they send, as on CPUs.
         padded_vocabulary: rows of the embedding, as ``--padded-vocab-size`` says them; None: what
             Megatron pads the model's vocabulary to.
+        gradient_flags: of Megatron's, in which precision gradients are added up and sent.
 
     Raises:
         UserError: from :meth:`check`.
@@ -99,6 +98,7 @@ class Deployment:
     precision: Precision = "fp16"
     machine: Hardware | None = None
     padded_vocabulary: int | None = None
+    gradient_flags: GradientFlags = GradientFlags()
 
     def check(self) -> "Deployment":
         """This deployment, if it can run.
@@ -265,8 +265,13 @@ class Deployment:
 
     @property
     def gradient_bytes(self) -> int:
-        """Of a gradient as it is added up over micro-batches and sent."""
-        return self.element_bytes if self.layout.fsdp else GRADIENT_BYTES[self.precision]
+        """Of a gradient as it is added up over micro-batches."""
+        return self.gradient_flags.summed_bytes(self.precision, self.layout.fsdp)
+
+    @property
+    def sent_gradient_bytes(self) -> int:
+        """Of a gradient as data-parallel ranks send it, which FSDP alone may do in another one."""
+        return self.gradient_flags.sent_bytes(self.precision, self.layout.fsdp)
 
     @property
     def layers(self) -> int:

@@ -4,7 +4,7 @@ A *unit* is a module whose weights one collective gathers, and whose gradients a
 over the data-parallel ranks, context-parallel ones with them; p of them keep 1/p each. Every
 micro-batch gathers a layer's weights for its forward pass and, since they are given up after it,
 for its backward pass; then the gradients are reduce-scattered, and added up as shards. Gradients go
-in the precision of the weights, in bf16 as well.
+in the precision of the weights, in bf16 as well, unless Megatron FSDP is told another one.
 
 ==================  ==========================================  ===================================
 of                  torch FSDP2                                 Megatron FSDP
@@ -55,7 +55,8 @@ def _unit(book: Book, axis: str, shapes: Shapes, units: int, *, stays: bool = Fa
     else:
         book.call("weights", axis, "all_gather", "forward", shard, units, beside="weights")
         book.call("weights", axis, "all_gather", "backward", shard, units, beside="weights")
-    book.call("gradients", axis, "reduce_scatter", "backward", shard, units, beside="gradients")
+    width, beside = book.here.sent_gradient_bytes, "gradients"
+    book.call("gradients", axis, "reduce_scatter", "backward", shard, units, width, beside)
 
 
 def shard_size(here: Deployment, shapes: Shapes, ranks: int) -> float:
@@ -78,5 +79,5 @@ def gathered_bytes(here: Deployment, stage: int) -> float:
         return 2 * layer * here.element_bytes
     ends = parameters.end_shapes(here, stage == 0, stage == here.stages - 1)
     stays = sum(rows * columns for shapes in ends for rows, columns in shapes)
-    buffer = layer * here.gradient_bytes if here.phase == "train" else 0
+    buffer = layer * here.sent_gradient_bytes if here.phase == "train" else 0
     return (2 * layer + stays) * here.element_bytes + buffer

@@ -19,6 +19,7 @@ from megatron_helix.planner.deployment import (
 )
 from megatron_helix.planner.time import Prediction, predict, require_kernels
 from megatron_helix.run_config.batch import BatchConfig
+from megatron_helix.run_config.gradients import GradientFlags
 from megatron_helix.run_config.layout import LayoutConfig
 from megatron_helix.run_config.model import ModelConfig
 from megatron_helix.run_config.precision import Precision
@@ -56,6 +57,7 @@ def search(
     phase: str = "train",
     rank_by: str = "tps",
     precision: Precision | None = None,
+    gradient_flags: GradientFlags = GradientFlags(),
 ) -> Found:
     """Predict every layout on all devices of ``machine``; ``precision`` if not the machine's.
 
@@ -67,7 +69,7 @@ def search(
     fit, too_large = [], []
     require_phase(phase)
     require_length(model, batch)
-    for here in deployments(model, machine, batch, phase, precision):
+    for here in deployments(model, machine, batch, phase, precision, gradient_flags):
         predicted = predict(here, machine)
         fits = predicted.memory.total <= machine.memory.rate
         (fit if fits else too_large).append(predicted)
@@ -101,6 +103,7 @@ def deployments(
     batch: BatchConfig,
     phase: str,
     precision: Precision | None = None,
+    gradient_flags: GradientFlags = GradientFlags(),
 ) -> Iterator[Deployment]:
     """Every layout that can run on the devices of a machine, whether it fits in memory or not."""
     precision = precision or machine.precision
@@ -122,7 +125,9 @@ def deployments(
                     try:
                         layout = LayoutConfig(name=name(keys), **keys)
                         known = phase, precision, machine
-                        here = Deployment(model, layout, batch, devices, *known)
+                        here = Deployment(
+                            model, layout, batch, devices, *known, gradient_flags=gradient_flags
+                        )
                         here.check()
                         require_kernels(here, machine)
                     except (UserError, ValidationError):  # the layout in itself

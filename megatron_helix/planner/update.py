@@ -21,9 +21,9 @@ fp32 weights copied into those of the model (half)        4 + e       the same
 ========================================================  ==========  =============================
 
 With FSDP a gradient is not added to a buffer of the whole: it is copied into the one that it is
-scattered from (2 e), and the shard is added (3 e). Torch FSDP2 copies what it has gathered out of
-the flat buffer, too, in both passes (4 e). Nothing is averaged or zeroed in memory, and a gradient
-in half precision is widened.
+scattered from (e + s, of the width ``s`` that is sent), and the shard is added (s + 2 g). Torch
+FSDP2 copies what it has gathered out of the flat buffer, too, in both passes (4 e). Nothing is
+averaged or zeroed in memory, and a gradient in half precision is widened.
 
 The first is of runs with ``--no-gradient-accumulation-fusion``, as experiments set it: the fused
 GEMM needs apex.
@@ -37,11 +37,12 @@ FP32 = 4
 
 def accumulation_bytes(here: Deployment, stage: int) -> float:
     """Of the gradients of one micro-batch; weights gathered for a step have them whole."""
-    if here.layout.fsdp:
-        copies = 6 if here.layout.fsdp == "torch_fsdp2" else 2
-        whole, shard = sum(parameters.held(here, stage)), parameters.kept(here, stage)
-        return (copies * whole + 3 * shard) * here.element_bytes
     width, sums = here.element_bytes, 2 * here.gradient_bytes
+    if here.layout.fsdp:
+        reads = 5 if here.layout.fsdp == "torch_fsdp2" else 1
+        whole, shard = sum(parameters.held(here, stage)), parameters.kept(here, stage)
+        sent = here.sent_gradient_bytes
+        return (reads * width + sent) * whole + (sent + sums) * shard
     own, matrices = sum(parameters.held(here, stage)), 0.0
     if here.plan.exchange == "weights":
         matrices = parameters.layer_matrices(here) * here.layers

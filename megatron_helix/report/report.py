@@ -50,12 +50,13 @@ def _content(found: dict[str, Any], pictures: list[plots.Picture], out: Path) ->
         for room, is_timed in ((counted, False), (timed, True))
     )
     on_cpu = experiment.device == "cpu"
+    named = f" {found['file']}" if found["file"] else ""
     wrong = departures(experiment, results) + failures(found["verification"])
     return {
         "experiment": experiment,
         "device": f"{experiment.world_size} {experiment.device} ranks",
         "commits": sorted({result["commit"] for result in results}),
-        "configuration": "all of the experiment file as it was read, in experiment.json"
+        "configuration": f"all of the experiment file{named} as it was read, in experiment.json"
         f" ({digest(experiment.model_dump(mode='json'))})",
         "verdict": verdict(experiment, results, found["verification"]),
         "cpu_note": CPU_NOTE if on_cpu else "",

@@ -11,11 +11,11 @@ from megatron_helix.exchange import tokens
 from megatron_helix.exchange.packed import (
     _Prefixes,
     fewer_queries_than_keys,
-    runs_of,
     share_of,
 )
 from megatron_helix.exchange.plan import Plan
 from megatron_helix.exchange.strategy import Choice, packed_plan
+from megatron_helix.exchange.tokens import runs_of
 from megatron_helix.exchange.traffic import BlockShape
 from megatron_helix.layers.attention import document_frequencies
 from tests.exchange.test_dealing import rows
@@ -37,7 +37,7 @@ def test_a_rank_attends_to_the_prefixes_of_its_tokens(
         plan = Plan(exchange="weights", split="sequence", balanced=balanced, documents=ends)
         for segment in range(m):
             share = share_of(packed, plan, layout, segment, CPU)
-            runs = runs_of(plan, layout, segment)
+            runs = runs_of(plan, layout, segment, ends[-1])
             mine = [position for run in runs for position in range(run.start, run.end)]
             assert share.positions.tolist() == mine
             begins = [max(end for end in ends if end <= position) for position in mine]

@@ -23,7 +23,7 @@ from megatron_helix.planner.traffic import step_bytes, transfers
 from megatron_helix.report import deployment_graph, outlook, prediction, terminal
 from megatron_helix.verification import expectation
 from tests.covering import THOROUGH
-from tests.experiment_case import DOCUMENT, Values, experiment, of
+from tests.experiment_case import DOCUMENT, FILE, Values, experiment, of
 
 QUIET = Console(quiet=True)
 
@@ -122,7 +122,7 @@ def test_flops_of_live_ranks_are_the_formulas(finished: tuple[Path, Values]) -> 
 def test_a_second_run_does_nothing(finished: tuple[Path, Values]) -> None:
     out, values = finished
     states: set[str] = set()
-    nodes = workflow.nodes(experiment(), out)
+    nodes = workflow.nodes(experiment(), out, file=FILE)
     assert dag.run(nodes, out, lambda name, state: states.add(state)) == values
     assert states == {"kept"}
 
@@ -187,6 +187,20 @@ def test_what_no_run_depends_on_runs_none_again(
         assert result["mfu"] == pytest.approx(result["tflops_per_device"] / 1e-3)
 
 
+def test_the_report_names_the_experiment_file_and_another_name_trains_nothing(
+    finished: tuple[Path, Values], tmp_path: Path
+) -> None:
+    out = tmp_path / "copy"
+    shutil.copytree(finished[0], out)
+    done: list[str] = []
+    nodes = workflow.nodes(experiment(), out, file="own.yaml")
+    dag.run(nodes, out, lambda name, state: done.extend([name] * (state == "done")))
+    assert done == ["result_collection", "report"]
+    assert results.read(out)["file"] == "own.yaml"
+    for page in ("report.md", "report.html"):
+        assert "all of the experiment file own.yaml as it was read" in (out / page).read_text()
+
+
 def test_changed_code_trains_again_and_a_changed_report_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -248,7 +262,7 @@ def test_a_finished_experiment_is_printed_as_json(
     finished: tuple[Path, Values], tmp_path: Path
 ) -> None:
     out, values = finished
-    file = tmp_path / "small.yaml"
+    file = tmp_path / FILE
     file.write_text(json.dumps(DOCUMENT))  # JSON is YAML
     told = CliRunner().invoke(cli.app, ["run", str(file), "--out", str(out), "--json"])
     assert told.exit_code == 0, told.output

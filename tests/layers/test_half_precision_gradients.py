@@ -44,13 +44,16 @@ BLOCK = Block(
 )
 # As Megatron has it by default: main_grad of fp32 in bfloat16, of fp16 in fp16.
 DDP = {torch.bfloat16: {"grad_reduce_in_fp32": True}, torch.float16: {}}
+IN_BF16: dict[str, bool] = {}  # as --grad-reduce-in-bf16 has it
 Errors = dict[str, float]
 
 
-def errors(dtype: torch.dtype, m: int, n: int) -> tuple[Errors, dict[str, Errors]]:
+def errors(
+    dtype: torch.dtype, m: int, n: int, ddp: dict[str, bool]
+) -> tuple[Errors, dict[str, Errors]]:
     """Of stock, and of every plan: relative, by weight, over all layers and ranks."""
     plain = Model(block=dataclasses.replace(BLOCK, dtype=torch.float64))
-    model = Model(block=dataclasses.replace(BLOCK, dtype=dtype), ddp=DDP[dtype])
+    model = Model(block=dataclasses.replace(BLOCK, dtype=dtype), ddp=ddp)
     layout, uncut = BLOCK.layout(m, n), BLOCK.layout(1, m * n)
     with model_parallel(tp=m * n):
         alone = [dist.new_group([rank]) for rank in range(m * n)][dist.get_rank()]
@@ -69,6 +72,8 @@ def errors(dtype: torch.dtype, m: int, n: int) -> tuple[Errors, dict[str, Errors
             results = {}
             for plan in plans:
                 actual = gradients_case.step(wrapped, [plan] * MICRO_BATCHES, model.words)
+                sums = torch.float32 if ddp else dtype
+                assert {gradient.dtype for gradient in actual.values()} == {sums}
                 expected = {name: model.part(name, exact[name], cut or uncut) for name in actual}
                 results[str(plan)] = _relative(actual, expected)
             return results
@@ -90,16 +95,21 @@ def _relative(actual: Tensors, expected: Tensors) -> Errors:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "m", "n"),
+    ("dtype", "m", "n", "ddp"),
     [
-        (torch.bfloat16, 2, 2),  # fp16: tests/test_features.py
-        *(pytest.param(dtype, m, 8 // m, marks=THOROUGH) for dtype, m in product(DDP, [2, 4, 8])),
+        (torch.bfloat16, 2, 2, DDP[torch.bfloat16]),  # fp16: tests/test_features.py
+        (torch.bfloat16, 2, 2, IN_BF16),
+        (torch.bfloat16, 2, 1, IN_BF16),
+        *(
+            pytest.param(dtype, m, 8 // m, ddp, marks=THOROUGH)
+            for (dtype, ddp), m in product([*DDP.items(), (torch.bfloat16, IN_BF16)], [2, 4, 8])
+        ),
     ],
 )
 def test_every_weights_gradient_is_as_near_to_the_truth_as_stocks(
-    dtype: torch.dtype, m: int, n: int
+    dtype: torch.dtype, m: int, n: int, ddp: dict[str, bool]
 ) -> None:
-    stock, plans = run_distributed(errors, m * n, dtype, m, n)[0]
+    stock, plans = run_distributed(errors, m * n, dtype, m, n, ddp)[0]
     assert len(plans) == len(PLANS)
     for plan, of_plan in plans.items():
         assert of_plan.keys() == stock.keys()

@@ -1,12 +1,14 @@
 """What is predicted of fully sharded data parallelism where no ledger has counted it."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
-from megatron_helix.planner import memory, parameters, traffic
+from megatron_helix.planner import memory, parameters, traffic, update
 from megatron_helix.planner.deployment import Deployment
 from megatron_helix.run_config.batch import BatchConfig
+from megatron_helix.run_config.gradients import GradientFlags
 from megatron_helix.run_config.layout import LayoutConfig
 from megatron_helix.run_config.model import ModelConfig
 
@@ -68,6 +70,36 @@ def test_more_ranks_keep_less_each(fsdp: str) -> None:
     assert two.weights == replicated.weights / 2
     assert two.gradients == replicated.gradients / 4  # bf16, where stock adds up in fp32
     assert two.total < replicated.total
+
+
+@pytest.mark.parametrize(
+    ("told", "summed", "sent"),
+    [
+        ({}, 2, 2),
+        ({"megatron_fsdp_main_grads_dtype": "fp32"}, 4, 4),
+        (
+            {"megatron_fsdp_main_grads_dtype": "fp32", "megatron_fsdp_grad_comm_dtype": "bf16"},
+            *(4, 2),
+        ),
+        ({"grad_reduce_in_bf16": True, "accumulate_allreduce_grads_in_fp32": True}, 2, 2),
+    ],
+    ids=str,
+)
+def test_megatron_fsdp_adds_up_and_sends_in_what_it_is_told(
+    told: dict, summed: int, sent: int
+) -> None:
+    here = replace(sharded("megatron_fsdp"), gradient_flags=GradientFlags(**told))
+    whole, shard = sum(parameters.held(here, 0)), parameters.kept(here, 0)
+    need = memory.of_rank(here, 0, fused_channels=256)
+    assert need.gradients == summed * shard
+    layer = sum(rows * columns for rows, columns in parameters.layer_shapes(here))
+    ends = sum(r * c for part in parameters.end_shapes(here, True, True) for r, c in part)
+    # At the highest point, in the passes: two layers, what stays, and a layer's gradients.
+    assert need.gathered_weights == 2 * (2 * layer + ends) + sent * layer
+    scattered = (t for t in traffic.transfers(here, 0) if t.kind == "reduce_scatter")
+    assert sum(t.sent_bytes for t in scattered) == here.microbatches * sent * whole / 2
+    copied = (2 + sent) * whole + (sent + 2 * summed) * shard
+    assert update.accumulation_bytes(here, 0) == copied
 
 
 @pytest.mark.parametrize(

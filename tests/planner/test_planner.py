@@ -17,6 +17,7 @@ from megatron_helix.planner import flops, memory, parameters, search, traffic, u
 from megatron_helix.planner.deployment import Deployment
 from megatron_helix.planner.time import predict
 from megatron_helix.run_config.batch import BatchConfig
+from megatron_helix.run_config.gradients import GradientFlags
 from megatron_helix.run_config.layout import LayoutConfig
 from megatron_helix.run_config.model import ModelConfig
 from megatron_helix.run_config.precision import Precision
@@ -293,6 +294,28 @@ def test_what_gradients_of_gathered_weights_move(
 
     assert moved("microbatch") == moved("once") == 4 * width + sums
     assert moved("step") == 4 * sums
+
+
+@pytest.mark.parametrize("gather", ["microbatch", "step"])
+def test_gradients_in_bf16_are_half_as_wide(gather: str) -> None:
+    """Sums of a step are of the m shards of every weight; the optimizer widens its share."""
+    keys = {"m": 4, "n": 1, "exchange": "weights", "gather": gather, "micro_batch": 4}
+    layout = LayoutConfig.model_validate({"name": gather, **keys})
+    batch = BatchConfig(sequences=8, sequence_length=64)
+    wide = Deployment(DENSE, layout, batch, 4, precision="bf16").check()
+    narrow = replace(wide, gradient_flags=GradientFlags(grad_reduce_in_bf16=True))
+    before, after = (memory.of_rank(here, 0, fused_channels=256) for here in (wide, narrow))
+    held = sum(parameters.held(wide, 0))
+    assert before.gradients - after.gradients == 2 * held
+    # What a micro-batch adds to: read and written.
+    sums = held
+    if gather == "step":
+        sums += 3 * parameters.layer_matrices(wide) * wide.layers
+    saved = update.accumulation_bytes(wide, 0) - update.accumulation_bytes(narrow, 0)
+    assert saved == 2 * 2 * sums
+    # Zeroed by g, and g + 4 to widen them.
+    ended = update.optimizer_bytes(narrow, 0) - update.optimizer_bytes(wide, 0)
+    assert ended == (-2 + 2 + 4) * held
 
 
 def test_one_gpu_is_near_what_was_measured_on_it() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
@@ -13,9 +14,11 @@ from megatron_helix.experiment import config
 from megatron_helix.planner.deployment import VOCAB_MULTIPLE, Deployment
 from megatron_helix.planner.traffic import AXES, step_bytes
 from megatron_helix.run_config.batch import BatchConfig
+from megatron_helix.run_config.gradients import GradientFlags
 from megatron_helix.run_config.layout import LayoutConfig
 from megatron_helix.run_config.model import ModelConfig
 from megatron_helix.run_config.precision import Precision
+from megatron_helix.run_config.words import switch
 from tests.covering import THOROUGH, covering, fast
 from tests.distributed import measured, run_distributed
 from tests.inference import decode_case
@@ -153,6 +156,7 @@ def _run(
     prefix: Path,
     folder: Path,
     precision: Precision = "fp32",
+    more: Sequence[str] = (),
 ) -> list[Sent]:
     """What each rank sent in the second step, from its ledger; the first one also sets up."""
     length = str(batch.sequence_length)
@@ -168,6 +172,7 @@ def _run(
         *{"fp32": [], "bf16": ["--bf16"], "fp16": ["--fp16", "--initial-loss-scale", "1024"]}[
             precision
         ],
+        *more,
     ]
     measured(flags, world_size, folder)
     lines = [
@@ -186,8 +191,11 @@ def _predicted(
     batch: BatchConfig,
     world_size: int,
     precision: Precision = "fp32",
+    gradient_flags: GradientFlags = GradientFlags(),
 ) -> list[Sent]:
-    here = Deployment(model, layout, batch, world_size, "train", precision)
+    here = Deployment(
+        *(model, layout, batch, world_size, "train", precision), gradient_flags=gradient_flags
+    )
     return [step_bytes(here, rank) for rank in range(world_size)]
 
 
@@ -257,6 +265,46 @@ def test_a_model_that_is_sharded_or_untied_sends_what_is_predicted(
     batch = batch_of(cut, world_size)
     sent = _run(MODELS[model], cut, batch, world_size, corpus_prefix, tmp_path, precision)
     assert sent == _predicted(MODELS[model], cut, batch, world_size, precision)
+
+
+# Gradients as Megatron is told to add them up: narrow in bf16, wide in fp16.
+NARROW, WIDER = {"grad_reduce_in_bf16": True}, {"accumulate_allreduce_grads_in_fp32": True}
+REPLICAS = {"tp": 2, "micro_batch": 4, "distributed_optimizer": True}
+SUMMED = [
+    ("dense", 4, {**WEIGHTS, "gather": "step"}, "bf16", NARROW),
+    ("dense", 4, REPLICAS, "bf16", NARROW),
+    ("moe", 8, {**WIDE, "ep": 4, "gather": "step", "distributed_optimizer": True}, "bf16", NARROW),
+    ("dense", 8, {"tp": 2, "pp": 2, "micro_batch": 4}, "bf16", NARROW),
+    ("dense", 4, {**WEIGHTS, "gather": "step"}, "fp16", WIDER),
+    ("dense", 4, REPLICAS, "fp16", WIDER),
+    ("dense", 4, REPLICAS, "bf16", {**NARROW, **WIDER}),
+    ("untied", 4, FSDP2, "bf16", NARROW),
+]
+
+
+@pytest.mark.parametrize(
+    ("model", "world_size", "layout", "precision", "told"),
+    [pytest.param(*case, marks=THOROUGH if i > 1 else ()) for i, case in enumerate(SUMMED)],
+    ids=str,
+)
+def test_gradients_go_in_the_precision_that_flags_say(
+    corpus_prefix: Path,
+    tmp_path: Path,
+    model: str,
+    world_size: int,
+    layout: dict,
+    precision: Precision,
+    told: dict[str, bool],
+) -> None:
+    cut = LayoutConfig(name="case", **layout)
+    batch = batch_of(cut, world_size)
+    run = MODELS[model], cut, batch, world_size
+    sent = _run(
+        *run, corpus_prefix, tmp_path, precision, [word for name in told for word in switch(name)]
+    )
+    assert sent == _predicted(*run, precision, GradientFlags(**told))
+    # Torch FSDP2 alone has gradients in the precision of the weights whatever it is told.
+    assert (sent == _predicted(*run, precision)) == (cut.fsdp is not None)
 
 
 @THOROUGH

@@ -170,7 +170,7 @@ def test_the_report_stands_alone_and_separates_claims(
     assert "| tiny | tp2_pp2 | TP=2 | - | 2 | 1 | 1 | - | 4 x 2 |" in text
     assert "| tiny | helix_2x2 | m=2, n=2 | weights, batch split | 1 | 1 | 1 | - | 4 x 2 |" in text
     assert "peak memory, MB" in text
-    assert "Configuration: all of the experiment file as it was read, in experiment.json (" in text
+    assert "all of the experiment file small.yaml as it was read, in experiment.json (" in text
     assert "Predicted for four slow ranks" in text
     assert "inter-token latency ms, mean / p50 / p99" in text
     assert "Claimed figures are those of another machine." in text

@@ -1,0 +1,32 @@
+"""``benchmarks/sequence_split.py`` on a CPU, with the plain kernel: errors are roundoff."""
+
+from typing import Any
+
+import pytest
+
+from megatron_helix.planner.core_timing import Shape
+from tests.distributed import run_distributed
+from tests.gap_case import by_gaps
+from tests.script_module import script_module
+
+
+def run(lengths: list[int], packs: bool, m: int) -> list[dict[str, Any]]:
+    """What it measures. Runs in a rank, which has a process group."""
+    benchmark = script_module("benchmarks/sequence_split.py")
+    with by_gaps() as calls:
+        size = Shape(1, 4, 2, 64, 8)
+        rows = benchmark.measured(size, lengths, 48, m, "cpu", packs=packs, repeats=1)
+    assert any(not block.causal for block in calls)
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("m", "lengths", "packs"), [(2, [64], False), (2, [20, 1, 43], True), (4, [20, 1, 43], True)]
+)
+def test_ranks_together_are_the_whole(m: int, lengths: list[int], packs: bool) -> None:
+    (rows,) = run_distributed(run, 1, lengths, packs, m)
+    assert [row for row in rows if "failed" in row] == []
+    assert len([row for row in rows if "training_ms" in row]) == 1 + 2 * m
+    whole, gaps = (row["errors"] for row in rows if "errors" in row)
+    for ours, theirs in zip(gaps, whole, strict=True):
+        assert ours <= 4 * theirs
