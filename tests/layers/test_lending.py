@@ -71,8 +71,7 @@ def test_lent_shards_train_to_the_last_bit_without_a_collective(
     case = CASES[name]
     flags = tiny_gpt(corpus_prefix, *case.flags, train_iters=STEPS)
     alone, together = (
-        train(flags, case.ranks, memory=memory, early=case.early)
-        for memory in (None, SharedMemory)
+        train(flags, case.ranks, memory=memory, early=case.early) for memory in (None, SharedMemory)
     )
     weights = case.layers * LINEARS
     gathers = weights * MICRO_BATCHES * case.passes
