@@ -19,7 +19,7 @@ from megatron_helix.layers.layer_spec import (
     with_padded_features,
     with_sequence_parallel_norms,
 )
-from megatron_helix.layers.lending import Model, at_the_end_of_steps
+from megatron_helix.layers.lending import Model, at_the_end_of_steps, may_lend
 from megatron_helix.layers.linear import link
 from megatron_helix.options import arguments, core_attention, machine, parsed
 from megatron_helix.options.uneven import uneven
@@ -149,7 +149,7 @@ def _finalize_model_grads(
         if args.rank == 0:
             print(line, flush=True)
 
-    finish = at_the_end_of_steps(lends=args.helix_gather_by == "auto", say=say)
+    finish = at_the_end_of_steps(lends=may_lend(args), say=say)
 
     def finalize(model: Model, *of_megatron: Any, **named: Any) -> None:
         finish(model)

@@ -70,6 +70,8 @@ def own_words() -> None:
 
 def own_memory() -> None:
     """What a rank reads of its peers' memory it reads of its own, at the rate of that."""
+    import torch
+
     from megatron_helix.kernels import symmetric_memory
     from megatron_helix.layers import lending
 
@@ -77,9 +79,9 @@ def own_memory() -> None:
         def __init__(self, group: Any) -> None:
             self.group = group
 
-        def place(self, like: Any) -> tuple[Any, list[Any]]:
-            own = like.clone()
-            return own, [own.view(-1)] * self.group.size()
+        def place(self, elements: int, dtype: Any, device: Any) -> tuple[Any, list[Any]]:
+            own = torch.empty(elements, dtype=dtype, device=device)
+            return own, [own] * self.group.size()
 
         def barrier(self) -> None: ...
 

@@ -8,7 +8,9 @@ What a collective sees to by itself is seen to here, for a group as a whole:
 
 * nobody reads before all have written: the first gather after a change waits for all ranks;
 * nobody writes while another reads: :meth:`PeerMemory.settle` waits for all ranks. Whoever changes
-  lent tensors calls it first.
+  lent tensors calls it first, and gathers none between that and the change.
+
+All ranks of a group do the same in the same order: what waits, waits for all of them.
 
 Which memory that is, and how ranks wait, is of a :class:`Reach`:
 :mod:`megatron_helix.kernels.symmetric_memory` on GPUs of one host.
@@ -17,6 +19,7 @@ Which memory that is, and how ranks wait, is of a :class:`Reach`:
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -28,13 +31,22 @@ from megatron_helix.kernels.collectives import UnderWay
 class Reach(Protocol):
     """Memory that all ranks of a group read."""
 
-    def place(self, like: torch.Tensor) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
-        """A new tensor like ``like``, and that of every rank, flat; a collective."""
+    def place(
+        self, elements: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+        """New memory, ``[elements]``, and that of every rank; a collective.
+
+        Raises:
+            RuntimeError: where ranks do not come to read each other's memory.
+        """
         ...
 
     def barrier(self) -> None:
         """Wait for all ranks: on a GPU the current stream does, and its writes are seen."""
         ...
+
+
+ALIGNED = 256  # elements: every parameter begins at a multiple of that
 
 
 @dataclass
@@ -44,7 +56,7 @@ class _Lent:
     parameter: torch.nn.Parameter
     place: int
     version: int
-    everyones: Sequence[torch.Tensor]
+    everyones: Sequence[torch.Tensor]  # of each rank, flat
 
 
 class PeerMemory:
@@ -61,15 +73,34 @@ class PeerMemory:
         self._changed, self._read = True, False
         self._stream: Any = None
 
-    def lend(self, parameter: torch.nn.Parameter) -> None:
-        """Move a parameter to where peers read it; all ranks lend theirs in the same order."""
-        with torch.no_grad():
-            own, everyones = self._reach.place(parameter.data)
-            own.copy_(parameter.data)
-            parameter.data = own
+    def lend(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Move parameters to where peers read them; all ranks lend alike ones in the same order.
+
+        Those of one type lie in one piece of memory: a piece each would be rounded up to 20 MB.
+
+        Args:
+            parameters: contiguous.
+
+        Raises:
+            RuntimeError: as :meth:`Reach.place` does; those of that type have not been moved then.
+        """
+        for dtype in dict.fromkeys(parameter.dtype for parameter in parameters):
+            those = [parameter for parameter in parameters if parameter.dtype == dtype]
+            ends = [*accumulate(-(-one.numel() // ALIGNED) * ALIGNED for one in those)]
+            own, everyones = self._reach.place(ends[-1], dtype, those[0].device)
+            for parameter, begin in zip(those, [0, *ends], strict=False):
+                parts = [flat.narrow(0, begin, parameter.numel()) for flat in everyones]
+                self._move(parameter, own.narrow(0, begin, parameter.numel()), parts)
+        self._changed = True
+
+    def _move(
+        self, parameter: torch.nn.Parameter, own: torch.Tensor, everyones: Sequence[torch.Tensor]
+    ) -> None:
+        own = own.view(parameter.shape)
+        own.copy_(parameter.data)
+        parameter.data = own
         version = parameter._version
         self._lent[id(parameter)] = _Lent(parameter, parameter.data_ptr(), version, everyones)
-        self._changed = True
 
     def has(self, parameter: torch.Tensor) -> bool:
         """Whether peers read the parameter: it was lent, and lies where it lay then."""
@@ -93,13 +124,14 @@ class PeerMemory:
         if self._changed or lent.version != parameter._version:
             self._await_changes()
         self._read = True
-        ranks, mine = self.group.size(), self.group.rank()
+        ranks, mine, begin = self.group.size(), self.group.rank(), parameter.storage_offset()
         with self._beside(parameter) as done:
             for run, place in zip(runs, into, strict=True):
                 places = place.view(ranks, *run.shape)
                 for peer in (*range(mine + 1, ranks), *range(mine + 1)):
-                    flat = lent.everyones[peer].narrow(0, run.storage_offset(), run.numel())
-                    source = run if peer == mine else flat.view(run.shape)
+                    flat = lent.everyones[peer]
+                    theirs = flat.narrow(0, run.storage_offset() - begin, run.numel())
+                    source = run if peer == mine else theirs.view(run.shape)
                     places[peer].copy_(source, non_blocking=True)
         return [UnderWay(place, done) for place in into]
 

@@ -28,22 +28,29 @@ class SymmetricMemory:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
-        self._any: Any = None
+        self._handles: list[Any] = []
 
-    def place(self, like: torch.Tensor) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
-        """A new tensor like ``like``, and that of every rank, flat; a collective."""
+    def place(
+        self, elements: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+        """New memory, ``[elements]``, and that of every rank; a collective.
+
+        Raises:
+            RuntimeError: where torch does not map it into all ranks.
+        """
         from torch.distributed import _symmetric_memory as symmetric
 
-        with torch.cuda.use_mem_pool(symmetric.get_mem_pool(like.device)):
-            own = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        with torch.cuda.use_mem_pool(symmetric.get_mem_pool(device)):
+            own = torch.empty(elements, dtype=dtype, device=device)
         handle = symmetric.rendezvous(own, self.group)
-        self._any = self._any or handle
+        self._handles.append(handle)
+        # A tensor need not begin where its memory does, which `get_buffer` would read from.
         everyones = range(self.group.size())
-        return own, [handle.get_buffer(rank, [own.numel()], own.dtype) for rank in everyones]
+        return own, [handle.get_remote_tensor(rank, own.shape, dtype) for rank in everyones]
 
     def barrier(self) -> None:
         """The current stream waits for those of all ranks."""
-        self._any.barrier()
+        self._handles[0].barrier()
 
 
 def within_reach(group: dist.ProcessGroup) -> bool:

@@ -94,9 +94,10 @@ def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     group.add_argument(
         "--helix-gather-by",
         default=GATHER_BY[0],
-        choices=GATHER_BY,
-        help="What moves weights that are gathered in every micro-batch: auto lets copy engines"
-        " read them where the GPUs of a dim group reach each other's memory; nccl does without.",
+        metavar="NAME",
+        help=f"What moves weights that are gathered in every micro-batch: {', '.join(GATHER_BY)}."
+        " auto lets copy engines read them where the GPUs of a dim group reach each other's memory"
+        " and there is no distributed optimizer; nccl does without.",
     )
     group.add_argument(
         "--helix-core-attention",
