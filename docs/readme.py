@@ -15,6 +15,12 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 BY_TE = ", by TransformerEngine's linears"
 HELIX = "helix 2x1 weights"
+GAPS, CALLS = f"{HELIX}, gap by gap", f"{HELIX}, several calls a run"
+# Neither measured on two GPUs nor predicted: never without these words.
+ALONE = (
+    "not measured on two GPUs, but as [one rank alone, links"
+    " modelled](docs/performance.md#one-rank-alone-links-modelled)"
+)
 Row = dict[str, Any]
 
 
@@ -28,6 +34,12 @@ def cell(name: str) -> dict[str, Row]:
     """A call of ``two_h200_rivals``, by arm."""
     (found,) = (one for one in stored("two_h200_rivals")["cells"] if one["name"] == name)
     return arms(found["rows"])
+
+
+def one_rank(model: str) -> dict[str, Row]:
+    """Arms of a model as rank 0 alone ran them, each by its first run."""
+    rows = [row for row in stored("one_rank_h200")["rows"] if row["model"] == model]
+    return arms({**row, "step_ms": row["step_ms"][0]} for row in rows)
 
 
 def arms(rows: Iterable[Row]) -> dict[str, Row]:
@@ -77,6 +89,7 @@ def choices() -> list[tuple[str, str, str]]:
     gains = between((100 * (1 - one["step_ms"] / tp["step_ms"]) for one, tp in pairs), ".0f")
     costs = between(one["memory_mib"] / tp["memory_mib"] for one, tp in pairs)
     packed = arms(stored("two_h200_packed")["rows"])
+    since = {model: one_rank(model) for model in ("long", "packed")}
     turns = arms(stored("two_h200_turns")["rows"])
     of_update = than(turns["helix 2x1"]["update_s"], turns["TP=2"]["update_s"])
     of_turn = than(turns["helix 2x1"]["turn_s"], turns["TP=2"]["turn_s"])
@@ -115,7 +128,10 @@ def choices() -> list[tuple[str, str, str]]:
             "sequence: one long one a micro-batch",
             "context parallelism, or Megatron-FSDP if it fits",
             f"{time(balanced['helix 2x1 auto'], balanced['CP=2, p2p'])} at"
-            f" {memory(balanced['helix 2x1 auto'], balanced['CP=2, p2p'])} its memory; two"
+            f" {memory(balanced['helix 2x1 auto'], balanced['CP=2, p2p'])} its memory, before"
+            f" attention went gap by gap; since then {ALONE}, where it is"
+            f" {time(since['long'][GAPS], since['long']['CP=2, p2p'])} at"
+            f" {memory(since['long'][GAPS], since['long']['CP=2, p2p'])}. Two"
             f" sequences a micro-batch: {time(long[HELIX], long['CP=2, p2p'])} at"
             f" {memory(long[HELIX], long['CP=2, p2p'])}",
         ),
@@ -124,7 +140,10 @@ def choices() -> list[tuple[str, str, str]]:
             "data or context parallelism",
             f"{time(packed[HELIX], packed['CP=2, p2p'])} than CP at"
             f" {memory(packed[HELIX], packed['CP=2, p2p'])} its memory,"
-            f" {time(packed[HELIX], packed['TP=2'])} than TP",
+            f" {time(packed[HELIX], packed['TP=2'])} than TP, before attention went gap by gap; since"
+            f" then {ALONE}, where it is"
+            f" {time(since['packed'][GAPS], since['packed'][CALLS])} than with late runs in several"
+            " calls",
         ),
         (
             "heads: the degree divides neither heads nor query groups",

@@ -53,19 +53,21 @@ def _on_h200(
     )
 
 
-# ffpa in a call of its own on the same kind of card; spec took 7.6 and 22.2 ms there. prefix at
-# 2048 with parts of half the size.
+# One call, a shape at a time on an idle GPU (benchmarks/results/one_h200_core.json), where the host
+# counts too; ffpa in a call of its own on the same kind of card, in which spec took 7.6 and 22.2 ms.
 MEASURED = (
-    _on_h200("spec", 2048, 128, 3.46, 7.49, 3.76),
-    _on_h200("prefix", 2048, 128, 2.05, 5.96, 1.81),
+    _on_h200("spec", 512, 128, 1.02, 2.25, 0.40),
+    _on_h200("prefix", 512, 128, 0.41, 1.61, 0.40),
+    _on_h200("spec", 2048, 128, 3.57, 7.69, 3.76),
+    _on_h200("prefix", 2048, 128, 1.79, 4.99, 1.88),
     _on_h200("ffpa", 2048, 128, 2.8, 11.1, 2.4),
-    _on_h200("spec", 4096, 32, 4.07, 8.17, 3.49),
-    _on_h200("prefix", 4096, 32, 1.95, 8.84, 0.81),
-    _on_h200("spec", 8192, 16, 10.75, 22.36, 6.71),
-    _on_h200("prefix", 8192, 16, 3.00, 10.59, 1.07),
+    _on_h200("spec", 4096, 32, 4.06, 8.05, 3.49),
+    _on_h200("prefix", 4096, 32, 2.04, 5.31, 1.28),
+    _on_h200("spec", 8192, 16, 10.81, 22.56, 6.71),
+    _on_h200("prefix", 8192, 16, 2.90, 10.34, 1.07),
     _on_h200("ffpa", 8192, 16, 2.9, 15.7, 1.2),
-    _on_h200("spec", 16384, 16, 58.7, 148.2, 69.5),
-    _on_h200("prefix", 16384, 16, 12.24, 41.0, 2.15),
+    _on_h200("spec", 16384, 16, 59.4, 148.7, 69.5),
+    _on_h200("prefix", 16384, 16, 11.97, 40.1, 2.15),
 )
 
 
@@ -76,7 +78,7 @@ def fastest(
 
     Asked of the measured shape that is nearest: of that head dimension, else the next larger one,
     and of its lengths the one whose ratio to ``length`` is nearest to 1. Without one, or where the
-    spec's own was not measured there, it is ``spec``.
+    spec's own was not measured there, it is ``spec``. Of equal ones it is ``spec``, else the first.
 
     Args:
         times: measured ones.

@@ -1,5 +1,6 @@
 """``--helix-core-attention``: refusals before any process group, and what ``auto`` takes."""
 
+import json
 import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
@@ -11,6 +12,7 @@ import torch
 import yaml
 
 from megatron_helix.basics import files
+from megatron_helix.kernels import core_times
 from megatron_helix.kernels.core_times import MEASURED, CoreTime, fastest
 from megatron_helix.kernels.prefix_attention import PrefixAttention
 from megatron_helix.layers.layer_spec import CORE_ATTENTIONS
@@ -166,6 +168,30 @@ def test_the_fastest_at_the_nearest_shape_is_taken(
         assert fastest(TIMES, cores, **size, training=False)[0] == "ffpa"
 
 
+@pytest.mark.parametrize("length", [512, 1024, 2048, 4096, 8192, 16384, 65536])
+@pytest.mark.parametrize("training", [False, True])
+def test_heads_of_512_train_and_prefill_by_prefix(length: int, training: bool) -> None:
+    size = {"length": length, "training": training}
+    assert fastest(MEASURED, ["prefix", "ffpa"], channels=512, **size)[0] == "prefix"
+    for fused in (128, 256):
+        assert fastest(MEASURED, ["prefix", "split"], channels=fused, **size)[0] == "spec"
+
+
+def test_measured_times_are_the_stored_ones() -> None:
+    stored = json.loads(Path("benchmarks/results/one_h200_core.json").read_text())
+    rows = {
+        (row["arm"], row["channels"], row["length"], row["sequences"] * row["heads"]): row
+        for row in stored["rows"]
+        if row["groups"] == row["heads"]
+    }
+    own = [one for one in MEASURED if one.core != "ffpa"]  # in a call of its own
+    assert len(own) >= 10
+    for one in own:
+        row = rows[one.core, one.channels, one.length, one.rows]
+        for name in ("forward_ms", "training_ms", "memory_gb"):
+            assert getattr(one, name) == pytest.approx(row[name], rel=0.01)
+
+
 def test_a_core_attention_is_in_every_place() -> None:
     """Of its recipe in docs/contributing.md, where a test can tell."""
     assert list(OWN) == [name for name in NAMES if name not in ("spec", "auto")]
@@ -187,7 +213,9 @@ def test_packed_documents_are_refused(machine: Machine, core: str, packs: str) -
         require_core_attention(args, on_cpu=False)
 
 
-def test_auto_says_what_it_takes_and_why(machine: Machine) -> None:
+def test_auto_says_what_it_takes_and_why(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     machine()
     args = read("--helix-core-attention", "auto")
     taken = {}
@@ -197,13 +225,16 @@ def test_auto_says_what_it_takes_and_why(machine: Machine) -> None:
         assert core == fastest(MEASURED, ["prefix", "ffpa"], **size)[0]
         assert said.startswith(f"helix core attention {core}, of spec, prefix, flex, ffpa: ")
         taken[training] = core
-    assert taken == {False: "ffpa", True: "prefix"}
-    machine(ffpa=False)
-    assert chosen(args, on_cpu=False, training=False)[0] == "prefix"
+    assert taken == {False: "prefix", True: "prefix"}
     args.sft = True
     assert chosen(args, on_cpu=False, training=True)[0] == "spec"
     assert chosen(args, on_cpu=True, training=True)[0] == "spec"
     assert chosen(read(), on_cpu=False, training=True) == ("spec", "")
+    args.sft = False
+    monkeypatch.setattr(core_times, "MEASURED", TIMES)
+    assert chosen(args, on_cpu=False, training=True)[0] == "ffpa"
+    machine(ffpa=False)
+    assert chosen(args, on_cpu=False, training=True)[0] == "prefix"
 
 
 def test_auto_goes_by_the_times_of_a_file(tmp_path: Path) -> None:

@@ -1,0 +1,97 @@
+"""Writes what docs/performance.md has of one GPU: ``python docs/one_gpu.py``.
+
+From ``benchmarks/results``; a test compares. What stands outside the marks is written by hand and
+kept. "One rank alone, links modelled" is neither a measurement of several GPUs nor a prediction:
+its figures stand in a table of their own.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "performance.md"
+Row = dict[str, Any]
+
+
+def stored(file: str) -> Any:
+    """A file of ``benchmarks/results``."""
+    return json.loads((ROOT / "benchmarks" / "results" / f"{file}.json").read_text())
+
+
+def table(heads: str, rows: list[list[str]]) -> list[str]:
+    """A table of Markdown; the columns behind the ``|`` of ``heads`` are figures."""
+    words, figures = (part.split(", ") for part in heads.split(" | "))
+    rule = ["---"] * len(words) + ["---:"] * len(figures)
+    return [*("| " + " | ".join(line) + " |" for line in ([*words, *figures], rule, *rows)), ""]
+
+
+def core() -> list[str]:
+    """The layer spec's core attention and ``prefix``, and what one is of the other."""
+    results = stored("one_h200_core")
+    calls = {(row["arm"], _shape(row)): row for row in results["rows"]}
+    queued = {(row["arm"], _shape(row)): f"{row['training_ms']:.2f}" for row in results["queued"]}
+    rows = []
+    for shape in dict.fromkeys(shape for _, shape in calls):
+        spec = calls.get(("spec fused", shape)) or calls["spec", shape]
+        prefix = calls["prefix", shape]
+        figures = [
+            f"{row[name]:.{digits}f}"
+            for row in (spec, prefix)
+            for name, digits in (("forward_ms", 1), ("training_ms", 2), ("memory_gb", 2))
+        ]
+        parts = [f"{prefix[name] / spec[name]:.2f}" for name in ("training_ms", "memory_gb")]
+        behind = [queued.get((arm, shape), "") for arm in ("spec", "prefix")]
+        kind = "unfused" if spec["arm"] == "spec" else "fused"
+        rows.append([shape, kind, *figures, *parts, *behind])
+    heads = "shape, the layer spec's is | forward (ms), and backward, GB, prefix: forward (ms)"
+    heads += ", and backward, GB, of the time, of the memory, the spec's queued, prefix queued"
+    return table(heads, rows)
+
+
+def _shape(row: Row) -> str:
+    heads = f"{row['heads']}/{row['groups']}" if row["groups"] < row["heads"] else row["heads"]
+    return f"{row['sequences']} x {heads} x {row['length']} x {row['channels']}"
+
+
+def alone() -> list[str]:
+    """Rank 0 of two, alone; beside it what two GPUs gave, where the same version ran there."""
+    rows = []
+    for row in stored("one_rank_h200")["rows"]:
+        there = row.get("two_gpus", {})
+        cells = [cell for each in (row, there) for cell in (_ms(each), _gb(each))]
+        error = ""
+        if there:
+            mean, truth = (sum(each["step_ms"]) / len(each["step_ms"]) for each in (row, there))
+            error = f"{mean / truth - 1:+.1%}"
+        rows.append([row["model"], row["arm"], *cells, error])
+    heads = "model, layout | one rank alone (ms), GB, measured on two H200 (ms), GB, of their mean"
+    return table(heads, rows)
+
+
+def _ms(row: Row) -> str:
+    return " and ".join(f"{ms:g}" for ms in row.get("step_ms", ()))
+
+
+def _gb(row: Row) -> str:
+    return f"{row['memory_mib'] / 1e3:.1f}" if "memory_mib" in row else ""
+
+
+PARTS: dict[str, Callable[[], list[str]]] = {"core": core, "alone": alone}
+
+
+def page(text: str) -> str:
+    """The page with its tables of one GPU made anew."""
+
+    def made(mark: re.Match[str]) -> str:
+        begin, part, end = mark.groups()
+        return "\n".join([begin, "", *PARTS[part](), end])
+
+    marked = r"^(<!-- one GPU: (\w+) -->)$.*?^(<!-- one GPU end -->)$"
+    return re.sub(marked, made, text, flags=re.M | re.S)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(PAGE.read_text()))
