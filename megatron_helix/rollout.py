@@ -10,8 +10,8 @@ has many tokens, ``activations`` tokens in a step that has few. Stock layouts ro
 
 ``model`` is the list of chunks as Megatron's loop has it, wrapped. Call it between two training
 steps, on every rank: on those of a tensor-parallel group and of its pipeline with the same
-arguments; data-parallel replicas may each have prompts and a seed of their own. On
-GPUs it has not been run.
+arguments; data-parallel replicas may each have prompts and a seed of their own. On two H200 it
+ran by the loop of ``examples/grpo`` (``benchmarks/rollout_turns.py``).
 """
 
 import argparse

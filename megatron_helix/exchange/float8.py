@@ -13,7 +13,8 @@ Hopper multiplies FP8 only by rows on both sides: the forward GEMM reads the wei
 that of the input gradient its transpose. A shard that is cut by columns has travelled transposed
 for the latter, and as it lies for the former.
 
-Not run on a GPU yet; on the CPU with quantizers of torch's float8.
+Run on one and two H200 (docs/exactness.md); in the tests, on the CPU, with quantizers of torch's
+float8.
 """
 
 from collections.abc import Callable
