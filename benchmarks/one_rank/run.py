@@ -6,8 +6,8 @@
 Every collective is one kernel (``nccl.cu``) that keeps SMs busy for as long as its bytes take over
 the link of the experiment's ``hardware``. What is measured: the kernels of a rank, their time and
 their memory. What is modelled: links, at their calibrated rate, of ranks that never wait for each
-other. Losses mean nothing. Needs one GPU, TransformerEngine and nvcc; how near it comes is in
-docs/log.md (2026-11-29).
+other. Losses mean nothing. Needs one GPU, TransformerEngine and nvcc; how near it comes, and what
+it cannot say, is in docs/measuring.md.
 """
 
 import json
