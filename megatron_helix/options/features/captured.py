@@ -1,7 +1,26 @@
 """CUDA graphs, which :mod:`megatron_helix.options.graphs` lets through or refuses."""
 
 from megatron_helix.options.features.rows import Works
-from megatron_helix.options.graphs import captured
+
+# By the value of --cuda-graph-impl the exchanges that it has captured with the numbers of the same
+# run without graphs. What is not here is refused.
+CAPTURED: dict[str, tuple[str, ...]] = {
+    "local": ("activations",),
+    "transformer_engine": ("activations",),
+    "full_iteration": ("activations", "weights"),
+}
+BY_LAYER = ("local", "transformer_engine")
+
+
+def captured() -> str:
+    """The table in words."""
+    kept = {impl: exchanges for impl, exchanges in CAPTURED.items() if exchanges}
+    return "; ".join(
+        f"{impl}: {' or '.join(exchanges)}"
+        + (" with --helix-split batch" if impl in BY_LAYER else "")
+        for impl, exchanges in kept.items()
+    )
+
 
 GRAPHS = (
     Works(
