@@ -38,11 +38,11 @@ from rich.table import Table
 
 from megatron_helix.exchange.packed import share_of
 from megatron_helix.exchange.plan import Plan
+from megatron_helix.exchange.prefix import prefix_pieces
 from megatron_helix.exchange.tokens import chunk_positions
 from megatron_helix.kernels import engine_attention, gap_attention
 from megatron_helix.kernels.collectives import UnderWay
 from megatron_helix.kernels.document_attention import DocumentAttention
-from megatron_helix.layers.attention import prefix_pieces
 from megatron_helix.partition.layout import HelixLayout
 from megatron_helix.planner import core_timing
 from megatron_helix.planner.core_timing import Shape

@@ -140,8 +140,8 @@ def choices() -> list[tuple[str, str, str]]:
             "data or context parallelism",
             f"{time(packed[HELIX], packed['CP=2, p2p'])} than CP at"
             f" {memory(packed[HELIX], packed['CP=2, p2p'])} its memory,"
-            f" {time(packed[HELIX], packed['TP=2'])} than TP, before attention went gap by gap; since"
-            f" then {ALONE}, where it is"
+            f" {time(packed[HELIX], packed['TP=2'])} than TP, before attention went gap by gap;"
+            f" since then {ALONE}, where it is"
             f" {time(since['packed'][GAPS], since['packed'][CALLS])} than with late runs in several"
             " calls",
         ),

@@ -15,6 +15,8 @@ from tests import distributed
 from tests.distributed import Curve, run_distributed
 from tests.shared_memory import SharedMemory
 
+COPIES = ("--helix-gather-by", "copies")
+
 
 @dataclass
 class Lending:
@@ -54,7 +56,9 @@ def train(
         memory: which they read of each other; none.
         early: whether gathers are begun as on a GPU.
     """
-    return run_distributed(_rank, ranks, pretrain_gpt.prepare(list(flags), ranks), memory, early)
+    return run_distributed(
+        _rank, ranks, pretrain_gpt.prepare([*COPIES, *flags], ranks), memory, early
+    )
 
 
 def _rank(argv: list[str], memory: type[SharedMemory] | None, early: bool) -> Lending:

@@ -48,7 +48,9 @@ def test_one_rank_alone_has_a_name_of_its_own(script: ModuleType) -> None:
 
 def test_what_two_gpus_gave_was_logged(script: ModuleType) -> None:
     log = (ROOT / "docs" / "log.md").read_text()
-    beside = [row["two_gpus"] for row in script.stored("one_rank_h200")["rows"] if "two_gpus" in row]
+    beside = [
+        row["two_gpus"] for row in script.stored("one_rank_h200")["rows"] if "two_gpus" in row
+    ]
     assert len(beside) == 5
     for there in beside:
         for step in there["step_ms"]:

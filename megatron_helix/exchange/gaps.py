@@ -123,10 +123,10 @@ def _packed(call: list[Sight], queries: int, keys: int, device: torch.device) ->
         for one in call:
             seen[one.row : one.row + one.rows] = True
         seen = on_device(seen, device)
-    sums = (torch.cat([x.new_zeros(1), x.cumsum(0, dtype=torch.int32)]) for x in (rows, of_keys))
-    firsts = (torch.cat([x, x.new_full((1,), end)]) for x, end in ((row, queries), (key, keys)))
+    sums = [torch.cat([x.new_zeros(1), x.cumsum(0, dtype=torch.int32)]) for x in (rows, of_keys)]
+    firsts = [torch.cat([x, x.new_full((1,), end)]) for x, end in ((row, queries), (key, keys))]
     return Packed(
-        *(on_device(x, device) for x in (*sums, *firsts)),
+        *on_device(torch.stack(sums + firsts), device).unbind(),  # one copy, not four
         most_queries=int(rows.max()),
         most_keys=int(of_keys.max()),
         seen=seen,

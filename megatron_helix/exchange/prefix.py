@@ -15,6 +15,7 @@ Where TransformerEngine's fused kernels can do it in parts, nothing is gathered 
 keys and values of its own tokens, and they attend gap by gap (:mod:`megatron_helix.exchange.gaps`).
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -179,3 +180,9 @@ class PrefixPieces(torch.nn.Module):
             return None
         hidden = torch.ones(piece.length, end, dtype=torch.bool, device=device)
         return hidden.triu(piece.start + 1)[None, None]
+
+
+@cache
+def prefix_pieces(core_attention: type) -> type:
+    """The spec's core attention class, able to run a sequence split."""
+    return type(f"Helix{core_attention.__name__}", (PrefixPieces, core_attention), {})

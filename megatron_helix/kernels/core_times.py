@@ -54,7 +54,7 @@ def _on_h200(
 
 
 # One call, a shape at a time on an idle GPU (benchmarks/results/one_h200_core.json), where the host
-# counts too; ffpa in a call of its own on the same kind of card, in which spec took 7.6 and 22.2 ms.
+# counts too; ffpa in a call of its own on such a card, in which spec took 7.6 and 22.2 ms.
 MEASURED = (
     _on_h200("spec", 512, 128, 1.02, 2.25, 0.40),
     _on_h200("prefix", 512, 128, 0.41, 1.61, 0.40),
@@ -78,7 +78,7 @@ def fastest(
 
     Asked of the measured shape that is nearest: of that head dimension, else the next larger one,
     and of its lengths the one whose ratio to ``length`` is nearest to 1. Without one, or where the
-    spec's own was not measured there, it is ``spec``. Of equal ones it is ``spec``, else the first.
+    spec's own was not measured there, it is ``spec``. Of equal ones: ``spec``, else the first.
 
     Args:
         times: measured ones.

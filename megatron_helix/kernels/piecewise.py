@@ -199,8 +199,8 @@ def _part_backward(
         weights = _dropped(weights, kept, work.rate)
         of_weights.copy_(_dropped(of_weights, kept, work.rate))
     _accumulate(made.value, part, weights, incoming, first=first)
-    by_head = (given.by_head(x, part) for x in (of_scores, probabilities))
-    masked_softmax.softmax_backward_(*by_head, piece, work.scores, plain=plain)
+    by_head = [given.by_head(x, part) for x in (of_scores, probabilities)]
+    masked_softmax.softmax_backward_(by_head[0], by_head[1], piece, work.scores, plain=plain)
     if (of_offset := made.offset_of(part)) is not None:
         whole = given.by_head(of_scores, part)
         of_offset.add_(whole[..., piece.keys].sum(dim=(0, 2), dtype=of_offset.dtype))

@@ -2,7 +2,7 @@
 
 import copy
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,15 +15,16 @@ from megatron.core.transformer.utils import is_layer_window_attention
 
 from megatron_helix.basics.errors import UserError
 from megatron_helix.exchange.decode import SequenceCache, cached_positions
-from megatron_helix.exchange.packed import Share, share_of
+from megatron_helix.exchange.packed import share_of
 from megatron_helix.exchange.plan import Plan
-from megatron_helix.exchange.prefix import PrefixPieces
+from megatron_helix.exchange.prefix import prefix_pieces
 from megatron_helix.exchange.scores import ScoresAttention, SegmentNorm, segment_frequencies
 from megatron_helix.exchange.strategy import Choice
 from megatron_helix.exchange.tokens import chunk_positions, in_sequence_order, pieces
 from megatron_helix.kernels import sums
 from megatron_helix.kernels.collectives import all_gather, gather
 from megatron_helix.layers.linear import helix_linear
+from megatron_helix.layers.rotary import document_frequencies, piece_frequencies
 from megatron_helix.partition.layout import HelixLayout
 from megatron_helix.partition.process_groups import HelixGroups, on_head_axis, register
 
@@ -260,9 +261,8 @@ class HelixSelfAttention(SelfAttention):
         segment = self.helix_groups.segment
         if self.plan.exchange == "scores":
             return tuple(segment_frequencies(f, self.helix_layout, segment) for f in (query, key))
-        # By slices: an index would be copied to the GPU, for which the host waits in every layer.
         mine = pieces(self.helix_layout, segment, query.size(0), balanced=self.plan.balanced)
-        of_mine = torch.cat([query[piece.start : piece.end] for piece in mine])
+        of_mine = piece_frequencies(query, mine)
         return of_mine, of_mine if self.by_gaps else key
 
     def _keep_segments(self, config: TransformerConfig) -> None:
@@ -295,29 +295,6 @@ def _is_centered(norm: torch.nn.Module) -> bool:
         f"--helix-exchange: scores norms segments of queries and keys, and knows LayerNorm, RMSNorm"
         f" and L2Norm, got {kind} from the layer spec; use --helix-exchange activations"
     )
-
-
-def document_frequencies(
-    frequencies: Any, share: Share, plan: Plan, *, fused: bool
-) -> tuple[Any, Any]:
-    """(query, key) rotary frequencies of a packed row: of each of my queries, and as given.
-
-    Both are of my tokens where they attend gap by gap.
-
-    Megatron counts positions from the beginning of a document, but where there are as many
-    frequencies as tokens: from that of the row. The fused kernel, which turns the keys by what is
-    returned here, never does.
-    """
-    query, key = frequencies if isinstance(frequencies, tuple) else (frequencies,) * 2
-    of_row = query.size(0) == plan.documents[-1] and not fused
-    mine = query[share.positions if of_row else share.in_documents]
-    return mine, key if share.gaps is None else mine
-
-
-@cache
-def prefix_pieces(core_attention: type) -> type:
-    """The spec's core attention class, able to run a sequence split."""
-    return type(f"Helix{core_attention.__name__}", (PrefixPieces, core_attention), {})
 
 
 def _on_head_axis(

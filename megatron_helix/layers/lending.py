@@ -27,7 +27,7 @@ Model = list[torch.nn.Module]
 def may_lend(args: argparse.Namespace) -> bool:
     """Whether a run's flags let shards be lent: they change between steps alone."""
     buffered = args.use_distributed_optimizer or args.overlap_param_gather
-    return args.helix_gather_by == "auto" and not buffered
+    return args.helix_gather_by == "copies" and not buffered
 
 
 def at_the_end_of_steps(*, lends: bool, say: Callable[[str], None]) -> Callable[[Model], None]:
@@ -70,7 +70,7 @@ def lend(model: Model, say: Callable[[str], None]) -> PeerMemory | None:
         linear.forms.lend(peers)
     say(
         f"helix: from the second step on the shards of {len(linears)} weights are gathered by copy"
-        " engines, since GPUs reach each other's memory; --helix-gather-by nccl does without"
+        " engines, since GPUs reach each other's memory; as --helix-gather-by copies asks"
     )
     return peers
 

@@ -11,7 +11,7 @@ from megatron_helix.run_config import core_attention
 
 DEVICES = ("auto", "cpu", "cuda")
 PHASES = ("train", "prefill")
-GATHER_BY = ("auto", "nccl")
+GATHER_BY = ("nccl", "copies")
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -96,8 +96,8 @@ def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         default=GATHER_BY[0],
         metavar="NAME",
         help=f"What moves weights that are gathered in every micro-batch: {', '.join(GATHER_BY)}."
-        " auto lets copy engines read them where the GPUs of a dim group reach each other's memory"
-        " and there is no distributed optimizer; nccl does without.",
+        " copies lets copy engines read them where the GPUs of a dim group reach each other's"
+        " memory and there is no distributed optimizer; not timed on two GPUs yet.",
     )
     group.add_argument(
         "--helix-core-attention",

@@ -16,22 +16,8 @@ from typing import Any
 
 from megatron_helix.basics.errors import UserError
 from megatron_helix.exchange.strategy import Choice
+from megatron_helix.options.features.captured import BY_LAYER, CAPTURED, FAILED
 
-# By the value of --cuda-graph-impl the exchanges that it has captured with the numbers of the same
-# run without graphs: losses and gradient norms of 8 steps, equal to the last bit, of two processes
-# on one H200 (benchmarks/results/one_h200_exactness.json). Not timed, nor run on two GPUs. What is
-# not here is refused.
-CAPTURED: dict[str, tuple[str, ...]] = {
-    "local": ("activations",),
-    "transformer_engine": ("activations",),
-    "full_iteration": ("activations", "weights"),
-}
-_BY_LAYER = ("local", "transformer_engine")
-# What was seen there of others.
-FAILED: dict[tuple[str, str], str] = {
-    (impl, "weights"): "whose capture fails with cudaErrorStreamCaptureInvalidated"
-    for impl in _BY_LAYER
-}
 _LEAVE = "or leave --cuda-graph-impl away"
 
 
@@ -62,7 +48,7 @@ def require_graphs(args: argparse.Namespace, asked: Choice, config: Any) -> None
             f"--helix-exchange: must be {' or '.join(exchanges)} under --cuda-graph-impl {impl},"
             f" got {asked.exchange}, {seen}; use that, {_LEAVE}"
         )
-    if impl in _BY_LAYER and asked.split != "batch":
+    if impl in BY_LAYER and asked.split != "batch":
         raise UserError(
             f"--helix-split: must be batch under --cuda-graph-impl {impl}, of which no other has"
             f" been run, got {asked.split}; use batch, {_LEAVE}"
@@ -78,7 +64,7 @@ def require_graphs(args: argparse.Namespace, asked: Choice, config: Any) -> None
 
 def _not_captured(args: argparse.Namespace, asked: Choice, config: Any) -> Any:
     """Flags of what is not captured: the flag, its value, why."""
-    if config.cuda_graph_impl in _BY_LAYER and config.softmax_type == "learnable":
+    if config.cuda_graph_impl in BY_LAYER and config.softmax_type == "learnable":
         yield (
             "--softmax-type",
             "learnable",
@@ -111,13 +97,3 @@ def _not_captured(args: argparse.Namespace, asked: Choice, config: Any) -> Any:
     ):
         if size > 1:
             yield flag, size, not_run
-
-
-def captured() -> str:
-    """The table in words."""
-    kept = {impl: exchanges for impl, exchanges in CAPTURED.items() if exchanges}
-    return "; ".join(
-        f"{impl}: {' or '.join(exchanges)}"
-        + (" with --helix-split batch" if impl in _BY_LAYER else "")
-        for impl, exchanges in kept.items()
-    )

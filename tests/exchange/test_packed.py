@@ -17,7 +17,7 @@ from megatron_helix.exchange.plan import Plan
 from megatron_helix.exchange.strategy import Choice, packed_plan
 from megatron_helix.exchange.tokens import runs_of
 from megatron_helix.exchange.traffic import BlockShape
-from megatron_helix.layers.attention import document_frequencies
+from megatron_helix.layers.rotary import document_frequencies
 from tests.exchange.test_dealing import rows
 from tests.exchange.test_tokens import layout_of
 from tests.packed_case import params

@@ -13,7 +13,7 @@ from megatron_helix.layers import lending
 from megatron_helix.options.parsed import require_flags
 from megatron_helix.recording.comm_ledger import Entries
 from tests.distributed import tiny_gpt
-from tests.lending_case import Lending, train
+from tests.lending_case import COPIES, Lending, train
 from tests.shared_memory import SharedMemory
 from tests.test_parity import FULL_RECOMPUTE, PP2
 
@@ -128,7 +128,7 @@ def test_nothing_is_gathered_from_where_one_rank_cannot_read(corpus_prefix: Path
 def test_a_users_own_end_of_a_step_comes_after() -> None:
     calls: list[Any] = []
     flags = {"use_distributed_optimizer": False, "overlap_param_gather": False}
-    args = argparse.Namespace(rank=0, helix_gather_by="auto", **flags)
+    args = argparse.Namespace(rank=0, helix_gather_by="copies", **flags)
     finalize = plugin._finalize_model_grads(args, lambda *of, **named: calls.append((of, named)))
     finalize([], 3, pg_collection="groups")
     assert calls == [(([], 3), {"pg_collection": "groups"})]
@@ -138,10 +138,10 @@ def test_a_users_own_end_of_a_step_comes_after() -> None:
 @pytest.mark.parametrize(
     ("flags", "lends"),
     [
-        ((), True),
-        (("--helix-gather-by", "nccl"), False),
-        (("--use-distributed-optimizer",), False),
-        (("--use-distributed-optimizer", "--overlap-param-gather"), False),
+        (COPIES, True),
+        ((), False),
+        ((*COPIES, "--use-distributed-optimizer"), False),
+        ((*COPIES, "--use-distributed-optimizer", "--overlap-param-gather"), False),
     ],
 )
 def test_what_changes_between_steps_alone_may_be_lent(flags: tuple[str, ...], lends: bool) -> None:

@@ -154,7 +154,7 @@ REFUSALS = {
     ),
     "unknown carrier of weights": (
         (*cut(2, 2), "--helix-gather-by", "gloo"),
-        r"^--helix-gather-by: must be one of auto, nccl, got 'gloo'$",
+        r"^--helix-gather-by: must be one of nccl, copies, got 'gloo'$",
     ),
     "unknown core attention": (
         ("--helix-core-attention", "flash"),

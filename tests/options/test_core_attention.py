@@ -213,9 +213,7 @@ def test_packed_documents_are_refused(machine: Machine, core: str, packs: str) -
         require_core_attention(args, on_cpu=False)
 
 
-def test_auto_says_what_it_takes_and_why(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_auto_says_what_it_takes_and_why(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     machine()
     args = read("--helix-core-attention", "auto")
     taken = {}

@@ -14,6 +14,7 @@ from megatron_helix import pretrain_gpt
 from megatron_helix.basics.errors import UserError
 from megatron_helix.exchange.strategy import Choice
 from megatron_helix.options import graphs
+from megatron_helix.options.features.captured import captured
 from megatron_helix.options.graphs import require_graphs
 from tests.cpu_config import cpu_config
 from tests.distributed import Curve, run_distributed, tiny_gpt, train
@@ -81,7 +82,7 @@ def test_a_run_without_graphs_is_not_asked(exchange: str) -> None:
         ),
         (
             {"impl": "full_iteration", "exchange": "scores"},
-            "^--helix-exchange: must be activations or weights under .* got scores, and nothing else ",
+            "^--helix-exchange: must be activations or weights under .* got scores, and nothing ",
         ),
         (
             {"split": "auto"},
@@ -126,7 +127,7 @@ def test_an_implementation_that_has_captured_nothing_is_refused(
     monkeypatch.setitem(graphs.CAPTURED, BY_LAYER, ())
     with pytest.raises(UserError, match=f"^--cuda-graph-impl: local has not captured .*{LEAVE}"):
         check()
-    assert BY_LAYER not in graphs.captured()
+    assert BY_LAYER not in captured()
 
 
 class Operations(TorchDispatchMode):
