@@ -5,8 +5,8 @@
 
 NCCL takes the ranks for those of two hosts (``NCCL_HOSTID``). The sets, their models small:
 
-* ``fp8``: FP8 against stock TP=2 by each recipe, 50 steps; the mean distance of losses to stock's in
-  bf16 is at most 1.5 times that of stock in FP8, and no step is skipped;
+* ``fp8``: FP8 by each recipe, 50 steps; the mean distance of losses to those of stock TP=2 in bf16
+  is at most 1.5 times that of stock in FP8, and no step is skipped;
 * ``packed``: packed rows in bf16, documents and conversations; the distance to single precision is
   at most 1.5 times the larger one of stock's on two ranks and on one;
 * ``sequence``: the same of rows of one document under the sequence split, gap by gap;
@@ -25,7 +25,7 @@ from typing import Annotated, Any
 import typer
 from matrix_turns import Device
 from one_gpu_sets import DETERMINISTIC, Bench, trainings
-from one_gpu_turns import curves
+from one_gpu_turns import Curve, curves
 from one_gpu_verdicts import rows
 from rich.console import Console
 from rich.table import Table
@@ -52,7 +52,7 @@ def main(
         planned = trainings(name, Bench(folder, device, steps, console))
         if name in DETERMINISTIC:
             os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
-        found = {}
+        found: dict[str, Curve] = {}
         for training, curve in curves(planned, device, limit):
             found[training.name] = curve
             last = f"last loss {curve.losses[-1]:.4f}" if curve.losses else ""

@@ -24,7 +24,6 @@ def main() -> None:
     os.environ.update(NCCL_HOSTID=f"rank{rank}", LOCAL_RANK="0")
     import gated
     import torch
-    import transformer_engine.pytorch  # noqa: F401
 
     from megatron_helix import pretrain_gpt
 

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from matrix_turns import LOCAL, Device
+from matrix_turns import LAUNCHER, LOCAL, Device
 from one_gpu_turns import Training
 from rich.console import Console
 
@@ -16,6 +17,7 @@ from megatron_helix.basics.errors import UserError
 from megatron_helix.corpus import END
 from megatron_helix.experiment import runs
 from megatron_helix.experiment.config import ExperimentConfig
+from megatron_helix.options.features.captured import CAPTURED
 from megatron_helix.run_config.batch import BatchConfig
 from megatron_helix.run_config.layout import LayoutConfig
 from megatron_helix.run_config.model import ModelConfig
@@ -42,9 +44,9 @@ RECIPES = {
     "delayed": ("--fp8-amax-history-len", "16", "--fp8-amax-compute-algo", "max"),
     "blockwise": (),
 }
-CAPTURED = {
-    "activations": ("none", "local", "transformer_engine", "full_iteration"),
-    "weights": ("none", "full_iteration"),
+GRAPHS = {
+    exchange: ("none", *(name for name, those in CAPTURED.items() if exchange in those))
+    for exchange in HELIX
 }
 KINDS = {  # of packed rows
     "documents": ("--dataloader-inter-document-masking", "--eod-mask-loss"),
@@ -114,6 +116,7 @@ class Set:
             steps=bench.steps or steps,
             learning_rate=learning_rate,
             device=bench.device,
+            launcher=LAUNCHER,
         )
 
     def _layout(self, name: str, cut: Cut) -> LayoutConfig:
@@ -133,6 +136,7 @@ class Set:
             *("--global-batch-size", str(experiment.batch.sequences)),
             *("--train-iters", str(steps), "--distributed-timeout-minutes", "2"),
             *("--data-path", str(self.data), "--split", "100,0,0", "--num-workers", "0"),
+            *("--data-cache-path", str(self.bench.out / name / "cache")),  # written by one run
             *(runs.start_flags(layout, self.initial) if self.initial else ()),
             *more,
         )
@@ -194,9 +198,10 @@ def _beside_stock(
 
 def graphs(bench: Bench) -> Iterator[Training]:
     """Helix with CUDA graphs and without."""
-    of_set = Set(bench, _text(bench), length=256, steps=8, sequences=8, shares=False)
+    of_set = Set(bench, _text(bench), length=256, steps=8, sequences=8)
+    yield of_set.first()  # graphs draw from generators of their own
     flags = ("--te-rng-tracker", "--no-check-for-nan-in-loss-and-grad", "--cuda-graph-impl")
-    for exchange, captured in CAPTURED.items():
+    for exchange, captured in GRAPHS.items():
         cut = {**HELIX[exchange], "split": "batch"}
         for graph in captured:
             yield of_set.training(f"{exchange}-{graph}", cut, *flags, graph)
@@ -204,9 +209,7 @@ def graphs(bench: Bench) -> Iterator[Training]:
 
 def copies(bench: Bench) -> Iterator[Training]:
     """Weights gathered by NCCL, and by copy engines twice."""
-    of_set = Set(
-        bench, _text(bench), length=512, steps=14, sequences=8, size=COPIED, shares=False
-    )
+    of_set = Set(bench, _text(bench), length=512, steps=14, sequences=8, size=COPIED, shares=False)
     for name, by in {"nccl": "nccl", "copies": "copies", "again": "copies"}.items():
         yield of_set.training(name, HELIX["weights"], "--helix-gather-by", by)
 
@@ -234,6 +237,8 @@ def trainings(name: str, bench: Bench) -> list[Training]:
         raise UserError(f"--device: {name} must have a GPU, got cpu; leave --device away")
     if bench.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device: cuda must have a GPU, and torch sees none; rehearse with cpu")
+    if bench.device == "cuda" and find_spec("transformer_engine") is None:
+        raise UserError("--device: cuda must have TransformerEngine, and found none; install it")
     return [*SETS[name](bench)]
 
 

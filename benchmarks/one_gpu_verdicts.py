@@ -1,11 +1,12 @@
-"""What ``one_gpu_parity.py`` says of the curves of a set: figures, and whether they keep the bar."""
+"""What ``one_gpu_parity.py`` says of a set's curves: figures, and whether they keep the bar."""
 
+import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from matrix_turns import Device
-from one_gpu_sets import CAPTURED, HELIX, KINDS, RECIPES
+from one_gpu_sets import GRAPHS, HELIX, KINDS, RECIPES
 from one_gpu_turns import Curve
 
 from megatron_helix.experiment.results import largest_difference
@@ -53,7 +54,7 @@ def _quantized(exact: Curve, stock: Curve, helix: Curve) -> Row:
     apart, of_stock = _apart(helix, exact), _apart(stock, exact)
     skipped = helix.skipped + stock.skipped
     good = apart <= RATIO * of_stock and not skipped
-    figures = {"ratio": apart / of_stock, "apart": apart, "stock": of_stock}
+    figures = {"ratio": _ratio(apart, of_stock), "apart": apart, "stock": of_stock}
     return {"good": good, **figures, "skipped": skipped}
 
 
@@ -65,6 +66,10 @@ def _rounded(exact: Curve, helix: Curve) -> Row:
 def _apart(one: Curve, other: Curve) -> float:
     pairs = zip(one.losses, other.losses, strict=True)
     return statistics.fmean(abs(a - b) for a, b in pairs)
+
+
+def _ratio(mine: float, of_stock: float) -> float:
+    return mine / of_stock if of_stock else math.inf
 
 
 def _packed(_device: Device) -> Iterator[Comparison]:
@@ -88,22 +93,20 @@ def _nearness(helix: Curve, tp2: Curve, tp1: Curve, fp32: Curve) -> Row:
     Distances are the largest relative ones of a step. Gradient norms are shown, and have no bar.
     """
 
-    def ratio(what: str) -> tuple[float, float]:
+    def distances(what: str) -> tuple[float, float]:
         exact = getattr(fp32, what)
-        mine, *stocks = (
-            largest_difference(getattr(one, what), exact) for one in (helix, tp2, tp1)
-        )
+        mine, *stocks = (largest_difference(getattr(one, what), exact) for one in (helix, tp2, tp1))
         return mine, max(stocks)
 
-    mine, of_stock = ratio("losses")
-    of_norm, of_stocks_norm = ratio("norms")
+    mine, of_stock = distances("losses")
+    of_norm, of_stocks_norm = distances("norms")
     return {
         "good": mine <= RATIO * of_stock,
-        "ratio": mine / of_stock,
+        "ratio": _ratio(mine, of_stock),
         "to tp2": largest_difference(list(helix.losses), list(tp2.losses)),
         "tp1 to tp2": largest_difference(list(tp1.losses), list(tp2.losses)),
         "to fp32": mine,
-        "norms' ratio": of_norm / of_stocks_norm,
+        "norms' ratio": _ratio(of_norm, of_stocks_norm),
     }
 
 
@@ -114,7 +117,7 @@ def _by_gaps(helix: Curve, *stock: Curve) -> Row:
 
 
 def _graphs(_device: Device) -> Iterator[Comparison]:
-    for exchange, (eager, *captured) in CAPTURED.items():
+    for exchange, (eager, *captured) in GRAPHS.items():
         for graph in captured:
             names = f"{exchange}-{eager}", f"{exchange}-{graph}"
             yield Comparison({"layout": exchange, "graphs": graph}, names, _equality)
