@@ -1,7 +1,7 @@
 """The sets of ``one_gpu_parity.py``: which trainings, from which weights."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -85,8 +85,6 @@ class Set:
         length: tokens of a row.
         steps: of a run.
         size: keys of the model that are not those of every set.
-        shares: whether all start from one checkpoint; else from one seed, which makes the same
-            weights in one layout alone.
         micro_batch: rows of a micro-batch.
         sequences: rows of a step.
         learning_rate: constant.
@@ -100,13 +98,12 @@ class Set:
         length: int,
         steps: int,
         size: dict[str, Any] | None = None,
-        shares: bool = True,
         micro_batch: int = 4,
         sequences: int = 4,
         learning_rate: float = 1e-3,
     ):
         self.bench, self.data, self.micro_batch = bench, data, micro_batch
-        self.initial = bench.out / "weights" if shares else None
+        self.weights = bench.out / "weights"
         self.experiment = ExperimentConfig(
             name="one_gpu_parity",
             models=[ModelConfig(name="dense", **{**MODEL, **(size or SIZES[bench.device])})],
@@ -123,12 +120,21 @@ class Set:
         return LayoutConfig(name=name, micro_batch=self.micro_batch, **cut)
 
     def training(
-        self, name: str, cut: Cut, *more: str, fp32: bool = False, steps: int | None = None
+        self, name: str, cut: Cut, *more: str, fp32: bool = False, saves: bool = False
     ) -> Training:
-        """A run of a layout, with more of Megatron's flags."""
+        """A run of a layout, with more of Megatron's flags.
+
+        Args:
+            name: of the run.
+            cut: what the layout has beside its micro-batch.
+            more: flags.
+            fp32: whether in single precision, in torch's layers.
+            saves: whether it makes the weights that others start from, in one step.
+        """
         experiment, layout = self.experiment, self._layout(name, cut)
-        (model,), steps = experiment.models, steps or experiment.steps
+        (model,), steps = experiment.models, 1 if saves else experiment.steps
         engine = LOCAL if fp32 and experiment.device == "cuda" else ()
+        start = ("--save", str(self.weights), *SAVE)
         flags = (
             *runs.model_flags(experiment, model),
             *layout.flags(model),
@@ -137,7 +143,7 @@ class Set:
             *("--train-iters", str(steps), "--distributed-timeout-minutes", "2"),
             *("--data-path", str(self.data), "--split", "100,0,0", "--num-workers", "0"),
             *("--data-cache-path", str(self.bench.out / name / "cache")),  # written by one run
-            *(runs.start_flags(layout, self.initial) if self.initial else ()),
+            *(start if saves else runs.start_flags(layout, self.weights)),
             *more,
         )
         return Training(
@@ -146,14 +152,12 @@ class Set:
             flags=flags,
             ranks=layout.tensor_parallel_size,
             steps=steps,
+            is_first=saves,
         )
 
     def first(self) -> Training:
         """The run of stock whose checkpoint the others start from."""
-        target, self.initial = self.initial, None
-        made = self.training("initial", STOCK, "--save", str(target), *SAVE, steps=1)
-        self.initial = target
-        return replace(made, is_first=True)
+        return self.training("initial", STOCK, saves=True)
 
 
 def fp8(bench: Bench) -> Iterator[Training]:
@@ -199,7 +203,7 @@ def _beside_stock(
 def graphs(bench: Bench) -> Iterator[Training]:
     """Helix with CUDA graphs and without."""
     of_set = Set(bench, _text(bench), length=256, steps=8, sequences=8)
-    yield of_set.first()  # graphs draw from generators of their own
+    yield of_set.first()
     flags = ("--te-rng-tracker", "--no-check-for-nan-in-loss-and-grad", "--cuda-graph-impl")
     for exchange, captured in GRAPHS.items():
         cut = {**HELIX[exchange], "split": "batch"}
@@ -209,7 +213,8 @@ def graphs(bench: Bench) -> Iterator[Training]:
 
 def copies(bench: Bench) -> Iterator[Training]:
     """Weights gathered by NCCL, and by copy engines twice."""
-    of_set = Set(bench, _text(bench), length=512, steps=14, sequences=8, size=COPIED, shares=False)
+    of_set = Set(bench, _text(bench), length=512, steps=14, sequences=8, size=COPIED)
+    yield of_set.first()
     for name, by in {"nccl": "nccl", "copies": "copies", "again": "copies"}.items():
         yield of_set.training(name, HELIX["weights"], "--helix-gather-by", by)
 

@@ -144,15 +144,13 @@ def curves(
     """Each training and its curve, in order.
 
     Args:
-        trainings: what is run.
+        trainings: what is run; one of them is first.
         device: of the ranks.
         limit_s: seconds after which all that runs is ended.
     """
     ends = time.monotonic() + limit_s
     over, saved = threading.Event(), threading.Event()
     turns = threading.Semaphore(SHARING)
-    if not any(training.is_first for training in trainings):
-        saved.set()
 
     def in_time() -> None:
         if over.is_set() or time.monotonic() > ends:
