@@ -2,11 +2,15 @@
 
     python benchmarks/gpu_matrix.py --gpus 2 --out runs/gpu
     python benchmarks/gpu_matrix.py --gpus 4 --device cpu --shape tiny --steps 3 --out runs/tried
+    python benchmarks/gpu_matrix.py --experiment configs/experiments/two_gpus_qwen.yaml \
+        --parts prefill --only dp2,megatron_fsdp,helix_2x1_weights --out runs/qwen
 
 Its parts are *parity* (``matrix_parity.py``), *train* and *prefill* (``matrix_timing.py``) and
 *decode* (``matrix_decode.py``): stock layouts, their rivals and helix in turns, the layer shape of
 the source experiment, each layout at several micro-batches. A turn is a run of its own of
-Megatron's loop. Torch FSDP2, which has no fp16 in Megatron, runs with ``--precision bf16``.
+Megatron's loop. Torch FSDP2, which has no fp16 in Megatron, runs with ``--precision bf16``. With
+``--experiment`` models, layouts and all that no option says are a file's; ``--cores spec,auto``
+gives each layout each core attention in turn.
 
 A turn's files stay in OUT: a second call goes on where the first one ended. ``--limit`` ends a call
 in time for its results to be written. Each timed layout draws weights of its own. An untrained
@@ -15,18 +19,23 @@ router loads experts unevenly, and every layout's differently: time MoE models w
 """
 
 import json
+import shlex
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import matrix_asked
 import torch
 import typer
 from matrix_decode import decoding
 from matrix_parity import parity
-from matrix_timing import timing
-from matrix_turns import LAUNCHER, Bench, Device, layouts, rivals
+from matrix_timing import MFU, timing
+from matrix_turns import LAUNCHER, Bench, Device
 from rich.console import Console
 
+from megatron_helix.basics import errors
+from megatron_helix.basics.errors import UserError
 from megatron_helix.experiment import runs
 from megatron_helix.experiment.config import (
     DecodeConfig,
@@ -41,59 +50,96 @@ from megatron_helix.run_config.files import read_config
 from megatron_helix.run_config.model import ModelConfig
 from megatron_helix.run_config.precision import Precision
 
-TINY: dict[str, Any] = {
-    "num_layers": 4,
-    "hidden_size": 256,
-    "num_attention_heads": 8,
-    "kv_channels": 32,
-    "untie_embeddings_and_output_weights": True,  # as torch FSDP2 needs it
-}
-SEED: dict[str, Any] = {
-    "num_layers": 4,
-    "hidden_size": 8192,
-    "num_attention_heads": 16,
-    "kv_channels": 512,
-    "untie_embeddings_and_output_weights": True,
-}
-SHAPES = {
-    "tiny": [
-        ModelConfig(name="dense", ffn_hidden_size=1024, **TINY),
-        ModelConfig(name="moe", ffn_hidden_size=256, num_experts=8, **TINY),
-    ],
-    "seed": [
-        ModelConfig(name="dense", ffn_hidden_size=32768, **SEED),
-        ModelConfig(name="moe", ffn_hidden_size=32768, num_experts=8, **SEED),
-    ],
-    # Adam's states of the 17 billion parameters of the source's MoE model need eight GPUs.
-    "small-experts": [
-        ModelConfig(name="dense", ffn_hidden_size=32768, **SEED),
-        ModelConfig(name="moe_8192", ffn_hidden_size=8192, num_experts=8, **SEED),
-    ],
-}
+PARTS = "parity,prefill,train,decode"
+OF_FILES = "prefill,train"
 
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder of the turns and of results.json.")],
-    gpus: Annotated[int, typer.Option(min=1, max=8)],
+    gpus: Annotated[int | None, typer.Option(min=1, max=8, help="Or the file's.")] = None,
     device: Annotated[Device, typer.Option(help="cpu rehearses.")] = "cuda",
-    shape: Annotated[str, typer.Option(help=", ".join(SHAPES))] = "seed",
-    parts: Annotated[str, typer.Option(help="Which, in this order.")] = (
-        "parity,prefill,train,decode"
-    ),
+    experiment: Annotated[
+        Path | None, typer.Option(help="A file (YAML), instead of a shape.")
+    ] = None,
+    shape: Annotated[str, typer.Option(help=", ".join(matrix_asked.SHAPES))] = "seed",
+    parts: Annotated[
+        str | None, typer.Option(help=f"Which, in this order: {PARTS}; of a file {OF_FILES}.")
+    ] = None,
     models: Annotated[str, typer.Option(help="Names of models; all of the shape.")] = "",
-    only: Annotated[str, typer.Option(help="Layouts whose name has one of these words.")] = "",
-    sequences: Annotated[int, typer.Option(help="Of a global batch.")] = 16,
-    sequence_length: int = 2048,
-    micro_batches: Annotated[str, typer.Option(help="Each layout tries these.")] = "1,2,4,8,16",
+    layers: Annotated[int | None, typer.Option(min=1, help="Other than the models'.")] = None,
+    only: Annotated[
+        str, typer.Option(help="Layouts of these names, or with these words in them.")
+    ] = "",
+    cores: Annotated[str, typer.Option(help="Core attentions, each layout with each.")] = "",
+    sequences: Annotated[int | None, typer.Option(help="Of a global batch; 16.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="2048.")] = None,
+    micro_batches: Annotated[
+        str, typer.Option(help="Each layout tries these: 1,2,4,8,16, or the file's own.")
+    ] = "",
     prompts: Annotated[int, typer.Option(help="Sequences that decode serves.")] = 1024,
     rounds: int = 2,
     steps: Annotated[int, typer.Option(min=2, help="Of a turn; the first warms up.")] = 11,
-    precision: Precision = "fp16",
+    precision: Annotated[Precision | None, typer.Option(help="fp16, or the file's.")] = None,
     hardware: Annotated[Path | None, typer.Option(help="Predict for it, beside.")] = None,
+    peak_tflops: Annotated[float | None, typer.Option(help="Of one GPU, for MFU.")] = None,
     limit: Annotated[float, typer.Option(help="Seconds after which no turn begins.")] = 1e9,
     flags: Annotated[str, typer.Option(help="More flags for every run.")] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print flags of turns only.")] = False,
 ) -> None:
     """Run what is asked for; exit code 1 when a layout leaves the first one's losses."""
+    asked = matrix_asked.of_file(experiment, device) if experiment else matrix_asked.of_shape(shape)
+    gpus = gpus or asked.gpus
+    if gpus is None:
+        raise UserError("--gpus: must be given without --experiment, got none; say how many")
+    known = OF_FILES if experiment else PARTS
+    order = (parts or known).split(",")
+    if set(order) - set(known.split(",")):
+        raise UserError(f"--parts: must be some of {known}, got {parts}; leave the others away")
+    asked = replace(
+        asked,
+        models=[
+            model.model_copy(update={"num_layers": layers or model.num_layers})
+            for model in asked.models
+            if not models or model.name in models.split(",")
+        ],
+        batch=BatchConfig(
+            sequences=sequences or asked.batch.sequences,
+            sequence_length=sequence_length or asked.batch.sequence_length,
+        ),
+    )
+    sizes = [int(size) for size in micro_batches.split(",")] if micro_batches else []
+    precision = precision or asked.precision
+    common = {
+        "world_size": gpus,
+        "batch": asked.batch,
+        "steps": steps,
+        "learning_rate": 1e-4,
+        "device": device,
+        "launcher": LAUNCHER,
+        "precision": precision,
+        "verification": VerificationConfig(fp16=Fp16Config(loss_scale=4096)),  # nothing overflows
+        "flags": asked.flags,
+        "hardware": read_config(Hardware, hardware) if hardware else asked.hardware,
+        "peak_tflops": peak_tflops or asked.peak_tflops,
+    }
+
+    def cell(part: str, model: ModelConfig) -> ExperimentConfig:
+        arms = asked.arms(gpus, model, sizes, device, part)
+        arms = [arm for arm in arms if arm.trains_in(precision)]
+        named = matrix_asked.with_cores(
+            matrix_asked.named(arms, only.split(",") if only else []),
+            cores.split(",") if cores else [],
+        )
+        decodes = part == "decode"
+        request = DecodeConfig(sequences=prompts, prompt_length=128, output_length=32)
+        words = {"name": part, "phases": [part], "decode": request if decodes else None}
+        return ExperimentConfig(models=[model], layouts=named, **common, **words)
+
+    if dry_run:
+        for part in (one for one in order if one != "parity"):
+            for model in asked.models:
+                _show(cell(part, model), flags)
+        return
     console = Console(width=150)
     bench = Bench(
         out=out,
@@ -109,46 +155,33 @@ def main(
         "torch": torch.__version__,
         "commit": commit(),
         "source": "measured",
+        "mfu": MFU,
     }
-    common = {
-        "world_size": gpus,
-        "batch": BatchConfig(sequences=sequences, sequence_length=sequence_length),
-        "steps": steps,
-        "learning_rate": 1e-4,
-        "device": device,
-        "launcher": LAUNCHER,
-        "precision": precision,
-        "verification": VerificationConfig(fp16=Fp16Config(loss_scale=4096)),  # nothing overflows
-        "hardware": read_config(Hardware, hardware) if hardware else None,
-    }
-    sizes = [int(size) for size in micro_batches.split(",") if int(size) <= sequences]
-    asked = [model for model in SHAPES[shape] if not models or model.name in models.split(",")]
-
-    def experiment(part: str, model: ModelConfig) -> ExperimentConfig:
-        decodes = part == "decode"  # which serves all sequences at once
-        chosen = layouts(gpus, model, sizes[:1] if decodes else sizes)
-        if not decodes:  # what is served has no data parallelism to shard anything
-            beside = rivals(gpus, model, sizes, device)
-            chosen += [item for item in beside if item.trains_in(precision)]
-        named = [item for item in chosen if any(word in item.name for word in only.split(","))]
-        request = DecodeConfig(sequences=prompts, prompt_length=128, output_length=32)
-        words = {"name": part, "phases": [part], "decode": request if decodes else None}
-        return ExperimentConfig(models=[model], layouts=named, **common, **words)
-
     exact = True
-    for part in parts.split(","):
+    for part in order:
         if part == "parity":
             found[part] = []
-            for row in parity(bench, SHAPES["tiny"], console):
+            for row in parity(bench, matrix_asked.SHAPES["tiny"], console):
                 found[part].append(row)
                 _write(out, found)  # a call that is killed keeps what is known
             exact = all(row["exact"] for row in found[part])
-        for model in asked if part != "parity" else ():
+        for model in asked.models if part != "parity" else ():
             measure = decoding if part == "decode" else timing
-            found[f"{part}-{model.name}"] = measure(bench, experiment(part, model), rounds, console)
+            found[f"{part}-{model.name}"] = measure(bench, cell(part, model), rounds, console)
             _write(out, found)
         _write(out, found)
     raise typer.Exit(int(not exact))
+
+
+def _show(experiment: ExperimentConfig, more: str) -> None:
+    """A line for each turn that would be: its flags, checked as far as the planner can."""
+    (model,), (phase,) = experiment.models, experiment.phases
+    for layout in experiment.layouts:
+        run = runs.Run(model=model, layout=layout, phase=phase, precision=experiment.precision)
+        with runs.named(run):
+            runs.deployment(experiment, run).check()
+        words = shlex.join(runs.layout_flags(experiment, run))
+        typer.echo(f"{phase} {model.name} {layout.name}: {words} {more}".rstrip())
 
 
 def _write(out: Path, found: dict[str, Any]) -> None:
@@ -156,4 +189,5 @@ def _write(out: Path, found: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with errors.told():
+        typer.run(main)

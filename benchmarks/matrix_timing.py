@@ -1,7 +1,7 @@
 """Training and prefill side by side, for ``gpu_matrix.py``: layouts take turns, several times.
 
 A row is the median step over a layout's turns. With a hardware file, what the planner predicts
-stands beside it.
+stands beside it; with a GPU's peak, its utilisation (MFU).
 """
 
 import json
@@ -17,8 +17,11 @@ from rich.table import Table
 from megatron_helix.basics import files
 from megatron_helix.experiment import execution, metrics, runs
 from megatron_helix.experiment.config import ExperimentConfig
+from megatron_helix.planner.flops import FORMULA
 from megatron_helix.report import prediction
 from megatron_helix.run_config.layout import LayoutConfig
+
+MFU = f"FLOPs of a step / (step time x GPUs x peak of one); {FORMULA}"
 
 
 def timing(
@@ -77,11 +80,12 @@ def _row(
     turns: list[metrics.RunMetrics],
 ) -> dict[str, Any]:
     step_ms = statistics.median(turn.step_ms for turn in turns)
-    flops = execution.step_flops(experiment, _run(experiment, layout)) / experiment.world_size
+    used = execution.utilisation(experiment, _run(experiment, layout), step_ms)
     profiles = [rank["profile"] for rank in turns[-1].per_rank if rank["profile"]]
     seconds = sum(profile["profiler_s"] for profile in profiles)
     row = {
         "layout": layout.name,
+        "micro_batch": layout.micro_batch,
         "turns": len(turns),
         "step_ms": step_ms,
         "step_ms_spread": [
@@ -93,7 +97,8 @@ def _row(
         "breakdown_ms": turns[-1].breakdown_ms,
         "exposed_ms": _exposed_ms(_folder(bench, experiment, 0) / layout.name),
         "sent_mb": sum(turns[0].sent_bytes.values()) / 1e6,
-        "tflops_per_gpu": flops / step_ms / 1e9,
+        "tflops_per_gpu": used["tflops_per_device"],
+        "mfu": used["mfu"],
         "memory_gb": max(rank["peak_memory_bytes"] or 0 for rank in turns[0].per_rank) / 1e9,
         "exposed_of_profiled": (
             sum(profile["ledger_s"] for profile in profiles) / seconds if seconds else None
@@ -121,8 +126,12 @@ def _exposed_ms(folder: Path) -> dict[str, float]:
 def _table(title: str, rows: list[dict[str, Any]]) -> Table:
     made = Table(title=title)
     made.caption = "TPOT: exposed communication and waiting of a rank per `batch` tokens; memory GB"
+    with_mfu = any(row["mfu"] is not None for row in rows)
+    if with_mfu:
+        made.caption += f". MFU: {MFU}"
     predicted = any("predicted" in row for row in rows)
     headings = ["layout", "step ms", "tokens/s", "TPOT ms", "MB sent", "TFLOP/s", "memory"]
+    headings += ["MFU"] * with_mfu
     for heading in [*headings, *(["predicted tokens/s", "error"] if predicted else [])]:
         made.add_column(heading, justify="left" if heading == "layout" else "right", no_wrap=True)
     for row in rows:
@@ -134,6 +143,7 @@ def _table(title: str, rows: list[dict[str, Any]]) -> Table:
             f"{row['sent_mb']:.1f}",
             f"{row['tflops_per_gpu']:.0f}",
             f"{row['memory_gb']:.1f}",
+            *([f"{row['mfu']:.1%}"] if with_mfu else []),
         ]
         if "predicted" in row:
             cells += [f"{row['predicted']['tokens_per_s']:,.0f}", f"{row['tps_error']:+.1%}"]

@@ -56,12 +56,13 @@ class Bench:
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
-    """One run of Megatron's loop."""
+    """One run of Megatron's loop; ``module`` is what a rank runs, called as ``gated.py`` is."""
 
     experiment: ExperimentConfig
     run: runs.Run
     folder: Path
     more: tuple[str, ...] = ()
+    module: str = "gated"
 
     @property
     def is_done(self) -> bool:
@@ -83,7 +84,7 @@ class Turn:
                 *bench.flags,
                 *self.more,
             ]
-            ranks = program(["gated", str(self.gate), *flags])
+            ranks = program([self.module, str(self.gate), *flags])
             launchers.start(LAUNCHER, ranks, bench.gpus, self.folder / "logs")
             (self.folder / "done").touch()
         return metrics.read(self.folder)

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from megatron_helix.basics.errors import UserError
+from megatron_helix.experiment import config, torchrun
 from megatron_helix.machine import hardware
+from megatron_helix.options import arguments
 from tests.script_module import ROOT, script_module
 
 EXPERIMENT = "configs/experiments/two_gpus_rivals.yaml"
@@ -39,6 +41,30 @@ def test_without_a_gpu(tmp_path) -> None:
     )
     assert ended.returncode == 2
     assert ended.stderr.strip() == "error: benchmarks/one_rank: needs a GPU, and torch sees none"
+
+
+@pytest.mark.parametrize(("phase", "profile"), [("train", True), ("prefill", False)])
+def test_what_a_turn_runs_and_reads(monkeypatch, tmp_path, phase: str, profile: bool) -> None:
+    run = script_module("benchmarks/one_rank/run.py")
+    chosen = config.load(ROOT / EXPERIMENT)
+    words = torchrun.command(chosen, "dense_8192", "dp2")
+    called = []
+
+    def log(command, stdout, env, **_: object) -> SimpleNamespace:
+        called.append((command[2:], env))
+        for ms in (99, 9, 9, 3, 1, 2, 50, 60):
+            stdout.write(f"elapsed time per iteration (ms): {ms}.0 | max allocated: {ms}000.0\n")
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(run.subprocess, "run", log)
+    row = run.turn(chosen, words, tmp_path, tmp_path / "lib.so", 8, phase, profile)
+    assert (row.ms, row.gb) == ((2.0, 99.0) if profile else (3.0, 99.0))
+    ((flags, given),) = called
+    assert given["LD_PRELOAD"] == str(tmp_path / "lib.so")
+    assert ("--profile" in flags) == profile
+    assert ("--helix-phase" in flags) == (phase == "prefill")
+    flags[flags.index("--helix-device") + 1] = "cpu"  # the one thing that this machine lacks
+    assert flags[-1] in arguments.complete(flags, 2)
 
 
 def test_words_of_other_ranks(monkeypatch) -> None:

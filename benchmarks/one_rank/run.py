@@ -19,7 +19,7 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -34,6 +34,7 @@ from megatron_helix.options import environment
 from megatron_helix.recording import kernels
 
 HERE = Path(__file__).parent
+Phase = Literal["train", "prefill"]
 RATES = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
 WARM = 3  # first steps, which allocate and choose kernels
 MS = re.compile(r"elapsed time per iteration \(ms\): ([0-9.]+)")
@@ -55,11 +56,12 @@ def main(
     experiment: Annotated[Path, typer.Argument(help="An experiment file (YAML).")],
     model: Annotated[str, typer.Argument(help="One of its models, by name.")],
     layouts: Annotated[list[str], typer.Argument(help="Some of its layouts, by name.")],
-    steps: Annotated[int, typer.Option(min=WARM + 3, help="Training steps.")] = 9,
+    steps: Annotated[int, typer.Option(min=WARM + 3)] = 9,
+    phase: Annotated[Phase, typer.Option(help="prefill: forward passes alone.")] = "train",
     profile: Annotated[bool, typer.Option("--profile", help="Sum up kernels by kind.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for logs and traces.")] = Path("runs/one_rank"),
 ) -> None:
-    """Train rank 0 of each layout, one after the other, and print a table."""
+    """Run rank 0 of each layout, one after the other, and print a table."""
     with errors.told():
         chosen = config.load(experiment)
         if chosen.hardware is None:
@@ -69,9 +71,9 @@ def main(
         library = build(Path(tempfile.mkdtemp()))
     rows = []
     for name, words in commands.items():
-        rows.append(turn(chosen, words, out / name, library, steps, profile))
-        print(json.dumps({"layout": name, **asdict(rows[-1])}), flush=True)
-    Console(width=120).print(table(layouts, rows))
+        rows.append(turn(chosen, words, out / f"{name}-{phase}", library, steps, phase, profile))
+        print(json.dumps({"layout": name, "phase": phase, **asdict(rows[-1])}), flush=True)
+    Console(width=120).print(table(layouts, rows, phase))
     if any(row.ms is None for row in rows):
         sys.exit(1)
 
@@ -112,11 +114,14 @@ def turn(
     folder: Path,
     library: Path,
     steps: int,
+    phase: Phase,
     profile: bool,
 ) -> Row:
     """Milliseconds a step (median), GB, and kernels by kind of one layout's rank 0."""
     folder.mkdir(exist_ok=True)
     flags = [*torchrun.flags(words), *FLAGS, "--train-iters", str(steps)]
+    if phase != "train":  # which the ledger's hook makes of a step
+        flags += ["--helix-phase", phase, "--helix-metrics", str(folder / "metrics")]
     if profile:
         flags += ["--profile", "--use-pytorch-profiler", "--profile-ranks", "0"]
         flags += ["--profile-step-start", str(steps - 2), "--profile-step-end", str(steps - 1)]
@@ -159,9 +164,9 @@ def link_rates(link: Link | None) -> dict[str, str]:
     return {f"ONE_RANK_{kind.upper()}_GBPS": f"{rate:g}" for kind, rate in rates.items()}
 
 
-def table(layouts: list[str], rows: list[Row]) -> Table:
+def table(layouts: list[str], rows: list[Row], phase: Phase) -> Table:
     """One line a layout."""
-    shown = Table(title="one rank alone, links modelled", title_justify="left")
+    shown = Table(title=f"{phase}, one rank alone, links modelled", title_justify="left")
     kinds = [kind for kind in kernels.KINDS if any(kind in row.kinds for row in rows)]
     for heading in ("layout", "ms a step", "GB", *kinds):
         shown.add_column(heading, justify="left" if heading == "layout" else "right")

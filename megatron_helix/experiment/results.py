@@ -113,9 +113,12 @@ def by_axis(result: Result) -> dict[str, float]:
 
 
 def largest_difference(values: list[float], baseline: list[float]) -> float:
-    """Largest relative difference to the baseline over all steps; 0 where there is no value."""
-    pairs = zip(values, baseline, strict=True)
-    return max((abs(a - b) / abs(b) for a, b in pairs), default=0.0)
+    """Largest relative difference to the baseline over all steps; 0 where there is no value.
+
+    Not a number where one of them is none, at whatever step: ``max`` would pass over it.
+    """
+    apart = [abs(a - b) / abs(b) for a, b in zip(values, baseline, strict=True)]
+    return math.nan if any(map(math.isnan, apart)) else max(apart, default=0.0)
 
 
 def departures(experiment: ExperimentConfig, results: list[Result]) -> list[str]:
