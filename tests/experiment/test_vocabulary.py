@@ -65,7 +65,7 @@ def helix(m: int, n: int, **more: Any) -> dict[str, Any]:
         pytest.param(
             5,
             [helix(5, 1)],
-            {"batch": {"sequences": 5, "sequence_length": 40}, "phases": ["train"]},
+            {"batch": {"sequences": 10, "sequence_length": 40}, "phases": ["train"]},
             marks=THOROUGH,
         ),
     ],
