@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -48,21 +49,28 @@ def test_what_a_turn_runs_and_reads(monkeypatch, tmp_path, phase: str, profile: 
     run = script_module("benchmarks/one_rank/run.py")
     chosen = config.load(ROOT / EXPERIMENT)
     words = torchrun.command(chosen, "dense_8192", "dp2")
-    called = []
+    given = run.rank_environment(chosen, words, tmp_path / "lib.so")
+    assert given["LD_PRELOAD"] == str(tmp_path / "lib.so")
+    began = []
 
     def log(command, stdout, env, **_: object) -> SimpleNamespace:
-        called.append((command[2:], env))
+        began.append((command[2:], env))
         for ms in (99, 9, 9, 3, 1, 2, 50, 60):
             stdout.write(f"elapsed time per iteration (ms): {ms}.0 | max allocated: {ms}000.0\n")
-        return SimpleNamespace(returncode=0)
+        gate = Path(env["ONE_RANK_GATE"])
+        assert not gate.exists()
+        return SimpleNamespace(wait=lambda: 0 if gate.exists() else 1, poll=lambda: 0)
 
-    monkeypatch.setattr(run.subprocess, "run", log)
-    row = run.turn(chosen, words, tmp_path, tmp_path / "lib.so", 8, phase, profile)
+    monkeypatch.setattr(run.subprocess, "Popen", log)
+    (tmp_path / "go").touch()  # of a call before
+    turn = run.Turn("dp2", tmp_path, 8, profile, run.flags(words, 8, phase))
+    turn.begin(given)
+    turn.begin(given)  # has begun
+    row = turn.row()
     assert (row.ms, row.gb) == ((2.0, 99.0) if profile else (3.0, 99.0))
-    ((flags, given),) = called
-    assert given["LD_PRELOAD"] == str(tmp_path / "lib.so")
+    ((flags, _),) = began
     assert ("--profile" in flags) == profile
-    assert ("--helix-phase" in flags) == (phase == "prefill")
+    assert ("--helix-phase" in flags) == ("--helix-metrics" in flags) == (phase == "prefill")
     flags[flags.index("--helix-device") + 1] = "cpu"  # the one thing that this machine lacks
     assert flags[-1] in arguments.complete(flags, 2)
 

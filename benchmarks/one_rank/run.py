@@ -1,7 +1,7 @@
 """Layouts of several GPUs, as one GPU sees them: rank 0 of each, alone, beside a stand-in for NCCL.
 
     python benchmarks/one_rank/run.py configs/experiments/two_gpus_rivals.yaml dense_8192 \
-        dp2 megatron_fsdp helix_2x1_weights --profile
+        tp2 dp2 helix_2x1_weights --profile
 
 Every collective is one kernel (``nccl.cu``) that keeps SMs busy for as long as its bytes take over
 the link of the experiment's ``hardware``. What is measured: the kernels of a rank, their time and
@@ -36,6 +36,7 @@ from megatron_helix.recording import kernels
 HERE = Path(__file__).parent
 Phase = Literal["train", "prefill"]
 RATES = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
+AHEAD = 2  # turns whose rank imports while one runs
 WARM = 3  # first steps, which allocate and choose kernels
 MS = re.compile(r"elapsed time per iteration \(ms\): ([0-9.]+)")
 MB = re.compile(r"max allocated: ([0-9.]+)")
@@ -61,7 +62,10 @@ def main(
     profile: Annotated[bool, typer.Option("--profile", help="Sum up kernels by kind.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for logs and traces.")] = Path("runs/one_rank"),
 ) -> None:
-    """Run rank 0 of each layout, one after the other, and print a table."""
+    """Run rank 0 of each layout, one after the other, and print a table.
+
+    The next ones import while one has the GPU.
+    """
     with errors.told():
         chosen = config.load(experiment)
         if chosen.hardware is None:
@@ -69,10 +73,20 @@ def main(
         commands = {name: torchrun.command(chosen, model, name) for name in layouts}
         out.mkdir(parents=True, exist_ok=True)
         library = build(Path(tempfile.mkdtemp()))
+    turns = [
+        Turn(name, out / f"{name}-{phase}", steps, profile, flags(words, steps, phase))
+        for name, words in commands.items()
+    ]
     rows = []
-    for name, words in commands.items():
-        rows.append(turn(chosen, words, out / f"{name}-{phase}", library, steps, phase, profile))
-        print(json.dumps({"layout": name, "phase": phase, **asdict(rows[-1])}), flush=True)
+    try:
+        for at, turn in enumerate(turns):
+            for begun in turns[at : at + 1 + AHEAD]:
+                begun.begin(rank_environment(chosen, commands[begun.name], library))
+            rows.append(turn.row())
+            print(json.dumps({"layout": turn.name, "phase": phase, **asdict(rows[-1])}), flush=True)
+    finally:
+        for turn in turns:
+            turn.stop()
     Console(width=120).print(table(layouts, rows, phase))
     if any(row.ms is None for row in rows):
         sys.exit(1)
@@ -108,48 +122,89 @@ def build(folder: Path) -> Path:
     return library
 
 
-def turn(
-    experiment: ExperimentConfig,
-    words: list[str],
-    folder: Path,
-    library: Path,
-    steps: int,
-    phase: Phase,
-    profile: bool,
-) -> Row:
-    """Milliseconds a step (median), GB, and kernels by kind of one layout's rank 0."""
-    folder.mkdir(exist_ok=True)
-    flags = [*torchrun.flags(words), *FLAGS, "--train-iters", str(steps)]
-    if phase != "train":  # which the ledger's hook makes of a step
-        flags += ["--helix-phase", phase, "--helix-metrics", str(folder / "metrics")]
-    if profile:
-        flags += ["--profile", "--use-pytorch-profiler", "--profile-ranks", "0"]
-        flags += ["--profile-step-start", str(steps - 2), "--profile-step-end", str(steps - 1)]
-        flags += ["--tensorboard-dir", str(folder)]
+def flags(words: list[str], steps: int, phase: Phase) -> list[str]:
+    """Those of a layout's rank, of the words of its command."""
+    own = [*torchrun.flags(words), *FLAGS, "--train-iters", str(steps)]
+    return own if phase == "train" else [*own, "--helix-phase", phase]
+
+
+def rank_environment(
+    experiment: ExperimentConfig, words: list[str], library: Path
+) -> dict[str, str]:
+    """What a layout's rank needs beside what there is."""
     assert experiment.hardware is not None
-    given = {
-        **os.environ,
+    return {
         **environment.needed(words, {}),
         **link_rates(experiment.hardware.intra_node),
         "WORLD_SIZE": str(experiment.world_size),
         "LD_PRELOAD": str(library),
         "TORCH_NCCL_ENABLE_MONITORING": "0",
     }
-    log = folder / "log.txt"
-    with log.open("w") as text:
-        command = [sys.executable, str(HERE / "rank.py"), *flags]
-        failed = subprocess.run(command, stdout=text, stderr=text, env=given).returncode
-    said = log.read_text(errors="replace")
-    last = steps - 2 if profile else steps
-    ms = [float(found) for found in MS.findall(said)][WARM:last]
-    if failed or not ms:
-        print(f"{log}: failed with {failed}: {said[-600:]}", file=sys.stderr)
-        return Row()
-    traces = list(folder.glob("**/rank-0.json.gz")) if profile else []
-    kinds = kernels.read(traces[0]).kinds if traces else {}
-    gb = max((float(found) for found in MB.findall(said)), default=0.0) / 1e3
-    sums = {kind: round(found.ms, 1) for kind, found in kinds.items()}
-    return Row(statistics.median(ms), gb, sums)
+
+
+@dataclass
+class Turn:
+    """Rank 0 of one layout: a process that waits, its imports done, until its row is asked for."""
+
+    name: str
+    folder: Path
+    steps: int
+    profile: bool
+    flags: list[str]
+    _process: subprocess.Popen[bytes] | None = None
+
+    def begin(self, given: dict[str, str]) -> None:
+        """Start the process, unless it has been started."""
+        if self._process is not None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._gate.unlink(missing_ok=True)
+        words = [*self.flags]
+        if "--helix-phase" in words:  # which the ledger's hook makes of a step
+            words += ["--helix-metrics", str(self.folder / "metrics")]
+        if self.profile:
+            words += ["--profile", "--use-pytorch-profiler", "--profile-ranks", "0"]
+            words += ["--profile-step-start", str(self.steps - 2)]
+            words += ["--profile-step-end", str(self.steps - 1)]
+            # Megatron writes traces beside that folder.
+            words += ["--tensorboard-dir", str(self.folder / "tensorboard")]
+        with self._log.open("w") as text:
+            self._process = subprocess.Popen(
+                [sys.executable, str(HERE / "rank.py"), *words],
+                stdout=text,
+                stderr=text,
+                env={**os.environ, **given, "ONE_RANK_GATE": str(self._gate)},
+            )
+
+    def row(self) -> Row:
+        """Let it train to its end: median milliseconds a step, GB, and kernels by kind."""
+        assert self._process is not None
+        self._gate.touch()
+        failed = self._process.wait()
+        said = self._log.read_text(errors="replace")
+        last = self.steps - 2 if self.profile else self.steps
+        ms = [float(found) for found in MS.findall(said)][WARM:last]
+        if failed or not ms:
+            print(f"{self._log}: failed with {failed}: {said[-600:]}", file=sys.stderr)
+            return Row()
+        traces = list(self.folder.glob("**/rank-0.json.gz")) if self.profile else []
+        kinds = kernels.read(traces[0]).kinds if traces else {}
+        gb = max((float(found) for found in MB.findall(said)), default=0.0) / 1e3
+        sums = {kind: round(found.ms, 1) for kind, found in kinds.items()}
+        return Row(statistics.median(ms), gb, sums)
+
+    def stop(self) -> None:
+        """End a process that still waits."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+
+    @property
+    def _gate(self) -> Path:
+        return self.folder / "go"
+
+    @property
+    def _log(self) -> Path:
+        return self.folder / "log.txt"
 
 
 def link_rates(link: Link | None) -> dict[str, str]:
