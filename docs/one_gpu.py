@@ -5,27 +5,13 @@ kept. "One rank alone, links modelled" is neither a measurement of several GPUs 
 its figures stand in a table of their own.
 """
 
-import json
-import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+from marked import ROOT, filled, stored, table
+
 PAGE = ROOT / "docs" / "performance.md"
 Row = dict[str, Any]
-
-
-def stored(file: str) -> Any:
-    """A file of ``benchmarks/results``."""
-    return json.loads((ROOT / "benchmarks" / "results" / f"{file}.json").read_text())
-
-
-def table(heads: str, rows: list[list[str]]) -> list[str]:
-    """A table of Markdown; the columns behind the ``|`` of ``heads`` are figures."""
-    words, figures = (part.split(", ") for part in heads.split(" | "))
-    rule = ["---"] * len(words) + ["---:"] * len(figures)
-    return [*("| " + " | ".join(line) + " |" for line in ([*words, *figures], rule, *rows)), ""]
 
 
 def core() -> list[str]:
@@ -84,13 +70,7 @@ PARTS: dict[str, Callable[[], list[str]]] = {"core": core, "alone": alone}
 
 def page(text: str) -> str:
     """The page with its tables of one GPU made anew."""
-
-    def made(mark: re.Match[str]) -> str:
-        begin, part, end = mark.groups()
-        return "\n".join([begin, "", *PARTS[part](), end])
-
-    marked = r"^(<!-- one GPU: (\w+) -->)$.*?^(<!-- one GPU end -->)$"
-    return re.sub(marked, made, text, flags=re.M | re.S)
+    return filled(text, "one GPU", PARTS)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,16 @@
 """Writes the figures of docs/performance.md: ``python docs/performance.py``.
 
 A test compares: the page cannot say another thing than the planner does. What stands outside the
-marks is written by hand and kept. A measurement goes into :data:`MEASURED_MS`.
+marks is written by hand and kept. A measurement goes into ``benchmarks/results/few_gpus.json``.
 """
 
-import json
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
-from pathlib import Path
 from typing import Any
+
+from marked import ROOT, filled, stored, table
 
 from megatron_helix.experiment import config
 from megatron_helix.machine import hardware
@@ -24,7 +23,6 @@ from megatron_helix.run_config.gradients import GradientFlags
 from megatron_helix.run_config.layout import LayoutConfig
 from megatron_helix.run_config.model import ModelConfig
 
-ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "performance.md"
 
 EXPERIMENT = config.load(ROOT / "configs" / "experiments" / "seed_16gpu.yaml")
@@ -47,59 +45,13 @@ SIZES = tuple(2**power for power in range(9))
 
 FEW_SEQUENCES = {1: 4, 2: 16, 4: 32}  # of a step, by GPUs
 
-# Milliseconds of a step, median, fp16, by model and phase, GPUs and layout: docs/log.md.
+# By model and phase, GPUs and layout.
 MEASURED_MS: dict[tuple[str, str], dict[tuple[int, str], float]] = {
-    ("dense", "prefill"): {
-        (2, "tp1_pp2_mb2"): 216.2,
-        (2, "tp2_mb4"): 213.7,
-        (2, "tp1_mb8"): 179.6,
-        (2, "helix_2x1_activations_mb4"): 226.3,
-        (2, "helix_2x1_weights_mb16"): 198.0,
-        (4, "tp2_pp2_mb4"): 248.2,
-        (4, "tp2_pp2_mb8"): 258.4,
-        (4, "tp4_mb32"): 230.9,
-        (4, "tp2_mb8"): 207.5,
-        (4, "helix_2x2_weights_mb32"): 213.7,
-        (4, "helix_4x1_weights_mb32"): 200.4,
-    },
-    ("dense", "train"): {
-        (1, "tp1_mb1"): 376.4,
-        (2, "tp1_pp2_mb2"): 659.2,
-        (2, "tp2_mb4"): 639.8,
-        (2, "tp1_mb8"): 603.9,
-        (2, "helix_2x1_activations_mb4"): 666.9,
-        (2, "helix_2x1_weights_mb16"): 622.0,
-        (2, "helix_2x1_weights_step_mb16"): 615.0,
-        (4, "tp2_pp2_mb4"): 687.5,
-        (4, "tp2_pp2_mb8"): 743.7,
-        (4, "tp4_mb32"): 656.5,
-        (4, "tp2_mb8"): 631.3,
-        (4, "tp1_mb8"): 593.2,
-        (4, "helix_2x2_weights_mb32"): 632.5,
-        (4, "helix_2x2_weights_step_mb32"): 630.8,
-        (4, "helix_4x1_weights_mb32"): 604.6,
-        (4, "helix_4x1_weights_step_mb32"): 598.0,
-    },
-    ("moe", "prefill"): {
-        (4, "tp2_pp2_ep2_mb4"): 395.6,
-        (4, "tp4_ep4_mb32"): 351.4,
-        (4, "helix_4x1_weights_ep4_mb32"): 335.7,
-    },
-    ("moe", "train"): {
-        (4, "tp2_pp2_ep2_mb4"): 1272.8,
-        (4, "tp4_ep4_mb16"): 1108.0,
-        (4, "helix_4x1_weights_step_ep4_mb16"): 1073.0,
-    },
-    ("moe_8192", "prefill"): {
-        (2, "tp1_pp2_mb4"): 193.7,
-        (2, "tp2_ep2_mb4"): 184.6,
-        (2, "helix_2x1_weights_ep2_mb8"): 174.5,
-    },
-    ("moe_8192", "train"): {
-        (2, "tp1_pp2_mb4"): 604.5,
-        (2, "tp2_ep2_mb4"): 630.9,
-        (2, "helix_2x1_weights_ep2_mb8"): 590.7,
-    },
+    (model, phase): {
+        (int(gpus), layout): ms for gpus, row in of_phase.items() for layout, ms in row.items()
+    }
+    for model, phases in stored("few_gpus")["steps"].items()
+    for phase, of_phase in phases.items()
 }
 
 
@@ -164,13 +116,6 @@ def reached(one: Prediction, base: Prediction) -> tuple[bool, bool]:
     speed, lost = wanted(one.deployment.model.name)
     faster = one.tokens_per_s >= base.tokens_per_s * (1 + speed)
     return faster, one.tpot_ms <= base.tpot_ms * (1 + lost)
-
-
-def table(heads: str, rows: list[list[str]]) -> list[str]:
-    """A table of Markdown; the columns behind the ``|`` of ``heads`` are figures."""
-    words, figures = (part.split(", ") for part in heads.split(" | "))
-    rule = ["---"] * len(words) + ["---:"] * len(figures)
-    return [*("| " + " | ".join(line) + " |" for line in ([*words, *figures], rule, *rows)), ""]
 
 
 def source_table(phase: str) -> list[str]:
@@ -369,8 +314,9 @@ def sums() -> list[str]:
     Each layout as it was measured, and predicted with gradients in bf16 and in fp32. GB are those
     of the measurement, thousands of MiB.
     """
-    results = json.loads((ROOT / "benchmarks/results/two_h200_rivals.json").read_text())
-    cell = next(one for one in results["cells"] if one["name"].startswith("qwen, by"))
+    cell = next(
+        one for one in stored("two_h200_rivals")["cells"] if one["name"].startswith("qwen, by")
+    )
     model, batch = ModelConfig(**cell["model"]), BatchConfig(**cell["batch"])
     told = (
         GradientFlags(grad_reduce_in_bf16=True, megatron_fsdp_main_grads_dtype="bf16"),
@@ -401,14 +347,7 @@ PARTS: dict[str, Callable[[], list[str]]] = {
 
 def page(text: str) -> str:
     """The page with its figures made anew."""
-
-    def made(mark: re.Match[str]) -> str:
-        begin, part, end = mark.groups()
-        return "\n".join([begin, "", *PARTS[part](), end])
-
-    return re.sub(
-        r"^(<!-- figures: (\w+) -->)$.*?^(<!-- figures end -->)$", made, text, flags=re.M | re.S
-    )
+    return filled(text, "figures", PARTS)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,12 @@ A test compares. Every ratio and percentage in them is computed of ``benchmarks/
 written here. What is slower by 12 % takes 1.12 times as long.
 """
 
-import json
 import re
 from collections.abc import Iterable
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+from marked import ROOT, stored
+
 README = ROOT / "README.md"
 BY_TE = ", by TransformerEngine's linears"
 HELIX = "helix 2x1 weights"
@@ -22,12 +20,6 @@ ALONE = (
     " modelled](docs/performance.md#one-rank-alone-links-modelled)"
 )
 Row = dict[str, Any]
-
-
-@cache
-def stored(file: str) -> Any:
-    """A file of ``benchmarks/results``."""
-    return json.loads((ROOT / "benchmarks" / "results" / f"{file}.json").read_text())
 
 
 def cell(name: str) -> dict[str, Row]:

@@ -1,6 +1,5 @@
 """Predicted bytes against what the ledger counts in Megatron's own loop: every rank, every byte."""
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from itertools import product
@@ -9,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from megatron_helix import corpus
-from megatron_helix.exchange import traffic
 from megatron_helix.experiment import config
 from megatron_helix.planner.deployment import VOCAB_MULTIPLE, Deployment
 from megatron_helix.planner.traffic import AXES, step_bytes
@@ -20,8 +18,7 @@ from megatron_helix.run_config.model import ModelConfig
 from megatron_helix.run_config.precision import Precision
 from megatron_helix.run_config.words import switch
 from tests.covering import THOROUGH, covering, fast
-from tests.distributed import measured, run_distributed
-from tests.inference import decode_case
+from tests.distributed import measured
 from tests.packed_case import dataset
 
 QUICKSTART = config.load(Path("configs/experiments/quickstart.yaml"))
@@ -232,28 +229,14 @@ def test_a_step_of_packed_rows_sends_what_is_predicted(tmp_path: Path, layout: d
 
 @pytest.mark.parametrize(
     ("model", "world_size", "layout", "precision"),
-    [*covering(PRECISE, of=(0, 1, 3)), *(pytest.param(*case, marks=THOROUGH) for case in BIASED)],
+    [
+        *covering(PRECISE, of=(0, 1, 3)),
+        *(pytest.param(*case, marks=THOROUGH) for case in BIASED),
+        *(pytest.param(*case, marks=() if case in SHARDED_SOON else THOROUGH) for case in SHARDED),
+    ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else str(value),
 )
 def test_a_step_sends_what_is_predicted(
-    corpus_prefix: Path,
-    tmp_path: Path,
-    model: str,
-    world_size: int,
-    layout: dict,
-    precision: Precision,
-) -> None:
-    cut = LayoutConfig(name="case", **layout)
-    batch = batch_of(cut, world_size)
-    sent = _run(MODELS[model], cut, batch, world_size, corpus_prefix, tmp_path, precision)
-    assert sent == _predicted(MODELS[model], cut, batch, world_size, precision)
-
-
-@pytest.mark.parametrize(
-    ("model", "world_size", "layout", "precision"),
-    [pytest.param(*case, marks=() if case in SHARDED_SOON else THOROUGH) for case in SHARDED],
-)
-def test_a_model_that_is_sharded_or_untied_sends_what_is_predicted(
     corpus_prefix: Path,
     tmp_path: Path,
     model: str,
@@ -320,7 +303,7 @@ def test_the_quickstart_sends_what_is_predicted(
     sent = _run(model, layout, batch, world_size, corpus_prefix, tmp_path)
     predicted = _predicted(model, layout, batch, world_size)
     if model.num_experts:
-        _take_routed(sent, predicted)
+        take_routed(sent, predicted)
     assert sent == predicted
 
 
@@ -329,11 +312,11 @@ def test_routing_moves_bytes_between_ranks_only(corpus_prefix: Path, tmp_path: P
     batch = batch_of(layout, 4)
     sent = _run(MODELS["routed"], layout, batch, 4, corpus_prefix, tmp_path)
     predicted = _predicted(MODELS["routed"], layout, batch, 4)
-    _take_routed(sent, predicted)
+    take_routed(sent, predicted)
     assert sent == predicted
 
 
-def _take_routed(sent: list[Sent], predicted: list[Sent]) -> None:
+def take_routed(sent: list[Sent], predicted: list[Sent]) -> None:
     """Check what depends on routing, and take it out.
 
     How many rows a rank gets for its experts is up to the router, but every row comes from a rank
@@ -344,71 +327,3 @@ def _take_routed(sent: list[Sent], predicted: list[Sent]) -> None:
     routed, expected = ([rank.pop(key) for rank in ranks] for ranks in (sent, predicted))
     assert sum(routed) == pytest.approx(sum(expected), rel=1e-5)
     assert min(routed) >= expected[0] / 2 * (1 - 1e-5)
-
-
-@pytest.mark.parametrize("model", ["dense", "gqa", "unlike"])
-@pytest.mark.parametrize(
-    ("layout", "split"),
-    [
-        ({"tp": 2, "micro_batch": 4}, "batch"),
-        ({**CUT, "micro_batch": 4}, "batch"),
-        ({**CUT, "micro_batch": 1}, "sequence"),
-        ({"m": 4, "n": 1, "micro_batch": 2}, "sequence"),
-        ({**CUT, "exchange": "scores"}, "none"),
-    ],
-)
-def test_a_decode_step_is_the_closed_form_that_generation_is_held_to(
-    model: str, layout: dict, split: str
-) -> None:
-    """tests/inference/test_decode.py holds the same closed form against live decode steps."""
-    cut = LayoutConfig(name="case", **layout)
-    ranks = cut.tensor_parallel_size
-    batch = BatchConfig(sequences=cut.micro_batch, sequence_length=24)
-    here = Deployment(MODELS[model], cut, batch, ranks, "decode", "fp32").check()
-    form = traffic.decode_bytes(
-        split,
-        here.cut,
-        here.block,
-        batch=cut.micro_batch,
-        vocabulary=here.vocabulary,
-        element_bytes=4,
-        positions=batch.sequence_length,
-    )
-    assert step_bytes(here, 0) == {(AXES[axis], kind): sent for (axis, kind), sent in form.items()}
-
-
-@pytest.mark.parametrize(
-    "layout", [decode_case.Layout(tp=4), decode_case.helix(2, 2)], ids=["stock", "helix"]
-)
-def test_in_decode_every_rank_sends_every_token_to_its_experts(layout: decode_case.Layout) -> None:
-    """Without sequence parallelism Megatron routes a token on each rank of a group anew."""
-    layout = dataclasses.replace(layout, ep=4, sequence_parallel=True)
-    routed = decode_case.MODELS["moe"]
-    model = ModelConfig(
-        name="moe",
-        num_layers=2,
-        hidden_size=64,
-        num_attention_heads=routed.heads,
-        kv_channels=routed.channels,
-        ffn_hidden_size=routed.more["moe_ffn_hidden_size"],
-        num_experts=routed.more["num_moe_experts"],
-        vocab_size=decode_case.VOCABULARY,
-    )
-    how = {"m": layout.m, "n": layout.n} if layout.m else {"tp": layout.tp}
-    cut = LayoutConfig(name="case", ep=4, micro_batch=8, **how)
-    batch = BatchConfig(sequences=8, sequence_length=16)
-    ranks = run_distributed(decode_case.generate, 4, routed, layout, (8,))
-    here = Deployment(model, cut, batch, 4, "decode", "fp32")
-    predicted = [step_bytes(here, rank) for rank in range(4)]
-    axes = {AXES[axis]: axis for axis in ("tp", "dim")}
-    wanted = [{(axes.get(a, a), k): sent for (a, k), sent in one.items()} for one in predicted]
-    for step in range(decode_case.NEW_TOKENS - 1):
-        sent = [
-            {key: count for key, count in found.step_bytes[step].items() if count}
-            for (found,) in ranks
-        ]
-        _take_routed(sent, [dict(one) for one in wanted])
-        assert sent == [
-            {key: count for key, count in one.items() if key != (AXES["ep"], "all_to_all")}
-            for one in wanted
-        ]
