@@ -6,7 +6,6 @@ TransformerEngine 2.20.2, ``transformer_engine/pytorch``: ``distributed_weight.p
 of a weight is asserted here.
 """
 
-import weakref
 from typing import Any
 
 import torch
@@ -34,14 +33,10 @@ class _Multiply(torch.autograd.Function):
         assert engine.tp_size == engine.tp_group.size()
         assert x.shape[-1] == weight.shape[-1], "GEMM not possible"
         ctx.save_for_backward(x, weight)
-        ctx.bias, ctx.fuses = bias is not None, engine.fuse_wgrad_accumulation
-        if ctx.fuses and weight.requires_grad:
-            ctx.origin = weakref.ref(weight)
-            lazy = hasattr(weight, "__fsdp_param__")
-            ctx.main_grad = weight.get_main_grad if lazy else lambda: weight.main_grad
+        assert not engine.fuse_wgrad_accumulation
+        ctx.bias, ctx.store = bias is not None, engine.wgrad_store
         whole = weight
         if _is_distributed(weight):
-            assert not ctx.fuses
             whole = weight.materialize_group_for_forward()
         assert whole.is_contiguous()  # its strides are not read
         # LayerNormLinear asks the matrix, not the parameter, and keeps it.
@@ -64,18 +59,16 @@ class _Multiply(torch.autograd.Function):
         x = gather(x, ctx.group) if ctx.gathers else x
         dgrad = grad @ whole
         dgrad = scatter_sum(dgrad, ctx.group) if ctx.gathers else dgrad
-        wgrad = None
-        if saved.requires_grad:
+        wgrad = bgrad = None
+        if saved.requires_grad and ctx.store is not None and ctx.store.delay_wgrad_compute():
+            ctx.store.put([x, grad], None)  # and with the product goes the bias' gradient
+        elif saved.requires_grad:
             wgrad = grad.flatten(0, -2).t() @ x.flatten(0, -2)
+            bgrad = grad.flatten(0, -2).sum(0) if ctx.bias else None
             if distributed:
                 wgrad = saved.finalize_group_grads(wgrad)
                 assert wgrad is None or wgrad.shape == saved.shape
-            elif ctx.fuses:
-                ctx.main_grad().add_(wgrad)
-                origin = ctx.origin()
-                told = hasattr(origin, "grad_added_to_main_grad")
-                wgrad = torch.full_like(saved, torch.nan) if told else None  # a stand-in
-        return dgrad, wgrad, grad.flatten(0, -2).sum(0) if ctx.bias else None, None
+        return dgrad, wgrad, bgrad, None
 
 
 class EngineStandIn(torch.nn.Module):
@@ -99,7 +92,7 @@ class EngineStandIn(torch.nn.Module):
         self.bias = torch.nn.Parameter(torch.randn(cut[0], dtype=dtype)) if given["bias"] else None
         self.tp_group, self.tp_size, self.sequence_parallel = group, ranks, True
         self.fuse_wgrad_accumulation = self.disable_parameter_transpose_cache = False
-        self.is_first_microbatch = True
+        self.is_first_microbatch, self.wgrad_store = True, None
 
     def _get_weight_and_bias_tensors(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         return self.weight, self.bias

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from megatron_helix.exchange.shards import Ahead, GatheredWeight
+from megatron_helix.exchange.gathered_weight import Ahead, GatheredWeight
 
 
 class DistributedShard(torch.Tensor):
@@ -80,6 +80,12 @@ class DistributedShard(torch.Tensor):
         gradient = send(wgrads)
         return None if gradient is None else gradient.view(self.shape)
 
+    def take_factors(self, x: torch.Tensor, grad: torch.Tensor) -> None:
+        """:meth:`finalize_group_grads` where gradients are kept for a step: of ``dY^T X``."""
+        if self._ahead.behind is not None:
+            self._ahead.behind.settle()
+        self._backward.product(grad, x, later=False)
+
     def grad_buffer(self) -> torch.Tensor:
         """Not for gradients that are sent in the weight's own precision."""
         raise NotImplementedError(
@@ -96,6 +102,30 @@ class DistributedShard(torch.Tensor):
         # A tensor of its own: what it is a view of would keep the memory beyond `release`.
         handed = whole.detach() if type(whole) is torch.Tensor else whole
         return handed.requires_grad_(self.requires_grad)
+
+
+class FactorStore:
+    """Where TransformerEngine's modules leave the factors of a weight's gradient.
+
+    They have a ``WeightGradStore`` for pipelines that put those GEMMs off, and hand it input and
+    output gradient in place of a product. Here they are multiplied at once, into sums of parts.
+
+    Attributes:
+        shard: the weight of the forward pass that the store is of.
+        wanted: whether factors are to be left.
+    """
+
+    shard: DistributedShard
+    wanted = False
+
+    def delay_wgrad_compute(self) -> bool:
+        """Whether factors are to be left, as TransformerEngine asks."""
+        return self.wanted
+
+    def put(self, factors: list[torch.Tensor], gemm: Any) -> None:
+        """Take (input, output gradient); TransformerEngine's own product is not wanted."""
+        del gemm
+        self.shard.take_factors(*factors)
 
 
 def _at_once(weight: GatheredWeight) -> Any:

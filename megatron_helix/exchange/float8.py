@@ -23,7 +23,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_helix.exchange.shards import GatheredWeight, Shards
+from megatron_helix.exchange.gathered_weight import GatheredWeight
+from megatron_helix.exchange.shards import Shards
 
 Wrap = Callable[..., torch.Tensor]
 

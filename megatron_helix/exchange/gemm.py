@@ -38,6 +38,59 @@ def weight_gradient(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return grad.flatten(0, -2).t() @ x.flatten(0, -2)
 
 
+class Factor:
+    """A factor of a weight's gradient, ``[..., F]``, of which some features are wanted.
+
+    Attributes:
+        matrix: two-dimensional; in FP8 that of the transposed data, which Hopper's GEMMs read.
+        dim: along which its features lie.
+    """
+
+    def __init__(self, whole: Any):
+        self.whole = whole
+        if _is_float8(whole):
+            self.matrix, self.dim = whole._transpose.flatten(1), 0
+        else:
+            self.matrix, self.dim = whole.flatten(0, -2), 1
+
+    def of(self, some: torch.Tensor) -> Any:
+        """The factor with ``some`` of its features alone, rows or columns of the matrix."""
+        if not _is_float8(self.whole):
+            return some
+        return _float8()(
+            data=None,
+            data_transpose=some.contiguous(),
+            fp8_scale_inv=self.whole._scale_inv,
+            fp8_dtype=self.whole._fp8_dtype,
+        )
+
+
+def add_weight_gradient(into: torch.Tensor, grad: Any, x: Any) -> None:
+    """``into += dY^T X``; the product is not rounded on the way where a GEMM can add to it.
+
+    Args:
+        into: ``[F, D]``; on a GPU in the dtype of ``x``, or in fp32.
+        grad: ``[..., F]``, perhaps some columns of a matrix: torch's GEMM reads them where they
+            are, TransformerEngine's would want a copy. Or in FP8, with a scale a tensor.
+        x: ``[..., D]``, likewise.
+
+    The FP8 branch cannot run on a CPU.
+    """
+    if _is_float8(x):
+        gemm = _general_gemm()
+        how = {"layout": "NT", "grad": True, "accumulate": True, "use_split_accumulator": True}
+        gemm(x, grad, out=into, out_dtype=into.dtype, **how)
+        return
+    grad, x = grad.flatten(0, -2).t(), x.flatten(0, -2)
+    if into.dtype == x.dtype:
+        into.addmm_(grad, x)
+    elif x.device.type == "cuda":
+        add: Any = torch.ops.aten.addmm.dtype_out
+        add(into, grad, x, into.dtype, out=into)
+    else:
+        into += grad @ x
+
+
 def _stored(weight: torch.Tensor, as_it_is: str, transposed: str) -> tuple[torch.Tensor, str]:
     """The matrix that lies in memory, and cuBLAS's word for the product with it."""
     return (weight, as_it_is) if weight.is_contiguous() else (weight.t(), transposed)
@@ -61,3 +114,16 @@ def _general_gemm() -> Any:
     from transformer_engine.pytorch.cpp_extensions import general_gemm  # type: ignore[import-not-found]
 
     return general_gemm
+
+
+def _is_float8(x: Any) -> bool:
+    return find_spec("transformer_engine") is not None and isinstance(x, _float8())
+
+
+@cache
+def _float8() -> Any:
+    from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import (  # type: ignore[import-not-found]
+        Float8TensorStorage,
+    )
+
+    return Float8TensorStorage

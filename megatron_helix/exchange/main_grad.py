@@ -41,6 +41,16 @@ def add(
     return stand_in(shard)
 
 
+def accumulator(shard: Any) -> torch.Tensor:
+    """Where a shard's gradients are summed: Megatron's buffer; ``grad`` without it."""
+    main_grad = getattr(shard, "main_grad", None)
+    if main_grad is not None:
+        return main_grad
+    if shard.grad is None:
+        shard.grad = torch.zeros_like(shard)
+    return shard.grad
+
+
 def add_up(shard: Any, parts: Sequence[torch.Tensor], runs: Runs) -> None:
     """As :func:`add`, into ``main_grad`` and nothing else."""
     _add(runs(shard.main_grad), parts)

@@ -1,29 +1,17 @@
-"""The weight of a head group, gathered from the m shards of a dim group; its gradient, back again.
+"""How the m shards of a dim group make the weight of a head group.
 
 Sharded einsum (a weight ``[F, D]``, cut over head and dim axis; tokens over the dim axis)::
 
     W[F_mn, D]  -> W[F_n, D]      all-gather over dim, whenever the whole is needed
     dW[F_n, D]_m -> dW[F_mn, D]   all-to-all over dim of the parts, each from 1/m of the tokens
-
-The gradient of a shard is the sum of m parts. A reduce-scatter would round it at every hop: the
-parts are exchanged as they are, which sends as many bytes, and added up where stock adds up
-micro-batches (:mod:`megatron_helix.exchange.main_grad`).
-
-Nothing gathered is kept, unless it is told to: memory for traffic. Then it is whole from its first
-use in a step to the step's end. :mod:`megatron_helix.exchange.step_weight` keeps gradients as well.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
-from megatron_helix.exchange import main_grad
-from megatron_helix.kernels.collectives import UnderWay, start_exchanges, start_gathers
-from megatron_helix.kernels.copies import joined, parted, turned
-from megatron_helix.kernels.peer_memory import PeerMemory
+from megatron_helix.kernels.copies import joined, parted
 
 FEW_RUNS = 2  # that many are sent one by one: a call more each, and nothing to put in order
 
@@ -96,6 +84,35 @@ class Shards:
         lengths = self._lengths(m, runs.size(2) // m)
         return [parted(run, lengths, dim=1).flatten(1, 2) for run in runs.unbind(0)]
 
+    @property
+    def alike(self) -> bool:
+        """Whether the m shards are of one length, without padding."""
+        return not self.lengths
+
+    def features(self, of: torch.Tensor, m: int, dim: int) -> Sequence[Sequence[torch.Tensor]]:
+        """A factor of the whole's gradient, cut as its features are, where shards are alike.
+
+        Args:
+            of: the features along ``dim``, in the whole's order, and along the other dimension
+                tokens.
+            m: number of shards.
+            dim: 0 or 1.
+
+        Returns:
+            For each shard what belongs to each of :meth:`places`: views, or a copy where a shard
+            is of many runs.
+        """
+        runs = of.unflatten(dim, (self.outer, m, -1)).unbind(dim + 1)  # of a shard: [outer, inner]
+        if self.outer > FEW_RUNS:
+            return [[run.flatten(dim, dim + 1)] for run in runs]
+        return [run.unbind(dim) for run in runs]
+
+    def places(self, shard: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Where :meth:`features` of a shard belong in it, views."""
+        if self.outer > FEW_RUNS:
+            return [shard]
+        return shard.unflatten(self.axis, (self.outer, -1)).unbind(self.axis)
+
     def _lengths(self, m: int, alike: int) -> Sequence[int]:
         return self.lengths or (alike,) * m
 
@@ -104,211 +121,6 @@ class Shards:
         return self.outer if self.axis == 0 and self.outer <= FEW_RUNS else 1
 
 
-class GatheredWeight:
-    """The head group's weight, from the shards of a dim group, gathered whenever it is needed.
-
-    On a GPU :meth:`start` lets the gather run beside the GEMM before; nothing is begun early on the
-    CPU, where a collective would take the cores that compute.
-
-    Args:
-        shard: this rank's parameter.
-        shards: how the shards make the whole.
-        dim: the m ranks that hold them.
-        home: the same ranks, over which gradients go; ``dim`` by default. NCCL's kernels of one
-            group wait for each other, so that a gather would wait for gradients before it.
-
-    Attributes:
-        keeps: whether what is gathered is kept until :meth:`forget`.
-        peers: where the dim group's ranks read each other's shards, if they do: then a gather is
-            copies, which are not a collective.
-    """
-
-    keeps = False
-    peers: PeerMemory | None = None
-    _kept: torch.Tensor | None = None
-    _coming: "_Gathering | None" = None
-    _leaves: Callable[[], None] | None = None
-    _sums_up: Callable[[], None] | None = None
-
-    def __init__(
-        self,
-        shard: torch.nn.Parameter,
-        shards: Shards,
-        dim: dist.ProcessGroup,
-        home: dist.ProcessGroup | None = None,
-    ):
-        self.shard, self.shards, self.dim, self.home = shard, shards, dim, home or dim
-        self.early = runs_beside_compute(shard)
-
-    def start(self) -> None:
-        """Begin the gather that the next :meth:`whole` waits for."""
-        if self.early and self._coming is None and self._kept is None:
-            self._coming = self._start()
-
-    def whole(self) -> torch.Tensor:
-        """The head group's weight, ``[F/n, D]`` or ``[D, F/n]``; one all-gather over dim."""
-        if self._kept is not None:
-            return self._kept.detach()
-        coming, self._coming = self._coming or self._start(), None
-        whole = self.shards.join(coming.wait(), self.dim.size())
-        if self.keeps:
-            self._kept = whole.detach()
-        return whole
-
-    def forget(self) -> None:
-        """Let go of what was kept: the parameter is about to change."""
-        self._kept = None
-
-    def empty(self, whole: torch.Tensor) -> None:
-        """Free the memory of what :meth:`whole` gave, for whoever must keep the tensor."""
-        whole.data = whole.new_empty(0)
-
-    def gradient(self, whole: torch.Tensor) -> Callable[[], torch.Tensor | None]:
-        """Begin to exchange the parts of the whole weight's gradient over dim.
-
-        Returns:
-            What waits for them, adds them up and gives the shard's gradient, for autograd.
-        """
-        parts = self.shards.parts(whole, self.dim.size())
-        del whole  # the caller keeps none either: one copy less while they are exchanged
-        coming, runs = self._exchange(parts), self.shards.runs
-        return lambda: main_grad.add(self.shard, [run.wait() for run in coming], runs)
-
-    def gradient_later(self, whole: torch.Tensor) -> torch.Tensor | None:
-        """As :meth:`gradient`, but later: :meth:`send` begins it, :meth:`settle` adds the parts up.
-
-        Returns:
-            What autograd is to hand on for the shard.
-        """
-        self.settle()
-        if not main_grad.takes_stand_in(self.shard):
-            return self.gradient(whole)()
-        parts = self.shards.parts(whole, self.dim.size())
-        del whole
-
-        def leave() -> None:
-            coming, runs = self._exchange(parts), self.shards.runs
-            self._sums_up = lambda: main_grad.add_up(
-                self.shard, [run.wait() for run in coming], runs
-            )
-
-        self._leaves = leave
-        main_grad.at_the_end(self.settle)
-        return main_grad.stand_in(self.shard)
-
-    def send(self) -> None:
-        """Begin to exchange a gradient that is to go later: in front of a GEMM that hides it."""
-        leaves, self._leaves = self._leaves, None
-        if leaves is not None:
-            leaves()
-
-    def settle(self) -> None:
-        """Add up a gradient that is still on its way; at the latest when the pass ends."""
-        self.send()
-        sums_up, self._sums_up = self._sums_up, None
-        if sums_up is not None:
-            sums_up()
-
-    def _exchange(self, parts: Sequence[torch.Tensor]) -> Sequence[UnderWay]:
-        return start_exchanges(parts, self.home, early=self.early)
-
-    def _start(self) -> "_Gathering":
-        copied = self.peers is not None and self.peers.has(self.shard)
-        # A copy takes shards as they lie; what wants them turned turns them when they are there.
-        shards = replace(self.shards, as_they_lie=True) if copied else self.shards
-        runs = shards.runs(self._sent())
-        m, first = self.dim.size(), runs[0]
-        whole = first.new_empty(len(runs), m, *first.shape)
-        into = [place.flatten(0, 1) for place in whole]
-        if copied:
-            assert self.peers is not None
-            works = self.peers.start_gathers(self.shard, runs, into)
-            return _Gathering(whole, works, turns=self.shards.turns)
-        return _Gathering(whole, start_gathers(runs, self.dim, early=self.early, into=into))
-
-    def _sent(self) -> torch.Tensor:
-        """What of the shard is gathered, in its shape."""
-        return self.shard.detach()
-
-
-@dataclass(frozen=True)
-class _Gathering:
-    """Shards under way, run by run: ``[apart, m, ...]`` once all are there.
-
-    Attributes:
-        turns: whether the shards are to be transposed then.
-    """
-
-    whole: torch.Tensor
-    works: Sequence[UnderWay]
-    turns: bool = False
-
-    def wait(self) -> torch.Tensor:
-        for work in self.works:
-            work.wait()
-        return turned(self.whole[0]).unsqueeze(0) if self.turns else self.whole
-
-
 def runs_beside_compute(shard: torch.Tensor) -> bool:
     """Whether a collective on ``shard`` is worth beginning before its result is needed."""
     return shard.device.type == "cuda"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ahead:
-    """The weights that come after this one's in either pass, as far as that is certain.
-
-    Every rank of a dim group must come to the same answer: a gather begun is a collective.
-
-    Attributes:
-        forward: used next in the forward pass, to begin gathering for.
-        bias: of that one.
-        beyond: used after that one, whose GEMM is too short to hide the gather: to begin behind
-            this one's.
-        backward: used next in the backward pass, the same.
-        behind: used before this one in the backward pass, its gradient perhaps on its way.
-        sums_later: whether a gradient may be added up after autograd has handed on a stand-in.
-    """
-
-    forward: GatheredWeight | None = None
-    bias: GatheredWeight | None = None
-    beyond: GatheredWeight | None = None
-    backward: GatheredWeight | None = None
-    behind: GatheredWeight | None = None
-    sums_later: bool = False
-
-    def begin_forward(self) -> None:
-        """Begin to gather what the next linear of a forward pass needs."""
-        for weight in (self.forward, self.bias):
-            if weight is not None:
-                weight.start()
-
-
-class _Whole(torch.autograd.Function):
-    """Forward: all-gather the shards over dim. Backward: the parts exchanged and added up."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, shard: torch.Tensor, weight: GatheredWeight, sums_later: bool
-    ) -> torch.Tensor:
-        ctx.weight, ctx.sums_later = weight, sums_later
-        return weight.whole()
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
-        weight, grad = ctx.weight, grad.contiguous()
-        if not ctx.sums_later:
-            return weight.gradient(grad)(), None, None
-        gradient = weight.gradient_later(grad)
-        weight.send()
-        return gradient, None, None
-
-
-def whole(weight: GatheredWeight, *, sums_later: bool = False) -> torch.Tensor:
-    """The head group's weight, with its gradient: for what is no linear.
-
-    Args:
-        weight: gathered now.
-        sums_later: whether its gradient may be added up when the backward pass is through.
-    """
-    return _Whole.apply(weight.shard, weight, sums_later)

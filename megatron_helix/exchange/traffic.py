@@ -25,7 +25,7 @@ of keys and values over dim, fwd all_gather and bwd all_to_all of ``(m-1) N 2 K 
 ``weights`` converts the stream at the block's two ends: ``2 (m-1)/m c`` of dim all_to_all in all,
 forward and as much backward; with a sequence split only where embedding or head cannot be given
 their tokens in the block's order. With ``gather="step"`` the weight terms come once a
-step: forward all_gather and backward reduce_scatter. With ``gather="once"`` the forward all_gather
+step: forward all_gather and, of gradients, backward sends to each other rank of the dim group. With ``gather="once"`` the forward all_gather
 comes once a step, and the backward all_to_all with every micro-batch.
 """
 
@@ -105,7 +105,7 @@ def layer(
         forward["dim", "all_gather"] += moved
         if not plan.keeps_weights:
             backward["dim", "all_gather"] += moved
-        backward["dim", "reduce_scatter" if plan.keeps_gradients else "all_to_all"] += moved
+        backward["dim", "send" if plan.keeps_gradients else "all_to_all"] += moved
     else:
         heads = layout.num_attention_heads // n
         summed = 2 * (m - 1) * batch * heads * sequence**2 // m
@@ -165,7 +165,7 @@ def begun_early(
         if not plan.keeps_weights:
             backward["dim", "all_gather"] = 1.0
         if plan.keeps_gradients:
-            backward["dim", "reduce_scatter"] = 1.0  # the all-to-all is of keys and values alone
+            backward["dim", "send"] = 1.0  # the all-to-all is of keys and values alone
         else:
             backward["dim", "all_to_all"] = share
     return forward, backward
@@ -185,7 +185,7 @@ def put_in_order(
     ``activations``: packed QKV and the context, before and after their all-to-all, in either pass.
     ``weights``: the gathered weights of attention, whose shards are cut in every head, after each
     gather, and their gradients before they go home; an MLP's lie in order. What is kept for a step
-    is put in order once for its ``microbatches``.
+    is put in order once for its ``microbatches``; of gradients that are, a factor is.
     """
     if plan.exchange == "activations":
         tokens = 4 * sequence * batch * packed(layout) / layout.size
@@ -196,7 +196,8 @@ def put_in_order(
     rare = 1 / microbatches
     gathered = whole * (rare if plan.keeps_weights else 1)
     again = 0.0 if plan.keeps_weights else whole
-    return gathered, again + whole * (rare if plan.keeps_gradients else 1)
+    factors = 2 * sequence * batch * packed(layout) / layout.size
+    return gathered, again + (factors if plan.keeps_gradients else whole)
 
 
 def block_ends(

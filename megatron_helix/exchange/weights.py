@@ -18,7 +18,7 @@ column linear (input gathered again, its gradient reduce-scattered), once for a 
 
 What is saved for the backward pass is the sharded input: memory stays at 1/T of the weights and one
 gathered working copy. How shards are gathered and gradients brought home is in
-:mod:`megatron_helix.exchange.shards`.
+:mod:`megatron_helix.exchange.gathered_weight`.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_helix.exchange import gemm
-from megatron_helix.exchange.shards import Ahead, GatheredWeight
+from megatron_helix.exchange.gathered_weight import Ahead, GatheredWeight
 from megatron_helix.kernels.collectives import (
     UnderWay,
     gather,
@@ -73,7 +73,7 @@ class _ColumnLinear(torch.autograd.Function):
         if ctx.head.size() == 1:
             ctx.weight.start()
             _start(ctx.ahead.backward)
-            shard_gradient = _begun(ctx, lambda: gemm.weight_gradient(grad, x))
+            shard_gradient = _begun(ctx, grad, UnderWay(x, None))
             ctx.weight.send()
             grad_x = gemm.input_gradient(grad, ctx.weight.whole())
             _settle(ctx.ahead.behind)
@@ -86,7 +86,7 @@ class _ColumnLinear(torch.autograd.Function):
         del whole
         summing = start_scatter_sum(grad_x, ctx.head, early=early)
         del grad_x
-        shard_gradient = _begun(ctx, lambda: gemm.weight_gradient(grad, gathering.wait()))
+        shard_gradient = _begun(ctx, grad, gathering)
         _settle(ctx.ahead.behind)
         return summing.wait(), shard_gradient(), None, None, None
 
@@ -123,8 +123,7 @@ class _RowLinear(torch.autograd.Function):
         # One gather in front of this GEMM, the exchange in front of the other.
         ctx.weight.start()
         _start(ctx.ahead.backward)
-        # Of the transposed weight, dW^T = X^T dY, for that is how its shards travel.
-        shard_gradient = _begun(ctx, lambda: gemm.weight_gradient(x, grad).t())
+        shard_gradient = _begun(ctx, grad, UnderWay(x, None))
         grad_x = gemm.input_gradient(grad, ctx.weight.whole())
         ctx.weight.send()
         _settle(ctx.ahead.behind)
@@ -146,14 +145,11 @@ def _settle(weight: GatheredWeight | None) -> None:
         weight.settle()
 
 
-def _begun(ctx: Any, gradient: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor | None]:
+def _begun(ctx: Any, grad: torch.Tensor, x: UnderWay) -> Callable[[], torch.Tensor | None]:
     """What waits for the shard's gradient, begun or to be sent later; a frozen one has none."""
     if not ctx.needs_input_grad[1]:
         return lambda: None
-    if ctx.ahead.sums_later:
-        found = ctx.weight.gradient_later(gradient())
-        return lambda: found
-    return ctx.weight.gradient(gradient())
+    return ctx.weight.product(grad, x.wait(), later=ctx.ahead.sums_later)
 
 
 def column_linear(

@@ -250,17 +250,38 @@ def start_exchanges(
     return [UnderWay(result, work) for result in results]
 
 
-def start_scatter_sums(
-    xs: Sequence[torch.Tensor], group: dist.ProcessGroup, *, early: bool
-) -> Sequence[UnderWay]:
-    """:func:`start_scatter_sum` of each, as :func:`start_gathers`."""
-    if not _is_one_kernel(xs, group, early):
-        return [start_scatter_sum(x, group, early=early) for x in xs]
-    results = [x.new_empty(x.size(0) // group.size(), *x.shape[1:]) for x in xs]
-    with _coalescing_manager(group=group, async_ops=True) as work:
-        for x, result in zip(xs, results, strict=True):
-            _scatter_sum(result, contiguous(x), group=group)
-    return [UnderWay(result, work) for result in results]
+def start_sends(x: torch.Tensor, group: dist.ProcessGroup, *, early: bool) -> UnderWay:
+    """An exchange of what is for the others alone; on a GPU one kernel.
+
+    Args:
+        x: ``[p - 1, ...]``, contiguous: a chunk for each other rank, in rank order.
+        group: p ranks.
+        early: as in `start_gather`.
+
+    Returns:
+        ``[p - 1, ...]`` once waited for: a chunk from each other rank, in rank order.
+    """
+    others = [rank for rank in range(group.size()) if rank != group.rank()]
+    assert len(x) == len(others), (x.shape, group.size())
+    y = torch.empty_like(x)
+    moves = [
+        dist.P2POp(move, chunk, group=group, group_peer=rank)
+        for move, chunks in ((dist.isend, x), (dist.irecv, y))
+        for rank, chunk in zip(others, chunks, strict=True)
+    ]
+    begun = UnderWay(y, _Works(dist.batch_isend_irecv(moves)) if moves else None)
+    return begun if early else UnderWay(begun.wait(), None)
+
+
+@dataclass
+class _Works:
+    """What waits for all of some works."""
+
+    works: Sequence[Any]
+
+    def wait(self) -> None:
+        for work in self.works:
+            work.wait()
 
 
 def _is_one_kernel(xs: Sequence[torch.Tensor], group: dist.ProcessGroup, early: bool) -> bool:

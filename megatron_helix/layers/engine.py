@@ -1,8 +1,7 @@
 """TransformerEngine's linears with the weight of a head group in place of their own.
 
 They norm, multiply, add the bias and scale to FP8 by their own kernels; what they multiply with is
-a :class:`~megatron_helix.exchange.distributed_weight.DistributedShard`, gathered over the dim axis,
-or the whole weight that ``--helix-gather step`` keeps, whose gradient their GEMM adds up in fp32.
+a :class:`~megatron_helix.exchange.distributed_weight.DistributedShard`, gathered over the dim axis.
 Tokens move by their own sequence parallelism, over the head-axis group for as long as a forward
 pass lasts: a context remembers for its backward pass.
 
@@ -19,6 +18,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from megatron_helix.exchange.distributed_weight import FactorStore
 
 Lend = Callable[[], tuple[torch.Tensor, torch.Tensor | None]]
 
@@ -41,7 +42,7 @@ class EngineLinear(torch.nn.Module):
     _lend: Lend | None = None
 
     def multiply(
-        self, x: torch.Tensor, lend: Lend, tokens: dist.ProcessGroup, *, sums: bool
+        self, x: torch.Tensor, lend: Lend, tokens: dist.ProcessGroup, factors: FactorStore
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The forward pass with another weight.
 
@@ -49,7 +50,7 @@ class EngineLinear(torch.nn.Module):
             x: input, sharded over ``tokens`` where the linear is column-parallel.
             lend: weight and bias, asked for once FP8 is set up.
             tokens: the ranks that x, or the output, is sharded over.
-            sums: whether the weight has a ``main_grad`` that its GEMM is to add the gradient to.
+            factors: takes those of the weight's gradient, where that is not wanted whole.
 
         Returns:
             (output, bias that was not added), as Megatron's linears.
@@ -60,7 +61,8 @@ class EngineLinear(torch.nn.Module):
             "tp_group": tokens,
             "tp_size": ranks,
             "sequence_parallel": ranks > 1,
-            "fuse_wgrad_accumulation": sums,
+            "fuse_wgrad_accumulation": False,
+            "wgrad_store": factors,
             # What the module keeps in FP8 over a step's micro-batches is of its own weight.
             "disable_parameter_transpose_cache": True,
             "is_first_microbatch": self.is_first_microbatch,

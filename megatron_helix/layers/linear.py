@@ -19,10 +19,11 @@ import torch
 
 from megatron_helix.exchange.activations import context_to_segments, qkv_to_whole_heads
 from megatron_helix.exchange.decode import qkv_to_every_rank
-from megatron_helix.exchange.distributed_weight import DistributedShard
+from megatron_helix.exchange.distributed_weight import DistributedShard, FactorStore
 from megatron_helix.exchange.padding import own_channels, own_tiles
 from megatron_helix.exchange.plan import Plan
-from megatron_helix.exchange.shards import Ahead, GatheredWeight, Shards, whole
+from megatron_helix.exchange.gathered_weight import Ahead, GatheredWeight, whole
+from megatron_helix.exchange.shards import Shards
 from megatron_helix.exchange.weights import column_linear, row_linear
 from megatron_helix.layers import lookahead
 from megatron_helix.layers.engine import EngineLinear, in_float8, takes_gathered_weights
@@ -124,7 +125,7 @@ class HelixLinear(torch.nn.Module):
         of the whole weight for either pass, and of its gradient, since its shards are columns.
         """
         engine = self._engine(x)
-        if engine and (self._keeps_step() or in_float8()):
+        if engine and in_float8():
             return self._by_engine(engine, x, lambda: self.bias)
         y = row_linear(x, self._gathered(), self.helix_groups.head, self._ahead())
         return self._with_bias(y, self.bias)
@@ -133,50 +134,47 @@ class HelixLinear(torch.nn.Module):
         """TransformerEngine's linear, where it is one; it would multiply fp32 in TF32."""
         return self if isinstance(self, EngineLinear) and x.dtype != torch.float32 else None
 
-    def _keeps_step(self) -> bool:
-        return self.plan.keeps_gradients and self.training
-
     def _gathered(self) -> GatheredWeight:
         """The head group's weight for a GEMM that reads it either way."""
-        self.forms.keeps = self.plan.keeps_weights and self.training
-        turned = self.forms.turned
-        return self.forms.step if self._keeps_step() else self.forms.used(turned, turned)[0]
+        turned = self._kept_forms().turned
+        return self.forms.used(turned, turned)[0]
+
+    def _kept_forms(self) -> WeightForms:
+        """The forms, told what of a step they keep."""
+        forms, plan = self.forms, self.plan
+        forms.keeps = plan.keeps_weights and self.training
+        forms.keeps_gradients = plan.keeps_gradients and self.training
+        return forms
 
     def _ahead(self) -> Ahead:
         """What comes after this weight in either pass: all linears of a block share a plan."""
         following, preceding = self.neighbours.of_this_pass()
         beyond = following and self.neighbours.beyond
         behind = self.neighbours.following
-        kept = self._keeps_step()
         return Ahead(
-            forward=following and (following.forms.step if kept else following.forms.forward),
+            forward=following and following.forms.forward,
             bias=following and following.gathered_bias,
-            beyond=beyond and (beyond.forms.step if kept else beyond.forms.forward),
-            backward=preceding and (preceding.forms.step if kept else preceding.forms.backward),
-            behind=behind and (behind.forms.step if kept else behind.forms.backward),
+            beyond=beyond and beyond.forms.forward,
+            backward=preceding and preceding.forms.backward,
+            behind=behind and behind.forms.backward,
             sums_later=self.neighbours.sums_later,
         )
 
     def _by_engine(self, engine: EngineLinear, x: torch.Tensor, bias: Callable[[], Any]) -> Any:
         """TransformerEngine's own linear, over the head-axis group."""
-        shown: list[DistributedShard] = []
-
-        ahead = self._ahead()
+        ahead, factors = self._ahead(), FactorStore()
 
         def lend() -> tuple[torch.Tensor, torch.Tensor | None]:
-            if self._keeps_step():
-                whole = self.forms.step.trained(ahead.behind)
-                ahead.begin_forward()
-                return whole, bias()
-            self.forms.keeps = self.plan.keeps_weights and self.training
-            pair = self.forms.for_engine(engine.weight_quantizer())
-            shown.append(DistributedShard.of(*pair, ahead))
-            return shown[0], bias()
+            lent = bias()
+            quantizer = engine.weight_quantizer()
+            forms = self._kept_forms()
+            factors.shard = DistributedShard.of(*forms.for_engine(quantizer), ahead)
+            # TransformerEngine finds a bias' gradient in the weight's GEMM, but for FP8.
+            factors.wanted = forms.takes_factors(quantizer) and (lent is None or bool(quantizer))
+            return factors.shard, lent
 
-        sums = self._keeps_step() and self.weight.requires_grad
-        y = engine.multiply(x, lend, self.helix_groups.head, sums=sums)
-        for shard in shown:
-            shard.release()
+        y = engine.multiply(x, lend, self.helix_groups.head, factors)
+        factors.shard.release()
         if ahead.beyond is not None:
             ahead.beyond.start()
         return y
@@ -209,8 +207,7 @@ def finish_step(model: list[torch.nn.Module]) -> None:
     for chunk in model:
         for module in chunk.modules():
             if isinstance(module, HelixLinear):
-                module.forms.step.finish()
-                module.forms.expire()
+                module.forms.finish_step()
 
 
 def _skips_bias(linear: Any) -> bool:

@@ -7,8 +7,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_helix.exchange.float8 import Float8Shard, Float8Weight, QuantizedWhole
-from megatron_helix.exchange.shards import GatheredWeight, Shards
-from megatron_helix.exchange.step_weight import StepWeight
+from megatron_helix.exchange.gathered_weight import GatheredWeight
+from megatron_helix.exchange.shards import Shards
+from megatron_helix.exchange.step_sums import StepSums
 from megatron_helix.kernels.peer_memory import PeerMemory
 
 Pair = tuple[GatheredWeight, GatheredWeight]
@@ -26,9 +27,10 @@ class WeightForms:
 
     Attributes:
         keeps: whether what is gathered is to be kept for the step.
+        keeps_gradients: whether their sums are, too.
         turned: for GEMMs that read a matrix either way; shards cut by columns travel transposed.
         lying: for GEMMs that read rows.
-        step: kept over the micro-batches of a step.
+        sums: of a step's gradients.
         forward: what the last forward pass gathered; None before the first one of an engine's
             linear, which sees only then whether it multiplies in FP8.
         backward: the same of its backward pass.
@@ -47,8 +49,8 @@ class WeightForms:
         rows = replace(shards, as_they_lie=True)
         self.turned = GatheredWeight(shard, shards, dim, home)
         self.lying = GatheredWeight(shard, rows, dim, home) if shards.axis else self.turned
-        self.step = StepWeight(shard, rows if engine else shards, dim, home)
-        self.keeps = False
+        self.sums = StepSums(shard, shards, home)
+        self.keeps = self.keeps_gradients = False
         self.forward = self.backward = None if engine else self.turned
         self._float8 = Float8Shard(shard, dim, columns=shards.axis == 1)
         self._one_scale: Pair | None = None
@@ -58,6 +60,7 @@ class WeightForms:
         """Note what this pass gathers: its neighbours in later passes begin with it."""
         self.forward, self.backward = forward, backward
         forward.keeps = backward.keeps = self.keeps
+        forward.sums = backward.sums = self.sums if self.keeps_gradients else None
         return forward, backward
 
     @property
@@ -77,8 +80,13 @@ class WeightForms:
             *(self._scaled if _has_one_scale(quantizer) else self._quantized)(quantizer)
         )
 
-    def expire(self) -> None:
-        """Forget what is of the weight before an update."""
+    def takes_factors(self, quantizer: Any) -> bool:
+        """Whether gradients are added to a step's sums by GEMMs: not those of blocks of FP8."""
+        return self.keeps_gradients and (quantizer is None or _has_one_scale(quantizer))
+
+    def finish_step(self) -> None:
+        """Bring gradients home, and forget what is of the weight before an update."""
+        self.sums.finish()
         self._float8.expire()
         for form in (self.turned, self.lying, *(self._one_scale or ()), *(self._blocks or ())):
             form.forget()

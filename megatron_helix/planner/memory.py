@@ -70,11 +70,11 @@ def of_rank(here: Deployment, stage: int, *, fused_channels: int) -> Memory:
 
 
 def _through_a_step(here: Deployment, passes: Memory) -> Memory:
-    """With the sums of a step's gathered gradients, which grow as activations are given up.
+    """With the sums of a step's gradients of others' shards, which grow as activations go.
 
     The second micro-batch finds them all.
     """
-    sums = parameters.layer_matrices(here) * here.cut.m * here.layers * here.gradient_bytes
+    sums = parameters.layer_matrices(here) * (here.cut.m - 1) * here.layers * here.gradient_bytes
     kept = passes.activations if here.microbatches == 1 else 0.0
     gathered = passes.gathered_weights + max(0.0, sums - kept)
     return replace(passes, gathered_weights=gathered)

@@ -110,7 +110,7 @@ def _layers(book: Book, first: bool, last: bool) -> None:
     directions = traffic.layer(plan, here.cut, here.block, **size)
     every = here.layers * here.microbatches
     weights = (here.cut.m - 1) * here.block.weights(here.cut) // here.tp
-    once = {"all_gather": plan.keeps_weights, "reduce_scatter": plan.keeps_gradients}
+    once = {"all_gather": plan.keeps_weights, "send": plan.keeps_gradients}
     calls = traffic.calls(plan, here.block)
     early = traffic.begun_early(plan, here.cut, here.block, **size)
     for when, elements, beside in zip(("forward", "backward"), directions, early, strict=True):
@@ -141,7 +141,8 @@ def _layers(book: Book, first: bool, last: bool) -> None:
         book.sent("weights", "dim", "all_gather", "step", gathered, number, beside="weights")
     if plan.keeps_gradients:
         summed = wide * here.gradient_bytes
-        book.sent("weights", "dim", "reduce_scatter", "step", summed, number, beside="gradients")
+        number *= here.cut.m - 1
+        book.sent("weights", "dim", "send", "step", summed, number, beside="gradients")
     ends = traffic.block_ends(plan, here.cut, here.block, **size)["dim", "all_to_all"]
     if ends and (times := here.converts(first=first, last=last)):
         converted = ends // 2 * times * here.microbatches * here.element_bytes

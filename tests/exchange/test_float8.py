@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_helix.exchange.float8 import Float8Shard, Float8Weight, QuantizedWhole
-from megatron_helix.exchange.shards import GatheredWeight, Shards
+from megatron_helix.exchange.gathered_weight import GatheredWeight
+from megatron_helix.exchange.shards import Shards
 from megatron_helix.recording.comm_ledger import CommLedger, install
 from tests.distributed import run_distributed
 

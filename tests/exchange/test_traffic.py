@@ -169,7 +169,9 @@ def test_what_is_put_in_order_is_what_arrives_in_another() -> None:
     once = 2 * traffic.packed(layout) * HIDDEN / layout.n  # read and written
     assert moved(exchange="weights") == (once, 2 * once)
     assert moved(exchange="weights", gather="once") == (once / 4, once)
-    assert moved(exchange="weights", gather="step") == (once / 4, once / 4)
+    # Of gradients that a GEMM adds to a step's sums, a factor: this rank's tokens.
+    factors = 2 * S * B * traffic.packed(layout) / layout.size
+    assert moved(exchange="weights", gather="step") == (once / 4, factors)
     assert moved(exchange="scores", split="none") == (0, 0)
 
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_helix.exchange.shards import GatheredWeight, Shards, whole
-from megatron_helix.exchange.step_weight import StepWeight
+from megatron_helix.exchange.gathered_weight import GatheredWeight, whole
+from megatron_helix.exchange.shards import Shards
+from megatron_helix.exchange.step_sums import StepSums
 from megatron_helix.exchange.weights import column_linear, row_linear
 from megatron_helix.kernels.collectives import all_gather
 from megatron_helix.layers.attention import _sum_over
@@ -82,8 +83,8 @@ def _linear(case: Case, weight: GatheredWeight, column: bool) -> tuple[float, fl
             mine = grad.chunk(case.m)[case.j].chunk(case.n, dim=1)[case.i].requires_grad_()
             y = row_linear(mine, weight, case.groups.head)
             y.backward(x.chunk(case.m)[case.j].chunk(case.n)[case.i])
-    if isinstance(weight, StepWeight):
-        weight.finish()
+    if weight.sums is not None:
+        weight.sums.finish()
     found = getattr(weight.shard, "main_grad", weight.shard.grad)
     return case.relative(stock, exact), case.relative(found, exact)
 
@@ -105,10 +106,11 @@ def errors(m: int, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
     dim = case.groups.dim
     found = {}
     for shards, shape in ((COLUMN, (F // RANKS, D)), (ROW, (D, F // RANKS))):
-        for kind in (GatheredWeight, StepWeight):
+        for of_step in (False, True):
             for main_grad in (torch.float32, dtype, None):
-                weight = kind(case.shard(*shape, main_grad=main_grad), shards, dim)
-                name = f"{kind.__name__}, axis {shards.axis}, main_grad {main_grad}"
+                weight = GatheredWeight(case.shard(*shape, main_grad=main_grad), shards, dim)
+                weight.sums = StepSums(weight.shard, shards, dim) if of_step else None
+                name = f"of a step {of_step}, axis {shards.axis}, main_grad {main_grad}"
                 found[name] = _linear(case, weight, shards is COLUMN)
 
     def table(grad: torch.Tensor) -> torch.Tensor:

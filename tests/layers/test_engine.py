@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 from megatron_helix.exchange import shards
 from megatron_helix.exchange.plan import Plan
-from megatron_helix.exchange.shards import GatheredWeight
-from megatron_helix.exchange.step_weight import StepWeight
+from megatron_helix.exchange.step_sums import StepSums
+from megatron_helix.exchange.gathered_weight import GatheredWeight
 from megatron_helix.layers import linear
 from megatron_helix.layers.lookahead import Neighbours
 from megatron_helix.partition.layout import HelixLayout
@@ -40,7 +40,16 @@ Tensors = dict[str, torch.Tensor]
 class Chain:
     """The four linears of a layer, each on an input of its own, as a block calls them."""
 
-    def __init__(self, m: int, n: int, make: Any, dtype: torch.dtype, *, main_grad: bool = True):
+    def __init__(
+        self,
+        m: int,
+        n: int,
+        make: Any,
+        dtype: torch.dtype,
+        *,
+        main_grad: bool = True,
+        bias: bool = True,
+    ):
         layout = HelixLayout(
             m=m, n=n, num_attention_heads=HEADS, num_query_groups=HEADS, kv_channels=CHANNELS
         )
@@ -59,7 +68,7 @@ class Chain:
                 groups=self.groups,
                 config=config,
                 init_method=torch.nn.init.normal_,
-                bias=True,
+                bias=bias,
             )
             for parameter in self.linears[name].parameters():
                 if main_grad:
@@ -151,10 +160,12 @@ def _farthest(found: Tensors, exact: Tensors) -> float:
     )
 
 
-def differences(m: int, n: int, late: bool, main_grad: bool, rows: bool = True) -> dict[str, float]:
+def differences(
+    m: int, n: int, late: bool, main_grad: bool, rows: bool = True, bias: bool = True
+) -> dict[str, float]:
     """Of the engine's chain from the torch path's, in double."""
-    oracle = Chain(m, n, oracle_class, torch.float64, main_grad=main_grad)
-    engine = Chain(m, n, engine_class, torch.float64, main_grad=main_grad)
+    oracle = Chain(m, n, oracle_class, torch.float64, main_grad=main_grad, bias=bias)
+    engine = Chain(m, n, engine_class, torch.float64, main_grad=main_grad, bias=bias)
     oracle.link()
     engine.link(sums_later=late)
     found = {}
@@ -169,15 +180,20 @@ def differences(m: int, n: int, late: bool, main_grad: bool, rows: bool = True) 
         assert each.is_first_microbatch  # a weight of its own is not in FP8 yet
         assert each.tp_group is engine.groups.tp
         assert "_lend" not in vars(each)
+        assert each.wgrad_store is None
     return found
 
 
 @pytest.mark.parametrize(("m", "n"), [(2, 1), (2, 2)])
-@pytest.mark.parametrize(("late", "main_grad"), [(False, True), (True, True), (True, False)])
+@pytest.mark.parametrize(
+    ("late", "main_grad", "bias"),
+    [(False, True, False), (True, True, True), (True, False, True), (True, True, False)],
+)
 def test_outputs_and_gradients_are_those_of_the_torch_path(
-    m: int, n: int, late: bool, main_grad: bool
+    m: int, n: int, late: bool, main_grad: bool, bias: bool
 ) -> None:
-    for found in run_distributed(differences, m * n, m, n, late, main_grad):
+    """Without biases the factors of a step's weight gradients are handed over, not products."""
+    for found in run_distributed(differences, m * n, m, n, late, main_grad, True, bias):
         for what, difference in found.items():
             assert difference < 1e-13, what
 
@@ -247,18 +263,19 @@ def returns() -> tuple[list[list[str]], list[float]]:
     """When steps send sums home, where that begins early, and how far their gradients are off."""
     early, shards.runs_beside_compute = shards.runs_beside_compute, lambda _: True
     log: list[str] = []
-    original = {name: getattr(StepWeight, name) for name in ("_return", "finish")}
+    original = {name: getattr(StepSums, name) for name in ("_send", "finish")}
 
     def noted(name: str) -> Any:
-        def call(weight: StepWeight) -> None:
-            log.append(name)
+        def call(weight: StepSums) -> None:
+            if name == "finish" or weight._of_others is not None:
+                log.append(name)
             original[name](weight)
 
         return call
 
     try:
         for name in original:
-            setattr(StepWeight, name, noted(name))
+            setattr(StepSums, name, noted(name))
         chain = Chain(2, 1, engine_class, torch.float64)
         oracle = Chain(2, 1, oracle_class, torch.float64)
         chain.link(sums_later=True)
@@ -266,21 +283,22 @@ def returns() -> tuple[list[list[str]], list[float]]:
         logs, distances = [], []
         for micro_batches in (2, 2, 3, 1):
             log.clear()
-            found = chain.step(STEP, micro_batches)
+            with _rows_in_engine():
+                found = chain.step(STEP, micro_batches)
             logs.append([*log])
             distances.append(_farthest(found, oracle.step(PLAIN, micro_batches)))
         return logs, distances
     finally:
         shards.runs_beside_compute = early
         for name, method in original.items():
-            setattr(StepWeight, name, method)
+            setattr(StepSums, name, method)
 
 
 def test_sums_of_a_step_go_home_with_its_last_gradient() -> None:
-    late, early = ["finish", "_return"] * 4, ["_return"] * 4 + ["finish"] * 4
+    late, early = ["finish", "_send"] * 4, ["_send"] * 4 + ["finish"] * 4
     for logs, distances in run_distributed(returns, 2):
         # As many as in the step before; more are a sum of their own, fewer go when all is through.
-        assert logs == [late, early, ["_return"] * 4 + late, late]
+        assert logs == [late, early, ["_send"] * 4 + late, late]
         assert max(distances) < 1e-13
 
 
@@ -316,6 +334,7 @@ def test_a_step_sends_what_the_closed_forms_say(plan: Plan) -> None:
         ("HELIX_HEAD_GROUP", "reduce_scatter"): 2 * tokens,
     }
     if plan is STEP:
-        expected["HELIX_DIM_GROUP", "reduce_scatter"] = (m - 1) * weights // T
+        expected["HELIX_DIM_GROUP", "send"] = (m - 1) * weights // T
+        expected["HELIX_DIM_GROUP", "recv"] = 0
     for found in run_distributed(sent, T, m, n, plan):
         assert found == expected

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_helix.exchange import shards
-from megatron_helix.exchange.shards import GatheredWeight
+from megatron_helix.exchange.gathered_weight import GatheredWeight
 from megatron_helix.experiment.metrics import RunMetrics
 from tests.covering import THOROUGH
 from tests.distributed import pretrain_launched, tiny_gpt

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_helix.exchange.traffic import packed
-from megatron_helix.planner import accuracy, traffic
+from megatron_helix.planner import accuracy, parameters, traffic
 from tests.planner.planner_case import benchmark
 
 BENCHMARK = benchmark()
@@ -25,22 +25,36 @@ def outside(figure: str, *words: str):
     return found
 
 
+def _is_of_sums(moved) -> bool:
+    return moved.when == "step" and (moved.axis, moved.kind) == ("dim", "send")
+
+
 def test_a_step_as_it_was_measured_is_predicted_by_the_code_of_then(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The reason that the results give: gradients came home when nothing hid them."""
+    """The reason that the results give: gradients came home, summed, when nothing hid them."""
     row = outside("tpot_ms", "dense", "weights_step")
     now = traffic.transfers
 
     def then(*args, **known):
         return [
-            moved._replace(beside=None) if moved.kind == "reduce_scatter" else moved
+            moved._replace(kind="reduce_scatter", beside=None) if _is_of_sums(moved) else moved
             for moved in now(*args, **known)
         ]
 
-    assert any(moved.kind == "reduce_scatter" and moved.beside for moved in now(row.here, 0))
+    assert any(_is_of_sums(moved) and moved.beside for moved in now(row.here, 0))
     monkeypatch.setattr(traffic, "transfers", then)
     assert not row.missed()
+
+
+def test_steps_as_they_were_measured_have_their_own_sums_twice() -> None:
+    """The reason that the results give: a rank's own part lay beside main_grad."""
+    rows = [row for row in ROWS if "own part" in row.outside.get("memory_gb", "")]
+    assert len(rows) == 2
+    for row in rows:
+        own = parameters.layer_matrices(row.here) * row.here.layers * row.here.gradient_bytes
+        then = row.predicted["memory_gb"] + own / 1e9
+        assert then == pytest.approx(row.measured["memory_gb"], rel=accuracy.ERROR["memory_gb"])
 
 
 def test_memory_as_it_was_measured_has_the_packed_qkv_beside_its_values() -> None:
