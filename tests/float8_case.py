@@ -85,8 +85,14 @@ class Given:
         assert scale.shape == (1,)
         assert scale.dtype == torch.float32
         assert not amax.numel()
-        self.scale, self.dtype = scale, fp8_dtype
+        self.scale, self.amax, self.dtype = scale, amax, fp8_dtype
         self.rowwise, self.columnwise, self.internal = rowwise, columnwise, False
+
+    def copy(self) -> "Given":
+        return Given(self.scale, self.amax, self.dtype)
+
+    def set_usage(self, *, rowwise: bool, columnwise: bool) -> None:
+        self.rowwise, self.columnwise = rowwise, columnwise
 
     def __call__(self, x: torch.Tensor) -> Any:
         Given.calls += 1
@@ -118,8 +124,8 @@ class Whole(torch.Tensor):
         turned = given["data"] is None
         data = given["data_transpose"] if turned else given["data"]
         assert data.is_contiguous()  # its strides are not read
-        values = data.view(given["fp8_dtype"]).to(given["dtype"]) * given["fp8_scale_inv"]
-        values = values.t().contiguous() if turned else values
+        values = data.view(given["fp8_dtype"]).float() * given["fp8_scale_inv"]
+        values = (values.t() if turned else values).to(given["dtype"]).contiguous()
         assert values.shape == given["shape"]
         return values.as_subclass(Whole)
 

@@ -3,9 +3,9 @@
 With one scale a tensor a shard can be quantized before it is sent, if the ranks of the dim group
 agree on the scale. Delayed scaling takes it from earlier steps' largest values, which Megatron
 reduces over groups that hold the dim group. Current scaling reduces the largest value of the
-shards over the dim group, those of all weights at once (:mod:`megatron_helix.exchange.float8_scales`):
-the scale is that of the head group's weight, as a rank that had all of it would find. A step's
-weights are quantized once.
+shards over the dim group: the scale is that of the head group's weight, as a rank that had all of
+it would find. Those of all weights are reduced together where they can be
+(:mod:`megatron_helix.exchange.float8_scales`). A step's weights are quantized once.
 
 With a scale a block of 128 x 128 the blocks are those of the whole weight, which shards of
 attention's heads do not hold: the weight is gathered as it is and quantized whole.

@@ -11,7 +11,7 @@ group hold shards of the same weights and use them in the same order, or their g
 meet; so they come to the same collectives. A first step, and a weight that is new in a later one,
 agrees on it alone.
 
-Shards must be up to date when the first of them is used, frozen ones or those of another chunk too.
+All shards must be up to date when the first of them is used, and stay so until the step's end.
 Where Megatron gathers parameters during the forward pass (``--overlap-param-gather``) they are not,
 and nothing is shared.
 """
@@ -72,7 +72,7 @@ class Scaled(Protocol):
         scale: this step's, fp32, ``[1]``; None before it is agreed on.
     """
 
-    shard: torch.Tensor
+    shard: torch.nn.Parameter
     dim: dist.ProcessGroup
     rule: Rule | None
     scale: torch.Tensor | None
@@ -96,7 +96,8 @@ class Scales:
             if shard.dim is dim and shard.rule is not None and shard.scale is None
         }
         # Exact in any precision: what is the largest is one of the values.
-        values = torch._foreach_norm([shard.shard.detach() for shard in rules], float("inf"))
+        weights = [shard.shard.detach() for shard in rules]
+        values = torch._foreach_norm(weights, float("inf"))  # type: ignore[attr-defined]
         largest = torch.stack(values).float()
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=dim)
         scales = {rule: rule.scales(largest).split(1) for rule in {*rules.values()}}

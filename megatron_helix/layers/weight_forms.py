@@ -30,7 +30,7 @@ class WeightForms:
         dim: the m ranks that hold them.
         home: the same, over which gradients go.
         engine: whether the linear is TransformerEngine's, whose GEMMs read rows.
-        scales: what the weights of the model agree on their scales in FP8 with; None for each alone.
+        scales: with which weights it agrees on scales in FP8; alone where None.
 
     Attributes:
         keeps: whether what is gathered is to be kept for the step.
@@ -144,6 +144,4 @@ def _engine() -> Float8Engine:
         TE_DType_To_Torch,
     )
 
-    return Float8Engine(
-        tensor=Float8Tensor, quantizer=Float8Quantizer, kinds=TE_DType_To_Torch
-    )
+    return Float8Engine(tensor=Float8Tensor, quantizer=Float8Quantizer, kinds=TE_DType_To_Torch)

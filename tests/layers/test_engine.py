@@ -37,17 +37,35 @@ STEP = Plan(exchange="weights", split="batch", gather="step")
 Tensors = dict[str, torch.Tensor]
 
 
+def everybody() -> dist.ProcessGroup:
+    """All ranks."""
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD
+
+
+def layout_of(m: int, n: int) -> HelixLayout:
+    """Of a :class:`Chain`."""
+    return HelixLayout(
+        m=m, n=n, num_attention_heads=HEADS, num_query_groups=HEADS, kv_channels=CHANNELS
+    )
+
+
 class Chain:
     """The four linears of a layer, each on an input of its own, as a block calls them."""
 
-    def __init__(self, m: int, n: int, make: Any, dtype: torch.dtype, *, main_grad: bool = True):
-        layout = HelixLayout(
-            m=m, n=n, num_attention_heads=HEADS, num_query_groups=HEADS, kv_channels=CHANNELS
-        )
-        group = dist.group.WORLD
-        assert group is not None
+    def __init__(
+        self,
+        m: int,
+        n: int,
+        make: Any,
+        dtype: torch.dtype,
+        *,
+        main_grad: bool = True,
+        groups: HelixGroups | None = None,
+    ):
+        layout = layout_of(m, n)
         self.m, self.n, self.dtype = m, n, dtype
-        self.groups: HelixGroups = carve(layout, group)
+        self.groups = groups or carve(layout, everybody())
         config = SimpleNamespace(gated_linear_unit=True, params_dtype=dtype)
         self.linears: dict[str, Any] = {}
         for name, (inputs, outputs) in SIZES.items():
@@ -133,7 +151,7 @@ def _as_megatron(parameter: Any) -> None:
 
 
 @contextmanager
-def _rows_in_engine(rows: bool = True) -> Iterator[None]:
+def rows_in_engine(rows: bool = True) -> Iterator[None]:
     """Row linears too, as with FP8; or not, as without."""
     before = linear.in_float8
     linear.in_float8 = lambda: rows
@@ -158,7 +176,7 @@ def differences(m: int, n: int, late: bool, main_grad: bool, rows: bool = True) 
     oracle.link()
     engine.link(sums_later=late)
     found = {}
-    with _rows_in_engine(rows):
+    with rows_in_engine(rows):
         exact = oracle.step(PLAIN)
         found["plain"] = _farthest(engine.step(PLAIN), exact)
         found["again"] = _farthest(engine.step(PLAIN), exact)
@@ -216,7 +234,7 @@ def uses() -> tuple[list[str], float]:
         GatheredWeight.whole = noted("use", methods["whole"], always)
         GatheredWeight.send = noted("send", methods["send"], leaving)
         GatheredWeight.settle = noted("add", methods["settle"], pending)
-        with _rows_in_engine():
+        with rows_in_engine():
             chain.step(PLAIN)  # a first pass finds out what its linears gather
             log.clear()
             found = chain.step(PLAIN)
@@ -290,7 +308,7 @@ def sent(m: int, n: int, plan: Plan) -> dict[tuple[str, str], int]:
     chain.link()
     ledger = CommLedger()
     uninstall = install(ledger)
-    with _rows_in_engine():
+    with rows_in_engine():
         chain.step(plan)
     uninstall()
     return {key: entry.elements for key, entry in ledger.take().items()}
