@@ -95,7 +95,8 @@ class Scales:
             for shard in self._shards
             if shard.dim is dim and shard.rule is not None and shard.scale is None
         }
-        # Exact in any precision: what is the largest is one of the values.
+        # Exact in any precision: what is the largest is one of the values. NaN is one of them here;
+        # TransformerEngine passes over it, and quantizes it with the scale of the others.
         weights = [shard.shard.detach() for shard in rules]
         values = torch._foreach_norm(weights, float("inf"))  # type: ignore[attr-defined]
         largest = torch.stack(values).float()
