@@ -4,7 +4,8 @@ With one scale a tensor a shard can be quantized before it is sent, if the ranks
 agree on the scale. Delayed scaling takes it from earlier steps' largest values, which Megatron
 reduces over groups that hold the dim group. Current scaling reduces the largest value of the
 shards over the dim group: the scale is that of the head group's weight, as a rank that had all of
-it would find. A step's weights are quantized once.
+it would find. Those of all weights are reduced together where they can be
+(:mod:`megatron_helix.exchange.float8_scales`). A step's weights are quantized once.
 
 With a scale a block of 128 x 128 the blocks are those of the whole weight, which shards of
 attention's heads do not hold: the weight is gathered as it is and quantized whole.
@@ -17,16 +18,31 @@ Run on one and two H200 (docs/exactness.md); in the tests, on the CPU, with quan
 float8.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megatron_helix.exchange.float8_scales import Rule, Scales
 from megatron_helix.exchange.gathered_weight import GatheredWeight
 from megatron_helix.exchange.shards import Shards
 
-Wrap = Callable[..., torch.Tensor]
+
+@dataclass(frozen=True, kw_only=True)
+class Float8Engine:
+    """What of TransformerEngine's is used of FP8 with one scale.
+
+    Attributes:
+        tensor: its ``Float8Tensor``.
+        quantizer: its ``Float8Quantizer``, for a scale that is known.
+        kinds: torch's name for each kind of number of its own.
+    """
+
+    tensor: Callable[..., Any]
+    quantizer: Callable[..., Any]
+    kinds: Mapping[Any, torch.dtype]
 
 
 class Float8Shard:
@@ -35,35 +51,81 @@ class Float8Shard:
     Args:
         shard: the parameter.
         dim: the ranks that agree on its scale.
+        engine: what quantizes it.
         columns: whether the transposed shard is wanted as well.
+        scales: with which weights current scaling agrees on scales; alone where None.
+
+    Attributes:
+        quantizer: how to quantize; None before a pass has shown it.
+        rule: what its scale is made by, where that is agreed on with others.
+        scale: agreed on so for this step.
     """
 
+    quantizer: Any = None
+    rule: Rule | None = None
+    scale: torch.Tensor | None = None
+    _adopted: Any = None
     _quantized: Any = None
 
-    def __init__(self, shard: torch.Tensor, dim: dist.ProcessGroup, *, columns: bool):
-        self.shard, self.dim, self.columns = shard, dim, columns
-        self.quantizer: Any = None
+    def __init__(
+        self,
+        shard: torch.nn.Parameter,
+        dim: dist.ProcessGroup,
+        engine: Float8Engine,
+        *,
+        columns: bool,
+        scales: Scales | None = None,
+    ):
+        self.shard, self.dim, self.engine = shard, dim, engine
+        self.columns, self.scales = columns, scales
 
     def adopt(self, quantizer: Any) -> None:
         """Quantize as TransformerEngine's ``quantizer`` of the module does, over ``dim``."""
+        if quantizer is self._adopted:
+            return
         mine = quantizer.copy()
         mine.internal = False
+        mine.set_usage(rowwise=True, columnwise=False)
+        self.quantizer, self._adopted, self.rule = mine, None, None
         if hasattr(mine, "amax_reduction_group"):
             mine.with_amax_reduction, mine.amax_reduction_group = True, self.dim
-        mine.set_usage(rowwise=True, columnwise=False)
-        self.quantizer = mine
+            self._adopted = quantizer  # that of delayed scaling gets other tensors as it goes
+            if self.scales is not None:
+                self.rule = Rule.of(mine, self.engine.kinds[mine.dtype])
+                self.scales.enter(self)
 
     def quantized(self) -> Any:
         """The shard, by rows and perhaps transposed, with its scale."""
         if self._quantized is None:
-            self.quantizer.set_usage(rowwise=True, columnwise=self.columns)
-            self._quantized = self.quantizer(self.shard.detach())
-            self.quantizer.set_usage(rowwise=True, columnwise=False)
+            shard = self.shard.detach()
+            if self.rule is None or self.scales is None:
+                self._quantized = self._alone(shard)
+            else:
+                self._quantized = self._together(shard, self.scales)
         return self._quantized
+
+    def _alone(self, shard: torch.Tensor) -> Any:
+        self.quantizer.set_usage(rowwise=True, columnwise=self.columns)
+        quantized = self.quantizer(shard)
+        self.quantizer.set_usage(rowwise=True, columnwise=False)
+        return quantized
+
+    def _together(self, shard: torch.Tensor, scales: Scales) -> Any:
+        if self.scale is None:
+            scales.agree(self.dim)
+        quantizer = self.engine.quantizer(
+            scale=self.scale,
+            amax=torch.Tensor(),  # asks for none, as in TransformerEngine's own parameters in FP8
+            fp8_dtype=self.quantizer.dtype,
+            columnwise=self.columns,
+        )
+        quantizer.internal = True  # nobody but this class sees what it gives
+        return quantizer(shard)
 
     def expire(self) -> None:
         """Forget the quantized shard: the parameter is about to change."""
         self._quantized = None  # the next step's
+        self.scale = None  # of what it was
 
 
 class Float8Weight(GatheredWeight):
@@ -72,7 +134,6 @@ class Float8Weight(GatheredWeight):
     Args:
         source: the quantized shard.
         shards: how the shards make the whole.
-        wrap: TransformerEngine's ``Float8Tensor``.
         home: as for the parent.
     """
 
@@ -81,11 +142,10 @@ class Float8Weight(GatheredWeight):
         shard: torch.nn.Parameter,
         shards: Shards,
         source: Float8Shard,
-        wrap: Wrap,
         home: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(shard, shards, source.dim, home)
-        self.source, self.wrap = source, wrap
+        self.source = source
 
     def start(self) -> None:
         """As for the parent, once it is known how to quantize."""
@@ -96,7 +156,7 @@ class Float8Weight(GatheredWeight):
         """The head group's weight, by rows or, where shards travel turned, transposed."""
         gathered, shards = super().whole(), self.shards
         data, turned = (None, gathered.t()) if shards.turns else (gathered, None)
-        return self.wrap(
+        return self.source.engine.tensor(
             shape=gathered.shape,
             dtype=self.shard.dtype,
             data=data,

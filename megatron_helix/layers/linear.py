@@ -104,7 +104,8 @@ class HelixLinear(torch.nn.Module):
         """What is gathered of the weight, by what multiplies it."""
         engine = isinstance(self, EngineLinear)
         among = self.helix_groups.dim, self.helix_groups.home
-        return WeightForms(self.weight, self.shards, *among, engine=engine)
+        scales = self.neighbours.scales
+        return WeightForms(self.weight, self.shards, *among, engine=engine, scales=scales)
 
     @cached_property
     def _input_norm(self) -> Norm:

@@ -17,6 +17,8 @@ import torch
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_helix.exchange.float8_scales import Scales
+
 
 @dataclass(frozen=True, kw_only=True)
 class Neighbours:
@@ -32,6 +34,8 @@ class Neighbours:
         recompute: whether linears are run again in the backward pass.
         forward_early: whether shards are up to date before the forward pass reaches them.
         sums_later: whether gradients may be added up later than autograd is told.
+        scales: what all linears of the model agree on scales in FP8 with; None where a shard may
+            not be up to date before its own linear is called.
     """
 
     preceding: Any = None
@@ -42,6 +46,7 @@ class Neighbours:
     recompute: bool = False
     forward_early: bool = True
     sums_later: bool = False
+    scales: Scales | None = None
 
     def of_this_pass(self) -> tuple[Any, Any]:
         """(used next if this is the forward pass, used next in the backward pass), or None."""
@@ -70,14 +75,19 @@ def link(
     Returns:
         ``model``; the form of Megatron's ``pre_wrap_hooks``.
     """
+    known = {
+        "forward_early": forward_early,
+        "sums_later": sums_later,
+        "scales": Scales() if forward_early else None,
+    }
     for chunk in model:
         for block in chunk.modules():
             if isinstance(block, TransformerBlock):
-                _link_block(block, ends, {"forward_early": forward_early, "sums_later": sums_later})
+                _link_block(block, ends, known)
     return model
 
 
-def _link_block(block: TransformerBlock, ends: tuple[type, ...], known: dict[str, bool]) -> None:
+def _link_block(block: TransformerBlock, ends: tuple[type, ...], known: dict[str, Any]) -> None:
     layers = [_in_order_of_use(layer, ends) for layer in block.layers]
     chain = [linear for layer in layers for linear in layer]
     recompute = _runs_linears_again(block.config)

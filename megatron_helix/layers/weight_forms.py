@@ -1,12 +1,19 @@
 """The forms in which a linear of a decoder block gathers its weight."""
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_helix.exchange.float8 import Float8Shard, Float8Weight, QuantizedWhole
+from megatron_helix.exchange.float8 import (
+    Float8Engine,
+    Float8Shard,
+    Float8Weight,
+    QuantizedWhole,
+)
+from megatron_helix.exchange.float8_scales import Scales
 from megatron_helix.exchange.gathered_weight import GatheredWeight
 from megatron_helix.exchange.shards import Shards
 from megatron_helix.exchange.step_sums import StepSums
@@ -24,6 +31,7 @@ class WeightForms:
         dim: the m ranks that hold them.
         home: the same, over which gradients go.
         engine: whether the linear is TransformerEngine's, whose GEMMs read rows.
+        scales: with which weights it agrees on scales in FP8; alone where None.
 
     Attributes:
         keeps: whether what is gathered is to be kept for the step.
@@ -44,6 +52,7 @@ class WeightForms:
         home: dist.ProcessGroup,
         *,
         engine: bool,
+        scales: Scales | None = None,
     ) -> None:
         self.shard, self.shards, self.dim, self.home = shard, shards, dim, home
         rows = replace(shards, as_they_lie=True)
@@ -52,7 +61,8 @@ class WeightForms:
         self.sums = StepSums(shard, shards, home)
         self.keeps = self.keeps_gradients = False
         self.forward = self.backward = None if engine else self.turned
-        self._float8 = Float8Shard(shard, dim, columns=shards.axis == 1)
+        self._scales = scales
+        self._float8: Float8Shard | None = None
         self._one_scale: Pair | None = None
         self._blocks: tuple[QuantizedWhole, QuantizedWhole] | None = None
 
@@ -77,30 +87,35 @@ class WeightForms:
         if quantizer is None:
             return self.used(self.lying, self.lying)
         return self.used(
-            *(self._scaled if _has_one_scale(quantizer) else self._quantized)(quantizer)
+            *(self._scaled if _has_one_scale(type(quantizer)) else self._quantized)(quantizer)
         )
 
     def takes_factors(self, quantizer: Any) -> bool:
         """Whether gradients are added to a step's sums by GEMMs: not those of blocks of FP8."""
-        return self.keeps_gradients and (quantizer is None or _has_one_scale(quantizer))
+        return self.keeps_gradients and (quantizer is None or _has_one_scale(type(quantizer)))
 
     def finish_step(self) -> None:
         """Bring gradients home, and forget what is of the weight before an update."""
         self.sums.finish()
-        self._float8.expire()
+        if self._float8 is not None:
+            self._float8.expire()
         for form in (self.turned, self.lying, *(self._one_scale or ()), *(self._blocks or ())):
             form.forget()
 
     def _scaled(self, quantizer: Any) -> Pair:
-        self._float8.adopt(quantizer)
-        if self._one_scale is None:
-            from transformer_engine.pytorch import Float8Tensor  # type: ignore[import-not-found]
-
+        if self._float8 is None or self._one_scale is None:
+            self._float8 = Float8Shard(
+                self.shard,
+                self.dim,
+                _engine(),
+                columns=self.shards.axis == 1,
+                scales=self._scales,
+            )
             rows = replace(self.shards, as_they_lie=True)
-            source = self._float8, Float8Tensor, self.home
-            forward = Float8Weight(self.shard, rows, *source)
-            turned = Float8Weight(self.shard, self.shards, *source)
+            forward = Float8Weight(self.shard, rows, self._float8, self.home)
+            turned = Float8Weight(self.shard, self.shards, self._float8, self.home)
             self._one_scale = (forward, turned if self.shards.axis else forward)
+        self._float8.adopt(quantizer)
         return self._one_scale
 
     def _quantized(self, quantizer: Any) -> Pair:
@@ -117,11 +132,24 @@ class WeightForms:
         return self._blocks
 
 
-def _has_one_scale(quantizer: Any) -> bool:
+@cache
+def _has_one_scale(quantizer: type) -> bool:
     """Whether FP8 with a scale a tensor, delayed or current."""
     from transformer_engine.pytorch import (  # type: ignore[import-not-found]
         Float8CurrentScalingQuantizer,
         Float8Quantizer,
     )
 
-    return isinstance(quantizer, (Float8Quantizer, Float8CurrentScalingQuantizer))
+    return issubclass(quantizer, (Float8Quantizer, Float8CurrentScalingQuantizer))
+
+
+def _engine() -> Float8Engine:
+    from transformer_engine.pytorch import (  # type: ignore[import-not-found]
+        Float8Quantizer,
+        Float8Tensor,
+    )
+    from transformer_engine.pytorch.constants import (  # type: ignore[import-not-found]
+        TE_DType_To_Torch,
+    )
+
+    return Float8Engine(tensor=Float8Tensor, quantizer=Float8Quantizer, kinds=TE_DType_To_Torch)

@@ -1,7 +1,6 @@
 """Weights quantized where their shards lie and gathered in FP8: torch's float8, gloo ranks."""
 
-from dataclasses import dataclass, replace
-from types import SimpleNamespace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,9 +12,9 @@ from megatron_helix.exchange.gathered_weight import GatheredWeight
 from megatron_helix.exchange.shards import Shards
 from megatron_helix.recording.comm_ledger import CommLedger, install
 from tests.distributed import run_distributed
+from tests.float8_case import E4M3, Current, engine
 
 M, D, F = 4, 32, 48
-KIND = torch.float8_e4m3fn
 CUTS = {
     "column": Shards(axis=0),
     "gated": Shards(axis=0, outer=2),
@@ -25,49 +24,12 @@ CUTS = {
 }
 
 
-@dataclass
-class Quantizer:
-    """Current scaling as TransformerEngine's quantizer has it, by torch."""
-
-    internal: bool = True
-    with_amax_reduction: bool = False
-    amax_reduction_group: Any = None
-    rowwise: bool = True
-    columnwise: bool = True
-    dtype: torch.dtype = KIND
-    calls: int = 0
-
-    def copy(self) -> "Quantizer":
-        return replace(self)
-
-    def set_usage(self, *, rowwise: bool, columnwise: bool) -> None:
-        self.rowwise, self.columnwise = rowwise, columnwise
-
-    def __call__(self, x: torch.Tensor) -> Any:
-        self.calls += 1
-        assert not self.internal
-        amax = x.abs().max().float()
-        if self.with_amax_reduction:
-            dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=self.amax_reduction_group)
-        scale = torch.finfo(KIND).max / amax
-        narrow = (x.float() * scale).to(KIND).view(torch.uint8)
-        return SimpleNamespace(
-            _data=narrow if self.rowwise else None,
-            _transpose=narrow.t().contiguous() if self.columnwise else None,
-            _scale_inv=1 / scale,
-        )
-
-
-def _wrap(**fields: Any) -> Any:
-    return SimpleNamespace(**fields)
-
-
 def _values(whole: Any) -> torch.Tensor:
     if whole.data is None:
         assert whole.data_transpose.is_contiguous()
-        return whole.data_transpose.t().view(KIND).float() * whole.fp8_scale_inv
+        return whole.data_transpose.t().view(E4M3).float() * whole.fp8_scale_inv
     assert whole.data.is_contiguous()
-    return whole.data.view(KIND).float() * whole.fp8_scale_inv
+    return whole.data.view(E4M3).float() * whole.fp8_scale_inv
 
 
 def gathered(cut: str) -> dict[str, Any]:
@@ -81,20 +43,20 @@ def gathered(cut: str) -> dict[str, Any]:
     parts = torch.cat(list(shards.parts(whole, M)), dim=1)  # [m, rows, ...] of the cut axis
     mine = parts[dim.rank()]
     shard: Any = torch.nn.Parameter(mine.t().contiguous() if shards.axis else mine.clone())
-    source = Float8Shard(shard, dim, columns=shards.axis == 1)
+    source = Float8Shard(shard, dim, engine(), columns=shards.axis == 1)
     rows = replace(shards, as_they_lie=True)
-    forward = Float8Weight(shard, rows, source, _wrap)
-    backward = Float8Weight(shard, shards, source, _wrap) if shards.axis else forward
+    forward = Float8Weight(shard, rows, source)
+    backward = Float8Weight(shard, shards, source) if shards.axis else forward
     forward.early = True
     forward.start()  # before anybody knows how to quantize: nothing is begun
     assert forward._coming is None
-    source.adopt(Quantizer())
+    source.adopt(Current())
     ledger = CommLedger()
     uninstall = install(ledger)
     of = [_values(weight.whole()) for weight in (forward, backward, forward)]
     uninstall()
-    exact = Quantizer(internal=False)(whole)
-    wanted = exact._data.view(KIND).float() * exact._scale_inv
+    exact = Current(internal=False)(whole)
+    wanted = exact._data.view(E4M3).float() * exact._scale_inv
     narrow = {kind: entry.sent_bytes for (_, kind), entry in ledger.take().items()}
     calls = source.quantizer.calls
     with torch.no_grad():
@@ -107,7 +69,7 @@ def gathered(cut: str) -> dict[str, Any]:
     uninstall()
     wide = {kind: entry.sent_bytes for (_, kind), entry in ledger.take().items()}
     blocks = QuantizedWhole(shard, rows, dim, columns=True)
-    blocks.adopt(Quantizer())
+    blocks.adopt(Current())
     block = blocks.whole()
     return {
         "equal": [torch.equal(found, wanted) for found in of],

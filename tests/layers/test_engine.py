@@ -37,6 +37,19 @@ STEP = Plan(exchange="weights", split="batch", gather="step")
 Tensors = dict[str, torch.Tensor]
 
 
+def everybody() -> dist.ProcessGroup:
+    """All ranks."""
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD
+
+
+def layout_of(m: int, n: int) -> HelixLayout:
+    """Of a :class:`Chain`."""
+    return HelixLayout(
+        m=m, n=n, num_attention_heads=HEADS, num_query_groups=HEADS, kv_channels=CHANNELS
+    )
+
+
 class Chain:
     """The four linears of a layer, each on an input of its own, as a block calls them."""
 
@@ -49,14 +62,11 @@ class Chain:
         *,
         main_grad: bool = True,
         bias: bool = True,
+        groups: HelixGroups | None = None,
     ):
-        layout = HelixLayout(
-            m=m, n=n, num_attention_heads=HEADS, num_query_groups=HEADS, kv_channels=CHANNELS
-        )
-        group = dist.group.WORLD
-        assert group is not None
+        layout = layout_of(m, n)
         self.m, self.n, self.dtype = m, n, dtype
-        self.groups: HelixGroups = carve(layout, group)
+        self.groups = groups or carve(layout, everybody())
         config = SimpleNamespace(gated_linear_unit=True, params_dtype=dtype)
         self.linears: dict[str, Any] = {}
         for name, (inputs, outputs) in SIZES.items():
@@ -142,7 +152,7 @@ def _as_megatron(parameter: Any) -> None:
 
 
 @contextmanager
-def _rows_in_engine(rows: bool = True) -> Iterator[None]:
+def rows_in_engine(rows: bool = True) -> Iterator[None]:
     """Row linears too, as with FP8; or not, as without."""
     before = linear.in_float8
     linear.in_float8 = lambda: rows
@@ -169,7 +179,7 @@ def differences(
     oracle.link()
     engine.link(sums_later=late)
     found = {}
-    with _rows_in_engine(rows):
+    with rows_in_engine(rows):
         exact = oracle.step(PLAIN)
         found["plain"] = _farthest(engine.step(PLAIN), exact)
         found["again"] = _farthest(engine.step(PLAIN), exact)
@@ -232,7 +242,7 @@ def uses() -> tuple[list[str], float]:
         GatheredWeight.whole = noted("use", methods["whole"], always)
         GatheredWeight.send = noted("send", methods["send"], leaving)
         GatheredWeight.settle = noted("add", methods["settle"], pending)
-        with _rows_in_engine():
+        with rows_in_engine():
             chain.step(PLAIN)  # a first pass finds out what its linears gather
             log.clear()
             found = chain.step(PLAIN)
@@ -283,7 +293,7 @@ def returns() -> tuple[list[list[str]], list[float]]:
         logs, distances = [], []
         for micro_batches in (2, 2, 3, 1):
             log.clear()
-            with _rows_in_engine():
+            with rows_in_engine():
                 found = chain.step(STEP, micro_batches)
             logs.append([*log])
             distances.append(_farthest(found, oracle.step(PLAIN, micro_batches)))
@@ -308,7 +318,7 @@ def sent(m: int, n: int, plan: Plan) -> dict[tuple[str, str], int]:
     chain.link()
     ledger = CommLedger()
     uninstall = install(ledger)
-    with _rows_in_engine():
+    with rows_in_engine():
         chain.step(plan)
     uninstall()
     return {key: entry.elements for key, entry in ledger.take().items()}
