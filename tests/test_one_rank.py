@@ -121,10 +121,12 @@ def test_what_a_turn_runs_and_reads(monkeypatch, tmp_path, phase: str, profile: 
     assert given["LD_PRELOAD"] == str(tmp_path / "lib.so")
     ranks = Ranks(monkeypatch)
     (tmp_path / "go").touch()  # of a call before
+    (tmp_path / "metrics").mkdir()
     own = run.flags(words, 8, phase)
     turn = run.Turn(name="dp2", rank=1, folder=tmp_path, steps=8, profile=profile, flags=own)
     turn.begin(given)
     turn.begin(given)  # has begun
+    assert not (tmp_path / "metrics").exists()
     taken = turn.taken()
     assert taken.steps == ([1, 4, 2] if profile else [1, 4, 2, 50, 60])
     assert taken.gb == 100

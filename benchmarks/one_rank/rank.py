@@ -55,7 +55,9 @@ def alone(port: int, backend: str) -> None:
         TCPStore,  # pyright: ignore[reportPrivateImportUsage]
         distributed_c10d,
     )
-    from torch.testing._internal.distributed import fake_pg  # noqa: F401  # registers itself
+
+    if backend == "fake":  # which registers itself
+        from torch.testing._internal.distributed import fake_pg  # noqa: F401
 
     begin = distributed.init_process_group
     ranks = int(os.environ["WORLD_SIZE"])

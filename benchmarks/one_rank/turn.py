@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -42,9 +43,11 @@ class Turn:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         self._gate.unlink(missing_ok=True)
+        metrics = self.folder / "metrics"
+        shutil.rmtree(metrics, ignore_errors=True)  # of a call before
         words = [*self.flags]
         if "--helix-phase" in words:  # which the ledger's hook makes of a step
-            words += ["--helix-metrics", str(self.folder / "metrics")]
+            words += ["--helix-metrics", str(metrics)]
         if self.profile:
             words += ["--profile", "--use-pytorch-profiler", "--profile-ranks", str(self.rank)]
             words += ["--profile-step-start", str(self.steps - 2)]
