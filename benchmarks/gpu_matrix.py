@@ -45,7 +45,6 @@ from megatron_helix.experiment.config import (
 )
 from megatron_helix.experiment.execution import commit
 from megatron_helix.machine.hardware import Hardware
-from megatron_helix.run_config.batch import BatchConfig
 from megatron_helix.run_config.files import read_config
 from megatron_helix.run_config.model import ModelConfig
 from megatron_helix.run_config.precision import Precision
@@ -71,8 +70,8 @@ def main(
         str, typer.Option(help="Layouts of these names, or with these words in them.")
     ] = "",
     cores: Annotated[str, typer.Option(help="Core attentions, each layout with each.")] = "",
-    sequences: Annotated[int | None, typer.Option(help="Of a global batch; 16.")] = None,
-    sequence_length: Annotated[int | None, typer.Option(help="2048.")] = None,
+    sequences: Annotated[int | None, typer.Option(min=1, help="Of a global batch; 16.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(min=1, help="2048.")] = None,
     micro_batches: Annotated[
         str, typer.Option(help="Each layout tries these: 1,2,4,8,16, or the file's own.")
     ] = "",
@@ -97,14 +96,12 @@ def main(
         raise UserError(f"--parts: must be some of {known}, got {parts}; leave the others away")
     asked = replace(
         asked,
-        models=[
-            model.model_copy(update={"num_layers": layers or model.num_layers})
-            for model in asked.models
-            if not models or model.name in models.split(",")
-        ],
-        batch=BatchConfig(
-            sequences=sequences or asked.batch.sequences,
-            sequence_length=sequence_length or asked.batch.sequence_length,
+        **matrix_asked.reshaped(
+            [one for one in asked.models if not models or one.name in models.split(",")],
+            asked.batch,
+            layers=layers,
+            sequences=sequences,
+            sequence_length=sequence_length,
         ),
     )
     sizes = [int(size) for size in micro_batches.split(",")] if micro_batches else []

@@ -113,9 +113,28 @@ def of_file(path: Path, device: Device) -> Asked:
     return Asked(
         models=[_small(model) for model in given.models],
         layouts=[one for one in given.layouts if _runs_on_cpu(one)],
-        batch=given.batch.model_copy(update={"sequence_length": REHEARSED_LENGTH}),
+        # Without the file's flags rows are not packed.
+        batch=BatchConfig(sequences=given.batch.sequences, sequence_length=REHEARSED_LENGTH),
         **shared,
     )
+
+
+def reshaped(
+    models: Sequence[ModelConfig],
+    batch: BatchConfig,
+    *,
+    layers: int | None,
+    sequences: int | None,
+    sequence_length: int | None,
+) -> dict[str, Any]:
+    """``models`` and ``batch``, by name, with what options say; None leaves a size as it is."""
+    sizes = {"sequences": sequences, "sequence_length": sequence_length}
+    return {
+        "models": [
+            model.model_copy(update={"num_layers": layers or model.num_layers}) for model in models
+        ],
+        "batch": batch.model_copy(update={key: size for key, size in sizes.items() if size}),
+    }
 
 
 def named(arms: Sequence[LayoutConfig], words: Sequence[str]) -> list[LayoutConfig]:

@@ -12,6 +12,7 @@ from megatron_helix.experiment.config import Fp16Config
 from megatron_helix.experiment.metrics import RunMetrics
 from tests.script_module import ROOT, script_module
 
+PACKED = "configs/experiments/two_gpus_packed.yaml"
 LONG = "configs/experiments/two_gpus_long.yaml"
 QWEN = "configs/experiments/two_gpus_qwen.yaml"
 
@@ -56,6 +57,28 @@ def test_long_at_other_lengths(benchmark: Any, length: int, sequences: int, laye
         assert value(flags, "--num-layers") == str(layers)
         assert value(flags, "--micro-batch-size") == "1"
     assert value(found["train helix_2x1_mb1"], "--helix-split") == "sequence"
+
+
+@pytest.mark.parametrize(("file", "helix"), [(LONG, "helix_2x1_seq"), (PACKED, "helix_2x1")])
+def test_a_sequence_split_gathers_each_weight_as_asked(
+    benchmark: Any, file: str, helix: str
+) -> None:
+    names = [f"{helix}_{gather}" for gather in ("once", "step")]
+    words = ["--experiment", file, "--parts", "train", "--only", ",".join(names)]
+    found = lines(benchmark("gpu_matrix"), *words)
+    assert list(found) == [f"train {name}" for name in names]
+    for gather, flags in zip(("once", "step"), found.values(), strict=True):
+        assert value(flags, "--helix-gather") == gather
+        assert value(flags, "--helix-split") == "sequence"
+        assert ("--dataloader-inter-document-masking" in flags) == (file == PACKED)
+        assert value(flags, "--micro-batch-size") == "1"
+
+
+def test_packed_rows_are_rehearsed_without_documents(benchmark: Any) -> None:
+    words = ["--experiment", PACKED, "--device", "cpu", "--only", "dp2"]
+    found = lines(benchmark("gpu_matrix"), *words)
+    assert list(found) == ["prefill dp2", "train dp2"]
+    assert not any("--dataloader-inter-document-masking" in flags for flags in found.values())
 
 
 def test_a_file_is_run_as_it_is(benchmark: Any) -> None:
