@@ -30,9 +30,10 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_helix.exchange.activations import context_to_segments, qkv_to_whole_heads
+from megatron_helix.exchange.gathered_weight import Ahead, GatheredWeight
 from megatron_helix.exchange.plan import Plan
-from megatron_helix.exchange.shards import Ahead, GatheredWeight, Shards
-from megatron_helix.exchange.step_weight import StepWeight
+from megatron_helix.exchange.shards import Shards
+from megatron_helix.exchange.step_sums import StepSums
 from megatron_helix.exchange.tokens import to_block_order
 from megatron_helix.exchange.weights import column_linear, row_linear
 from megatron_helix.kernels.collectives import all_to_all, gather
@@ -218,12 +219,14 @@ class Bench:
         ]
         x = self.random(tokens, hidden).requires_grad_()
 
-        def chain(kind: type[GatheredWeight], early: bool) -> tuple[Step, Step]:
+        def chain(kept: bool, early: bool) -> tuple[Step, Step]:
             weights = [
-                kind(shard, Shards(axis=place % 2), dim) for place, shard in enumerate(shards)
+                GatheredWeight(shard, Shards(axis=place % 2), dim)
+                for place, shard in enumerate(shards)
             ]
             for weight in weights:
-                weight.early = early
+                weight.early, weight.keeps = early, kept
+                weight.sums = StepSums(weight.shard, weight.shards, dim) if kept else None
 
             def forward() -> torch.Tensor:
                 y = x
@@ -245,11 +248,11 @@ class Bench:
             return forward, both
 
         arms: dict[str, tuple[Step, Step]] = {
-            "no gather": chain(StepWeight, False),
-            "late": chain(GatheredWeight, False),
+            "no gather": chain(True, False),
+            "late": chain(False, False),
         }
         if self.device == "cuda":
-            arms["early"] = chain(GatheredWeight, True)
+            arms["early"] = chain(False, True)
         rows = []
         for place, name in enumerate(("forward", "forward and backward")):
             row: dict[str, Any] = {"chain": f"{CHAIN} linears, {name}"}

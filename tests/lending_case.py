@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_helix import pretrain_gpt
-from megatron_helix.exchange import shards
+from megatron_helix.exchange import gathered_weight, shards
 from megatron_helix.kernels import symmetric_memory
 from megatron_helix.kernels.peer_memory import PeerMemory
 from megatron_helix.layers import lending
@@ -66,7 +66,7 @@ def _rank(argv: list[str], memory: type[SharedMemory] | None, early: bool) -> Le
     found = Lending()
     weights: set[int] = set()  # where they lie; none between steps
     everything: Any = {"lends": PeerMemory.lend, "copies": PeerMemory.start_gathers}
-    everything |= {"settles": PeerMemory.settle, "sends": shards.start_gathers}
+    everything |= {"settles": PeerMemory.settle, "sends": gathered_weight.start_gathers}
 
     def lend(peers: PeerMemory, parameters: Any) -> None:
         everything["lends"](peers, parameters)
@@ -102,7 +102,7 @@ def _rank(argv: list[str], memory: type[SharedMemory] | None, early: bool) -> Le
     lending.SymmetricMemory = memory  # type: ignore[misc, assignment]
     symmetric_memory.within_reach = lambda _group: memory is not None
     PeerMemory.lend, PeerMemory.settle = lend, settle  # type: ignore[method-assign]
-    PeerMemory.start_gathers, shards.start_gathers = copy, send  # type: ignore[method-assign]
+    PeerMemory.start_gathers, gathered_weight.start_gathers = copy, send  # type: ignore[method-assign]
     if early:
         shards.runs_beside_compute = lambda _shard: True
     ledger = CommLedger()

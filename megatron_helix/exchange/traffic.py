@@ -25,7 +25,7 @@ of keys and values over dim, fwd all_gather and bwd all_to_all of ``(m-1) N 2 K 
 ``weights`` converts the stream at the block's two ends: ``2 (m-1)/m c`` of dim all_to_all in all,
 forward and as much backward; with a sequence split only where embedding or head cannot be given
 their tokens in the block's order. With ``gather="step"`` the weight terms come once a
-step: forward all_gather and, of gradients, backward sends to each other rank of the dim group. With ``gather="once"`` the forward all_gather
+step: forward all_gather and, backward, sends. With ``gather="once"`` the forward all_gather
 comes once a step, and the backward all_to_all with every micro-batch.
 """
 

@@ -20,9 +20,9 @@ import torch
 from megatron_helix.exchange.activations import context_to_segments, qkv_to_whole_heads
 from megatron_helix.exchange.decode import qkv_to_every_rank
 from megatron_helix.exchange.distributed_weight import DistributedShard, FactorStore
+from megatron_helix.exchange.gathered_weight import Ahead, GatheredWeight, whole
 from megatron_helix.exchange.padding import own_channels, own_tiles
 from megatron_helix.exchange.plan import Plan
-from megatron_helix.exchange.gathered_weight import Ahead, GatheredWeight, whole
 from megatron_helix.exchange.shards import Shards
 from megatron_helix.exchange.weights import column_linear, row_linear
 from megatron_helix.layers import lookahead
@@ -171,7 +171,8 @@ class HelixLinear(torch.nn.Module):
             forms = self._kept_forms()
             factors.shard = DistributedShard.of(*forms.for_engine(quantizer), ahead)
             # TransformerEngine finds a bias' gradient in the weight's GEMM, but for FP8.
-            factors.wanted = forms.takes_factors(quantizer) and (lent is None or bool(quantizer))
+            in_scales = quantizer is not None
+            factors.wanted = forms.takes_factors(quantizer) and (lent is None or in_scales)
             return factors.shard, lent
 
         y = engine.multiply(x, lend, self.helix_groups.head, factors)

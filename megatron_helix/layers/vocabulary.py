@@ -35,8 +35,8 @@ from megatron.core.config_logger import has_config_logger_enabled
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 
-from megatron_helix.exchange.plan import Plan
 from megatron_helix.exchange.gathered_weight import GatheredWeight, whole
+from megatron_helix.exchange.plan import Plan
 from megatron_helix.exchange.shards import Shards
 from megatron_helix.exchange.tokens import Order, in_order, out_of_order, stream_order
 from megatron_helix.exchange.weights import column_linear

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_helix.exchange import shards
+from megatron_helix.exchange.gathered_weight import GatheredWeight
 from megatron_helix.exchange.plan import Plan
 from megatron_helix.exchange.step_sums import StepSums
-from megatron_helix.exchange.gathered_weight import GatheredWeight
 from megatron_helix.layers import linear
 from megatron_helix.layers.lookahead import Neighbours
 from megatron_helix.partition.layout import HelixLayout
