@@ -55,23 +55,24 @@ def chosen(
         return "spec", ""
     path = args.helix_hardware
     times = (hardware.load(path).core_attention if path else ()) or core_times.MEASURED
+    timed_here = times is not core_times.MEASURED
     able = [core for core in OWN if _can(core, args, on_cpu)]
     channels = _channels(args)
     best, why = "spec", "the run is on the CPU, and the times are a GPU's"
-    if not on_cpu or times is not core_times.MEASURED:
+    if not on_cpu or timed_here:
         best, why = core_times.fastest(
             times, able, channels=channels, length=args.seq_length, training=training
         )
     if asked is None and best == "spec":
         return "spec", ""
-    if asked is None and (reason := _keeps_spec(args, model_config)):
+    if asked is None and (reason := _keeps_spec(args, model_config, timed_here)):
         return "spec", (
             f"helix core attention spec: {reason}; --helix-core-attention auto takes {best}"
         )
     return best, f"helix core attention {best}, of spec, {', '.join(able) or 'no other'}: {why}"
 
 
-def _keeps_spec(args: argparse.Namespace, model_config: Any) -> str:
+def _keeps_spec(args: argparse.Namespace, model_config: Any, timed_here: bool) -> str:
     """Why a run that does not say keeps the layer spec's; empty where it need not."""
     import torch
 
@@ -82,7 +83,7 @@ def _keeps_spec(args: argparse.Namespace, model_config: Any) -> str:
         return f"no other has been captured by --cuda-graph-impl {transformer.cuda_graph_impl}"
     if model_config.transformer_layer_spec is not None:
         return "a layer spec of your own is left its core attention"
-    if not args.helix_hardware and torch.cuda.get_device_capability() != (9, 0):
+    if not timed_here and torch.cuda.get_device_capability() != (9, 0):
         return "the times are of a Hopper GPU, and this is none; helix calibrate measures them"
     try:  # with one segment nothing else has asked it
         require_compatible(args, model_config, transformer)

@@ -349,6 +349,8 @@ def test_times_of_a_file_are_of_its_gpu(machine: Machine, tmp_path: Path) -> Non
     files.write(path, yaml.safe_dump({**HERE, "core_attention": [t.model_dump() for t in TIMES]}))
     args = read(*CUT, "--helix-hardware", str(path))
     assert chosen(args, GPT, on_cpu=False, training=True)[0] == "prefix"
+    files.write(path, yaml.safe_dump(HERE))  # whose core attentions nobody measured
+    assert chosen(args, GPT, on_cpu=False, training=True)[0] == "spec"
 
 
 def test_auto_goes_by_the_times_of_a_file(tmp_path: Path) -> None:
