@@ -96,7 +96,7 @@ def choices() -> list[tuple[str, str, str]]:
             "memory: weights, gradients and Adam fit every GPU",
             "data parallelism with the distributed optimizer",
             f"{time(auto, seed['DP=2'])} on the source's model with `--helix-core-attention auto`,"
-            f" at {memory(auto, seed['DP=2'])} the memory; on Qwen2.5-7B's shape"
+            f" the default there, at {memory(auto, seed['DP=2'])} the memory; on Qwen2.5-7B's shape"
             f" {time(once, qwen['DP=2'])} at {memory(once, qwen['DP=2'])} (`--helix-gather once`)"
             f" or {time(step, qwen['DP=2'])} at {memory(step, qwen['DP=2'])} (`step`); in FP8"
             f" {time(fp8[HELIX], fp8['DP=2'])}",

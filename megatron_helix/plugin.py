@@ -24,6 +24,7 @@ from megatron_helix.layers.linear import link
 from megatron_helix.options import arguments, core_attention, machine, parsed
 from megatron_helix.options.uneven import uneven
 from megatron_helix.partition.layout import HelixLayout
+from megatron_helix.run_config.core_attention import OWN
 from megatron_helix.upstream import checkpoint_reader, cpu_device, initial_weights, patches
 
 
@@ -40,7 +41,7 @@ def enable(
             Megatron's default) is kept, with its self-attention swapped. Without a layout only the
             torch norms are exchanged for ones that allow sequence parallelism, and core attention:
             where ``--helix-core-attention`` says so, and the local one for one that takes packed
-            documents.
+            documents. With one the fastest core attention is taken where nothing is said.
         training: whether micro-batches of the arguments' size will be trained on.
 
     Returns:
@@ -63,8 +64,10 @@ def enable(
 
     on_cpu = cpu_device.is_enabled()
     core_attention.require_core_attention(args, on_cpu)
-    core, why = core_attention.chosen(args, on_cpu=on_cpu, training=training)
+    core, why = core_attention.chosen(args, model_config, on_cpu=on_cpu, training=training)
     args.helix_core_attention = core  # from here on
+    if core in OWN and not args.reset_attention_mask:
+        args.create_attention_mask_in_dataloader = False  # it would be read in vain
     asked = arguments.choice(args, machine.chosen(args, on_cpu=on_cpu))
     if why and args.rank == 0:
         print(why, flush=True)

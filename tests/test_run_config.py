@@ -52,6 +52,22 @@ def test_a_stock_layout_says_its_flags(keys: dict[str, Any], flags: str) -> None
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
+        ({"m": 2, "n": 1}, "spec"),  # where a run of its own would take auto
+        ({"m": 2, "n": 1, "core_attention": "auto"}, "auto"),
+        ({"tp": 2, "core_attention": "auto"}, "auto"),
+        ({"tp": 2}, None),
+    ],
+)
+def test_layouts_differ_in_core_attention_only_where_they_say_so(
+    keys: dict[str, Any], said: str | None
+) -> None:
+    words, flag = layout(**keys).flags(MODEL), "--helix-core-attention"
+    assert (words[words.index(flag) + 1] if flag in words else None) == said
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
         ({"m": 2, "n": 1, "fsdp": "torch_fsdp2"}, "fsdp, gtp: share out the weights that m and n"),
         ({"m": 2, "n": 1, "gtp": 2}, "fsdp, gtp: share out the weights that m and n"),
         ({"fsdp": "megatron_fsdp", "gtp": 2}, "gtp: must be 1 with fsdp, got 2"),

@@ -35,6 +35,7 @@ from megatron_helix.options.flags import (
     add_helix_arguments,
 )
 from megatron_helix.partition.layout import HelixLayout, require_divides
+from megatron_helix.run_config.core_attention import OWN
 
 # Flags that are about a partition: to give one of them is to ask for it.
 _ASKING = ("--helix-m", "--helix-n", "--helix-exchange", "--helix-split", "--helix-gather")
@@ -187,7 +188,7 @@ def choice(args: argparse.Namespace, machine: Hardware | None = None) -> strateg
         keeps_sequences=args.context_parallel_size > 1,
         keeps_order=needs_order(args),
         training=args.helix_phase == PHASES[0],
-        core_attention=args.helix_core_attention,
+        core_attention=args.helix_core_attention or "spec",
         machine=machine,
     )
 
@@ -230,7 +231,7 @@ def _mask_flags(args: argparse.Namespace, argv: Sequence[str]) -> list[str]:
     more; and Megatron's dataset of conversations asserts that it is to make none.
     """
     flag = "--no-create-attention-mask-in-dataloader"
-    own = args.helix_core_attention not in ("spec", "auto")
+    own = args.helix_core_attention in OWN
     needless = args.sft or (own and not args.reset_attention_mask)
     return [flag] if needless and not _given(flag, argv) else []
 

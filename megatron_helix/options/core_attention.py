@@ -1,12 +1,18 @@
-"""``--helix-core-attention``: what each of them cannot do, and which one ``auto`` takes."""
+"""``--helix-core-attention``: what each of them cannot do, and which one ``auto`` takes.
+
+A run that does not say takes ``auto`` under a partition, else the layer spec's; and where ``auto``
+would take what nobody ran or timed beside the run's other flags, the layer spec's as well.
+"""
 
 import argparse
 import importlib.util
+from typing import Any
 
 from megatron_helix.basics.errors import UserError
 from megatron_helix.kernels import core_times
 from megatron_helix.machine import hardware
 from megatron_helix.options.checks import require_one_of
+from megatron_helix.options.features.check import require_compatible
 from megatron_helix.run_config.core_attention import NAMES, OWN, Own
 
 
@@ -21,33 +27,69 @@ def require_core_attention(args: argparse.Namespace, on_cpu: bool) -> None:
         UserError: for the first thing that it cannot.
     """
     core = args.helix_core_attention
+    if core is None:
+        return
     require_one_of("--helix-core-attention", core, NAMES)
     _require(core, args, on_cpu)
 
 
-def chosen(args: argparse.Namespace, *, on_cpu: bool, training: bool) -> tuple[str, str]:
-    """The core attention of a run, not ``auto``, and a line for the log if it was.
+def chosen(
+    args: argparse.Namespace, model_config: Any, *, on_cpu: bool, training: bool
+) -> tuple[str, str]:
+    """The core attention of a run, not ``auto``, and a line for the log if there is one to say.
 
     Args:
-        args: the helix flags and Megatron's, parsed.
+        args: the helix flags and Megatron's, parsed and completed.
+        model_config: the ``GPTModelConfig`` made from them.
         on_cpu: whether ranks are on the CPU device.
         training: whether there are backward passes.
 
     Raises:
         UserError: when the file of times cannot be read.
     """
-    if args.helix_core_attention != "auto":
-        return args.helix_core_attention, ""
+    asked = args.helix_core_attention
+    if asked not in (None, "auto"):
+        return asked, ""
+    cut = (args.helix_m or 1) * (args.helix_n or 1) > 1
+    if asked is None and (on_cpu or not cut or not training):
+        return "spec", ""
     path = args.helix_hardware
     times = (hardware.load(path).core_attention if path else ()) or core_times.MEASURED
+    timed_here = times is not core_times.MEASURED
     able = [core for core in OWN if _can(core, args, on_cpu)]
     channels = _channels(args)
     best, why = "spec", "the run is on the CPU, and the times are a GPU's"
-    if not on_cpu or times is not core_times.MEASURED:
+    if not on_cpu or timed_here:
         best, why = core_times.fastest(
             times, able, channels=channels, length=args.seq_length, training=training
         )
+    if asked is None and best == "spec":
+        return "spec", ""
+    if asked is None and (reason := _keeps_spec(args, model_config, timed_here)):
+        return "spec", (
+            f"helix core attention spec: {reason}; --helix-core-attention auto takes {best}"
+        )
     return best, f"helix core attention {best}, of spec, {', '.join(able) or 'no other'}: {why}"
+
+
+def _keeps_spec(args: argparse.Namespace, model_config: Any, timed_here: bool) -> str:
+    """Why a run that does not say keeps the layer spec's; empty where it need not."""
+    import torch
+
+    transformer = model_config.transformer
+    if args.attention_dropout:
+        return "no other was timed with --attention-dropout, and they draw other masks"
+    if transformer.cuda_graph_impl != "none":
+        return f"no other has been captured by --cuda-graph-impl {transformer.cuda_graph_impl}"
+    if model_config.transformer_layer_spec is not None:
+        return "a layer spec of your own is left its core attention"
+    if not timed_here and torch.cuda.get_device_capability() != (9, 0):
+        return "the times are of a Hopper GPU, and this is none; helix calibrate measures them"
+    try:  # with one segment nothing else has asked it
+        require_compatible(args, model_config, transformer)
+    except UserError as error:
+        return f"no other has been run beside {str(error).partition(':')[0]}"
+    return ""
 
 
 def able(channels: int, *, on_cpu: bool) -> list[str]:

@@ -101,12 +101,14 @@ def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     )
     group.add_argument(
         "--helix-core-attention",
-        default="spec",
         metavar="NAME",
         help=f"What computes softmax(QK)V: {', '.join(core_attention.NAMES)}. spec is that of the"
         " layer spec, TransformerEngine's or the local one; "
         + "".join(f"{name} {own.said}; " for name, own in core_attention.OWN.items())
-        + "auto takes what was fastest where it was measured. Works without M and N, too.",
+        + "auto takes what was fastest where it was measured. Works without M and N, too. By"
+        " default a training with M * N > 1 takes auto on GPUs, but spec with attention dropout,"
+        " CUDA graphs or a layer spec of its own; all else takes spec. Megatron's"
+        " --attention-backend is of spec alone.",
     )
     group.add_argument(
         "--helix-hardware",

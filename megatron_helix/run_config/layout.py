@@ -28,7 +28,9 @@ class LayoutConfig(Config):
             ``auto``.
         gather: how often the exchange ``weights`` gathers a weight: every ``microbatch`` without
             it, ``once`` a step, or once a ``step`` with the gradients.
-        core_attention: another than the layer spec's, in a stock layout too.
+        core_attention: another than the layer spec's, in a stock layout too. Without it the layer
+            spec's, where a helix run that says nothing takes ``auto``: what is compared differs in
+            core attention only where the file says so.
         distributed_optimizer: whether data-parallel ranks share out the optimizer's states.
         fsdp: fully sharded data parallelism, Megatron's own (strategy ``optim_grads_params``) or
             torch's: a data-parallel rank keeps its part of weights, gradients and optimizer states,
@@ -160,7 +162,10 @@ class LayoutConfig(Config):
             )
         else:
             words += valued(tensor_model_parallel_size=self.tp)
-        words += valued(helix_core_attention=self.core_attention)
+        core = self.core_attention
+        if self.is_helix and core is None:
+            core = "spec"  # a run takes auto there, and stock beside it does not
+        words += valued(helix_core_attention=core)
         if self.tensor_parallel_size > 1:
             words.append("--sequence-parallel")
         if self.cp > 1:

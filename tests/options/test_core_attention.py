@@ -5,12 +5,14 @@ import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
 
+from megatron_helix import plugin
 from megatron_helix.basics import files
 from megatron_helix.kernels import core_times
 from megatron_helix.kernels.core_times import MEASURED, CoreTime, fastest
@@ -28,6 +30,10 @@ WIDE = (
     *("--seq-length", "8192", "--attention-dropout", "0", "--bf16"),
 )
 Machine = Callable[..., None]
+CUT = ("--helix-m", "2", "--helix-n", "2")
+GPT = SimpleNamespace(
+    transformer=SimpleNamespace(cuda_graph_impl="none"), transformer_layer_spec=None
+)
 HERE = HOPPER.model_dump(exclude_defaults=True)
 
 
@@ -218,21 +224,133 @@ def test_auto_says_what_it_takes_and_why(machine: Machine, monkeypatch: pytest.M
     args = read("--helix-core-attention", "auto")
     taken = {}
     for training in (False, True):
-        core, said = chosen(args, on_cpu=False, training=training)
+        core, said = chosen(args, GPT, on_cpu=False, training=training)
         size = {"channels": 512, "length": 8192, "training": training}
         assert core == fastest(MEASURED, ["prefix", "ffpa"], **size)[0]
         assert said.startswith(f"helix core attention {core}, of spec, prefix, flex, ffpa: ")
         taken[training] = core
     assert taken == {False: "prefix", True: "prefix"}
     args.sft = True
-    assert chosen(args, on_cpu=False, training=True)[0] == "spec"
-    assert chosen(args, on_cpu=True, training=True)[0] == "spec"
-    assert chosen(read(), on_cpu=False, training=True) == ("spec", "")
+    assert chosen(args, GPT, on_cpu=False, training=True)[0] == "spec"
+    assert chosen(args, GPT, on_cpu=True, training=True)[0] == "spec"
+    assert chosen(read(), GPT, on_cpu=False, training=True) == ("spec", "")
     args.sft = False
     monkeypatch.setattr(core_times, "MEASURED", TIMES)
-    assert chosen(args, on_cpu=False, training=True)[0] == "ffpa"
+    assert chosen(args, GPT, on_cpu=False, training=True)[0] == "ffpa"
     machine(ffpa=False)
-    assert chosen(args, on_cpu=False, training=True)[0] == "prefix"
+    assert chosen(args, GPT, on_cpu=False, training=True)[0] == "prefix"
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (CUT, "prefix"),
+        (("--helix-m", "1", "--helix-n", "2"), "prefix"),
+        ((*CUT, "--window-size", "(8,0)"), "prefix"),
+        ((*CUT, "--attention-dropout", "0.1", "--helix-core-attention", "auto"), "prefix"),
+        (("--helix-core-attention", "auto"), "prefix"),
+        ((), "spec"),
+        (("--helix-m", "1", "--helix-n", "1"), "spec"),
+        ((*CUT, "--helix-core-attention", "spec"), "spec"),
+        *(((*CUT, "--kv-channels", channels), "spec") for channels in ("128", "256")),
+        ((*CUT, "--context-parallel-size", "2"), "spec"),
+        ((*CUT, "--multi-latent-attention"), "spec"),
+        ((*CUT, "--helix-exchange", "scores"), "spec"),
+        ((*CUT, "--sft"), "spec"),
+        ((*CUT, "--dataloader-inter-document-masking"), "spec"),
+    ],
+)
+def test_a_partition_takes_auto_unless_told(
+    machine: Machine, flags: tuple[str, ...], expected: str
+) -> None:
+    machine()
+    args = read(*flags)
+    require_core_attention(args, on_cpu=False)
+    core, said = chosen(args, GPT, on_cpu=False, training=True)
+    assert core == expected
+    assert said.startswith(f"helix core attention {core}, of spec, ") == (core != "spec")
+    assert arguments.choice(args).core_attention == (args.helix_core_attention or "spec")
+
+
+@pytest.mark.parametrize("flags", [CUT, ()])
+def test_ranks_of_a_cpu_and_generation_keep_the_specs(
+    machine: Machine, flags: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Without a line, whatever was measured."""
+    machine()
+    path = tmp_path / "here.yaml"
+    files.write(path, yaml.safe_dump({**HERE, "core_attention": [t.model_dump() for t in TIMES]}))
+    args = read(*flags, "--helix-hardware", str(path))
+    for where in ({"on_cpu": True, "training": True}, {"on_cpu": False, "training": False}):
+        assert chosen(args, GPT, **where) == ("spec", "")
+
+
+def _with(**changed: Any) -> Any:
+    """A GPT model config with other values; of its layers but for the spec."""
+    spec = changed.pop("transformer_layer_spec", None)
+    layers = SimpleNamespace(**{**vars(GPT.transformer), **changed})
+    return SimpleNamespace(transformer=layers, transformer_layer_spec=spec)
+
+
+KEPT: dict[str, tuple[tuple[str, ...], Any, tuple[int, int], str]] = {
+    "dropout": (
+        (*CUT, "--attention-dropout", "0.1"),
+        GPT,
+        (9, 0),
+        "no other was timed with --attention-dropout, and they draw other masks",
+    ),
+    "graphs": (
+        CUT,
+        _with(cuda_graph_impl="local"),
+        (9, 0),
+        "no other has been captured by --cuda-graph-impl local",
+    ),
+    "a user's spec": (
+        CUT,
+        _with(transformer_layer_spec=lambda config: None),
+        (9, 0),
+        "a layer spec of your own is left its core attention",
+    ),
+    "another GPU": (
+        CUT,
+        GPT,
+        (10, 0),
+        "the times are of a Hopper GPU, and this is none; helix calibrate measures them",
+    ),
+    "what m > 1 refuses": (
+        ("--helix-m", "1", "--helix-n", "4"),
+        _with(fp8_dot_product_attention=True),
+        (9, 0),
+        "no other has been run beside fp8_dot_product_attention",
+    ),
+}
+
+
+@pytest.mark.parametrize(("flags", "config", "capability", "reason"), KEPT.values(), ids=KEPT)
+def test_what_was_not_run_keeps_the_specs_and_says_so(
+    machine: Machine,
+    flags: tuple[str, ...],
+    config: Any,
+    capability: tuple[int, int],
+    reason: str,
+) -> None:
+    machine(capability)
+    said = f"helix core attention spec: {reason}; --helix-core-attention auto takes prefix"
+    assert chosen(read(*flags), config, on_cpu=False, training=True) == ("spec", said)
+    small = read(*flags, "--kv-channels", "128")  # where there is nothing to keep it from
+    assert chosen(small, config, on_cpu=False, training=True) == ("spec", "")
+    asked = read(*flags, "--helix-core-attention", "auto")
+    assert chosen(asked, config, on_cpu=False, training=True)[0] == "prefix"
+
+
+def test_times_of_a_file_are_of_its_gpu(machine: Machine, tmp_path: Path) -> None:
+    machine((10, 0))
+    path = tmp_path / "here.yaml"
+    files.write(path, yaml.safe_dump({**HERE, "core_attention": [t.model_dump() for t in TIMES]}))
+    args = read(*CUT, "--helix-hardware", str(path))
+    assert chosen(args, GPT, on_cpu=False, training=True)[0] == "prefix"
+    files.write(path, yaml.safe_dump(HERE))  # whose core attentions nobody measured
+    assert chosen(args, GPT, on_cpu=False, training=True)[0] == "spec"
 
 
 def test_auto_goes_by_the_times_of_a_file(tmp_path: Path) -> None:
@@ -241,26 +359,56 @@ def test_auto_goes_by_the_times_of_a_file(tmp_path: Path) -> None:
     files.write(
         path, yaml.safe_dump({**HERE, "core_attention": [each.model_dump() for each in TIMES]})
     )
-    assert chosen(args, on_cpu=True, training=True)[0] == "prefix"
+    assert chosen(args, GPT, on_cpu=True, training=True)[0] == "prefix"
     files.write(path, yaml.safe_dump(HERE))  # of a machine whose core attentions nobody measured
-    assert chosen(args, on_cpu=True, training=True)[0] == "spec"
+    assert chosen(args, GPT, on_cpu=True, training=True)[0] == "spec"
     files.write(path, "name: here\n")
     with pytest.raises(ValueError, match=r"here.yaml: devices: Field required"):
-        chosen(args, on_cpu=True, training=True)
+        chosen(args, GPT, on_cpu=True, training=True)
 
 
-def test_the_flag_puts_prefix_into_every_layer(
-    corpus_prefix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of a stock layout, too; and no mask is made that it would not need."""
-    used, forward = tmp_path / "used", PrefixAttention.forward
+@pytest.fixture
+def used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file of the layers and masks that ``prefix`` was called with; ranks are forks."""
+    file, forward = tmp_path / "used", PrefixAttention.forward
+    file.touch()
 
     def noted(self: PrefixAttention, *args: Any, **kwargs: Any) -> torch.Tensor:
-        with used.open("a") as lines:
+        with file.open("a") as lines:
             lines.write(f"{self.layer_number} {args[3]}\n")
         return forward(self, *args, **kwargs)
 
-    monkeypatch.setattr(PrefixAttention, "forward", noted)  # ranks are forks
+    monkeypatch.setattr(PrefixAttention, "forward", noted)
+    return file
+
+
+def test_the_flag_puts_prefix_into_every_layer(
+    corpus_prefix: Path, tmp_path: Path, used: Path
+) -> None:
+    """Of a stock layout, too; and no mask is made that it would not need."""
     flags = tiny_gpt(corpus_prefix, "--tensor-model-parallel-size", "2", train_iters=1)
     pretrain_launched([*flags, "--helix-core-attention", "prefix"], 2, tmp_path)
     assert set(used.read_text().splitlines()) == {"1 None", "2 None"}
+
+
+def test_a_partition_trains_by_what_is_fastest(
+    corpus_prefix: Path, tmp_path: Path, used: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the spec's on a CPU, where nothing is said; as on a GPU by another, which is said once."""
+    flags = tiny_gpt(corpus_prefix, "--helix-m", "2", "--helix-n", "1", train_iters=2)
+    found = {"cpu": pretrain_launched(flags, 2, tmp_path / "cpu")}
+    assert used.read_text() == ""
+
+    def on_gpu(*args: Any, training: bool, **_: Any) -> tuple[str, str]:
+        return chosen(*args, on_cpu=False, training=training)
+
+    fast = [time("spec", 32, 2, channels=16), time("prefix", 32, 1, channels=16)]
+    monkeypatch.setattr(core_times, "MEASURED", fast)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(plugin.core_attention, "chosen", on_gpu)
+    found["gpu"] = pretrain_launched(flags, 2, tmp_path / "gpu")
+    assert set(used.read_text().splitlines()) == {"1 None", "2 None"}
+    for where, lines in (("cpu", 0), ("gpu", 1)):
+        logs = [file.read_text() for file in (tmp_path / where / "logs").iterdir()]
+        assert "".join(logs).count("helix core attention ") == lines
+    assert found["gpu"].losses == pytest.approx(found["cpu"].losses, rel=1e-6)
