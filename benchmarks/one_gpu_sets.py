@@ -31,6 +31,7 @@ STOCK: Cut = {"tp": 2}
 HELIX: dict[str, Cut] = {
     exchange: {"m": 2, "n": 1, "exchange": exchange} for exchange in ("activations", "weights")
 }
+KEPT: dict[str, Cut] = {"step": {**HELIX["weights"], "gather": "step"}}  # for a step
 MODEL = {"num_layers": 2, "num_attention_heads": 4, "num_query_groups": 2, "swiglu": True}
 MODEL |= {"normalization": "RMSNorm", "untie_embeddings_and_output_weights": True}
 SIZES: dict[str, dict[str, Any]] = {
@@ -168,7 +169,7 @@ def fp8(bench: Bench) -> Iterator[Training]:
         flags: tuple[str, ...] = ()
         if recipe != "bf16":
             flags = ("--fp8-format", "hybrid", "--fp8-recipe", recipe, *RECIPES[recipe])
-        for name, cut in {"tp2": STOCK, **HELIX}.items():
+        for name, cut in {"tp2": STOCK, **HELIX, **KEPT}.items():
             yield of_set.training(f"{recipe}-{name}", cut, *flags)
 
 
@@ -194,7 +195,7 @@ def _beside_stock(
 ) -> Iterator[Training]:
     """Stock on two ranks and helix; stock on one, and once more in single precision."""
     yield of_set.training(f"{kind}-tp2", STOCK, *flags)
-    for name, cut in HELIX.items():
+    for name, cut in {**HELIX, **KEPT}.items():
         yield of_set.training(f"{kind}-{name}", {**cut, "split": split}, *flags)
     yield of_set.training(f"{kind}-tp1", {"tp": 1}, *flags)
     yield of_set.training(f"{kind}-fp32", {"tp": 1}, *flags, fp32=True)

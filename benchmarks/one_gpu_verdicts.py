@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from matrix_turns import Device
-from one_gpu_sets import GRAPHS, HELIX, KINDS, RECIPES
+from one_gpu_sets import GRAPHS, HELIX, KEPT, KINDS, RECIPES
 from one_gpu_turns import Curve
 
 from megatron_helix.experiment.results import largest_difference
@@ -41,10 +41,10 @@ def rows(name: str, curves: Mapping[str, Curve], device: Device) -> Iterator[Row
 
 def _fp8(_device: Device) -> Iterator[Comparison]:
     for recipe in RECIPES:
-        for name in HELIX:
+        for name in (*HELIX, *KEPT):
             names = "bf16-tp2", f"{recipe}-tp2", f"{recipe}-{name}"
             yield Comparison({"recipe": recipe, "layout": name}, names, _quantized)
-    for name in HELIX:
+    for name in (*HELIX, *KEPT):
         names = "bf16-tp2", f"bf16-{name}"
         yield Comparison({"recipe": "bf16", "layout": name}, names, _rounded)
 
@@ -82,7 +82,7 @@ def _sequence(device: Device) -> Iterator[Comparison]:
 
 
 def _beside_stock(kind: str, judge: Callable[..., Row]) -> Iterator[Comparison]:
-    for name in HELIX:
+    for name in (*HELIX, *KEPT):
         names = (f"{kind}-{name}", *(f"{kind}-{one}" for one in ("tp2", "tp1", "fp32")))
         yield Comparison({"rows": kind, "layout": name}, names, judge)
 

@@ -60,6 +60,7 @@ def test_cpu_ranks_keep_the_bar(rehearsed: tuple[int, dict[str, Any]]) -> None:
     assert [(row["layout"], row["good"]) for row in said["rows"]] == [
         ("activations", True),
         ("weights", True),
+        ("step", True),
     ]
     curves = said["curves"]
     assert all(len(curve["losses"]) == STEPS for name, curve in curves.items() if "rows" in name)
@@ -127,7 +128,7 @@ def test_fp8(script: ModuleType) -> None:
     stock = {f"{recipe}_tp2": {"losses": (4.1, 3.1)} for recipe in ("delayed", "blockwise")}
     stock["tensorwise_tp2"] = {"losses": (4.2, 3.0)}
     near, far = {"losses": (3.86, 3.14)}, {"losses": (3.84, 3.16)}
-    others = [True] * 6  # of delayed, of blockwise, of bf16
+    others = [True] * 10  # `step`, and those of delayed, of blockwise, of bf16
     found = judged(script, "fp8", **stock, tensorwise_activations=near, tensorwise_weights=far)
     assert found == [True, False, *others]
     skips = {**near, "skipped": 1}
@@ -152,8 +153,8 @@ def test_copies_are_held_to_the_last_bit_and_to_copies(script: ModuleType) -> No
 
 def test_on_a_gpu_a_sequence_split_is_gap_by_gap(script: ModuleType) -> None:
     stock = {"rows_fp32": {"losses": (4.1, 3.1), "norms": (1.1, 2.1)}}
-    assert judged(script, "sequence", **stock) == [True, True]
-    assert judged(script, "sequence", **stock, rows_weights={"by_gaps": False}) == [True, False]
+    assert judged(script, "sequence", **stock) == [True, True, True]
+    assert judged(script, "sequence", **stock, rows_weights={"by_gaps": False}) == [True, False, True]
 
 
 def test_a_run_that_fails_misses_the_bar_and_says_why(script: ModuleType, tmp_path: Path) -> None:
