@@ -154,7 +154,11 @@ def test_copies_are_held_to_the_last_bit_and_to_copies(script: ModuleType) -> No
 def test_on_a_gpu_a_sequence_split_is_gap_by_gap(script: ModuleType) -> None:
     stock = {"rows_fp32": {"losses": (4.1, 3.1), "norms": (1.1, 2.1)}}
     assert judged(script, "sequence", **stock) == [True, True, True]
-    assert judged(script, "sequence", **stock, rows_weights={"by_gaps": False}) == [True, False, True]
+    assert judged(script, "sequence", **stock, rows_weights={"by_gaps": False}) == [
+        True,
+        False,
+        True,
+    ]
 
 
 def test_a_run_that_fails_misses_the_bar_and_says_why(script: ModuleType, tmp_path: Path) -> None:

@@ -69,13 +69,14 @@ def add_weight_gradient(into: torch.Tensor, grad: Any, x: Any) -> None:
     """``into += dY^T X``; the product is not rounded on the way where a GEMM can add to it.
 
     Args:
-        into: ``[F, D]``; on a GPU in the dtype of ``x``, or in fp32.
+        into: ``[F, D]``, contiguous; on a GPU in the dtype of ``x``, or in fp32.
         grad: ``[..., F]``, perhaps some columns of a matrix: torch's GEMM reads them where they
             are, TransformerEngine's would want a copy. Or in FP8, with a scale a tensor.
         x: ``[..., D]``, likewise.
 
     The FP8 branch cannot run on a CPU.
     """
+    assert into.is_contiguous(), into.stride()  # TransformerEngine reads none
     if _is_float8(x):
         gemm = _general_gemm()
         how = {"layout": "NT", "grad": True, "accumulate": True, "use_split_accumulator": True}

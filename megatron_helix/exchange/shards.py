@@ -87,7 +87,7 @@ class Shards:
     @property
     def alike(self) -> bool:
         """Whether the m shards are of one length, without padding."""
-        return not self.lengths
+        return len({*self.lengths}) < 2
 
     def features(self, of: torch.Tensor, m: int, dim: int) -> Sequence[Sequence[torch.Tensor]]:
         """A factor of the whole's gradient, cut as its features are, where shards are alike.
@@ -99,19 +99,18 @@ class Shards:
             dim: 0 or 1.
 
         Returns:
-            For each shard what belongs to each of :meth:`places`: views, or a copy where a shard
-            is of many runs.
+            For each shard what belongs to each of :meth:`places`: views, or copies where runs lie
+            apart that do not travel so.
         """
-        runs = of.unflatten(dim, (self.outer, m, -1)).unbind(dim + 1)  # of a shard: [outer, inner]
-        if self.outer > FEW_RUNS:
-            return [[run.flatten(dim, dim + 1)] for run in runs]
-        return [run.unbind(dim) for run in runs]
+        cut = of.unflatten(dim, (self._apart, self.outer // self._apart, m, -1))
+        return [
+            [run.flatten(dim, dim + 1) for run in shard.unbind(dim)]
+            for shard in cut.unbind(dim + 2)
+        ]
 
     def places(self, shard: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Where :meth:`features` of a shard belong in it, views."""
-        if self.outer > FEW_RUNS:
-            return [shard]
-        return shard.unflatten(self.axis, (self.outer, -1)).unbind(self.axis)
+        """Where :meth:`features` of a shard belong in it, views; contiguous."""
+        return shard.unflatten(self.axis, (self._apart, -1)).unbind(self.axis)
 
     def _lengths(self, m: int, alike: int) -> Sequence[int]:
         return self.lengths or (alike,) * m
