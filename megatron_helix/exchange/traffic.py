@@ -23,8 +23,9 @@ with ``R = 2 (m-1)/m b H/n s^2`` in fp32. The first factor of the token terms co
 of them, two where the MLP is not dense (half of each figure). A sequence split adds the gathering
 of keys and values over dim, fwd all_gather and bwd all_to_all of ``(m-1) N 2 K d / T`` each.
 ``weights`` converts the stream at the block's two ends: ``2 (m-1)/m c`` of dim all_to_all in all,
-forward and as much backward; with a sequence split only where embedding or head cannot be given
-their tokens in the block's order. With ``gather="step"`` the weight terms come once a
+forward and as much backward. With a sequence split it does only where embedding or head cannot be
+given their tokens in the block's order, and what a rank then sends is ``2 c`` without the pieces
+that are its own already (:func:`block_ends`). With ``gather="step"`` the weight terms come once a
 step: forward all_gather and, backward, sends. With ``gather="once"`` the forward all_gather
 comes once a step, and the backward all_to_all with every micro-batch.
 """
@@ -32,6 +33,7 @@ comes once a step, and the backward all_to_all with every micro-batch.
 from collections import Counter
 from dataclasses import dataclass
 
+from megatron_helix.exchange.pieces import kept
 from megatron_helix.exchange.plan import Plan
 from megatron_helix.partition.features import padded
 from megatron_helix.partition.layout import HelixLayout
@@ -201,13 +203,28 @@ def put_in_order(
 
 
 def block_ends(
-    plan: Plan, layout: HelixLayout, shape: BlockShape, *, sequence: int, batch: int
+    plan: Plan,
+    layout: HelixLayout,
+    shape: BlockShape,
+    *,
+    sequence: int,
+    batch: int,
+    rank: int | None = None,
 ) -> Elements:
-    """Elements of converting the stream at the block's ends, forward; backward as many."""
+    """Elements of converting the stream at the block's ends, forward; backward as many.
+
+    What ``rank`` of T sends, which is the same for all with a batch split. By default what the rank
+    with most to send does, for which the others wait: with a sequence split and m > 2 all that it
+    has. Of a packed row it depends on ``plan.documents``.
+    """
     if not plan.has_own_order:
         return Counter()
-    chunk = sequence * batch * shape.hidden // layout.size
-    return Counter({("dim", "all_to_all"): 2 * (layout.m - 1) * chunk // layout.m})
+    if plan.split == "batch":
+        chunk = sequence * batch * shape.hidden // layout.size
+        return Counter({("dim", "all_to_all"): 2 * (layout.m - 1) * chunk // layout.m})
+    ranks = range(layout.size) if rank is None else [rank]
+    sent = sequence // layout.size - min(kept(plan, layout, one, sequence) for one in ranks)
+    return Counter({("dim", "all_to_all"): 2 * sent * batch * shape.hidden})
 
 
 def training_ends(

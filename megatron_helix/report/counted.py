@@ -248,7 +248,7 @@ def bytes_sent(results: Sequence[Result], cuts: dict[str, Any]) -> Page:
                 rows.append([*cells, f"{want:,.0f}", f"{got:,.0f}"])
     return {
         "title": "Bytes a rank sends in a step",
-        "note": "Mean over ranks.",
+        "note": "Mean over ranks. To experts and back is predicted for even loads.",
         "heads": ["run", "axis", "collective", "predicted", "measured"],
         "rows": rows,
     }

@@ -129,9 +129,9 @@ def test_a_layer_sends_what_the_closed_form_says(
     shape = BlockShape(hidden=HIDDEN, ffn=FFN, gated=gated, num_layers=1)
     size: dict[str, Any] = {"sequence": S, "batch": B}
     forward, backward = traffic.layer(plan, layout, shape, **size)
-    ends = traffic.block_ends(plan, layout, shape, **size)
-    expected = (_nonzero(forward + ends), _nonzero(backward + ends))
     for rank, of_rank in enumerate(_counted(m, n, groups)):
+        ends = traffic.block_ends(plan, layout, shape, **size, rank=rank)
+        expected = (_nonzero(forward + ends), _nonzero(backward + ends))
         sent_forward, sent_backward = of_rank[plan, gated]
         assert (_nonzero(sent_forward), _nonzero(sent_backward)) == expected, f"rank {rank}"
 

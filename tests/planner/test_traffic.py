@@ -9,6 +9,7 @@ import pytest
 
 from megatron_helix import corpus
 from megatron_helix.experiment import config
+from megatron_helix.planner.book import share
 from megatron_helix.planner.deployment import VOCAB_MULTIPLE, Deployment
 from megatron_helix.planner.traffic import AXES, step_bytes
 from megatron_helix.run_config.batch import BatchConfig
@@ -172,14 +173,16 @@ def _run(
         *more,
     ]
     measured(flags, world_size, folder)
+    return _counted(folder, world_size, "sent_bytes")
+
+
+def _counted(folder: Path, world_size: int, what: str) -> list[Sent]:
+    """A count of each rank's ledger in the last step."""
     lines = [
         json.loads((folder / "metrics" / f"rank{rank:02d}.jsonl").read_text().splitlines()[-1])
         for rank in range(world_size)
     ]
-    return [
-        {(e["axis"], e["kind"]): e["sent_bytes"] for e in line["traffic"] if e["sent_bytes"]}
-        for line in lines
-    ]
+    return [{(e["axis"], e["kind"]): e[what] for e in line["traffic"] if e[what]} for line in lines]
 
 
 def _predicted(
@@ -303,7 +306,7 @@ def test_the_quickstart_sends_what_is_predicted(
     sent = _run(model, layout, batch, world_size, corpus_prefix, tmp_path)
     predicted = _predicted(model, layout, batch, world_size)
     if model.num_experts:
-        take_routed(sent, predicted)
+        take_routed(sent, _counted(tmp_path, world_size, "kept_bytes"), predicted)
     assert sent == predicted
 
 
@@ -312,18 +315,22 @@ def test_routing_moves_bytes_between_ranks_only(corpus_prefix: Path, tmp_path: P
     batch = batch_of(layout, 4)
     sent = _run(MODELS["routed"], layout, batch, 4, corpus_prefix, tmp_path)
     predicted = _predicted(MODELS["routed"], layout, batch, 4)
-    take_routed(sent, predicted)
+    take_routed(sent, _counted(tmp_path, 4, "kept_bytes"), predicted)
     assert sent == predicted
 
 
-def take_routed(sent: list[Sent], predicted: list[Sent]) -> None:
+def take_routed(sent: list[Sent], kept: list[Sent], predicted: list[Sent]) -> None:
     """Check what depends on routing, and take it out.
 
-    How many rows a rank gets for its experts is up to the router, but every row comes from a rank
-    and goes back: summed over the ranks the bytes are what is predicted, and what a rank sends of
-    its own rows is half of its mean. The ledger rounds calls.
+    How many rows a rank gets for its experts, and how many of its own it keeps, is up to the
+    router, but every row comes from a rank and goes back: summed over the ranks what is sent and
+    kept is what is predicted, and of a rank's own rows, half of its mean. The closed form rounds
+    calls.
     """
     key = AXES["ep"], "all_to_all"
-    routed, expected = ([rank.pop(key) for rank in ranks] for ranks in (sent, predicted))
-    assert sum(routed) == pytest.approx(sum(expected), rel=1e-5)
-    assert min(routed) >= expected[0] / 2 * (1 - 1e-5)
+    moved, stayed, expected = ([r.pop(key, 0) for r in ranks] for ranks in (sent, kept, predicted))
+    both = list(map(sum, zip(moved, stayed, strict=True)))
+    whole = [of / share("all_to_all", 4) for of in expected]
+    assert sum(both) == pytest.approx(sum(whole), rel=1e-5)
+    assert min(both) >= whole[0] / 2 * (1 - 1e-5)
+    assert moved != pytest.approx(expected, rel=1e-5)  # it is not even loads that are seen
