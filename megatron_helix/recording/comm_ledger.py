@@ -209,17 +209,18 @@ def _counted(original: Any, kind: str, which: int, share: _Share, ledger: CommLe
     return collective
 
 
-def _parts(args: Sequence[Any]) -> Sequence[int]:
+def _parts(args: Sequence[Any]) -> list[int]:
     """Sizes of what an all-to-all has for each rank, in any unit; none given where all are equal.
 
-    Of a list of tensors they are the tensors' own; of one tensor, split sizes of the input.
+    Of a list of tensors they are the tensors' own; of one tensor, split sizes of the input, which
+    Megatron's token dispatcher has as an array.
     """
     if isinstance(args[1], torch.Tensor):
-        return args[3] if len(args) > 3 else ()
+        return [int(size) for size in args[3]]
     return [tensor.numel() for tensor in args[1]]
 
 
-def _without(rank: int, parts: Sequence[int], whole: int) -> int:
+def _without(rank: int, parts: list[int], whole: int) -> int:
     """What is left of ``whole`` without the part that is for ``rank``; exact."""
     return whole - whole * parts[rank] // (sum(parts) or 1)
 

@@ -82,6 +82,9 @@ CASES = [
     ("gqa", 8, {**WIDE, "pp": 2, "split": "sequence", "gather": "step"}),
     ("dense", 8, {**WIDE, "distributed_optimizer": True}),
     ("dense", 4, {**WEIGHTS, "m": 4, "n": 1, "split": "sequence", "micro_batch": 2}),
+    # Learned positions are added in stock's order: the stream is dealt, and each rank keeps another
+    # part of it.
+    ("learned", 4, {**WEIGHTS, "m": 4, "n": 1, "split": "sequence", "micro_batch": 2}),
     ("swiglu", 4, {**CUT, "m": 4, "n": 1, "exchange": "activations", "split": "batch"}),
     ("unlike", 4, {**WIDE, "m": 4, "n": 1}),
     ("modern", 8, {**WIDE, "pp": 2}),
