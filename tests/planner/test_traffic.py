@@ -309,7 +309,7 @@ def test_the_quickstart_sends_what_is_predicted(
     sent = _run(model, layout, batch, world_size, corpus_prefix, tmp_path)
     predicted = _predicted(model, layout, batch, world_size)
     if model.num_experts:
-        take_routed(sent, _counted(tmp_path, world_size, "kept_bytes"), predicted)
+        take_routed(sent, _counted(tmp_path, world_size, "kept_bytes"), predicted, layout.ep)
     assert sent == predicted
 
 
@@ -318,12 +318,12 @@ def test_routing_moves_bytes_between_ranks_only(corpus_prefix: Path, tmp_path: P
     batch = batch_of(layout, 4)
     sent = _run(MODELS["routed"], layout, batch, 4, corpus_prefix, tmp_path)
     predicted = _predicted(MODELS["routed"], layout, batch, 4)
-    take_routed(sent, _counted(tmp_path, 4, "kept_bytes"), predicted)
+    take_routed(sent, _counted(tmp_path, 4, "kept_bytes"), predicted, layout.ep)
     assert sent == predicted
 
 
-def take_routed(sent: list[Sent], kept: list[Sent], predicted: list[Sent]) -> None:
-    """Check what depends on routing, and take it out.
+def take_routed(sent: list[Sent], kept: list[Sent], predicted: list[Sent], among: int) -> None:
+    """Check what depends on routing ``among`` so many ranks, and take it out.
 
     How many rows a rank gets for its experts, and how many of its own it keeps, is up to the
     router, but every row comes from a rank and goes back: summed over the ranks what is sent and
@@ -333,7 +333,7 @@ def take_routed(sent: list[Sent], kept: list[Sent], predicted: list[Sent]) -> No
     key = AXES["ep"], "all_to_all"
     moved, stayed, expected = ([r.pop(key, 0) for r in ranks] for ranks in (sent, kept, predicted))
     both = list(map(sum, zip(moved, stayed, strict=True)))
-    whole = [of / share("all_to_all", 4) for of in expected]
+    whole = [of / share("all_to_all", among) for of in expected]
     assert sum(both) == pytest.approx(sum(whole), rel=1e-5)
     assert min(both) >= whole[0] / 2 * (1 - 1e-5)
     assert moved != pytest.approx(expected, rel=1e-5)  # it is not even loads that are seen
