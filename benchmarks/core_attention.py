@@ -10,7 +10,7 @@ A shape is BATCH x HEADS[/QUERY GROUPS] x LENGTH x HEAD DIMENSION, causal. The a
 * ``Megatron``: its own ``DotProductAttention``;
 * ``prefix``: the module as it is, with all heads of a piece at once, and with the queries in 1, 2,
   4 and 8 pieces;
-* ``split``, ``flex``, ``ffpa``: as ``--helix-core-attention`` has them, where they can run, and
+* ``flex``, ``ffpa``: as ``--helix-core-attention`` has them, where they can run, and
   ffpa-attn's kernels in Triton;
 * ``SDPA`` and ``torch``: torch's fused call, and the formula.
 

@@ -71,7 +71,6 @@ EXCHANGES = {
 ONCE = ("--helix-gather", "once")
 STEP = ("--helix-gather", "step")
 PREFIX = ("--helix-core-attention", "prefix")
-SPLIT = ("--helix-core-attention", "split")
 DP2 = ("--use-distributed-optimizer",)
 FULL_RECOMPUTE = (
     *("--recompute-granularity", "full", "--recompute-method", "uniform"),
@@ -242,26 +241,6 @@ def test_attention_in_pieces_trains_as_stock(
     stock: Stock, helix: Helix, model: str, m: int, n: int, exchange: str, flags: tuple[str, ...]
 ) -> None:
     assert_same_training(helix(model, m, n, exchange, *PREFIX, *flags), stock(model))
-
-
-@pytest.mark.parametrize(
-    ("model", "m", "n", "exchange", "flags"),
-    [
-        ("dense_sp", 4, 1, "weights-sequence", ()),
-        *(
-            pytest.param(*case, marks=THOROUGH)
-            for case in [
-                ("dense", 2, 2, "activations-sequence", ()),
-                ("gated_sp", 2, 2, "weights-sequence", FULL_RECOMPUTE),
-                ("dense_sp", 2, 2, "weights-batch", recompute("core_attn")),
-            ]
-        ),
-    ],
-)
-def test_attention_with_the_past_apart_trains_as_stock(
-    stock: Stock, helix: Helix, model: str, m: int, n: int, exchange: str, flags: tuple[str, ...]
-) -> None:
-    assert_same_training(helix(model, m, n, exchange, *SPLIT, *flags), stock(model))
 
 
 def test_a_stock_layout_has_attention_in_pieces_too(stock: Stock, corpus_prefix: Path) -> None:

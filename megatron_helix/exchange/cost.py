@@ -138,8 +138,8 @@ def _attention(
     parts (:func:`by_gaps`). Others are called for each piece, one of 2T, which costs the rectangle
     of its prefix, and a long one a rectangle a call (:mod:`megatron_helix.exchange.tokens`), and
     the gradients of keys and values are added up. Unfused, a batch split does all of them, and the
-    scores pass through memory; a sequence split those of its prefixes. ``prefix`` and ``split`` do
-    as much under either split.
+    scores pass through memory; a sequence split those of its prefixes. ``prefix`` does as
+    much under either split.
     """
     size, by_sequence = layout.size, plan.split == "sequence"
     fused = layout.kv_channels <= machine.fused_attention_max_channels or (
@@ -151,7 +151,7 @@ def _attention(
     flops = 4 * pairs * layout.kv_channels
     waits = 0.0 if plan.balanced or not by_sequence else (layout.m - 1) / size / 2
     apart = by_sequence and training and by_gaps(core, layout.kv_channels, fused=fused)
-    at_once = prefix or core == "split" or apart  # no more than what is causal
+    at_once = prefix or apart  # no more than what is causal
     share = 0.5 if fused or prefix else 1.0
     if by_sequence and not at_once:
         share = of_prefixes(layout, sequence, core)

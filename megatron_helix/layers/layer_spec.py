@@ -29,7 +29,6 @@ from megatron_helix.kernels.document_attention import DocumentAttention
 from megatron_helix.kernels.ffpa_attention import FFPAAttention
 from megatron_helix.kernels.flex_attention import FlexAttention
 from megatron_helix.kernels.prefix_attention import PrefixAttention
-from megatron_helix.kernels.split_attention import SplitAttention
 from megatron_helix.layers.attention import HelixSelfAttention
 from megatron_helix.layers.linear import helix_linear
 from megatron_helix.layers.norm import sequence_parallel_norm
@@ -39,7 +38,6 @@ from megatron_helix.partition.layout import HelixLayout
 
 CORE_ATTENTIONS = {
     "prefix": PrefixAttention,
-    "split": SplitAttention,
     "flex": FlexAttention,
     "ffpa": FFPAAttention,
 }

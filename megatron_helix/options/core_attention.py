@@ -165,7 +165,7 @@ def _require(core: str, args: argparse.Namespace, on_cpu: bool) -> None:
     if own.plain:
         _require_plain(core, args)
     _require_channels(core, own, _channels(args))
-    if own.half and not on_cpu:
+    if own.half:
         _require_half(core, args)
     if core == "ffpa":
         _require_ffpa()

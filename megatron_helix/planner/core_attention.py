@@ -83,9 +83,8 @@ def of_layer(here: Deployment, *, fused_channels: int) -> Core:
         merged = rows * merged_bytes(here.cut, here.element_bytes)
         return Core(flops=whole * 0.5, merged_bytes=merged)
     # Under a sequence split a piece, one of 2T, attends to its own prefix: a rectangle for each of
-    # its calls, of which no kernel leaves out what is above the diagonal, but `split`, which cuts
-    # it in two.
-    in_pieces = here.plan.split == "sequence" and here.phase != "decode" and core != "split"
+    # its calls, of which no kernel leaves out what is above the diagonal.
+    in_pieces = here.plan.split == "sequence" and here.phase != "decode"
     prefixes = of_prefixes(here.cut, _length(here), core) if in_pieces else 1.0
     summed = _summed(here, core) if in_pieces else 0.0
     if fused and core != "prefix":

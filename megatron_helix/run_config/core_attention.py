@@ -7,7 +7,7 @@ Without torch: flags, layouts and the planner read it. The classes are in ``CORE
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-CoreAttention = Literal["spec", "prefix", "split", "flex", "ffpa", "auto"]
+CoreAttention = Literal["spec", "prefix", "flex", "ffpa", "auto"]
 NAMES: tuple[CoreAttention, ...] = get_args(CoreAttention)
 
 
@@ -24,7 +24,7 @@ class Own:
             masks of documents.
         channels: head dimensions that it has kernels for; None for all.
         on_cpu: whether a CPU trains with it.
-        half: whether its kernels for a GPU are of half precision alone.
+        half: whether its kernels are of half precision alone.
     """
 
     said: str
@@ -40,11 +40,7 @@ class Own:
     def channels_said(self) -> str:
         """``channels`` in words."""
         sizes = self.channels
-        if sizes is None:
-            return "any number of"
-        if sizes.step > 1:
-            return f"multiples of {sizes.step} up to {sizes[-1]}"
-        return f"{sizes.start} to {sizes[-1]}"
+        return "any number of" if sizes is None else f"{sizes.start} to {sizes[-1]}"
 
 
 OWN: dict[str, Own] = {
@@ -53,14 +49,6 @@ OWN: dict[str, Own] = {
         " without a fused kernel",
         fused=False,
         dropout=True,
-    ),
-    "split": Own(
-        said="attends to what lies before a rank's queries apart from their own square, for a"
-        " sequence split",
-        fused=True,
-        plain=True,
-        channels=range(8, 257, 8),  # torch's fused kernels
-        half=True,
     ),
     "flex": Own(
         said="is torch's FlexAttention, which keeps scores out of memory",

@@ -100,7 +100,7 @@ def test_the_rank_with_most_causal_work_is_waited_for() -> None:
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["forward", "training"])
-@pytest.mark.parametrize("core", ["spec", "prefix", "split", "ffpa", "auto"])
+@pytest.mark.parametrize("core", ["spec", "prefix", "ffpa", "auto"])
 @pytest.mark.parametrize("channels", [128, 512])
 def test_a_sequence_split_costs_what_its_pieces_are_more_or_less_than_a_batch_split(
     channels: int, core: str, training: bool
@@ -125,8 +125,8 @@ def test_a_sequence_split_costs_what_its_pieces_are_more_or_less_than_a_batch_sp
     )
     passes = 3 if training else 1
     pairs = passes * 4 * 4096**2 * 16 / 8  # of queries and keys, sixteen heads on eight ranks
-    fused = core != "prefix" and (channels == 128 or core in ("split", "ffpa"))
-    if core in ("prefix", "split") or (core == "auto" and not fused):
+    fused = core != "prefix" and (channels == 128 or core == "ffpa")
+    if core == "prefix" or (core == "auto" and not fused):
         expected = 0.0
     elif fused:  # two products of 17/32 of them, not of the half
         expected = 4 * pairs * channels / 32 / fast.fused_attention.rate

@@ -41,13 +41,11 @@ MODELS = {
     "softmax_off_by_one": Model(more={"softmax_type": "off-by-one"}),
     "softmax_learnable_offset": Model(more={"softmax_type": "learnable"}),
     "window": Model(more={"window_size": (3, 0)}),
-    "causal_bias": Model(heads=8, bias=True),
 }
 FEWER_GROUPS_THAN_RANKS = {
     "2_groups": Model(heads=8, groups=2, bias=True, mask="given"),
     "1_groups": Model(heads=4, groups=1, mask="given"),
 }
-CAUSAL = ("plain", "no_rope", "qk_norm", "causal_bias")  # all that `split` computes
 ALL = MODELS | FEWER_GROUPS_THAN_RANKS
 CUTS = [
     Cut(m=m, n=n, exchange=exchange, split=split, sequence_parallel=sequence_parallel)
@@ -80,9 +78,6 @@ CUTS = [
     ),
     Cut(m=5, n=1, exchange="activations", sequence=10, batch=5, sequence_parallel=True),
     Cut(m=5, n=1, exchange="scores", split="none", sequence=10, batch=1),
-    Cut(m=2, n=2, exchange="weights", split="sequence", sequence_parallel=True, core="split"),
-    Cut(m=4, n=1, exchange="activations", split="sequence", core="split"),
-    Cut(m=2, n=2, exchange="activations", split="batch", core="split"),
 ]
 
 
@@ -123,9 +118,8 @@ def results_of(cut: Cut) -> list[dict[str, Result]]:
 
 
 def models_of(cut: Cut) -> dict[str, Model]:
-    """Every model that this layout can cut, and its core attention compute."""
-    names = CAUSAL if cut.core == "split" else ALL.keys() - {"causal_bias"}
-    return {name: model for name, model in ALL.items() if name in names and _fits(cut, model)}
+    """Every model that this layout can cut."""
+    return {name: model for name, model in ALL.items() if _fits(cut, model)}
 
 
 def _fits(cut: Cut, model: Model) -> bool:
@@ -188,7 +182,7 @@ def test_cut_attention_is_whole_attention(cut: Cut, model_name: str) -> None:
         pytest.param(cut, name, id=f"{name_of(cut)}-{name}", marks=THOROUGH if waits(cut) else ())
         for cut in CUTS
         if cut.m < 5
-        for name in ("bias", "causal_bias", "softmax_learnable_offset")
+        for name in ("bias", "softmax_learnable_offset")
         if name in models_of(cut)
     ],
 )

@@ -92,35 +92,6 @@ def test_where_ffpa_cannot_be_is_refused(machine: Machine) -> None:
     assert "ffpa_attn" not in sys.modules
 
 
-@pytest.mark.parametrize(
-    ("flags", "match"),
-    [
-        (("--attention-dropout", "0.1"), r"split needs --attention-dropout 0, .* got 0\.1;"),
-        (("--window-size", "(8,0)"), r"split has no kernel for windows, .* --window-size "),
-        (
-            ("--kv-channels", "512"),
-            r"split has kernels for multiples of 8 up to 256 .* got 512; use",
-        ),
-        (("--kv-channels", "60"), r"split has kernels for multiples of 8 up to 256 .* got 60; use"),
-        (("--helix-exchange", "scores"), r"split never has the scores that"),
-    ],
-)
-def test_what_split_lacks_is_refused(flags: tuple[str, ...], match: str) -> None:
-    asked = ("--helix-core-attention", "split", "--kv-channels", "128")
-    require_core_attention(read(*asked), on_cpu=True)
-    with pytest.raises(ValueError, match=rf"^--helix-core-attention: {match}"):
-        require_core_attention(read(*asked, *flags), on_cpu=True)
-
-
-def test_split_needs_half_precision_on_a_gpu() -> None:
-    args = read("--helix-core-attention", "split", "--kv-channels", "128")
-    require_core_attention(args, on_cpu=False)
-    args.bf16 = False
-    require_core_attention(args, on_cpu=True)
-    with pytest.raises(ValueError, match=r"split has kernels for half precision, got neither"):
-        require_core_attention(args, on_cpu=False)
-
-
 def test_prefix_is_refused_with_partial_scores_only() -> None:
     prefix = ("--helix-core-attention", "prefix")
     for flags in (("--attention-dropout", "0.1"), ("--window-size", "(8,0)"), ()):
@@ -180,7 +151,7 @@ def test_heads_of_512_train_and_prefill_by_prefix(length: int, training: bool) -
     size = {"length": length, "training": training}
     assert fastest(MEASURED, ["prefix", "ffpa"], channels=512, **size)[0] == "prefix"
     for fused in (128, 256):
-        assert fastest(MEASURED, ["prefix", "split"], channels=fused, **size)[0] == "spec"
+        assert fastest(MEASURED, ["prefix"], channels=fused, **size)[0] == "spec"
 
 
 def test_measured_times_are_the_stored_ones() -> None:

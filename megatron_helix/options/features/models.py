@@ -164,14 +164,6 @@ MODELS = (
         " parallelism, multi-latent attention or --helix-exchange scores",
     ),
     Works(
-        feature="Core attention with a run's past and its own square apart",
-        names="",
-        test="tests/kernels/test_split_attention.py::test_split_is_stock",
-        note="--helix-core-attention split. Up to 256 channels a head; on CPUs, on a GPU"
-        " its kernels alone. Not with attention dropout, windows, softmax offsets, masks of"
-        " documents, or what prefix is not for",
-    ),
-    Works(
         feature="FlexAttention for core attention",
         names="",
         test="tests/kernels/test_flex_attention.py::test_flex_is_stock",
