@@ -48,12 +48,14 @@ def _layout(dice: random.Random, world: int) -> Case:
     exchange = dice.choice(("auto", "activations", "activations", "weights", "weights", "scores"))
     gathers = ("microbatch", "microbatch", "once", "step")
     weights = exchange in ("auto", "weights")
+    gather = dice.choice(gathers) if weights else "microbatch"
     return replace(
         cut,
         sp=exchange == "weights" or dice.random() < 0.6,
         exchange=exchange,
         split=dice.choice(("auto", "batch", "sequence")) if exchange != "scores" else "auto",
-        gather=dice.choice(gathers) if weights else "microbatch",
+        gather=gather,
+        gather_layers=dice.choice((0, 1, 2)) if gather != "microbatch" else 0,
     )
 
 
