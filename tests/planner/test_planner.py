@@ -284,8 +284,8 @@ def test_what_gradients_of_gathered_weights_move(
     """Parts of other ranks are read; those of a step are added up by their GEMM, whole."""
     batch = BatchConfig(sequences=8, sequence_length=64)
 
-    def moved(gather: str) -> float:
-        keys = {"m": 4, "n": 1, "exchange": "weights", "gather": gather, "micro_batch": 4}
+    def moved(gather: str, **more: int) -> float:
+        keys = {"m": 4, "n": 1, "exchange": "weights", "gather": gather, "micro_batch": 4, **more}
         layout = LayoutConfig.model_validate({"name": gather, **keys})
         here = Deployment(DENSE, layout, batch, 4, precision=precision).check()
         matrices = parameters.layer_matrices(here) * here.layers
@@ -294,6 +294,9 @@ def test_what_gradients_of_gathered_weights_move(
 
     assert moved("microbatch") == moved("once") == 4 * width + sums
     assert moved("step") == 4 * sums
+    part = 1 / DENSE.num_layers
+    some = moved("step", gather_layers=1)
+    assert some == pytest.approx(part * moved("step") + (1 - part) * moved("once"))
 
 
 @pytest.mark.parametrize("gather", ["microbatch", "step"])
