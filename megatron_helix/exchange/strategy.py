@@ -224,6 +224,8 @@ def explain(
     others = {"activations": Plan(exchange="activations", split=split)}
     for gather in gathers:
         name = "weights" if gather == "microbatch" else f"weights by --helix-gather {gather}"
+        if gather != "microbatch" and choice.gather_layers:
+            name += f" --helix-gather-layers {choice.gather_layers}"
         others[name] = Plan(exchange="weights", split=split, gather=gather)
     others["scores"] = Plan(exchange="scores", split="none")
     figures = []
