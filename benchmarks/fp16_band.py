@@ -16,8 +16,9 @@ it may be twice as far. In the loss it may never be farther than four unit round
 band in which experiments ask fp16 to be of fp32 (``Fp16Config``).
 
 Exit code 1 when loss or gradient norm leave the band at any step, when a step is skipped, or when
-the runs do not take place. ``--device cpu`` rehearses with a tiny model, in minutes; the layer
-spec's core attention is Megatron's own there, and the last arm has only its softmax in fp32.
+the runs do not take place. docs/exactness.md has what one H200 gave. ``--device cpu`` rehearses
+with a tiny model, in minutes; the layer spec's core attention is Megatron's own there, and the last
+arm has only its softmax in fp32.
 """
 
 import json

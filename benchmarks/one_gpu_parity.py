@@ -13,7 +13,8 @@ NCCL takes the ranks for those of two hosts (``NCCL_HOSTID``). The sets, their m
 * ``graphs``: under CUDA graphs losses and norms are those without, to the last bit;
 * ``copies``: weights gathered by copy engines give those of NCCL, to the last bit.
 
-Needs a GPU and TransformerEngine. ``--device cpu`` rehearses ``packed`` and ``sequence`` over gloo.
+Needs a GPU and TransformerEngine; docs/exactness.md has what one H200 gave. ``--device cpu``
+rehearses ``packed`` and ``sequence`` over gloo.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Writes what docs/performance.md has of one GPU: ``python docs/one_gpu.py``.
+"""Writes what the pages performance and exactness have of one GPU: ``python docs/one_gpu.py``.
 
 From ``benchmarks/results``; a test compares. What stands outside the marks is written by hand and
 kept. "One rank alone, links modelled" is neither a measurement of several GPUs nor a prediction:
@@ -10,7 +10,7 @@ from typing import Any
 
 from marked import ROOT, filled, stored, table
 
-PAGE = ROOT / "docs" / "performance.md"
+PAGES = [ROOT / "docs" / name for name in ("performance.md", "exactness.md")]
 Row = dict[str, Any]
 
 
@@ -42,6 +42,51 @@ def _shape(row: Row) -> str:
     return f"{row['sequences']} x {heads} x {row['length']} x {row['channels']}"
 
 
+def dense() -> list[str]:
+    """The source's dense model with the layer spec's core attention and with ``auto``."""
+    rows = []
+    calls = stored("one_h200_dense")["rows"]
+    for spec, auto in zip(calls[::2], calls[1::2], strict=True):
+        figures = [
+            figure
+            for row in (spec, auto)
+            for figure in (
+                f"{row['step_ms']:.1f}",
+                f"{row['tokens_per_s']:,}",
+                f"{row['memory_gb']:.1f}",
+                f"{row['mfu']:.1%}",
+            )
+        ]
+        shape = f"{spec['phase']}, {spec['sequences']} x {spec['length']}"
+        faster = f"{spec['step_ms'] / auto['step_ms']:.3f}"
+        size = f"{auto['memory_gb'] / spec['memory_gb']:.2f}"
+        rows.append([shape, str(spec["micro_batch"]), *figures, faster, size])
+    heads = "phase and batch | micro-batch, spec: ms, tokens/s, GB, MFU"
+    heads += ", auto: ms, tokens/s, GB, MFU, times as fast, of the memory"
+    return table(heads, rows)
+
+
+def near() -> list[str]:
+    """Rows in bf16: how far from stock on two ranks, and from single precision."""
+    results = stored("one_h200_exactness")
+    rows = []
+    for row in (*results["packed"], *results["sequence"]):
+        kind = f"`{row['flag']}`" if "flag" in row else "one document a row"
+        names = ("to_tp2", "tp1_to_tp2", "to_fp32", "ratio")
+        names += ("norms_to_tp2", "norms_tp1_to_tp2", "norms_ratio")
+        figures = [
+            f"{row[name]:.2f}" if name.endswith("ratio") else _power(row[name]) for name in names
+        ]
+        rows.append([kind, f"`{row['layout']}`", *figures])
+    heads = "rows, helix 2 x 1 | losses to TP=2's, TP=1's to TP=2's, to single precision"
+    heads += ", of stock's, norms to TP=2's, TP=1's to TP=2's, of stock's"
+    return table(heads, rows)
+
+
+def _power(number: float) -> str:
+    return f"{number:.1e}".replace("e-0", "e-")
+
+
 def alone() -> list[str]:
     """Rank 0 of two, alone; beside it what two GPUs gave, where the same version ran there."""
     rows = []
@@ -65,13 +110,19 @@ def _gb(row: Row) -> str:
     return f"{row['memory_mib'] / 1e3:.1f}" if "memory_mib" in row else ""
 
 
-PARTS: dict[str, Callable[[], list[str]]] = {"core": core, "alone": alone}
+PARTS: dict[str, Callable[[], list[str]]] = {
+    "core": core,
+    "dense": dense,
+    "alone": alone,
+    "near": near,
+}
 
 
 def page(text: str) -> str:
-    """The page with its tables of one GPU made anew."""
+    """A page with its tables of one GPU made anew."""
     return filled(text, "one GPU", PARTS)
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(PAGE.read_text()))
+    for written in PAGES:
+        written.write_text(page(written.read_text()))

@@ -1,6 +1,7 @@
-"""What docs/performance.md has of one GPU is stored, and never passes for more than it is."""
+"""What the pages have of one GPU is stored, and never passes for more than it is."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -10,6 +11,7 @@ from tests.script_module import script_module
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "performance.md").read_text()
+EXACT = (ROOT / "docs" / "exactness.md").read_text()
 NAME = "one rank alone, links modelled"
 HELIX = "helix 2x1 weights"
 
@@ -21,15 +23,27 @@ def script() -> ModuleType:
 
 
 def test_the_tables_are_current(script: ModuleType) -> None:
-    assert script.page(PAGE) == PAGE, "call python docs/one_gpu.py"
-    marks = re.findall(r"<!-- one GPU: (\w+) -->", PAGE)
+    pages = [page.read_text() for page in script.PAGES]
+    assert pages == [PAGE, EXACT]
+    assert [script.page(page) for page in pages] == pages, "call python docs/one_gpu.py"
+    marks = re.findall(r"<!-- one GPU: (\w+) -->", PAGE + EXACT)
     assert sorted(marks) == sorted(script.PARTS)
 
 
-def test_a_figure_changed_by_hand_is_found(script: ModuleType) -> None:
-    forged = PAGE.replace("| 2204 |", "| 2104 |")
-    assert forged != PAGE
-    assert script.page(forged) == PAGE
+@pytest.mark.parametrize(
+    ("page", "figure", "other"),
+    [
+        (PAGE, "| 2204 |", "| 2104 |"),
+        (PAGE, "| 28,978 |", "| 29,978 |"),
+        (EXACT, "| 0.94 |", "| 0.84 |"),
+    ],
+)
+def test_a_figure_changed_by_hand_is_found(
+    script: ModuleType, page: str, figure: str, other: str
+) -> None:
+    forged = page.replace(figure, other)
+    assert forged != page
+    assert script.page(forged) == page
 
 
 def test_one_rank_alone_has_a_name_of_its_own(script: ModuleType) -> None:
@@ -86,3 +100,75 @@ def test_errors_of_prefix_are_as_said(script: ModuleType) -> None:
     assert len(ratios) >= 36
     assert max(ratios) <= 1.16
     assert "at most 1.16 times" in " ".join(PAGE.split())
+
+
+def on_two_gpus(script: ModuleType) -> Iterator[tuple[str, str]]:
+    """How many times as fast ``prefix`` made layouts of the dense model there, in one call."""
+    for cell in script.stored("two_h200_rivals")["cells"]:
+        steps = {str(row["layout"]): row["step_ms"] for row in cell["rows"]}
+        for row in cell["rows"]:
+            plain = {key: of for key, of in row["layout"].items() if key != "core_attention"}
+            if plain != row["layout"]:
+                kind = "helix" if "m" in plain else "TP=2"
+                yield kind, f"{steps[str(plain)] / row['step_ms']:.3f}"
+
+
+def test_the_dense_model_is_as_much_faster_as_said(script: ModuleType) -> None:
+    rows = script.stored("one_h200_dense")["rows"]
+    cells = {(row["phase"], row["length"], row["core"]): row for row in rows}
+    assert len(cells) == len(rows) == 6
+    for row in rows:
+        tokens = row["sequences"] * row["length"]
+        assert row["tokens_per_s"] == pytest.approx(tokens / row["step_ms"] * 1e3, rel=1e-4)
+        assert row["mfu"] == pytest.approx(row["tflops"] / 989, abs=1e-3)
+
+    def faster(phase: str, length: int) -> str:
+        spec, auto = (cells[phase, length, core]["step_ms"] for core in ("spec", "auto"))
+        return f"{spec / auto:.3f}"
+
+    helix, tp2 = (
+        [ratio for kind, ratio in on_two_gpus(script) if kind == name] for name in ("helix", "TP=2")
+    )
+    said = [
+        f"Training is {faster('train', 2048)} times as fast at length 2048",
+        f"and {faster('train', 8192)} times at 8192",
+        f"Prefill is {faster('prefill', 8192)} times as fast at 8192",
+        f"made helix {' and '.join(helix)} times as fast at 16 x 2048",
+        f"TP=2 {' and '.join(tp2)} times",
+    ]
+    words = " ".join(PAGE.split())
+    assert [one for one in said if one not in words] == []
+
+
+def test_ranks_are_as_near_to_stock_as_said(script: ModuleType) -> None:
+    results = script.stored("one_h200_exactness")
+    rows = [*results["packed"], *results["sequence"]]
+    assert len(rows) == 7
+    for row in rows:
+        for kind in ("", "norms_"):
+            stock = max(row[f"{kind}tp2_to_fp32"], row[f"{kind}tp1_to_fp32"])
+            assert row[f"{kind}ratio"] == pytest.approx(row[f"{kind}to_fp32"] / stock, rel=1e-3)
+    norms = sorted(row["norms_ratio"] for row in rows)
+    farthest = max(row["ratio"] for row in rows)
+    assert 1.4e-4 < max(row["to_tp2"] for row in rows) <= 1.5e-4
+    words = " ".join(EXACT.split())
+    for said in (
+        "losses are at most 1.5e-4 of themselves from TP=2's",
+        f"at most {farthest:.2f} times as far from single precision's",
+        f"are {norms[0]:.2f} to {norms[-1]:.2f} times as far",
+    ):
+        assert said in words
+
+
+def test_fp16_is_within_its_band_as_said(script: ModuleType) -> None:
+    found = script.stored("one_h200_exactness")["fp16_band"]
+    loss, norm = (found[key] for key in ("loss", "grad_norm"))
+    for key in ("loss", "grad_norm"):
+        assert found[key]["apart"] <= found[key]["band"]
+        farthest = max(unfused[key] for unfused in found["of_unfused"].values())
+        assert found[key]["band"] >= 2 * farthest * (1 - 1e-3)
+    words = " ".join(EXACT.split()).replace("e-4", "e-04").replace("e-3", "e-03")
+    assert (
+        f"losses are at most {loss['apart']:.1e} apart, gradient norms {norm['apart']:.1e}" in words
+    )
+    assert f"The band is {loss['band']:.1e} and {norm['band']:.1e}" in words

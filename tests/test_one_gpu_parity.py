@@ -83,14 +83,14 @@ def test_a_run_whose_losses_are_changed_misses_it(
     (tmp_path / "sequence").mkdir()
     code, said = called(script, "sequence", tmp_path)
     assert code == 1
-    assert [row["good"] for row in said["rows"]] == [True, False]
+    assert [row["good"] for row in said["rows"]] == [True, False, True]
 
 
 @THOROUGH
 def test_packed_rows_keep_the_bar(script: ModuleType, tmp_path: Path) -> None:
     code, said = called(script, "packed", tmp_path)
     assert code == 0
-    assert [row["rows"] for row in said["rows"]] == ["documents"] * 2 + ["sft"] * 2
+    assert [row["rows"] for row in said["rows"]] == ["documents"] * 3 + ["sft"] * 3
 
 
 def judged(script: ModuleType, name: str, **given: Any) -> list[bool]:

@@ -14,6 +14,9 @@ agrees on it alone.
 All shards must be up to date when the first of them is used, and stay so until the step's end.
 Where Megatron gathers parameters during the forward pass (``--overlap-param-gather``) they are not,
 and nothing is shared.
+
+On one H200 a rank alone has TransformerEngine's bytes and scales to the last bit, and its host
+needs 3.3 to 3.6 ms a step for 64 weights, one by one 4.8 (docs/exactness.md).
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
 """TransformerEngine's fused attention, with its log-sum-exp: what merging parts of it needs.
 
 Its ``DotProductAttention`` keeps that to itself. The functions behind it are those that its own
-context parallelism calls in the same way. Written against 2.20.2; run on one H200, unpacked and on
-packed rows (docs/exactness.md), not on two GPUs. The tests have a stand-in.
+context parallelism calls in the same way. Written against 2.20.2; held against stock on one H200,
+unpacked and on packed rows (docs/exactness.md), not run on two GPUs. The tests have a stand-in.
 """
 
 import os

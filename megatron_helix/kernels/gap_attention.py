@@ -9,6 +9,9 @@ Where a kernel is given a late run of queries and all of its prefix, it computes
 both; here it is what is below the diagonal, as in ring attention (Liu, Zaharia, Abbeel 2023, arXiv
 2310.01889). Keys and values are gathered while a rank's own tokens attend to each other, and in the
 backward pass the gradients of others' keys travel meanwhile.
+
+On one H200 two ranks trained by it as near to single precision as stock's, on packed rows and rows
+of one document (docs/exactness.md).
 """
 
 from collections.abc import Sequence

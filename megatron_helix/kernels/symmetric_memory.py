@@ -3,9 +3,9 @@
 Copies from it are made by copy engines, over NVLink where there is one. Written against torch 2.11
 and 2.13, whose caching allocator counts this memory as any other.
 
-Not run on two GPUs yet: on one H200 two processes read each other's memory, over NCCL's socket
-transport and with TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1, each weight in a piece of its own;
-that all of them lie in one piece is newer than that run.
+Not run on two GPUs yet: on one H200 two processes trained from each other's memory, over NCCL's
+socket transport and with TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1, as over NCCL to the last bit
+(docs/exactness.md).
 """
 
 import os

@@ -159,9 +159,9 @@ MODELS = (
         feature="Core attention on pieces of the queries",
         names="",
         test="tests/kernels/test_prefix_attention.py::test_prefix_is_stock",
-        note="--helix-core-attention prefix. On CPUs, and 14 steps at TP=2 and 2x1 on two H200. Not"
-        " with packed sequences, context parallelism, multi-latent attention or --helix-exchange"
-        " scores",
+        note="--helix-core-attention prefix. On CPUs, 14 steps at TP=2 and 2x1 on two H200, and 20"
+        " in fp16 on one, within rounding of the unfused path. Not with packed sequences, context"
+        " parallelism, multi-latent attention or --helix-exchange scores",
     ),
     Works(
         feature="Core attention with a run's past and its own square apart",
