@@ -78,7 +78,10 @@ def require_known(choice: Choice) -> None:
     _require_one_of("--helix-gather", choice.gather, GATHERS)
     layers = choice.gather_layers
     if layers is not None and layers < 1:
-        raise UserError(f"--helix-gather-layers: must be a positive integer, got {layers}")
+        raise UserError(
+            f"--helix-gather-layers: must be a positive integer, got {layers}; leave it away for"
+            " all layers"
+        )
     if layers is not None and choice.gather == "microbatch":
         raise UserError(
             "--helix-gather-layers: is of --helix-gather once or step, got"

@@ -150,7 +150,7 @@ REFUSALS = {
     ),
     "no layer gathered once": (
         (*cut(2, 2), "--helix-gather", "once", "--helix-gather-layers", "0"),
-        r"^--helix-gather-layers: must be a positive integer, got 0$",
+        r"^--helix-gather-layers: must be a positive integer, got 0; leave it away .* all layers$",
     ),
     "layers gathered anew": (
         (*cut(2, 2), "--helix-gather-layers", "2"),
