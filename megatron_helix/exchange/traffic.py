@@ -26,7 +26,8 @@ of keys and values over dim, fwd all_gather and bwd all_to_all of ``(m-1) N 2 K 
 forward and as much backward; with a sequence split only where embedding or head cannot be given
 their tokens in the block's order. With ``gather="step"`` the weight terms come once a
 step: forward all_gather and, backward, sends. With ``gather="once"`` the forward all_gather
-comes once a step, and the backward all_to_all with every micro-batch.
+comes once a step, and the backward all_to_all with every micro-batch. A layer beyond those of
+``--helix-gather-layers`` has the plan of ``gather="microbatch"``.
 """
 
 from collections import Counter
