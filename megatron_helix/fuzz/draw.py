@@ -28,8 +28,11 @@ def draw(
         only: a feature that every case must have.
     """
     dice = random.Random(f"{seed}/{number}")
+    kept = random.Random(f"{seed}/{number}/kept").choice((0, 1, 2))
     while True:
         case = _sizes(dice, _layout(dice, dice.choice(worlds)))
+        if case.gather != "microbatch":
+            case = replace(case, gather_layers=kept)
         if only is None or set(only.needs) <= case.tags:
             return replace(case, features=_features(dice, case, only))
 
@@ -48,14 +51,12 @@ def _layout(dice: random.Random, world: int) -> Case:
     exchange = dice.choice(("auto", "activations", "activations", "weights", "weights", "scores"))
     gathers = ("microbatch", "microbatch", "once", "step")
     weights = exchange in ("auto", "weights")
-    gather = dice.choice(gathers) if weights else "microbatch"
     return replace(
         cut,
         sp=exchange == "weights" or dice.random() < 0.6,
         exchange=exchange,
         split=dice.choice(("auto", "batch", "sequence")) if exchange != "scores" else "auto",
-        gather=gather,
-        gather_layers=dice.choice((0, 1, 2)) if gather != "microbatch" else 0,
+        gather=dice.choice(gathers) if weights else "microbatch",
     )
 
 
