@@ -315,7 +315,7 @@ def sums() -> list[str]:
     of the measurement, thousands of MiB.
     """
     cell = next(
-        one for one in stored("two_h200_rivals")["cells"] if one["name"].startswith("qwen, by")
+        one for one in stored("two_h200_rivals")["cells"] if one["name"].startswith("qwen, a step")
     )
     model, batch = ModelConfig(**cell["model"]), BatchConfig(**cell["batch"])
     told = (

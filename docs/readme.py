@@ -11,27 +11,17 @@ from typing import Any
 from marked import ROOT, stored
 
 README = ROOT / "README.md"
-BY_TE = ", by TransformerEngine's linears"
 HELIX = "helix 2x1 weights"
-GAPS, CALLS = f"{HELIX}, gap by gap", f"{HELIX}, several calls a run"
-# Neither measured on two GPUs nor predicted: never without these words.
-ALONE = (
-    "not measured on two GPUs, but as [one rank alone, links"
-    " modelled](docs/performance.md#one-rank-alone-links-modelled)"
-)
+LONG = f"{HELIX}, sequence split"
+# The latest call of each.
+SEED, QWEN = "seed, core attention auto by default", "qwen, a step's own sums in main_grad"
 Row = dict[str, Any]
 
 
-def cell(name: str) -> dict[str, Row]:
-    """A call of ``two_h200_rivals``, by arm."""
-    (found,) = (one for one in stored("two_h200_rivals")["cells"] if one["name"] == name)
+def cell(name: str, file: str = "two_h200_rivals") -> dict[str, Row]:
+    """A call of a file, by arm."""
+    (found,) = (one for one in stored(file)["cells"] if one["name"] == name)
     return arms(found["rows"])
-
-
-def one_rank(model: str) -> dict[str, Row]:
-    """Arms of a model as rank 0 alone ran them, each by its first run."""
-    rows = [row for row in stored("one_rank_h200")["rows"] if row["model"] == model]
-    return arms({**row, "step_ms": row["step_ms"][0]} for row in rows)
 
 
 def arms(rows: Iterable[Row]) -> dict[str, Row]:
@@ -64,24 +54,18 @@ def between(ratios: Iterable[float], form: str = ".2f") -> str:
 
 def choices() -> list[tuple[str, str, str]]:
     """What decides, what to take, and helix beside it."""
-    seed, qwen, fp8 = (
-        cell("seed" + BY_TE),
-        cell("qwen" + BY_TE),
-        arms(stored("two_h200_fp8")["rows"]),
-    )
-    auto, once, step = (
-        seed[f"{HELIX}, core attention auto"],
-        *(qwen[f"{HELIX}, {how}"] for how in ("gathered once", "a step")),
-    )
-    again, long, balanced = cell("seed, again"), cell("long"), cell("long, again")
+    seed, qwen = cell(SEED), cell(QWEN)
+    fp8 = arms(stored("two_h200_fp8")["rows"])
+    once, step = (qwen[f"{HELIX}, {how}"] for how in ("gathered once", "a step"))
+    again, long, split = cell("seed, again"), cell("long"), cell("long, gap by gap")
+    packed = cell("documents", "two_h200_packed")
+    of_step = f"{HELIX}, a step"
     prefix = time(again["TP=2, prefix"], again["TP=2"])
     pairs = [
         (rows[HELIX], rows["TP=2"]) for rows in map(cell, ("seed", "qwen", "seed, again", "long"))
     ]
     gains = between((100 * (1 - one["step_ms"] / tp["step_ms"]) for one, tp in pairs), ".0f")
     costs = between(one["memory_mib"] / tp["memory_mib"] for one, tp in pairs)
-    packed = arms(stored("two_h200_packed")["rows"])
-    since = {model: one_rank(model) for model in ("long", "packed")}
     turns = arms(stored("two_h200_turns")["rows"])
     of_update = than(turns["helix 2x1"]["update_s"], turns["TP=2"]["update_s"])
     of_turn = than(turns["helix 2x1"]["turn_s"], turns["TP=2"]["turn_s"])
@@ -95,21 +79,20 @@ def choices() -> list[tuple[str, str, str]]:
         (
             "memory: weights, gradients and Adam fit every GPU",
             "data parallelism with the distributed optimizer",
-            f"{time(auto, seed['DP=2'])} on the source's model with `--helix-core-attention auto`,"
-            f" the default there, at {memory(auto, seed['DP=2'])} the memory; on Qwen2.5-7B's shape"
-            f" {time(once, qwen['DP=2'])} at {memory(once, qwen['DP=2'])} (`--helix-gather once`)"
-            f" or {time(step, qwen['DP=2'])} at {memory(step, qwen['DP=2'])} (`step`); in FP8"
-            f" {time(fp8[HELIX], fp8['DP=2'])}",
+            f"{time(seed[HELIX], seed['DP=2'])} on the source's model at"
+            f" {memory(seed[HELIX], seed['DP=2'])} the memory; on Qwen2.5-7B's shape"
+            f" {time(step, qwen['DP=2'])} at {memory(step, qwen['DP=2'])} (`--helix-gather step`)"
+            f" or {time(once, qwen['DP=2'])} at {memory(once, qwen['DP=2'])} (`once`); in FP8"
+            f" {time(fp8[of_step], fp8['DP=2'])} at {memory(fp8[of_step], fp8['DP=2'])} (`step`)",
         ),
         (
             "memory: they fit when sharded, and micro-batches are large",
             "Megatron-FSDP",
-            f"{time(auto, seed['M-FSDP'])} on the source's model with `--helix-core-attention auto`"
-            f" (stock layouts may take it, too: TP=2 was {prefix}),"
-            f" {time(seed[HELIX], seed['M-FSDP'])} without; on Qwen2.5-7B's shape"
-            f" {time(qwen[HELIX], qwen['M-FSDP'])} at {memory(qwen[HELIX], qwen['M-FSDP'])} the"
-            f" memory, in FP8 {time(fp8[HELIX], fp8['M-FSDP'])} at"
-            f" {memory(fp8[HELIX], fp8['M-FSDP'])} (two calls)",
+            f"{time(seed[HELIX], seed['M-FSDP'])} on the source's model, by a core attention that"
+            " stock layouts may take, too (`--helix-core-attention auto`: TP=2 was"
+            f" {prefix}); on Qwen2.5-7B's shape {time(qwen[HELIX], qwen['M-FSDP'])} at"
+            f" {memory(qwen[HELIX], qwen['M-FSDP'])} the memory, in FP8"
+            f" {time(fp8[HELIX], fp8['M-FSDP'])} at {memory(fp8[HELIX], fp8['M-FSDP'])}",
         ),
         (
             "memory: activations must be cut, too; few tokens a micro-batch",
@@ -119,23 +102,21 @@ def choices() -> list[tuple[str, str, str]]:
         (
             "sequence: one long one a micro-batch",
             "context parallelism, or Megatron-FSDP if it fits",
-            f"{time(balanced['helix 2x1 auto'], balanced['CP=2, p2p'])} at"
-            f" {memory(balanced['helix 2x1 auto'], balanced['CP=2, p2p'])} its memory, before"
-            f" attention went gap by gap; since then {ALONE}, where it is"
-            f" {time(since['long'][GAPS], since['long']['CP=2, p2p'])} at"
-            f" {memory(since['long'][GAPS], since['long']['CP=2, p2p'])}. Two"
-            f" sequences a micro-batch: {time(long[HELIX], long['CP=2, p2p'])} at"
-            f" {memory(long[HELIX], long['CP=2, p2p'])}",
+            f"{time(split[LONG], split['CP=2, p2p'])} at"
+            f" {memory(split[LONG], split['CP=2, p2p'])} its memory;"
+            f" {time(split[f'{LONG}, a step'], split['CP=2, p2p'])} at"
+            f" {memory(split[f'{LONG}, a step'], split['CP=2, p2p'])} with `--helix-gather step`."
+            f" Two sequences a micro-batch: {time(long[HELIX], long['CP=2, p2p'])} at"
+            f" {memory(long[HELIX], long['CP=2, p2p'])} (an earlier call)",
         ),
         (
             "packed rows: documents of very unequal length",
-            "data or context parallelism",
-            f"{time(packed[HELIX], packed['CP=2, p2p'])} than CP at"
-            f" {memory(packed[HELIX], packed['CP=2, p2p'])} its memory,"
-            f" {time(packed[HELIX], packed['TP=2'])} than TP, before attention went gap by gap;"
-            f" since then {ALONE}, where it is"
-            f" {time(since['packed'][GAPS], since['packed'][CALLS])} than with late runs in several"
-            " calls",
+            "data or context parallelism; helix where memory is short",
+            f"{time(packed[of_step], packed['DP=2'])} than DP at"
+            f" {memory(packed[of_step], packed['DP=2'])} its memory with `--helix-gather step`,"
+            f" {time(packed[HELIX], packed['DP=2'])} at {memory(packed[HELIX], packed['DP=2'])}"
+            f" without; {time(packed[of_step], packed['CP=2, p2p'])} than CP, at"
+            f" {memory(packed[of_step], packed['CP=2, p2p'])} its memory",
         ),
         (
             "heads: the degree divides neither heads nor query groups",

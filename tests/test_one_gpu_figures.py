@@ -65,7 +65,7 @@ def test_what_two_gpus_gave_was_logged(script: ModuleType) -> None:
     beside = [
         row["two_gpus"] for row in script.stored("one_rank_h200")["rows"] if "two_gpus" in row
     ]
-    assert len(beside) == 5
+    assert len(beside) == 11
     for there in beside:
         for step in there["step_ms"]:
             assert f"{step:.1f}" in log or f"{step:,.0f}" in log
@@ -108,7 +108,7 @@ def on_two_gpus(script: ModuleType) -> Iterator[tuple[str, str]]:
         steps = {str(row["layout"]): row["step_ms"] for row in cell["rows"]}
         for row in cell["rows"]:
             plain = {key: of for key, of in row["layout"].items() if key != "core_attention"}
-            if plain != row["layout"]:
+            if plain != row["layout"] and str(plain) in steps:
                 kind = "helix" if "m" in plain else "TP=2"
                 yield kind, f"{steps[str(plain)] / row['step_ms']:.3f}"
 

@@ -26,7 +26,7 @@ def test_the_tables_are_what_the_results_say(script: ModuleType) -> None:
 
 def test_a_figure_changed_by_hand_is_found(script: ModuleType) -> None:
     assert TYPED.search(README)
-    forged = re.sub(r"\d( % slower than CP)", r"0\1", README)
+    forged = re.sub(r"\d( % faster than CP)", r"0\1", README)
     assert forged != README
     assert script.page(forged) == README
 
@@ -105,5 +105,5 @@ def test_a_table_by_hand_has_stored_figures(
             numbers = [value for value in row.values() if isinstance(value, int | float)]
             for value in (*numbers, row.get("memory_mib", 0) / 1000):
                 known |= {round(value, digits) for digits in range(4)}
-    assert len(shown) > 8
+    assert len(shown) >= 8
     assert shown - known <= GONE

@@ -3,10 +3,15 @@
 from typing import Any
 
 import pytest
+from megatron.core.models.common.embeddings.rotary_pos_embedding import (
+    MultimodalRotaryEmbedding,
+    RotaryEmbedding,
+)
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 from pydantic import ValidationError
 
 from megatron_helix.run_config.layout import LayoutConfig
-from megatron_helix.run_config.model import ModelConfig
+from megatron_helix.run_config.model import ModelConfig, rotated_channels
 
 MODEL = ModelConfig(
     name="tiny",
@@ -103,3 +108,18 @@ def test_torch_fsdp2_takes_untied_models_in_fp32_and_bf16() -> None:
     for biased in ("add_qkv_bias", "add_bias_linear"):
         with pytest.raises(ValueError, match=r"^gtp: must be 1 for a model whose QKV has a bias"):
             layout(gtp=2).require_model(MODEL.model_copy(update={biased: True}), "bf16")
+
+
+@pytest.mark.parametrize("percent", [1.0, 0.5, 0.25])
+def test_rotated_channels_are_those_of_megatrons_embeddings(percent: float) -> None:
+    """Which `scores` cuts: YaRN's are all channels, whatever --rotary-percent."""
+    made = {
+        "rope": RotaryEmbedding(16, percent, use_cpu_initialization=True),
+        "yarn": YarnRotaryEmbedding(16, percent, use_cpu_initialization=True),
+    }
+    for kind, embedding in made.items():
+        frequencies = embedding(8)[0] if kind == "yarn" else embedding(8)
+        assert rotated_channels(kind, percent, 16) == frequencies.size(-1), kind
+    of_sections = MultimodalRotaryEmbedding(16, percent)
+    assert rotated_channels("mrope", percent, 16) == 2 * of_sections.inv_freq.numel()
+    assert rotated_channels("learned_absolute", percent, 16) == 0

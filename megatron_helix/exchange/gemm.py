@@ -44,18 +44,19 @@ class Factor:
     Attributes:
         matrix: two-dimensional; in FP8 that of the transposed data, which Hopper's GEMMs read.
         dim: along which its features lie.
+        in_float8: whether it is TransformerEngine's, with one scale.
     """
 
     def __init__(self, whole: Any):
-        self.whole = whole
-        if _is_float8(whole):
+        self.whole, self.in_float8 = whole, _is_float8(whole)
+        if self.in_float8:
             self.matrix, self.dim = whole._transpose.flatten(1), 0
         else:
             self.matrix, self.dim = whole.flatten(0, -2), 1
 
     def of(self, some: torch.Tensor) -> Any:
         """The factor with ``some`` of its features alone, rows or columns of the matrix."""
-        if not _is_float8(self.whole):
+        if not self.in_float8:
             return some
         return _float8()(
             data=None,

@@ -27,8 +27,9 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron_helix.basics.errors import UserError
 from megatron_helix.exchange.dealing import Run
 from megatron_helix.exchange.gaps import gaps_of
+from megatron_helix.exchange.pieces import Piece
 from megatron_helix.exchange.plan import Plan
-from megatron_helix.exchange.tokens import Piece, in_calls, runs_of
+from megatron_helix.exchange.tokens import in_calls, runs_of
 from megatron_helix.kernels.copies import on_device
 from megatron_helix.kernels.gap_attention import Gaps
 from megatron_helix.partition.layout import HelixLayout

@@ -26,8 +26,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_helix.exchange.decode import attend_to_share, merge_shares
 from megatron_helix.exchange.gaps import gaps_of
 from megatron_helix.exchange.packed import Share, attend_to_documents, fewer_queries_than_keys
+from megatron_helix.exchange.pieces import Piece, pieces
 from megatron_helix.exchange.plan import Plan
-from megatron_helix.exchange.tokens import Piece, in_calls, pieces
+from megatron_helix.exchange.tokens import in_calls
 from megatron_helix.kernels import engine_attention
 from megatron_helix.kernels.gap_attention import attend
 from megatron_helix.partition.layout import HelixLayout

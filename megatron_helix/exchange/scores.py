@@ -145,5 +145,6 @@ def segment_frequencies(
     """
     if frequencies is None:
         return None
+    assert frequencies.size(-1) == layout.rotary_dim, (frequencies.shape, layout.rotary_dim)
     channels = layout.segment_channels(segment)
     return frequencies[..., channels[channels < layout.rotary_dim].to(frequencies.device)]

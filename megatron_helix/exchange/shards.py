@@ -89,6 +89,11 @@ class Shards:
         """Whether the m shards are of one length, without padding."""
         return len({*self.lengths}) < 2
 
+    @property
+    def copies_features(self) -> bool:
+        """Whether :meth:`features` are copies."""
+        return self.outer > self._apart
+
     def features(self, of: torch.Tensor, m: int, dim: int) -> Sequence[Sequence[torch.Tensor]]:
         """A factor of the whole's gradient, cut as its features are, where shards are alike.
 

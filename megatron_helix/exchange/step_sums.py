@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron_helix.exchange import gemm, main_grad
 from megatron_helix.exchange import shards as order
 from megatron_helix.exchange.shards import Shards
+from megatron_helix.exchange.traffic import COPIES
 from megatron_helix.kernels import sums
 from megatron_helix.kernels.collectives import UnderWay, start_sends
 
@@ -50,12 +51,19 @@ class StepSums:
         self._added()
 
     def add_product(self, grad: torch.Tensor, x: torch.Tensor) -> None:
-        """Add ``dY^T X``, of ``[..., F]`` and ``[..., D]``; in FP8 where both are."""
-        if not self.shards.alike:
-            self.add(gemm.weight_gradient(grad, x))
-            return
+        """Add ``dY^T X``, of ``[..., F]`` and ``[..., D]``; in FP8 where both are.
+
+        Shard by shard, but for uneven ones, and where a factor's features would have to be copied
+        and are too many: a gradient of the whole is less to move.
+        """
         cut, other = (grad, x) if self.shards.axis == 0 else (x, grad)
         factor = gemm.Factor(cut)
+        size = self.shard.numel() * self.home.size()
+        copied = factor.matrix.numel() if self.shards.copies_features else 0
+        whole = not self.shards.alike or copied > COPIES * size
+        if whole and not factor.in_float8:
+            self.add(gemm.weight_gradient(grad, x))
+            return
         features = self.shards.features(factor.matrix, self.home.size(), factor.dim)
         for of_rank, of_its_runs in zip(self._sums(), features, strict=True):
             for place, some in zip(self.shards.places(of_rank), of_its_runs, strict=True):

@@ -18,8 +18,9 @@ What needs stock's order in every layer takes the chunks as the stream has them,
 ...`` of T (``balanced`` false): the rank with most causal work, j = m - 1, then has ``1 + (m-1)/T``
 times the mean of it.
 
-Elements a rank sends for one conversion, as the ledger counts an all-to-all:
-``(m-1)/m * s * b * hidden / T``.
+Elements a rank sends for one conversion, of its ``s * b * hidden / T``: ``(m-1)/m`` of them with a
+batch split; with a sequence split all but what lies in its own chunk of the pieces it takes
+(:func:`megatron_helix.exchange.pieces.kept`), which is half of a chunk of even length, or nothing.
 """
 
 from functools import lru_cache
@@ -29,28 +30,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from megatron_helix.exchange.dealing import QUERIES, Run, deal
+from megatron_helix.exchange.dealing import QUERIES, Run
+from megatron_helix.exchange.pieces import Piece, pieces
 from megatron_helix.exchange.plan import Plan
 from megatron_helix.kernels.collectives import all_to_all, uneven_all_to_all
 from megatron_helix.kernels.copies import on_device, packed
 from megatron_helix.partition.layout import HelixLayout
-
-
-class Piece(NamedTuple):
-    """Neighbouring tokens of a sequence.
-
-    Attributes:
-        start: position of the first one.
-        length: how many; 1 or more.
-    """
-
-    start: int
-    length: int
-
-    @property
-    def end(self) -> int:
-        """The position after the last one."""
-        return self.start + self.length
 
 
 def to_block_order(
@@ -136,41 +121,6 @@ def _hand(
     given = [int((chunks[segment] == j).sum()) for j in range(layout.m)]
     taken = [int((chunk == segment).sum()) for chunk in chunks]
     return _Hand(Order.of(chunks[segment].argsort(stable=True), device), given, taken)
-
-
-def _pair(m: int, segment: int, length: int) -> list[Piece]:
-    """Pieces ``segment`` and ``2m - 1 - segment`` of m chunks of ``length`` tokens.
-
-    Of an odd length the m early pieces have a token less than the m late ones.
-    """
-    early = length // 2
-    late = length - early
-    found = [
-        Piece(segment * early, early),
-        Piece(m * early + (m - 1 - segment) * late, late),
-    ]
-    return [piece for piece in found if piece.length]
-
-
-def pieces(
-    layout: HelixLayout,
-    segment: int,
-    sequence: int,
-    *,
-    balanced: bool = True,
-    documents: tuple[int, ...] = (),
-) -> list[Piece]:
-    """What dim rank ``segment`` attends for, in the order of the sequence: ``s/m`` tokens.
-
-    Balanced, a sequence of ``documents`` (as `Plan` has them) is dealt document by document.
-    """
-    if balanced and documents:
-        runs = deal(layout, documents)[segment]
-        return [Piece(run.start, run.end - run.start) for run in runs]
-    m, length = layout.m, sequence // layout.size
-    chunk = _pair(m, segment, length) if balanced else [Piece(segment * length, length)]
-    starts = range(0, sequence, m * length)
-    return [Piece(start + piece.start, piece.length) for start in starts for piece in chunk]
 
 
 def runs_of(plan: Plan, layout: HelixLayout, segment: int, tokens: int) -> list[Run]:

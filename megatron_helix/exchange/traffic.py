@@ -23,8 +23,9 @@ with ``R = 2 (m-1)/m b H/n s^2`` in fp32. The first factor of the token terms co
 of them, two where the MLP is not dense (half of each figure). A sequence split adds the gathering
 of keys and values over dim, fwd all_gather and bwd all_to_all of ``(m-1) N 2 K d / T`` each.
 ``weights`` converts the stream at the block's two ends: ``2 (m-1)/m c`` of dim all_to_all in all,
-forward and as much backward; with a sequence split only where embedding or head cannot be given
-their tokens in the block's order. With ``gather="step"`` the weight terms come once a
+forward and as much backward. With a sequence split it does only where embedding or head cannot be
+given their tokens in the block's order, and what a rank then sends is ``2 c`` without the pieces
+that are its own already (:func:`block_ends`). With ``gather="step"`` the weight terms come once a
 step: forward all_gather and, backward, sends. With ``gather="once"`` the forward all_gather
 comes once a step, and the backward all_to_all with every micro-batch. A layer beyond those of
 ``--helix-gather-layers`` has the plan of ``gather="microbatch"``.
@@ -33,11 +34,15 @@ comes once a step, and the backward all_to_all with every micro-batch. A layer b
 from collections import Counter
 from dataclasses import dataclass
 
+from megatron_helix.exchange.pieces import kept
 from megatron_helix.exchange.plan import Plan
 from megatron_helix.partition.features import padded
 from megatron_helix.partition.layout import HelixLayout
 
 Elements = Counter[tuple[str, str]]
+# A whole gradient is written, put in order, read and added to a sum in fp32: 16 bytes an element in
+# half precision, where a factor of it is copied for 4.
+COPIES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +191,8 @@ def put_in_order(
     ``activations``: packed QKV and the context, before and after their all-to-all, in either pass.
     ``weights``: the gathered weights of attention, whose shards are cut in every head, after each
     gather, and their gradients before they go home; an MLP's lie in order. What is kept for a step
-    is put in order once for its ``microbatches``; of gradients that are, a factor is.
+    is put in order once for its ``microbatches``; of gradients that are, a factor is, or the whole
+    where that is less.
     """
     if plan.exchange == "activations":
         tokens = 4 * sequence * batch * packed(layout) / layout.size
@@ -197,18 +203,35 @@ def put_in_order(
     rare = 1 / microbatches
     gathered = whole * (rare if plan.keeps_weights else 1)
     again = 0.0 if plan.keeps_weights else whole
+    if not plan.keeps_gradients:
+        return gathered, again + whole
     factors = 2 * sequence * batch * packed(layout) / layout.size
-    return gathered, again + (factors if plan.keeps_gradients else whole)
+    return gathered, again + min(factors, COPIES * whole)
 
 
 def block_ends(
-    plan: Plan, layout: HelixLayout, shape: BlockShape, *, sequence: int, batch: int
+    plan: Plan,
+    layout: HelixLayout,
+    shape: BlockShape,
+    *,
+    sequence: int,
+    batch: int,
+    rank: int | None = None,
 ) -> Elements:
-    """Elements of converting the stream at the block's ends, forward; backward as many."""
+    """Elements of converting the stream at the block's ends, forward; backward as many.
+
+    What ``rank`` of T sends, which is the same for all with a batch split. By default what the rank
+    with most to send does, for which the others wait: with a sequence split and m > 2 all that it
+    has. Of a packed row it depends on ``plan.documents``.
+    """
     if not plan.has_own_order:
         return Counter()
-    chunk = sequence * batch * shape.hidden // layout.size
-    return Counter({("dim", "all_to_all"): 2 * (layout.m - 1) * chunk // layout.m})
+    if plan.split == "batch":
+        chunk = sequence * batch * shape.hidden // layout.size
+        return Counter({("dim", "all_to_all"): 2 * (layout.m - 1) * chunk // layout.m})
+    ranks = range(layout.size) if rank is None else [rank]
+    sent = sequence // layout.size - min(kept(plan, layout, one, sequence) for one in ranks)
+    return Counter({("dim", "all_to_all"): 2 * sent * batch * shape.hidden})
 
 
 def training_ends(

@@ -16,7 +16,7 @@ import numpy as np
 
 from megatron_helix import corpus
 from megatron_helix.basics import files
-from megatron_helix.experiment import runs
+from megatron_helix.experiment import routed, runs
 from megatron_helix.experiment.config import DecodeConfig, ExperimentConfig, VerificationConfig
 from megatron_helix.experiment.runs import Run
 from megatron_helix.launching.launchers import Program
@@ -126,15 +126,23 @@ def read(experiment: ExperimentConfig, run: Run, folder: Path) -> dict[str, Any]
 def verify(
     run: Run, cut: dict[str, Any], result: dict[str, Any], limits: VerificationConfig
 ) -> list[dict[str, Any]]:
-    """The ledger's bytes of a decode step are the predicted ones, and the cache is balanced."""
+    """The ledger's bytes of a decode step are the predicted ones, and the cache is balanced.
+
+    What goes to experts and back is compared as it were at even loads.
+    """
     means: dict[str, float] = defaultdict(float)
     for place in cut["ranks"]:
         for key, value in place["predicted_bytes"].items():
             means[key] += value / len(cut["ranks"])
+    found = dict(result["sent_bytes"])
+    if routed.KEY in found:
+        ranks = len(cut["ranks"][0]["groups"]["ep"])
+        kept = result["kept_bytes"].get(routed.KEY, 0)
+        found[routed.KEY] = routed.at_even_loads(found[routed.KEY], kept, ranks)
     problems = [
-        f"{key}: {means[key]:,.1f} bytes predicted, {result['sent_bytes'].get(key, 0):,.1f} sent"
-        for key in sorted({*means, *result["sent_bytes"]})
-        if not isclose(means[key], result["sent_bytes"].get(key, 0), rel_tol=1e-9)
+        f"{key}: {means[key]:,.1f} bytes predicted, {found.get(key, 0):,.1f} sent"
+        for key in sorted({*means, *found})
+        if not isclose(means[key], found.get(key, 0), rel_tol=1e-9)
     ]
     total = sum(result["sent_bytes"].values()) * len(cut["ranks"]) / 1e6
     said = f"{total:,.3f} MB of all ranks in a decode step, all as predicted"

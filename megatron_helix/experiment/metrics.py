@@ -54,8 +54,9 @@ class RunMetrics:
         sent_bytes: by axis and kind, sent by one rank in one step; mean over ranks.
         loss_scales: of every step; None without loss scaling.
         skipped_steps: updates that overflowed and were left out.
-        per_rank: one mapping a rank: ``sent_bytes`` and ``calls`` by axis and kind, ``busy_s``,
-            ``flops``, ``peak_memory_bytes`` and the ``profile`` of the profiled step.
+        per_rank: one mapping a rank: ``sent_bytes``, ``kept_bytes`` (of all-to-alls, for itself)
+            and ``calls`` by axis and kind, ``busy_s``, ``flops``, ``peak_memory_bytes`` and the
+            ``profile`` of the profiled step.
     """
 
     losses: list[float]
@@ -206,6 +207,7 @@ def _rank(lines: list[Line], counted: Line) -> dict[str, Any]:
     own = [step[0] for step in _counted([(line,) for line in lines])]
     return {
         "sent_bytes": _sent(counted),
+        "kept_bytes": {f"{e['axis']}/{e['kind']}": e["kept_bytes"] for e in counted["traffic"]},
         "calls": {f"{e['axis']}/{e['kind']}": e["calls"] for e in counted["traffic"]},
         "busy_s": statistics.median(line.get("busy_s", 0.0) for line in own),
         "flops": next((line["flops"] for line in lines if line.get("flops")), None),

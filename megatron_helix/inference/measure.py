@@ -51,7 +51,8 @@ class DecodeMetrics:
         tokens_per_s: in decode steps.
         kv_bytes: keys and values each rank holds, in rank order.
         sent_bytes: by axis and kind, of one rank in one decode step; mean over ranks.
-        prefill_sent_bytes: the same of the prefill.
+        kept_bytes: the same of what all-to-alls had for the rank itself.
+        prefill_sent_bytes: ``sent_bytes`` of the prefill.
     """
 
     batch: int
@@ -64,6 +65,7 @@ class DecodeMetrics:
     tokens_per_s: float
     kv_bytes: list[int]
     sent_bytes: dict[str, float]
+    kept_bytes: dict[str, float]
     prefill_sent_bytes: dict[str, float]
 
 
@@ -105,6 +107,7 @@ def record(
         "communication_s": sum(entry.time_s for entry in decode.values()),
         "kv_bytes": cache_bytes(parts),
         "sent_bytes": _sent(decode),
+        "kept_bytes": {f"{a}/{kind}": t.kept_bytes for (a, kind), t in decode.items()},
         "prefill_sent_bytes": _sent(prefill),
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -142,6 +145,7 @@ def read(folder: Path) -> DecodeMetrics:
         tokens_per_s=batch * steps / decode_s,
         kv_bytes=[rank["kv_bytes"] for rank in ranks],
         sent_bytes=_mean_of(ranks, "sent_bytes", steps),
+        kept_bytes=_mean_of(ranks, "kept_bytes", steps),
         prefill_sent_bytes=_mean_of(ranks, "prefill_sent_bytes", 1),
     )
 

@@ -16,11 +16,12 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from megatron_helix.basics.errors import UserError
 from megatron_helix.exchange.decode import SequenceCache, cached_positions
 from megatron_helix.exchange.packed import share_of
+from megatron_helix.exchange.pieces import pieces
 from megatron_helix.exchange.plan import Plan
 from megatron_helix.exchange.prefix import prefix_pieces
 from megatron_helix.exchange.scores import ScoresAttention, SegmentNorm, segment_frequencies
 from megatron_helix.exchange.strategy import Choice
-from megatron_helix.exchange.tokens import chunk_positions, in_sequence_order, pieces
+from megatron_helix.exchange.tokens import chunk_positions, in_sequence_order
 from megatron_helix.kernels import sums
 from megatron_helix.kernels.collectives import all_gather, gather
 from megatron_helix.layers.linear import helix_linear

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from megatron_helix.exchange.packed import Share
+from megatron_helix.exchange.pieces import Piece
 from megatron_helix.exchange.plan import Plan
-from megatron_helix.exchange.tokens import Piece
 
 
 def piece_frequencies(frequencies: torch.Tensor, mine: Sequence[Piece]) -> torch.Tensor:

@@ -36,6 +36,7 @@ from megatron_helix.options.flags import (
 )
 from megatron_helix.partition.layout import HelixLayout, require_divides
 from megatron_helix.run_config.core_attention import OWN
+from megatron_helix.run_config.model import rotated_channels
 
 # Flags that are about a partition: to give one of them is to ask for it.
 _ASKING = ("--helix-m", "--helix-n", "--helix-exchange", "--helix-split", "--helix-gather")
@@ -204,14 +205,14 @@ def layout(
     kv_channels: int,
 ) -> HelixLayout:
     """The partition the flags name, for a model's head counts."""
-    rotary = args.position_embedding_type in ("rope", "yarn", "mrope")
+    rotary = args.position_embedding_type, args.rotary_percent
     return HelixLayout(
         m=args.helix_m,
         n=args.helix_n,
         num_attention_heads=num_attention_heads,
         num_query_groups=num_query_groups,
         kv_channels=kv_channels,
-        rotary_dim=int(kv_channels * args.rotary_percent) if rotary else 0,
+        rotary_dim=rotated_channels(*rotary, kv_channels),
         rotary_interleaved=args.rotary_interleaved,
         output_gate=args.attention_output_gate,
     )

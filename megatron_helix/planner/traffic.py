@@ -19,8 +19,9 @@ Per micro-batch, with N tokens, T tensor-parallel ranks, ``c = N D / T``, V voca
   head and dim axes as :mod:`megatron_helix.layers.vocabulary` says.
 * experts (``r = k N / T`` rows a rank after routing to k experts, ``k N`` in decode): all_to_all
   over ep of rows there and back and of their probabilities there; over etp all_gather there
-  and reduce_scatter back. What a rank receives depends on routing. Counted is the mean, exact for a
-  sum over the ranks.
+  and reduce_scatter back. What a rank receives, and what it keeps for experts of its own, depends
+  on routing. Counted are even loads, 1/ep of the rows kept; what is sent and kept together is that
+  exactly in a sum over the ranks.
 * context parallelism: keys and values by p2p, a2a or all_gather:
   :mod:`megatron_helix.planner.context`.
 * FSDP: :mod:`megatron_helix.planner.fsdp`.
@@ -57,27 +58,29 @@ def step_bytes(here: Deployment, rank: int) -> dict[tuple[str, str], float]:
     if not 0 <= rank < here.world_size:
         raise ValueError(f"rank: need 0 <= rank < {here.world_size}, got {rank}")
     per_stage = here.world_size // here.layout.pp
-    stage, leads = rank // per_stage, rank % per_stage < here.tp
+    stage = rank // per_stage
     sums: Counter[tuple[str, str]] = Counter()
-    for moved in transfers(here, stage, source=rank % here.tp == 0, leads=leads):
+    for moved in transfers(here, stage, rank):
         sums[AXES[moved.axis], moved.kind] += moved.sent_bytes  # type: ignore[assignment]
     return {key: float(sent) for key, sent in sums.items() if sent}
 
 
-def transfers(
-    here: Deployment, stage: int, *, source: bool = True, leads: bool = True
-) -> list[Transfer]:
+def transfers(here: Deployment, stage: int, rank: int | None = None) -> list[Transfer]:
     """Every collective that a rank of ``stage`` takes part in.
 
     Args:
         here: the deployment.
         stage: pipeline stage.
-        source: whether the rank is the first of its tensor-parallel group.
-        leads: whether it is the first of its data-parallel group.
+        rank: a global one of that stage. By default the most that any does in each: broadcast a
+            batch, lead the replicas, and send of the stream, at the block's ends, what the rank
+            that keeps least does.
     """
     book = Book(here)
     first, last = stage == 0, stage == here.stages - 1
-    _layers(book, first, last)
+    place = None if rank is None else rank % here.tp
+    source = not place
+    leads = rank is None or rank % (here.world_size // here.stages) < here.tp
+    _layers(book, first, last, place)
     if here.layout.gtp > 1:
         _weight_shards(book)
     if here.layout.fsdp:
@@ -100,7 +103,7 @@ def transfers(
     return book.entries
 
 
-def _layers(book: Book, first: bool, last: bool) -> None:
+def _layers(book: Book, first: bool, last: bool, place: int | None) -> None:
     here = book.here
     if here.phase == "decode":
         _decode_layers(book)
@@ -121,7 +124,8 @@ def _layers(book: Book, first: bool, last: bool) -> None:
         gathered = (here.cut.m - 1) * heads * every * here.element_bytes
         book.sent("softmax offsets", "dim", "all_gather", "backward", gathered, every)
     size = {"sequence": here.sequence, "batch": here.layout.micro_batch}
-    ends = traffic.block_ends(plan, here.cut, here.block, **size)["dim", "all_to_all"]
+    # Of packed rows as of one document each: what else they hold is not the plan's to know.
+    ends = traffic.block_ends(plan, here.cut, here.block, **size, rank=place)["dim", "all_to_all"]
     if ends and (times := here.converts(first=first, last=last)):
         converted = ends // 2 * times * here.microbatches * here.element_bytes
         for when in ("forward", "backward"):

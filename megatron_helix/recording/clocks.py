@@ -24,6 +24,10 @@ class Call:
         kind: of the collective.
         channel: who talks: the group's name, and for a send or receive both ends of it.
         number: how many calls the channel had before; the same on every rank.
+        elements: that this rank sent.
+        sent_bytes: their bytes.
+        kept_bytes: of an all-to-all, what this rank had for itself.
+        time_s: how long it was held up.
     """
 
     axis: str
@@ -32,6 +36,7 @@ class Call:
     number: int
     elements: int = 0
     sent_bytes: int = 0
+    kept_bytes: int = 0
     time_s: float = 0.0
 
 

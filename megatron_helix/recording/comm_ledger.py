@@ -9,10 +9,14 @@ a reduce-scatter, else in all):
 all_reduce         ``2 (p-1)/p V``
 all_gather         ``(p-1) V``
 reduce_scatter     ``(p-1) V``
-all_to_all         ``(p-1)/p V``
+all_to_all         ``(1 - own/V) V``
 broadcast          ``V`` (on the source)
 send               ``V``
 =================  =========================
+
+An all-to-all's own part is what its rank sends to itself: as the split sizes say, or the tensors of
+a list, or ``1/p`` of V. What is kept so is counted beside what is sent: of rows that a router deals
+out only the sum of both is known beforehand.
 
 Source of the formulas: Chan, Heimlich, Purkayastha, van de Geijn, "Collective communication:
 theory, practice, and experience" (2007), the lower bounds of table I.
@@ -45,6 +49,7 @@ class Traffic:
     calls: int = 0
     elements: int = 0
     sent_bytes: int = 0
+    kept_bytes: int = 0
     time_s: float = 0.0
 
 
@@ -86,6 +91,7 @@ def totals(calls: Iterable[Call]) -> Entries:
         entry.calls += 1
         entry.elements += call.elements
         entry.sent_bytes += call.sent_bytes
+        entry.kept_bytes += call.kept_bytes
         entry.time_s += call.time_s
     return entries
 
@@ -190,12 +196,33 @@ def _counted(original: Any, kind: str, which: int, share: _Share, ledger: CommLe
             sends = kind not in _ROOT_SENDS or _ROOT_SENDS[kind] == _is_root(group, args)
             call.elements = round(share(size, elements)) if sends else 0
             call.sent_bytes = round(share(size, nbytes)) if sends else 0
+            if kind == "all_to_all":
+                if parts := _parts(args):
+                    call.elements = _without(group.rank(), parts, elements)
+                    call.sent_bytes = _without(group.rank(), parts, nbytes)
+                call.kept_bytes = nbytes - call.sent_bytes
         start = ledger.clock.start()
         work = original(group, *args, **kwargs)
         ledger.clock.stop(start, [call])
         return None if work is None else _TimedWork(work, [call], ledger.clock)
 
     return collective
+
+
+def _parts(args: Sequence[Any]) -> list[int]:
+    """Sizes of what an all-to-all has for each rank, in any unit; none given where all are equal.
+
+    Of a list of tensors they are the tensors' own; of one tensor, split sizes of the input, which
+    Megatron's token dispatcher has as an array.
+    """
+    if isinstance(args[1], torch.Tensor):
+        return [int(size) for size in args[3]]
+    return [tensor.numel() for tensor in args[1]]
+
+
+def _without(rank: int, parts: list[int], whole: int) -> int:
+    """What is left of ``whole`` without the part that is for ``rank``; exact."""
+    return whole - whole * parts[rank] // (sum(parts) or 1)
 
 
 def _counted_copies(original: Any, ledger: CommLedger) -> Any:

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_helix.experiment import routed
 from megatron_helix.experiment.config import ExperimentConfig, OutlookConfig
 from megatron_helix.experiment.results import (
     AXES_SHOWN,
@@ -228,6 +229,7 @@ def _outlook_table(asked: OutlookConfig, experiment: ExperimentConfig) -> Page:
 def bytes_sent(results: Sequence[Result], cuts: dict[str, Any]) -> Page:
     """Predicted and measured, by axis and kind; ``cuts`` have the predicted bytes of every run."""
     rows = []
+    routes = any(routed.KEY in result["sent_bytes"] for result in results)
     for result in results:
         ranks = cuts[result["name"]]["ranks"] if cuts[result["name"]] else []
         predicted: dict[str, float] = {}
@@ -248,7 +250,7 @@ def bytes_sent(results: Sequence[Result], cuts: dict[str, Any]) -> Page:
                 rows.append([*cells, f"{want:,.0f}", f"{got:,.0f}"])
     return {
         "title": "Bytes a rank sends in a step",
-        "note": "Mean over ranks.",
+        "note": f"Mean over ranks.{' To experts and back, for even loads.' * routes}",
         "heads": ["run", "axis", "collective", "predicted", "measured"],
         "rows": rows,
     }

@@ -15,6 +15,7 @@ from typing import Any
 import networkx as nx
 
 from megatron_helix.basics.errors import UserError
+from megatron_helix.exchange import traffic
 from megatron_helix.experiment.config import ExperimentConfig
 from megatron_helix.experiment.runs import Run
 from megatron_helix.planner import context, fsdp, parameters
@@ -33,7 +34,7 @@ class Step:
     Attributes:
         operator: its name.
         axis: group whose ranks send to each other; "" where the input is on the rank already.
-        sent_bytes: by each rank of the axis, to all others together.
+        sent_bytes: by this rank, to all others of the axis together.
         ring: whether they pass it on, each to the next one.
         tile: a weight whose tiles or shards are gathered for it; "" for none.
         tile_bytes: sent by each rank for that, to all others together.
@@ -218,10 +219,11 @@ def _shards(here: Deployment, of: str, axis: str, shapes: Shapes) -> dict[str, A
     return {"tile": f"the weights of {of}", "tile_bytes": sent, "tile_axis": axis}
 
 
-def _token_order(here: Deployment, element: int) -> tuple[Step, str]:
-    """The conversion of the stream at either end of the block."""
-    m = here.layout.m or 1
-    return Step("token order", "dim", (m - 1) / m * _chunk(here) * element), ""
+def _token_order(here: Deployment, rank: int, element: int) -> tuple[Step, str]:
+    """The conversion of the stream at either end of the block, by ``rank`` of T."""
+    size = {"sequence": here.sequence, "batch": here.layout.micro_batch}
+    ends = traffic.block_ends(here.plan, here.cut, here.block, **size, rank=rank)
+    return Step("token order", "dim", ends.total() / 2 * element), ""
 
 
 def _chain(
@@ -234,14 +236,15 @@ def _chain(
     if not layers:
         return []
     steps = layer_steps(here, element)
+    order = _token_order(here, place["tensor_rank"], element)
     before, after = parameters.end_shapes(here, True, True)
     ends = here.layout.fsdp == "torch_fsdp2"  # which has no stages
     shards = _shards(here, "the embedding", "dp", before) if ends else {}
     named = [(Step("received" if place["stage"] else "embedding", **shards), "")]
-    named += [_token_order(here, element)] * here.converts(first=not first, last=False)
+    named += [order] * here.converts(first=not first, last=False)
     named += [(step, f", layer {layer}") for layer in layers for step in steps]
     last = layers[-1] == here.model.num_layers - 1
-    named += [_token_order(here, element)] * here.converts(first=False, last=last)
+    named += [order] * here.converts(first=False, last=last)
     if ends and last:
         named += [(Step("LM head", **_shards(here, "the LM head", "dp", after)), "")]
     tile = f", tile {place['head_group']},{place['segment']}" if "segment" in place else ""
@@ -272,7 +275,8 @@ def _connect(
         before = group[group.index(place["rank"]) - 1]
         for other in [before] if step.ring else group:
             if other != place["rank"]:
-                sent = step.sent_bytes / (1 if step.ring else len(group) - 1)
+                theirs = made.nodes[chains[other][number]]["step"].sent_bytes
+                sent = theirs / (1 if step.ring else len(group) - 1)
                 made.add_edge(chains[other][number - 1], node, bytes=sent, axis=step.axis)
     if step.tile:
         group = place["groups"][step.tile_axis]

@@ -9,6 +9,16 @@ from megatron_helix.run_config.files import Config
 from megatron_helix.run_config.words import switch, valued
 
 
+def rotated_channels(position_embedding: str, rotary_percent: float, kv_channels: int) -> int:
+    """How many channels of a head Megatron's rotary embeddings rotate; 0 without them.
+
+    Its ``YarnRotaryEmbedding`` has frequencies for all of them, whatever ``--rotary-percent``.
+    """
+    if position_embedding == "yarn":
+        return kv_channels
+    return int(kv_channels * rotary_percent) if position_embedding in ("rope", "mrope") else 0
+
+
 class ModelConfig(Config):
     """A GPT model in Megatron's terms: but for three, the keys are the names of its flags.
 
@@ -76,8 +86,8 @@ class ModelConfig(Config):
     @property
     def rotary_dim(self) -> int:
         """How many channels of a head are rotated, as Megatron rounds them."""
-        is_rotary = self.position_embedding_type in ("rope", "yarn")
-        return int(self.kv_channels * (self.rotary_percent or 1)) if is_rotary else 0
+        percent = self.rotary_percent or 1.0
+        return rotated_channels(self.position_embedding_type, percent, self.kv_channels)
 
     def flags(self) -> list[str]:
         """Megatron's flags for the model. Dropout is off."""

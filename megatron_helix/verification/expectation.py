@@ -53,9 +53,8 @@ def predicted_bytes(experiment: ExperimentConfig, run: Run, rank: int) -> dict[A
     if run.phase == "train":
         return step_bytes(here, rank)
     stage = rank // (experiment.world_size // run.layout.pp)
-    source = rank % run.layout.tensor_parallel_size == 0
     sums: dict[Any, float] = {}
-    for moved in transfers(here, stage, source=source):
+    for moved in transfers(here, stage, rank):
         is_loss = moved.axis == "dp" and moved.what.startswith("loss")
         if moved.sent_bytes and (moved.when == "forward" or is_loss):
             key = AXES[moved.axis], moved.kind

@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_helix.basics import files
-from megatron_helix.experiment import decode, execution, runs
+from megatron_helix.experiment import decode, execution, routed, runs
 from megatron_helix.experiment.config import ExperimentConfig, Fp16Config, VerificationConfig
 from megatron_helix.experiment.runs import Run
 from megatron_helix.verification.tiles import fingerprints
 
 Check = dict[str, Any]
 _LISTED = 4  # problems that are spelled out
-_ROUTED = "EXPERT_MODEL_PARALLEL_GROUP/all_to_all"
 
 
 def verify(
@@ -179,15 +178,15 @@ def _history(scales: Sequence[float]) -> str:
 def sent_bytes(run: str, cut: dict[str, Any], per_rank: Sequence[dict[str, Any]]) -> Check:
     """The ledger's bytes are the predicted ones, for every rank, axis and kind.
 
-    Which rank a token's way back from its expert starts at is the router's choice: what goes to
-    experts and back is compared as a sum over the ranks that share the experts, up to the rounding
-    of each call to whole bytes.
+    Which rank a token's way back from its expert starts at, and whether there is any way to go, is
+    the router's choice: what goes to experts and back is compared as a sum over the ranks that
+    share the experts, as it were at even loads, up to the rounding of each call to whole bytes.
     """
     problems, total, entries = [], 0.0, 0
     for place, rank in zip(cut["ranks"], per_rank, strict=True):
         for key in sorted({*place["predicted_bytes"], *rank["sent_bytes"]}):
             who, members = f"rank {place['rank']}", [place["rank"]]
-            if key == _ROUTED and "ep" in place["groups"]:
+            if key == routed.KEY and "ep" in place["groups"]:
                 members = place["groups"]["ep"]
                 who = f"ranks {members}"
                 if place["rank"] != members[0]:
@@ -196,6 +195,9 @@ def sent_bytes(run: str, cut: dict[str, Any], per_rank: Sequence[dict[str, Any]]
             got = sum(per_rank[i]["sent_bytes"].get(key, 0) for i in members)
             total += got
             entries += bool(got)
+            if len(members) > 1:
+                kept = sum(per_rank[i]["kept_bytes"].get(key, 0) for i in members)
+                got = routed.at_even_loads(got, kept, len(members))
             rounded = sum(per_rank[i]["calls"].get(key, 0) for i in members) / 2
             if abs(want - got) > (rounded if len(members) > 1 else 0):
                 problems.append(f"{who}, {key}: {want:,.0f} bytes predicted, {got:,.0f} sent")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_helix.exchange import tokens, traffic
+from megatron_helix.exchange import pieces, tokens, traffic
 from megatron_helix.exchange.cost import layer_seconds, moves, of_prefixes, summed_bytes
 from megatron_helix.exchange.plan import Plan
 from megatron_helix.exchange.strategy import Choice, explain, resolve
@@ -253,7 +253,7 @@ def test_rectangles_are_those_of_the_calls(m: int, n: int, sequence: int) -> Non
     calls = [
         call
         for segment in range(m)
-        for piece in tokens.pieces(layout, segment, sequence)
+        for piece in pieces.pieces(layout, segment, sequence)
         for call in tokens.in_calls(piece)
     ]
     pairs = sum(call.length * call.end for call in calls)

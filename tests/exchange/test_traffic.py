@@ -129,9 +129,9 @@ def test_a_layer_sends_what_the_closed_form_says(
     shape = BlockShape(hidden=HIDDEN, ffn=FFN, gated=gated, num_layers=1)
     size: dict[str, Any] = {"sequence": S, "batch": B}
     forward, backward = traffic.layer(plan, layout, shape, **size)
-    ends = traffic.block_ends(plan, layout, shape, **size)
-    expected = (_nonzero(forward + ends), _nonzero(backward + ends))
     for rank, of_rank in enumerate(_counted(m, n, groups)):
+        ends = traffic.block_ends(plan, layout, shape, **size, rank=rank)
+        expected = (_nonzero(forward + ends), _nonzero(backward + ends))
         sent_forward, sent_backward = of_rank[plan, gated]
         assert (_nonzero(sent_forward), _nonzero(sent_backward)) == expected, f"rank {rank}"
 
@@ -160,18 +160,20 @@ def test_what_is_put_in_order_is_what_arrives_in_another() -> None:
     shape = BlockShape(hidden=HIDDEN, ffn=FFN, gated=False, num_layers=1)
     size: dict[str, Any] = {"sequence": S, "batch": B}
 
-    def moved(**plan: str) -> tuple[float, float]:
-        made = Plan(**{"split": "batch", **plan})
-        return traffic.put_in_order(made, layout, shape, **size, microbatches=4)
+    def moved(batch: int = B, **plan: str) -> tuple[float, float]:
+        made, known = Plan(**{"split": "batch", **plan}), {**size, "batch": batch}
+        return traffic.put_in_order(made, layout, shape, **known, microbatches=4)
 
     tokens = 2 * 2 * S * B * traffic.packed(layout) / layout.size
     assert moved(exchange="activations") == (tokens, tokens)
     once = 2 * traffic.packed(layout) * HIDDEN / layout.n  # read and written
     assert moved(exchange="weights") == (once, 2 * once)
     assert moved(exchange="weights", gather="once") == (once / 4, once)
-    # Of gradients that a GEMM adds to a step's sums, a factor: this rank's tokens.
-    factors = 2 * S * B * traffic.packed(layout) / layout.size
-    assert moved(exchange="weights", gather="step") == (once / 4, factors)
+    # Of gradients that a GEMM adds to a step's sums, a factor: this rank's tokens, if they are few.
+    factor = 2 * S * traffic.packed(layout) / layout.size
+    assert factor < traffic.COPIES * once < B * factor
+    assert moved(1, exchange="weights", gather="step") == (once / 4, factor)
+    assert moved(exchange="weights", gather="step") == (once / 4, traffic.COPIES * once)
     assert moved(exchange="scores", split="none") == (0, 0)
 
 

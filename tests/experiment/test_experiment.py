@@ -317,15 +317,21 @@ def test_a_deployment_that_is_not_as_planned_is_said_to_be_so(
         assert f"not verified: {check}, tiny-helix_2x1_pp2: {detail}" in told
 
 
-@pytest.mark.parametrize("layout", ["tp2_pp2", "helix_2x2", "activations", "sequence", "scores"])
+@pytest.mark.parametrize(
+    "layout", ["tp2_pp2", "helix_2x2", "activations", "sequence", "dealt", "scores"]
+)
 def test_the_deployment_graph_sends_what_is_predicted(layout: str) -> None:
     helix = {"m": 2, "n": 2, "micro_batch": 4}
     more = [
         {"name": "activations", **helix, "exchange": "activations", "split": "batch"},
         {"name": "sequence", **helix, "exchange": "weights", "split": "sequence"},
+        {"name": "dealt", **helix, "m": 4, "n": 1, "exchange": "weights", "split": "sequence"},
         {"name": "scores", **helix, "exchange": "scores"},
     ]
     chosen = experiment(layouts=[*DOCUMENT["layouts"], *more])
+    if layout == "dealt":  # positions are added in stock's order, and a stream is there to deal
+        learned = {**DOCUMENT["models"][0], "position_embedding_type": "learned_absolute"}
+        chosen = experiment(layouts=[*DOCUMENT["layouts"], *more], models=[learned])
     made = deployment_graph.build(chosen, layout=layout)
     assert len({data["group"] for _, data in made.nodes(data=True)}) == 4
     run = runs.Run(
@@ -342,7 +348,7 @@ def test_the_deployment_graph_sends_what_is_predicted(layout: str) -> None:
                 axis = data.get("axis", "pp")
                 sent[axis] = sent.get(axis, 0.0) + data["bytes"] * here.microbatches
         predicted: dict[str, float] = {}
-        for moved in transfers(here, rank // 2 if here.stages == 2 else 0):
+        for moved in transfers(here, rank // 2 if here.stages == 2 else 0, rank):
             inside = moved.what not in ("batch", "embedding", "LM head", "losses", "cross entropy")
             if moved.when == "forward" and inside and moved.sent_bytes:
                 predicted[moved.axis] = predicted.get(moved.axis, 0.0) + moved.sent_bytes

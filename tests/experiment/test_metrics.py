@@ -31,7 +31,8 @@ def write(folder: Path, *ranks: list[dict[str, Any]]) -> Path:
 
 def moved(axis: str, kind: str, sent_bytes: int) -> dict[str, Any]:
     """An entry of a step's traffic."""
-    return {"axis": axis, "kind": kind, "calls": 1, "elements": 1, "sent_bytes": sent_bytes}
+    counts = {"calls": 1, "elements": 1, "sent_bytes": sent_bytes, "kept_bytes": 0}
+    return {"axis": axis, "kind": kind, **counts}
 
 
 def test_times_are_medians_of_the_slowest_rank_without_the_first_step(tmp_path: Path) -> None:

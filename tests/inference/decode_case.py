@@ -102,6 +102,7 @@ class Result:
     logits: list[torch.Tensor | None]
     cache_bytes: int
     step_bytes: list[dict[tuple[str, str], int]]  # of each decode step
+    kept_bytes: list[dict[tuple[str, str], int]]  # the same
 
 
 def prompts(batch: int) -> list[list[int]]:
@@ -188,11 +189,12 @@ def generate(model: Model, layout: Layout, batches: tuple[int, ...]) -> list[Res
             steps = list(engine.prefill(parts))
             ledger = CommLedger()
             uninstall = install(ledger)
-            sent = []
+            sent, kept = [], []
             for step in engine.decode(parts):
                 steps.append(step)
                 taken = ledger.take().items()
                 sent.append({(AXES.get(a, a), kind): t.sent_bytes for (a, kind), t in taken})
+                kept.append({(AXES.get(a, a), kind): t.kept_bytes for (a, kind), t in taken})
             uninstall()
             results.append(
                 Result(
@@ -200,6 +202,7 @@ def generate(model: Model, layout: Layout, batches: tuple[int, ...]) -> list[Res
                     logits=[step.logits for step in steps],
                     cache_bytes=cache_bytes(parts),
                     step_bytes=sent,
+                    kept_bytes=kept,
                 )
             )
     return results

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_helix.exchange import shards
+from megatron_helix.exchange import shards, step_sums
 from megatron_helix.exchange.gathered_weight import GatheredWeight
 from megatron_helix.exchange.plan import Plan
 from megatron_helix.exchange.step_sums import StepSums
@@ -174,6 +174,19 @@ def differences(
     m: int, n: int, late: bool, main_grad: bool, rows: bool = True, bias: bool = True
 ) -> dict[str, float]:
     """Of the engine's chain from the torch path's, in double."""
+    found = {}
+    for copies in (step_sums.COPIES, 0):  # then no factor is copied
+        step_sums.COPIES = copies
+        found |= {
+            f"{what}, {copies}": difference
+            for what, difference in _differences(m, n, late, main_grad, rows, bias).items()
+        }
+    return found
+
+
+def _differences(
+    m: int, n: int, late: bool, main_grad: bool, rows: bool, bias: bool
+) -> dict[str, float]:
     oracle = Chain(m, n, oracle_class, torch.float64, main_grad=main_grad, bias=bias)
     engine = Chain(m, n, engine_class, torch.float64, main_grad=main_grad, bias=bias)
     oracle.link()

@@ -127,12 +127,12 @@ def counted(m: int, n: int) -> dict:
 @pytest.mark.parametrize(("m", "n"), [(2, 2), (4, 1)])
 def test_what_is_sent_is_what_the_closed_form_says(m: int, n: int) -> None:
     layout = test_traffic._layout(m, n, 4 // n)
-    for of_rank in run_distributed(counted, m * n, m, n):
+    for rank, of_rank in enumerate(run_distributed(counted, m * n, m, n)):
         for (plan, gated), sent in of_rank.items():
             shape = BlockShape(
                 hidden=test_traffic.HIDDEN, ffn=test_traffic.FFN, gated=gated, num_layers=1
             )
             size = {"sequence": test_traffic.S, "batch": test_traffic.B}
-            ends = traffic.block_ends(plan, layout, shape, **size)
+            ends = traffic.block_ends(plan, layout, shape, **size, rank=rank)
             for one, expected in zip(sent, traffic.layer(plan, layout, shape, **size), strict=True):
                 assert +one == +(expected + ends), plan

@@ -76,7 +76,8 @@ def test_in_decode_every_rank_sends_every_token_to_its_experts(layout: decode_ca
             {key: count for key, count in found.step_bytes[step].items() if count}
             for (found,) in ranks
         ]
-        take_routed(sent, [dict(one) for one in wanted])
+        kept = [dict(found.kept_bytes[step]) for (found,) in ranks]
+        take_routed(sent, kept, [dict(one) for one in wanted], layout.ep)
         assert sent == [
             {key: count for key, count in one.items() if key != (AXES["ep"], "all_to_all")}
             for one in wanted

@@ -9,6 +9,7 @@ import pytest
 
 from megatron_helix import corpus
 from megatron_helix.experiment import config
+from megatron_helix.planner.book import share
 from megatron_helix.planner.deployment import VOCAB_MULTIPLE, Deployment
 from megatron_helix.planner.traffic import AXES, step_bytes
 from megatron_helix.run_config.batch import BatchConfig
@@ -82,6 +83,9 @@ CASES = [
     ("gqa", 8, {**WIDE, "pp": 2, "split": "sequence", "gather": "step"}),
     ("dense", 8, {**WIDE, "distributed_optimizer": True}),
     ("dense", 4, {**WEIGHTS, "m": 4, "n": 1, "split": "sequence", "micro_batch": 2}),
+    # Learned positions are added in stock's order: the stream is dealt, and each rank keeps another
+    # part of it.
+    ("learned", 4, {**WEIGHTS, "m": 4, "n": 1, "split": "sequence", "micro_batch": 2}),
     ("swiglu", 4, {**CUT, "m": 4, "n": 1, "exchange": "activations", "split": "batch"}),
     ("unlike", 4, {**WIDE, "m": 4, "n": 1}),
     ("modern", 8, {**WIDE, "pp": 2}),
@@ -182,14 +186,16 @@ def _run(
         *more,
     ]
     measured(flags, world_size, folder)
+    return _counted(folder, world_size, "sent_bytes")
+
+
+def _counted(folder: Path, world_size: int, what: str) -> list[Sent]:
+    """A count of each rank's ledger in the last step."""
     lines = [
         json.loads((folder / "metrics" / f"rank{rank:02d}.jsonl").read_text().splitlines()[-1])
         for rank in range(world_size)
     ]
-    return [
-        {(e["axis"], e["kind"]): e["sent_bytes"] for e in line["traffic"] if e["sent_bytes"]}
-        for line in lines
-    ]
+    return [{(e["axis"], e["kind"]): e[what] for e in line["traffic"] if e[what]} for line in lines]
 
 
 def _predicted(
@@ -314,7 +320,7 @@ def test_the_quickstart_sends_what_is_predicted(
     sent = _run(model, layout, batch, world_size, corpus_prefix, tmp_path)
     predicted = _predicted(model, layout, batch, world_size)
     if model.num_experts:
-        take_routed(sent, predicted)
+        take_routed(sent, _counted(tmp_path, world_size, "kept_bytes"), predicted, layout.ep)
     assert sent == predicted
 
 
@@ -323,18 +329,22 @@ def test_routing_moves_bytes_between_ranks_only(corpus_prefix: Path, tmp_path: P
     batch = batch_of(layout, 4)
     sent = _run(MODELS["routed"], layout, batch, 4, corpus_prefix, tmp_path)
     predicted = _predicted(MODELS["routed"], layout, batch, 4)
-    take_routed(sent, predicted)
+    take_routed(sent, _counted(tmp_path, 4, "kept_bytes"), predicted, layout.ep)
     assert sent == predicted
 
 
-def take_routed(sent: list[Sent], predicted: list[Sent]) -> None:
-    """Check what depends on routing, and take it out.
+def take_routed(sent: list[Sent], kept: list[Sent], predicted: list[Sent], among: int) -> None:
+    """Check what depends on routing ``among`` so many ranks, and take it out.
 
-    How many rows a rank gets for its experts is up to the router, but every row comes from a rank
-    and goes back: summed over the ranks the bytes are what is predicted, and what a rank sends of
-    its own rows is half of its mean. The ledger rounds calls.
+    How many rows a rank gets for its experts, and how many of its own it keeps, is up to the
+    router, but every row comes from a rank and goes back: summed over the ranks what is sent and
+    kept is what is predicted, and of a rank's own rows, half of its mean. The closed form rounds
+    calls.
     """
     key = AXES["ep"], "all_to_all"
-    routed, expected = ([rank.pop(key) for rank in ranks] for ranks in (sent, predicted))
-    assert sum(routed) == pytest.approx(sum(expected), rel=1e-5)
-    assert min(routed) >= expected[0] / 2 * (1 - 1e-5)
+    moved, stayed, expected = ([r.pop(key, 0) for r in ranks] for ranks in (sent, kept, predicted))
+    both = list(map(sum, zip(moved, stayed, strict=True)))
+    whole = [of / share("all_to_all", among) for of in expected]
+    assert sum(both) == pytest.approx(sum(whole), rel=1e-5)
+    assert min(both) >= whole[0] / 2 * (1 - 1e-5)
+    assert moved != pytest.approx(expected, rel=1e-5)  # it is not even loads that are seen

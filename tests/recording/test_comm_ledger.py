@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -51,6 +52,19 @@ def batched_isend_irecv(group: dist.ProcessGroup) -> None:
     assert torch.equal(received, torch.full((N,), float(of)))
 
 
+def unequal(rank: int) -> list[int]:
+    """Rows for each rank, and from each: every pair exchanges another number."""
+    return [rank + other for other in range(P)]
+
+
+def all_to_all_of_rows(group: dist.ProcessGroup) -> None:
+    """Rows of six elements."""
+    rows = unequal(group.rank())
+    dist.all_to_all_single(
+        torch.ones(sum(rows), 6), torch.ones(sum(rows), 6), rows, rows, group=group
+    )
+
+
 # What is called, its kind, and the elements that rank r must send by the ledger's table.
 Collective = Callable[[dist.ProcessGroup], object]
 CASES: dict[str, tuple[Collective, str, Callable[[int], float]]] = {
@@ -81,6 +95,10 @@ CASES: dict[str, tuple[Collective, str, Callable[[int], float]]] = {
     "all_to_all": (
         lambda g: dist.all_to_all(tensors(), tensors(), group=g),
         *("all_to_all", lambda r: (P - 1) * N),  # V is all P tensors
+    ),
+    "all_to_all_single, unequal": (
+        *(all_to_all_of_rows, "all_to_all"),
+        lambda r: 6 * (sum(unequal(r)) - 2 * r),
     ),
     "broadcast": (
         lambda g: dist.broadcast(torch.ones(N), src=2, group=g),
@@ -125,6 +143,43 @@ def test_a_collective_counts_what_a_rank_must_send(name: str) -> None:
         assert sent.sent_bytes == 4 * elements(rank)
         others = [entry for (_, other), entry in entries.items() if other != kind]
         assert all(entry.sent_bytes == 0 for entry in others)  # a receive, at most
+
+
+def test_what_a_rank_has_for_itself_is_counted_apart() -> None:
+    for rank, entries in enumerate(run_distributed(measure, P, all_to_all_of_rows)):
+        assert entries[AXIS, "all_to_all"].kept_bytes == 4 * 6 * 2 * rank
+    equal, *_ = CASES["all_to_all_single"]
+    for entries in run_distributed(measure, P, equal):
+        assert entries[AXIS, "all_to_all"].kept_bytes == 4 * N // P
+    summed, *_ = CASES["all_reduce"]
+    for entries in run_distributed(measure, P, summed):
+        assert entries[AXIS, "all_reduce"].kept_bytes == 0
+
+
+ROWS = [4, 0, 3, 2]  # of rank 2, for each
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("alltoall_base", (torch.ones(9), torch.ones(9), [], ROWS)),
+        ("all_to_all_single", (torch.ones(9), torch.ones(9), [], ROWS)),
+        ("alltoall", ([], [torch.ones(rows) for rows in ROWS])),  # gloo takes equal ones only
+    ],
+)
+def test_unequal_parts_are_known_by_every_name_of_an_all_to_all(
+    name: str, given: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that this torch does not have as well: counted is what the method is given."""
+    monkeypatch.setattr(dist.ProcessGroup, name, lambda group, *args: None, raising=False)
+    ledger = CommLedger()
+    uninstall = install(ledger)
+    group = SimpleNamespace(size=lambda: P, rank=lambda: 2, group_desc=AXIS, group_name=AXIS)
+    getattr(dist.ProcessGroup, name)(group, *given)
+    uninstall()
+    (call,) = ledger.take_calls()
+    counted = call.kind, call.elements, call.sent_bytes, call.kept_bytes
+    assert counted == ("all_to_all", 6, 4 * 6, 4 * 3)
 
 
 def test_bytes_follow_the_element_size_and_sums_run_on() -> None:

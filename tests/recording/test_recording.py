@@ -129,7 +129,7 @@ def test_files_of_ranks_are_read_in_the_order_of_their_numbers(tmp_path: Path) -
     ranks = [0, 1, 2, 10, 11, 99, 100, 101]
     for rank in reversed(ranks):
         placed = {"rank": rank, "times_s": [[0.0, 1.0, 2.0]], "batch": 1, "communication_s": 0.0}
-        known = {"kv_bytes": rank, "sent_bytes": {}, "prefill_sent_bytes": {}}
+        known = {"kv_bytes": rank, "sent_bytes": {}, "kept_bytes": {}, "prefill_sent_bytes": {}}
         files.of_rank(tmp_path, rank, ".json").write_text(json.dumps({**placed, **known}))
     (tmp_path / "rank_of_nobody.json").write_text("{}")
     assert [int(path.stem[4:]) for path in files.of_ranks(tmp_path, ".json")] == ranks

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_helix import pretrain_gpt
-from megatron_helix.experiment import config, execution, runs
+from megatron_helix.experiment import config, decode, execution, routed, runs
 from megatron_helix.launching import fork_ranks
 from megatron_helix.verification import tiles, verify
 from tests.experiment_case import Values, experiment, of
@@ -88,6 +88,30 @@ def test_a_wrong_byte_formula_fails(finished: tuple[Path, Values]) -> None:
     found = verify.sent_bytes("x", cut, result["per_rank"])
     assert found["passed"] is False
     assert f"rank 2, {key}:" in found["detail"]
+
+
+def test_what_goes_to_experts_is_compared_with_what_a_rank_keeps() -> None:
+    """Of 4 ranks that route 1024 bytes each, at even loads 768 are sent; the sum is what holds."""
+    ranks = [{"rank": i, "predicted_bytes": {routed.KEY: 768}} for i in range(4)]
+    cut = {"ranks": [{**rank, "groups": {"ep": [0, 1, 2, 3]}} for rank in ranks]}
+    sent, kept = (1000, 24, 700, 1100), (24, 800, 200, 248)
+    per_rank = [
+        {"sent_bytes": {routed.KEY: a}, "kept_bytes": {routed.KEY: b}, "calls": {routed.KEY: 1}}
+        for a, b in zip(sent, kept, strict=True)
+    ]
+    assert verify.sent_bytes("x", cut, per_rank)["passed"] is True
+    per_rank[2]["kept_bytes"][routed.KEY] -= 16
+    found = verify.sent_bytes("x", cut, per_rank)
+    assert found["passed"] is False
+    assert f"ranks [0, 1, 2, 3], {routed.KEY}: 3,072 bytes predicted, 3,060 sent" in found["detail"]
+
+    serving = next(run for run in runs.compared(experiment()) if run.phase == "decode")
+    mean = {"sent_bytes": {routed.KEY: 706.0}, "kept_bytes": {routed.KEY: 318.0}, "kv_bytes": [1]}
+    said, _ = decode.verify(serving, cut, mean, experiment().verification)
+    assert said["passed"] is True
+    mean["sent_bytes"][routed.KEY] -= 1
+    said, _ = decode.verify(serving, cut, mean, experiment().verification)
+    assert said["passed"] is False
 
 
 def test_traffic_that_nobody_predicted_fails(finished: tuple[Path, Values]) -> None:
