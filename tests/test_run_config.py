@@ -80,6 +80,12 @@ def test_layouts_differ_in_core_attention_only_where_they_say_so(
         ({"fsdp": "torch_fsdp2", "overlap_dp": True}, "overlap_dp: fsdp does so by itself"),
         ({"fsdp": "torch_fsdp2", "pp": 2}, "pp: must be 1 with fsdp: torch_fsdp2, .* got 2"),
         ({"fsdp": "torch_fsdp2", "ep": 2}, "ep: must be 1 with fsdp: torch_fsdp2, .* got 2"),
+        ({"gather_layers": 1}, "gather_layers: must be left out of a stock layout"),
+        (
+            {"m": 2, "n": 1, "gather_layers": 1},
+            "gather_layers: needs gather: once or step, got 1 and no gather; say gather, or leave",
+        ),
+        ({"m": 2, "n": 1, "gather": "once", "gather_layers": 0}, "greater than 0"),
         ({"fsdp": "fsdp1"}, "Input should be 'megatron_fsdp' or 'torch_fsdp2'"),
         ({"cp_comm_type": "a2a"}, "cp_comm_type: needs context parallelism, cp > 1, got a2a"),
         ({"cp": 2, "cp_comm_type": "ring"}, "Input should be 'p2p', 'a2a' or 'all_gather'"),

@@ -30,6 +30,9 @@ class Choice:
         exchange: one of :data:`EXCHANGES`.
         split: one of :data:`SPLITS`.
         gather: one of :data:`GATHERS`.
+        gather_layers: layers of every model chunk, its first ones, that gather so; the others
+            gather in every micro-batch. None: all of them.
+        chunks: of the model, which pipeline stages hold.
         microbatches: micro-batches of a step; what is gathered once a step is shared by them.
         keeps_sequences: the sequence is cut by context parallelism already: no sequence split.
         keeps_order: what needs stock's token order in every layer, which ``weights`` leaves with a
@@ -43,6 +46,8 @@ class Choice:
     exchange: str = "auto"
     split: str = "auto"
     gather: str = "microbatch"
+    gather_layers: int | None = None
+    chunks: int = 1
     microbatches: int = 1
     keeps_sequences: bool = False
     keeps_order: str | None = None
@@ -50,9 +55,20 @@ class Choice:
     core_attention: str = "spec"
     machine: Hardware | None = None
 
+    def of_layer(self, plan: Plan, place: int | None) -> Plan:
+        """A block's plan, as one of its layers has it.
+
+        Args:
+            plan: of the layers that gather as asked.
+            place: of the layer in its model chunk, from 1; None for one that is in none.
+        """
+        if self.gather_layers is None or (place is not None and place <= self.gather_layers):
+            return plan
+        return replace(plan, gather="microbatch")
+
 
 def require_known(choice: Choice) -> None:
-    """Refuse names that are none of the flags' values.
+    """Refuse names and numbers that are none of the flags' values.
 
     Raises:
         UserError: naming the flag, its values, and what was given.
@@ -60,6 +76,18 @@ def require_known(choice: Choice) -> None:
     _require_one_of("--helix-exchange", choice.exchange, EXCHANGES)
     _require_one_of("--helix-split", choice.split, SPLITS)
     _require_one_of("--helix-gather", choice.gather, GATHERS)
+    layers = choice.gather_layers
+    if layers is not None and layers < 1:
+        raise UserError(
+            f"--helix-gather-layers: must be a positive integer, got {layers}; leave it away for"
+            " all layers"
+        )
+    if layers is not None and choice.gather == "microbatch":
+        raise UserError(
+            "--helix-gather-layers: is of --helix-gather once or step, got"
+            f" {layers} and microbatch, which keeps no layer's weights; say --helix-gather, or"
+            " leave it away"
+        )
 
 
 def resolve(
@@ -166,13 +194,23 @@ def _costs(
     sequence: int,
     batch: int,
 ) -> float:
-    """Of a layer and micro-batch: seconds, or elements sent where no machine is described."""
+    """Of a layer and micro-batch: seconds, or elements sent where no machine is described.
+
+    The mean of layers that gather as the plan says and of those that gather in every micro-batch.
+    """
     size = {"sequence": sequence, "batch": batch, "microbatches": choice.microbatches}
-    if choice.machine is None:
-        return per_layer(plan, layout, shape, **size, training=choice.training)
-    known = plan, layout, shape, choice.machine
-    of_run = {"training": choice.training, "core_attention": choice.core_attention}
-    return layer_seconds(*known, **size, **of_run)
+
+    def of(plan: Plan) -> float:
+        if choice.machine is None:
+            return per_layer(plan, layout, shape, **size, training=choice.training)
+        known = plan, layout, shape, choice.machine
+        of_run = {"training": choice.training, "core_attention": choice.core_attention}
+        return layer_seconds(*known, **size, **of_run)
+
+    if choice.gather_layers is None or not plan.keeps_weights:
+        return of(plan)
+    kept = min(1.0, choice.gather_layers * choice.chunks / shape.num_layers)
+    return kept * of(plan) + (1 - kept) * of(replace(plan, gather="microbatch"))
 
 
 def explain(
@@ -189,6 +227,8 @@ def explain(
     others = {"activations": Plan(exchange="activations", split=split)}
     for gather in gathers:
         name = "weights" if gather == "microbatch" else f"weights by --helix-gather {gather}"
+        if gather != "microbatch" and choice.gather_layers:
+            name += f" --helix-gather-layers {choice.gather_layers}"
         others[name] = Plan(exchange="weights", split=split, gather=gather)
     others["scores"] = Plan(exchange="scores", split="none")
     figures = []
@@ -239,7 +279,7 @@ def prefill_plan(
     Raises:
         UserError: when what was asked for cannot run on these tokens.
     """
-    choice = replace(choice, gather="microbatch", keeps_order=None)
+    choice = replace(choice, gather="microbatch", gather_layers=None, keeps_order=None)
     if choice.exchange != "scores":
         choice = replace(choice, split=cache_split(choice, layout, batch))
     names = ["activations", "weights"] if sequence_parallel else ["activations"]

@@ -27,7 +27,8 @@ forward and as much backward. With a sequence split it does only where embedding
 given their tokens in the block's order, and what a rank then sends is ``2 c`` without the pieces
 that are its own already (:func:`block_ends`). With ``gather="step"`` the weight terms come once a
 step: forward all_gather and, backward, sends. With ``gather="once"`` the forward all_gather
-comes once a step, and the backward all_to_all with every micro-batch.
+comes once a step, and the backward all_to_all with every micro-batch. A layer beyond those of
+``--helix-gather-layers`` has the plan of ``gather="microbatch"``.
 """
 
 from collections import Counter

@@ -289,7 +289,7 @@ class ExperimentConfig(Config):
             )
         for layout in shared:
             # What goes by the size of model and batch may be another one.
-            free = ("micro_batch", "gather", "core_attention")
+            free = ("micro_batch", "gather", "gather_layers", "core_attention")
             changed = {key: getattr(layout, key) for key in free}
             if there[layout.name].model_copy(update=changed) != layout:
                 raise UserError(

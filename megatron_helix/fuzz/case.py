@@ -69,6 +69,7 @@ class Case:
         exchange: ``--helix-exchange``.
         split: ``--helix-split``.
         gather: ``--helix-gather``.
+        gather_layers: ``--helix-gather-layers`` where weights are kept; 0 for all of them.
         deep: who goes on from a checkpoint after the first step: ``stock`` or ``turned`` (n x m)
             from helix's, ``helix`` from stock's. Empty: no checkpoints.
         features: flags that turn features of Megatron's on, one string a feature. They replace the
@@ -102,6 +103,7 @@ class Case:
     exchange: str = "auto"
     split: str = "auto"
     gather: str = "microbatch"
+    gather_layers: int = 0
     deep: str = ""
     features: tuple[str, ...] = ()
 
@@ -195,6 +197,8 @@ class Case:
         for name, value in own.items():
             if value != defaults[name]:
                 words += [f"--helix-{name}", value]
+        if self.gather_layers and self.gather != "microbatch":
+            words += ["--helix-gather-layers", str(self.gather_layers)]
         return self._flags(self.tp, self.etp, *words)
 
     def _flags(self, tp: int, etp: int, *layout: str) -> list[str]:

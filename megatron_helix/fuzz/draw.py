@@ -28,8 +28,11 @@ def draw(
         only: a feature that every case must have.
     """
     dice = random.Random(f"{seed}/{number}")
+    kept = random.Random(f"{seed}/{number}/kept").choice((0, 1, 2))
     while True:
         case = _sizes(dice, _layout(dice, dice.choice(worlds)))
+        if case.gather != "microbatch":
+            case = replace(case, gather_layers=kept)
         if only is None or set(only.needs) <= case.tags:
             return replace(case, features=_features(dice, case, only))
 

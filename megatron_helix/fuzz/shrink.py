@@ -46,7 +46,10 @@ def candidates(case: Case) -> Iterator[Case]:
 
 
 # What costs most to look at comes first; a model must fit its layout, so that follows.
-_FIRST = ("deep", "pp", "dp", "gather", "ep", "etp", "experts", "topk", "dispatcher", "batches")
+_FIRST = (
+    *("deep", "pp", "dp", "gather", "gather_layers"),
+    *("ep", "etp", "experts", "topk", "dispatcher", "batches"),
+)
 _NAMED = {field.name: field for field in SIZES}
 _LAYOUT = [_NAMED[name] for name in _FIRST]
 _MODEL = [field for field in SIZES if field.name not in _FIRST]

@@ -148,7 +148,10 @@ class HelixLinear(torch.nn.Module):
         return forms
 
     def _ahead(self) -> Ahead:
-        """What comes after this weight in either pass: all linears of a block share a plan."""
+        """What comes after this weight in either pass.
+
+        All linears of a block share a plan but for ``gather``: a kept weight is not begun again.
+        """
         following, preceding = self.neighbours.of_this_pass()
         beyond = following and self.neighbours.beyond
         behind = self.neighbours.following

@@ -60,9 +60,17 @@ class HelixLayer(torch.nn.Module):
     is_mtp_layer: bool
     is_moe_layer: bool
 
-    def __init__(self, *args: Any, layout: HelixLayout, choice: Choice, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        *args: Any,
+        layout: HelixLayout,
+        choice: Choice,
+        layer_number: int = 1,  # in its model chunk: Megatron adds the number of those before
+        **kwargs: Any,
+    ):
+        super().__init__(*args, layer_number=layer_number, **kwargs)
         self.helix_layout, self.helix_choice = layout, choice
+        self.helix_place = None if self.is_mtp_layer else layer_number
         self.helix_ends = BlockEnds()  # nothing beyond them but what is stock
         self._plans: dict[tuple[int, int, bool], Plan] = {}
         self.helix_modules = [module for module in self.modules() if hasattr(module, "plan")]
@@ -159,7 +167,7 @@ class HelixLayer(torch.nn.Module):
                 plan = packed_plan(*known, tokens=sequence, **parallel)
             else:
                 plan = resolve(*known, **size, **parallel)
-            self._plans[shape] = plan
+            self._plans[shape] = self.helix_choice.of_layer(plan, self.helix_place)
             if self.layer_number == 1 and torch.distributed.get_rank() == 0:
                 print(explain(plan, *known, **size), flush=True)
         return self._plans[shape]

@@ -185,6 +185,9 @@ def choice(args: argparse.Namespace, machine: Hardware | None = None) -> strateg
         exchange=args.helix_exchange,
         split=args.helix_split,
         gather=args.helix_gather,
+        gather_layers=args.helix_gather_layers,
+        chunks=args.pipeline_model_parallel_size
+        * (getattr(args, "virtual_pipeline_model_parallel_size", None) or 1),
         microbatches=max(1, (args.global_batch_size or sequences) // sequences),
         keeps_sequences=args.context_parallel_size > 1,
         keeps_order=needs_order(args),

@@ -92,6 +92,15 @@ def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         " step their gradients as well, which then come home once.",
     )
     group.add_argument(
+        "--helix-gather-layers",
+        type=int,
+        metavar="K",
+        help="Layers whose weights are kept as --helix-gather once or step says: the first K of"
+        " every pipeline stage, or of every model chunk of a virtual one; the others gather in"
+        " every micro-batch, and so does multi-token prediction. All of them by default, and"
+        " where there are fewer. Each layer less needs less memory and takes more time.",
+    )
+    group.add_argument(
         "--helix-gather-by",
         default=GATHER_BY[0],
         metavar="NAME",

@@ -4,7 +4,8 @@ Global ranks run tensor-parallel first, then context, data and pipeline parallel
 default order ``tp-cp-ep-dp-pp`` has it; for experts it is etp, ep, expert data, pipeline parallel.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -278,6 +279,20 @@ class Deployment:
         """Layers of one stage."""
         return self.model.num_layers // self.layout.pp
 
+    @property
+    def kept_layers(self) -> int:
+        """Of these, those whose gathered weights are kept for a step: the first ones."""
+        if not self.plan.keeps_weights:
+            return 0
+        return min(self.layout.gather_layers or self.layers, self.layers)
+
+    @property
+    def plans(self) -> Iterator[tuple[Plan, int]]:
+        """How layers of a stage gather, and how many do so."""
+        yield self.plan, self.kept_layers or self.layers
+        if 0 < self.kept_layers < self.layers:
+            yield replace(self.plan, gather="microbatch"), self.layers - self.kept_layers
+
     @cached_property
     def vocabulary(self) -> int:
         """Rows of the embedding, with those that pad it."""
@@ -309,6 +324,8 @@ class Deployment:
             split=layout.split or "auto",
             # A forward pass alone gathers anew: only a training step knows when it is over.
             gather=layout.gather or "microbatch" if self.phase == "train" else "microbatch",
+            gather_layers=layout.gather_layers if self.phase == "train" else None,
+            chunks=layout.pp,
             microbatches=self.microbatches,
             training=self.phase == "train",
             core_attention=layout.core_attention or "spec",

@@ -82,9 +82,13 @@ def forward(here: Deployment, stage: int, *, fused_channels: int) -> list[Work]:
     ]
     parts += _attention(here, fused_channels)
     size = {"sequence": here.sequence, "batch": here.layout.micro_batch}
-    ordered = put_in_order(here.plan, here.cut, here.block, **size, microbatches=here.microbatches)
-    if any(ordered):
-        there, back = (layers * element_bytes * elements for elements in ordered)
+    size |= {"microbatches": here.microbatches}
+    there = back = 0.0
+    for plan, number in here.plans:
+        ordered = put_in_order(plan, here.cut, here.block, **size)
+        there += number * element_bytes * ordered[0]
+        back += number * element_bytes * ordered[1]
+    if there or back:
         parts.append(Work(what="exchange, put in order", memory_bytes=there, backward_bytes=back))
     own = N / (here.stream_ranks if experts else T)
     rows = own * (model.moe_router_topk if experts else 1)

@@ -74,7 +74,8 @@ def _through_a_step(here: Deployment, passes: Memory) -> Memory:
 
     The second micro-batch finds them all.
     """
-    sums = parameters.layer_matrices(here) * (here.cut.m - 1) * here.layers * here.gradient_bytes
+    others = parameters.layer_matrices(here) * (here.cut.m - 1)
+    sums = others * here.kept_layers * here.gradient_bytes
     kept = passes.activations if here.microbatches == 1 else 0.0
     gathered = passes.gathered_weights + max(0.0, sums - kept)
     return replace(passes, gathered_weights=gathered)
@@ -126,19 +127,20 @@ def cache_bytes_of_token(here: Deployment) -> float:
 
 
 def _gathered(here: Deployment, stage: int, train: bool) -> float:
-    """Weights that are not a rank's own: the largest one at a time, or all of a step."""
+    """Weights that are not a rank's own: the largest one at a time, beside those of a step."""
     if here.layout.fsdp:
         return fsdp.gathered_bytes(here, stage)
     shards = here.cut.m if here.plan.exchange == "weights" else here.layout.gtp
     if shards == 1:
         return 0.0
     layer = parameters.layer_matrices(here) / here.layout.gtp * shards
-    kept = layer * here.layers * here.element_bytes if here.plan.keeps_weights and train else 0.0
-    if kept and here.plan.keeps_gradients:
+    kept = layer * here.kept_layers * here.element_bytes
+    all_kept = here.kept_layers == here.layers
+    if all_kept and here.plan.keeps_gradients:
         return kept
     model, mlp = here.model, 0 if here.model.num_experts else here.features
     widest = max(packed(here.cut), (2 if model.gated else 1) * mlp)
     shared = widest * model.hidden_size / here.tp * here.cut.m
     # In training its gradient beside it; under `weights` the parts that go out and that come in.
     gradients = (2 if here.plan.exchange == "weights" else 1) if train else 0
-    return kept + shared * here.element_bytes * ((0 if kept else 1) + gradients)
+    return kept + shared * here.element_bytes * ((0 if all_kept else 1) + gradients)

@@ -205,7 +205,7 @@ def name(keys: dict) -> str:
     if keys.get("exchange"):
         words.append(keys["exchange"])
     if (gather := keys.get("gather")) and gather != "microbatch":
-        words.append(gather)
+        words.append(f"{gather}{keys.get('gather_layers') or ''}")
     words += [keys["fsdp"]] if keys.get("fsdp") else []
     for key in ("pp", "cp", "gtp", "ep", "etp"):
         words += [f"{key}{keys[key]}"] if keys.get(key, 1) > 1 else []
@@ -215,7 +215,7 @@ def name(keys: dict) -> str:
 
 _NAMED = re.compile(
     r"(?:tp(?P<tp>\d+)|helix_(?P<m>\d+)x(?P<n>\d+))"
-    rf"(?:_(?P<exchange>{'|'.join(EXCHANGES)}))?(?:_(?P<gather>once|step))?"
+    rf"(?:_(?P<exchange>{'|'.join(EXCHANGES)}))?(?:_(?P<gather>once|step)(?P<gather_layers>\d+)?)?"
     r"(?:_(?P<fsdp>megatron_fsdp|torch_fsdp2))?(?:_pp(?P<pp>\d+))?"
     r"(?:_cp(?P<cp>\d+)(?:_(?P<cp_comm_type>p2p|a2a|all_gather))?)?(?:_gtp(?P<gtp>\d+))?(?:_ep(?P<ep>\d+))?(?:_etp(?P<etp>\d+))?"
     r"_mb(?P<micro_batch>\d+)"
@@ -230,5 +230,6 @@ def named(word: str) -> dict[str, str]:
 
 def _cut(one: Prediction) -> tuple:
     """What makes two layouts different cuts, and not the same with another micro-batch."""
-    cut = {"name", "split", "gather", "distributed_optimizer", "overlap_dp", "micro_batch"}
+    cut = {"name", "split", "gather", "gather_layers", "micro_batch"}
+    cut |= {"distributed_optimizer", "overlap_dp"}
     return tuple(one.deployment.layout.model_dump(exclude=cut).values())

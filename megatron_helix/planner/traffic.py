@@ -45,6 +45,8 @@ from megatron_helix.planner.book import AXES, FP32, INT32, INT64, Book, Transfer
 from megatron_helix.planner.deployment import Deployment
 from megatron_helix.planner.gradients import gradients, numbers
 
+STOCK = Plan(exchange="activations", split="batch")  # without a dim axis
+
 
 def step_bytes(here: Deployment, rank: int) -> dict[tuple[str, str], float]:
     """Bytes that one global rank sends in one step, by (axis, kind) as the ledger names them.
@@ -108,10 +110,35 @@ def _layers(book: Book, first: bool, last: bool, place: int | None) -> None:
         return
     if here.tp == 1:
         return
-    plan = here.plan if here.cut.m > 1 else Plan(exchange="activations", split="batch")
+    plan = here.plan
+    for of_layers, layers in here.plans:
+        _linears(book, of_layers if here.cut.m > 1 else STOCK, layers)
+    every = here.layers * here.microbatches
+    if plan.exchange == "weights":
+        for bias in parameters.column_biases(here):
+            gathered = (here.cut.m - 1) * bias * every * here.element_bytes
+            book.sent("biases", "dim", "all_gather", "forward", gathered, every)
+            book.sent("biases", "dim", "all_to_all", "backward", gathered, every)
+    if here.model.softmax_type == "learnable" and here.cut.m > 1:
+        heads = here.model.num_attention_heads // here.cut.n
+        gathered = (here.cut.m - 1) * heads * every * here.element_bytes
+        book.sent("softmax offsets", "dim", "all_gather", "backward", gathered, every)
+    size = {"sequence": here.sequence, "batch": here.layout.micro_batch}
+    # Of packed rows as of one document each: what else they hold is not the plan's to know.
+    ends = traffic.block_ends(plan, here.cut, here.block, **size, rank=place)["dim", "all_to_all"]
+    if ends and (times := here.converts(first=first, last=last)):
+        converted = ends // 2 * times * here.microbatches * here.element_bytes
+        for when in ("forward", "backward"):
+            number = times * here.microbatches
+            book.sent("token order", "dim", "all_to_all", when, converted, number)
+
+
+def _linears(book: Book, plan: Plan, layers: int) -> None:
+    """Of ``layers`` with a plan: in every micro-batch, and once a step."""
+    here = book.here
     size = {"sequence": here.sequence, "batch": here.layout.micro_batch}
     directions = traffic.layer(plan, here.cut, here.block, **size)
-    every = here.layers * here.microbatches
+    every = layers * here.microbatches
     weights = (here.cut.m - 1) * here.block.weights(here.cut) // here.tp
     once = {"all_gather": plan.keeps_weights, "send": plan.keeps_gradients}
     calls = traffic.calls(plan, here.block)
@@ -129,16 +156,7 @@ def _layers(book: Book, first: bool, last: bool, place: int | None) -> None:
                 book.sent(what, axis, kind, when, *ahead, beside=moves(axis, kind))
             if sent > ahead[0]:
                 book.sent(what, axis, kind, when, sent - ahead[0], number - ahead[1])
-    if plan.exchange == "weights":
-        for bias in parameters.column_biases(here):
-            gathered = (here.cut.m - 1) * bias * every * here.element_bytes
-            book.sent("biases", "dim", "all_gather", "forward", gathered, every)
-            book.sent("biases", "dim", "all_to_all", "backward", gathered, every)
-    if here.model.softmax_type == "learnable" and here.cut.m > 1:
-        heads = here.model.num_attention_heads // here.cut.n
-        gathered = (here.cut.m - 1) * heads * every * here.element_bytes
-        book.sent("softmax offsets", "dim", "all_gather", "backward", gathered, every)
-    number, wide = here.block.gathered * here.layers, weights * here.layers
+    number, wide = here.block.gathered * layers, weights * layers
     if plan.keeps_weights:
         gathered = wide * here.element_bytes
         book.sent("weights", "dim", "all_gather", "step", gathered, number, beside="weights")
@@ -146,13 +164,6 @@ def _layers(book: Book, first: bool, last: bool, place: int | None) -> None:
         summed = wide * here.gradient_bytes
         number *= here.cut.m - 1
         book.sent("weights", "dim", "send", "step", summed, number, beside="gradients")
-    # Of packed rows as of one document each: what else they hold is not the plan's to know.
-    ends = traffic.block_ends(plan, here.cut, here.block, **size, rank=place)["dim", "all_to_all"]
-    if ends and (times := here.converts(first=first, last=last)):
-        converted = ends // 2 * times * here.microbatches * here.element_bytes
-        for when in ("forward", "backward"):
-            number = times * here.microbatches
-            book.sent("token order", "dim", "all_to_all", when, converted, number)
 
 
 def _weight_shards(book: Book) -> None:

@@ -43,12 +43,15 @@ def accumulation_bytes(here: Deployment, stage: int) -> float:
         whole, shard = sum(parameters.held(here, stage)), parameters.kept(here, stage)
         sent = here.sent_gradient_bytes
         return (reads * width + sent) * whole + (sent + sums) * shard
-    own, matrices = sum(parameters.held(here, stage)), 0.0
-    if here.plan.exchange == "weights":
-        matrices = parameters.layer_matrices(here) * here.layers
-    if here.plan.keeps_gradients:
-        return (own - matrices) * (width + sums) + here.cut.m * matrices * sums
-    return own * (width + sums) + (here.cut.m - 1) * matrices * width
+    added = sum(parameters.held(here, stage)) * (width + sums)
+    others = here.cut.m - 1
+    for plan, layers in here.plans:
+        matrices = parameters.layer_matrices(here) * layers
+        if plan.keeps_gradients:
+            added += matrices * (others * sums - width)
+        elif plan.exchange == "weights":
+            added += matrices * others * width
+    return added
 
 
 def optimizer_bytes(here: Deployment, stage: int) -> float:

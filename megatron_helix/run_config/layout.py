@@ -28,6 +28,8 @@ class LayoutConfig(Config):
             ``auto``.
         gather: how often the exchange ``weights`` gathers a weight: every ``microbatch`` without
             it, ``once`` a step, or once a ``step`` with the gradients.
+        gather_layers: of a pipeline stage, its first ones: only they gather as ``gather`` says, the
+            others in every micro-batch. Without it all do.
         core_attention: another than the layer spec's, in a stock layout too. Without it the layer
             spec's, where a helix run that says nothing takes ``auto``: what is compared differs in
             core attention only where the file says so.
@@ -56,6 +58,7 @@ class LayoutConfig(Config):
     exchange: str | None = None
     split: str | None = None
     gather: str | None = None
+    gather_layers: PositiveInt | None = None
     core_attention: CoreAttention | None = None
     distributed_optimizer: bool = False
     overlap_dp: bool = False
@@ -73,12 +76,17 @@ class LayoutConfig(Config):
         if (self.tp is None) == (self.m is None) or (self.m is None) != (self.n is None):
             raise UserError("needs either tp (a stock layout) or both m and n (a helix layout)")
         if self.tp is not None:
-            for key in ("exchange", "split", "gather"):
+            for key in ("exchange", "split", "gather", "gather_layers"):
                 if (value := getattr(self, key)) is not None:
                     raise UserError(
                         f"{key}: must be left out of a stock layout (tp), got {value}; say m and n"
                         " instead of tp for a helix layout"
                     )
+        if self.gather_layers and (self.gather or "microbatch") == "microbatch":
+            raise UserError(
+                f"gather_layers: needs gather: once or step, got {self.gather_layers} and"
+                f" {self.gather or 'no gather'}; say gather, or leave it out"
+            )
         if self.cp_comm_type and self.cp == 1:
             raise UserError(
                 f"cp_comm_type: needs context parallelism, cp > 1, got {self.cp_comm_type} and cp"
@@ -157,9 +165,8 @@ class LayoutConfig(Config):
         words = valued(pipeline_model_parallel_size=self.pp, micro_batch_size=self.micro_batch)
         if self.is_helix:
             words += valued(helix_m=self.m, helix_n=self.n)
-            words += valued(
-                helix_exchange=self.exchange, helix_split=self.split, helix_gather=self.gather
-            )
+            words += valued(helix_exchange=self.exchange, helix_split=self.split)
+            words += valued(helix_gather=self.gather, helix_gather_layers=self.gather_layers)
         else:
             words += valued(tensor_model_parallel_size=self.tp)
         core = self.core_attention

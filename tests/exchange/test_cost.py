@@ -216,6 +216,26 @@ def test_what_other_gatherings_would_save_is_said() -> None:
         assert costs[0] > costs[2]
 
 
+@pytest.mark.parametrize("here", [None, machine()], ids=["bytes", "seconds"])
+def test_layers_that_gather_anew_count_for_what_they_are(here: Hardware | None) -> None:
+    """What is compared is the mean of a chunk's layers: of both stages' first of four here."""
+    asked = Choice(exchange="weights", split="batch", gather="once", microbatches=4, machine=here)
+    size = {"sequence": 4096, "batch": 128}
+
+    def said(choice: Choice) -> tuple[float, float]:
+        plan = resolve(choice, LAYOUT, SHAPE, **size, sequence_parallel=True)
+        words = explain(plan, choice, LAYOUT, SHAPE, **size)
+        layers = " --helix-gather-layers 1" if choice.gather_layers else ""
+        found = re.search(rf"weights ([\d.,]+), .*-gather once{layers} ([\d.,]+),", words)
+        assert found
+        return tuple(float(figure.rstrip(",").replace(",", "")) for figure in found.groups())
+
+    anew, kept = said(asked)
+    some = said(replace(asked, gather_layers=1, chunks=2))
+    assert some == (anew, pytest.approx((anew + kept) / 2, rel=1e-3))
+    assert kept < some[1] < anew
+
+
 def test_only_cards_that_are_known_are_described(monkeypatch: pytest.MonkeyPatch) -> None:
     assert of_card("NVIDIA A100-SXM4-80GB", 8) is None
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")

@@ -3,6 +3,7 @@
 Measured in live ranks: the most bytes that tensors of a forward and backward pass held at once.
 """
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -46,13 +47,17 @@ def test_weights_needs_at_most_one_layers_gathered_weights_more(m: int, block: B
     gathered = Choice(exchange="weights", split="batch")
     once = Choice(exchange="weights", split="batch", gather="once")
     kept = Choice(exchange="weights", split="batch", gather="step")
+    half = replace(once, gather_layers=2)
     by_microbatch = run_distributed(peak_bytes, 4, block, m, gathered)
     by_once = run_distributed(peak_bytes, 4, block, m, once)
+    by_half = run_distributed(peak_bytes, 4, block, m, half)
     by_step = run_distributed(peak_bytes, 4, block, m, kept)
     for rank in range(4):
         assert by_microbatch[rank] - stock[rank] <= one_layer
         # Gathered once a step, the weights of all layers stay: here this would show.
         assert by_once[rank] - by_microbatch[rank] > (block.layers - 1) * one_layer
+        # Of two layers of four two copies, beside what is gathered and freed as ever.
+        assert one_layer < by_half[rank] - by_microbatch[rank] <= 2 * one_layer
         assert by_step[rank] - by_microbatch[rank] > (block.layers - 1) * one_layer
 
 

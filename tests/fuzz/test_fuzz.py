@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,8 @@ def test_what_is_drawn_is_most_of_what_there_is() -> None:
     assert {case.exchange for case in DRAWS} == {"auto", "activations", "weights", "scores"}
     assert {case.split for case in DRAWS} == {"auto", "batch", "sequence"}
     assert {case.gather for case in DRAWS} == {"microbatch", "once", "step"}
+    layers = {(case.gather, case.gather_layers) for case in DRAWS}
+    assert layers == {("microbatch", 0), *product(("once", "step"), (0, 1, 2))}
     assert {case.deep for case in DRAWS} == {"", "stock", "helix", "turned"}
     assert {(case.m > 1, case.n > 1) for case in DRAWS} == {(True, True), (True, False)}
     assert {case.stock_tp < case.tp for case in DRAWS} == {True, False}

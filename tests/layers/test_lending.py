@@ -92,6 +92,19 @@ def _untouched(found: list[Lending]) -> bool:
     return not any(rank.lent or sum(rank.copied) for rank in found)
 
 
+def test_layers_that_keep_nothing_are_lent(corpus_prefix: Path) -> None:
+    """Beside one that keeps its weights for a step, and gathers them by a collective."""
+    kept = ("--helix-gather", "once", "--helix-gather-layers", "1")
+    flags = tiny_gpt(corpus_prefix, *_cut(2, 1), *kept, train_iters=STEPS)
+    alone, together = (train(flags, 2, memory=memory) for memory in (None, SharedMemory))
+    anew = LINEARS * MICRO_BATCHES * 2
+    for sent, copied in zip(alone, together, strict=True):
+        assert copied.curve == sent.curve
+        assert copied.lent == LINEARS
+        assert copied.copied == [0, *[anew] * (STEPS - 1)]
+        assert copied.sent == [anew + LINEARS, *[LINEARS] * (STEPS - 1)]
+
+
 NOTHING = {
     "told so": ("--helix-gather-by", "nccl"),
     "a distributed optimizer": ("--use-distributed-optimizer",),

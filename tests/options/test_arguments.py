@@ -148,6 +148,14 @@ REFUSALS = {
         (*cut(2, 2), "--helix-split", "heads"),
         r"^--helix-split: must be one of auto, batch, sequence, got 'heads'$",
     ),
+    "no layer gathered once": (
+        (*cut(2, 2), "--helix-gather", "once", "--helix-gather-layers", "0"),
+        r"^--helix-gather-layers: must be a positive integer, got 0; leave it away .* all layers$",
+    ),
+    "layers gathered anew": (
+        (*cut(2, 2), "--helix-gather-layers", "2"),
+        r"^--helix-gather-layers: is of --helix-gather once or step, got 2 and microbatch, .*;",
+    ),
     "unknown gathering": (
         (*cut(2, 2), "--helix-gather", "never"),
         r"^--helix-gather: must be one of microbatch, once, step, got 'never'$",

@@ -225,10 +225,12 @@ def test_another_entry_point_is_checked_as_well() -> None:
         helix_exchange="auto",
         helix_split="auto",
         helix_gather="microbatch",
+        helix_gather_layers=None,
         helix_core_attention="spec",
         helix_phase="train",
         **{"helix_m": 2, "helix_n": 2, "micro_batch_size": 2, "global_batch_size": 4},
         **{"context_parallel_size": 1, "tensor_model_parallel_size": 4},
+        pipeline_model_parallel_size=1,
         **{"position_embedding_type": "rope", "rotary_percent": 1.0, "rotary_interleaved": False},
         **{"attention_output_gate": False},
     )

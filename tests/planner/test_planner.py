@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import assume, given
@@ -294,8 +295,8 @@ def test_what_gradients_of_gathered_weights_move(
     """Parts of other ranks are read; those of a step are added up by their GEMM, whole."""
     batch = BatchConfig(sequences=8, sequence_length=64)
 
-    def moved(gather: str) -> float:
-        keys = {"m": 4, "n": 1, "exchange": "weights", "gather": gather, "micro_batch": 4}
+    def moved(gather: str, **more: int) -> float:
+        keys = {"m": 4, "n": 1, "exchange": "weights", "gather": gather, "micro_batch": 4, **more}
         layout = LayoutConfig.model_validate({"name": gather, **keys})
         here = Deployment(DENSE, layout, batch, 4, precision=precision).check()
         matrices = parameters.layer_matrices(here) * here.layers
@@ -304,6 +305,50 @@ def test_what_gradients_of_gathered_weights_move(
 
     assert moved("microbatch") == moved("once") == 4 * width + sums
     assert moved("step") == 4 * sums
+    part = 1 / DENSE.num_layers
+    some = moved("step", gather_layers=1)
+    assert some == pytest.approx(part * moved("step") + (1 - part) * moved("once"))
+
+
+@pytest.mark.parametrize("gather", ["once", "step"])
+def test_memory_grows_by_every_layer_that_keeps_its_weights(gather: str) -> None:
+    """By its gathered weights and the sums of others' gradients; the last one frees a copy."""
+    batch = BatchConfig(sequences=32, sequence_length=512)
+    beside = {"name": gather, "m": 4, "n": 2, "exchange": "weights", "micro_batch": 4}
+
+    def need(**keys: Any) -> float:
+        layout = LayoutConfig.model_validate({**beside, **keys})
+        here = Deployment(DENSE, layout, batch, 8, precision="fp32").check()
+        return memory.of_rank(here, 0, fused_channels=256).gathered_weights
+
+    some = [need(gather=gather, gather_layers=layers + 1) for layers in range(DENSE.num_layers)]
+    bare = LayoutConfig.model_validate({**beside, "gather": gather})
+    matrices = parameters.layer_matrices(Deployment(DENSE, bare, batch, 8).check())
+    layer = 4 * matrices * (4 + (3 if gather == "step" else 0))
+    more = [after - before for before, after in itertools.pairwise([need(), *some])]
+    assert more[:-1] == [layer] * (DENSE.num_layers - 1)
+    copies = 3 if gather == "step" else 1  # the weight, and its gradient that goes and comes
+    assert more[-1] == layer - copies * need() / 3
+    assert some[-1] == need(gather=gather) == need(gather=gather, gather_layers=99)
+
+
+def test_a_layout_says_how_many_layers_keep_their_weights() -> None:
+    """In its name, as in keys; a step takes less time by each of them."""
+    words = "m=8,n=1,exchange=weights,gather=once,gather_layers={},micro_batch=4"
+    made = [_layout(words.format(layers)) for layers in range(1, DENSE.num_layers + 1)]
+    assert [layout.name for layout in made[:2]] == [
+        *("helix_8x1_weights_once1_mb4", "helix_8x1_weights_once2_mb4"),
+    ]
+    assert [_layout(layout.name) for layout in made] == made
+    every = _layout(words.format(1).replace(",gather_layers=1", ""))
+    none = _layout("m=8,n=1,exchange=weights,micro_batch=4")
+    batch, machine = BatchConfig(sequences=16, sequence_length=512), SIXTEEN.scaled(8)
+    steps = [
+        predict(Deployment(DENSE, layout, batch, 8).check(), machine).step_s
+        for layout in (none, *made, every)
+    ]
+    assert steps[:-1] == sorted(set(steps), reverse=True)
+    assert steps[-1] == steps[-2]
 
 
 @pytest.mark.parametrize("gather", ["microbatch", "step"])

@@ -43,6 +43,7 @@ MODELS = {
     "gqa": ModelConfig(name="gqa", num_query_groups=2, **TINY),
     "learned": ModelConfig(name="learned", position_embedding_type="learned_absolute", **TINY),
     "biased": ModelConfig(name="biased", add_bias_linear=True, **TINY),
+    "deep": ModelConfig(name="deep", **{**TINY, "num_layers": 6}),
     "modern": ModelConfig(name="modern", **MODERN, num_query_groups=2, **TINY),
     "uneven": ModelConfig(name="uneven", swiglu=True, **{**TINY, "ffn_hidden_size": 250}),
     "uneven moe": ModelConfig(name="uneven_moe", **EXPERTS, **{**TINY, "ffn_hidden_size": 250}),
@@ -133,6 +134,15 @@ BIASED = [
     ("biased_moe", 8, {"tp": 4, "ep": 4, "micro_batch": 4}, "fp32"),
     ("biased_moe", 4, {**WEIGHTS, "ep": 4, "split": "sequence"}, "fp32"),
     ("biased_moe", 4, {**CUT, "ep": 4, "exchange": "activations"}, "fp16"),
+]
+# Some layers of a stage keep what they gather.
+SOME = {**WEIGHTS, "gather": "once", "gather_layers": 1}
+SOME_SOON = ("deep", 8, {**SOME, "pp": 2, "split": "sequence", "gather": "step"}, "fp32")
+SOME_KEPT = [
+    SOME_SOON,
+    ("deep", 4, {**SOME, "m": 4, "n": 1, "gather_layers": 4}, "bf16"),
+    ("gqa", 4, {**SOME, "gather_layers": 5}, "fp32"),  # all
+    ("biased", 4, {**SOME, "gather": "step"}, "bf16"),
 ]
 # Gradients are as wide as weights in fp16, and in fp32 in bf16; fp16 asks for overflows.
 HALF = [
@@ -239,6 +249,7 @@ def test_a_step_of_packed_rows_sends_what_is_predicted(tmp_path: Path, layout: d
         *covering(PRECISE, of=(0, 1, 3)),
         *(pytest.param(*case, marks=THOROUGH) for case in BIASED),
         *(pytest.param(*case, marks=() if case in SHARDED_SOON else THOROUGH) for case in SHARDED),
+        *(pytest.param(*case, marks=() if case == SOME_SOON else THOROUGH) for case in SOME_KEPT),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else str(value),
 )
