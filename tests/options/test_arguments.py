@@ -166,7 +166,7 @@ REFUSALS = {
     ),
     "unknown core attention": (
         ("--helix-core-attention", "flash"),
-        r"^--helix-core-attention: must be one of spec, prefix, split, flex, .*, got 'flash'$",
+        r"^--helix-core-attention: must be one of spec, prefix, flex, .*, got 'flash'$",
     ),
     "FlexAttention with dropout": (
         (*FLEX, "--attention-dropout", "0.1"),
