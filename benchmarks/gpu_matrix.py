@@ -32,6 +32,7 @@ from matrix_decode import decoding
 from matrix_parity import parity
 from matrix_timing import MFU, timing
 from matrix_turns import LAUNCHER, Bench, Device
+from one_rank.reshaping import reshaped
 from rich.console import Console
 
 from megatron_helix.basics import errors
@@ -96,7 +97,7 @@ def main(
         raise UserError(f"--parts: must be some of {known}, got {parts}; leave the others away")
     asked = replace(
         asked,
-        **matrix_asked.reshaped(
+        **reshaped(
             [one for one in asked.models if not models or one.name in models.split(",")],
             asked.batch,
             layers=layers,

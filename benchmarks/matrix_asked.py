@@ -119,24 +119,6 @@ def of_file(path: Path, device: Device) -> Asked:
     )
 
 
-def reshaped(
-    models: Sequence[ModelConfig],
-    batch: BatchConfig,
-    *,
-    layers: int | None,
-    sequences: int | None,
-    sequence_length: int | None,
-) -> dict[str, Any]:
-    """``models`` and ``batch``, by name, with what options say; None leaves a size as it is."""
-    sizes = {"sequences": sequences, "sequence_length": sequence_length}
-    return {
-        "models": [
-            model.model_copy(update={"num_layers": layers or model.num_layers}) for model in models
-        ],
-        "batch": batch.model_copy(update={key: size for key, size in sizes.items() if size}),
-    }
-
-
 def named(arms: Sequence[LayoutConfig], words: Sequence[str]) -> list[LayoutConfig]:
     """The layouts that have a word's name, or where none has it those with the word in theirs."""
     names = {arm.name for arm in arms}

@@ -23,8 +23,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from reshaping import reshaped
 from rich.console import Console
 from rich.table import Table
+from turn import WARM, Taken, Turn
 
 from megatron_helix.basics import errors
 from megatron_helix.basics.errors import UserError
@@ -35,11 +37,6 @@ from megatron_helix.options import environment
 from megatron_helix.recording import kernels
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-
-from matrix_asked import reshaped  # noqa: E402  # beside this folder
-from turn import WARM, Taken, Turn  # noqa: E402
-
 Phase = Literal["train", "prefill"]
 RATES = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
 AHEAD = 2  # turns whose rank imports while one runs

@@ -60,7 +60,7 @@ class Factor:
             return some
         return _float8()(
             data=None,
-            data_transpose=some.contiguous(),
+            data_transpose=some,
             fp8_scale_inv=self.whole._scale_inv,
             fp8_dtype=self.whole._fp8_dtype,
         )

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -176,11 +177,9 @@ def differences(
     """Of the engine's chain from the torch path's, in double."""
     found = {}
     for copies in (step_sums.COPIES, 0):  # then no factor is copied
-        step_sums.COPIES = copies
-        found |= {
-            f"{what}, {copies}": difference
-            for what, difference in _differences(m, n, late, main_grad, rows, bias).items()
-        }
+        with mock.patch.object(step_sums, "COPIES", copies):
+            of_this = _differences(m, n, late, main_grad, rows, bias)
+        found |= {f"{what}, {copies}": difference for what, difference in of_this.items()}
     return found
 
 
