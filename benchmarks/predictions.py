@@ -24,6 +24,7 @@ from megatron_helix.planner import accuracy, search
 from megatron_helix.planner.deployment import Deployment
 from megatron_helix.planner.time import predict
 from megatron_helix.run_config.batch import BatchConfig
+from megatron_helix.run_config.gradients import GradientFlags
 from megatron_helix.run_config.layout import LayoutConfig
 from megatron_helix.run_config.model import ModelConfig
 
@@ -76,7 +77,7 @@ class Row:
 
 def two_gpus() -> Iterator[Row]:
     """The rows that the bars are for."""
-    for file in ("two_h200_rivals", "two_gpus"):
+    for file in ("two_h200_rivals", "two_h200_matrix", "two_gpus"):
         results = json.loads((RESULTS / f"{file}.json").read_text())
         for cell in results["cells"]:
             common = {**results, **cell}
@@ -93,6 +94,7 @@ def two_gpus() -> Iterator[Row]:
                     machine,
                     phase=common["phase"],
                     precision=common["precision"],
+                    gradient_flags=GradientFlags(**row.get("gradient_flags", {})),
                 )
                 figures = _figures(row, here)
                 outside = row.get("outside", {})
@@ -146,8 +148,10 @@ def _deployment(
     *,
     phase: str,
     precision: Any,
+    gradient_flags: GradientFlags = GradientFlags(),
 ) -> Deployment:
-    return Deployment(model, layout, batch, machine.devices, phase, precision, machine).check()
+    known = model, layout, batch, machine.devices, phase, precision, machine
+    return Deployment(*known, gradient_flags=gradient_flags).check()
 
 
 def _figures(row: dict[str, Any], here: Deployment) -> dict[str, float]:

@@ -59,6 +59,11 @@ def choices() -> list[tuple[str, str, str]]:
     once, step = (qwen[f"{HELIX}, {how}"] for how in ("gathered once", "a step"))
     again, long, split = cell("seed, again"), cell("long"), cell("long, gap by gap")
     packed = cell("documents", "two_h200_packed")
+    kept, four = (
+        cell("qwen, some layers' weights kept, again"),
+        f"{HELIX}, gathered once, 4 layers, sums in bf16",
+    )
+    short = cell("long, rows of 8192")
     of_step = f"{HELIX}, a step"
     prefix = time(again["TP=2, prefix"], again["TP=2"])
     pairs = [
@@ -66,6 +71,13 @@ def choices() -> list[tuple[str, str, str]]:
     ]
     gains = between((100 * (1 - one["step_ms"] / tp["step_ms"]) for one, tp in pairs), ".0f")
     costs = between(one["memory_mib"] / tp["memory_mib"] for one, tp in pairs)
+    passes = [
+        (rows[HELIX], rows["DP=2"])
+        for model in ("source", "qwen")
+        for rows in [cell(f"{model} forward, beside rivals", "two_h200_matrix")]
+    ]
+    alone = between((100 * (one["step_ms"] / dp["step_ms"] - 1) for one, dp in passes), ".0f")
+    sizes = between(one["memory_gb"] / dp["memory_gb"] for one, dp in passes)
     turns = arms(stored("two_h200_turns")["rows"])
     of_update = than(turns["helix 2x1"]["update_s"], turns["TP=2"]["update_s"])
     of_turn = than(turns["helix 2x1"]["turn_s"], turns["TP=2"]["turn_s"])
@@ -83,15 +95,17 @@ def choices() -> list[tuple[str, str, str]]:
             f" {memory(seed[HELIX], seed['DP=2'])} the memory; on Qwen2.5-7B's shape"
             f" {time(step, qwen['DP=2'])} at {memory(step, qwen['DP=2'])} (`--helix-gather step`)"
             f" or {time(once, qwen['DP=2'])} at {memory(once, qwen['DP=2'])} (`once`); in FP8"
-            f" {time(fp8[of_step], fp8['DP=2'])} at {memory(fp8[of_step], fp8['DP=2'])} (`step`)",
+            f" {time(fp8[of_step], fp8['DP=2'])} at {memory(fp8[of_step], fp8['DP=2'])} (`step`);"
+            f" a forward pass alone {alone} % slower at {sizes} times",
         ),
         (
             "memory: they fit when sharded, and micro-batches are large",
             "Megatron-FSDP",
             f"{time(seed[HELIX], seed['M-FSDP'])} on the source's model, by a core attention that"
             " stock layouts may take, too (`--helix-core-attention auto`: TP=2 was"
-            f" {prefix}); on Qwen2.5-7B's shape {time(qwen[HELIX], qwen['M-FSDP'])} at"
-            f" {memory(qwen[HELIX], qwen['M-FSDP'])} the memory, in FP8"
+            f" {prefix}); on Qwen2.5-7B's shape, gradients added up in bf16 as there,"
+            f" {time(kept[four], kept['M-FSDP'])} at {memory(kept[four], kept['M-FSDP'])} the"
+            " memory (`--helix-gather once --helix-gather-layers 4`), in FP8"
             f" {time(fp8[HELIX], fp8['M-FSDP'])} at {memory(fp8[HELIX], fp8['M-FSDP'])}",
         ),
         (
@@ -105,7 +119,8 @@ def choices() -> list[tuple[str, str, str]]:
             f"{time(split[LONG], split['CP=2, p2p'])} at"
             f" {memory(split[LONG], split['CP=2, p2p'])} its memory;"
             f" {time(split[f'{LONG}, a step'], split['CP=2, p2p'])} at"
-            f" {memory(split[f'{LONG}, a step'], split['CP=2, p2p'])} with `--helix-gather step`."
+            f" {memory(split[f'{LONG}, a step'], split['CP=2, p2p'])} with `--helix-gather step`;"
+            f" so at length 8192 {time(short[f'{LONG}, a step'], short['CP=2, p2p'])}."
             f" Two sequences a micro-batch: {time(long[HELIX], long['CP=2, p2p'])} at"
             f" {memory(long[HELIX], long['CP=2, p2p'])} (an earlier call)",
         ),

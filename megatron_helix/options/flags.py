@@ -89,7 +89,8 @@ def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         metavar="NAME",
         help=f"How often the exchange weights gathers a weight: {', '.join(strategy.GATHERS)}."
         " once keeps the gathered weights of a step over its micro-batches, 1/N of all weights;"
-        " step their gradients as well, which then come home once.",
+        " step their gradients as well, which then come home once. A pass without a backward one"
+        " gathers in every micro-batch.",
     )
     group.add_argument(
         "--helix-gather-layers",

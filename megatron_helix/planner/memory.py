@@ -101,8 +101,9 @@ def _kept(here: Deployment, stage: int, fused_channels: int) -> float:
     logits = 0.0
     if stage == here.stages - 1 and here.in_loop:
         logits = N * here.vocabulary * (width + 4)
-    if here.phase == "train":  # and inputs of two norms and two linears
-        return here.layers * (4 * N * D * width + attention + mlp) + logits
+    if here.phase == "train":  # and inputs of two norms and two linears, of the last norm and head
+        ends = 2 * N * D * width if logits else 0.0
+        return here.layers * (4 * N * D * width + attention + mlp) + ends + logits
     # The embedding, a layer's input, both norms' and both additions' outputs, which the layer's
     # functions still name; and the stream of all ranks, which linears gather.
     gathers = here.cut.n if here.plan.exchange == "weights" else here.stream_ranks

@@ -26,6 +26,10 @@ from megatron_helix.machine.hardware import Hardware
 from megatron_helix.planner import flops, memory, traffic, update
 from megatron_helix.planner.deployment import Deployment
 
+# Of a layer and a round of the ring of context parallelism: attention once more, its parts merged
+# and added up (counted in TransformerEngine 2.20.2, AttnFuncWithCPAndKVP2P).
+RING_KERNELS = {"forward": 17, "backward": 25}
+
 
 class Term(NamedTuple):
     """One line of the sum, for a rank of the slowest stage and one step.
@@ -216,7 +220,9 @@ def _stage(here: Deployment, stage: int, machine: Hardware) -> _Stage:
         seconds = added / machine.streaming_rate
         terms.append(Term(what="gradients added up", bound="memory", seconds=seconds))
     if machine.gap:
-        count = here.layers * sum(KERNELS[each] * passes[each] for each in passes)
+        rounds = here.layout.cp - 1 if here.layout.cp_comm_type in (None, "p2p") else 0
+        of_layer = {each: KERNELS[each] + rounds * RING_KERNELS[each] for each in passes}
+        count = here.layers * sum(of_layer[each] * passes[each] for each in passes)
         terms.append(Term(what="between kernels", bound="launch", seconds=count * machine.gap.rate))
     compute_s = sum(term.seconds for term in terms)
     exchanged = hidden = slowed = once_s = link_s = 0.0

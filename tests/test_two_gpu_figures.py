@@ -1,0 +1,100 @@
+"""What the performance page has of two GPUs in one call is stored, and its words say the same."""
+
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from tests.script_module import script_module
+
+PAGE = (Path(__file__).parents[1] / "docs" / "performance.md").read_text()
+WORDS = " ".join(PAGE.split())
+HELIX = "helix 2x1 weights"
+STEP = f"{HELIX}, sequence split, a step"
+Rows = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    """What writes them."""
+    return script_module("docs/two_gpus.py")
+
+
+def rows(script: ModuleType, *of: str) -> Rows:
+    return {row["arm"]: row for row in script.cell(*of)}
+
+
+def test_the_tables_are_current(script: ModuleType) -> None:
+    assert script.page(PAGE) == PAGE, "call python docs/two_gpus.py"
+    marks = re.findall(r"<!-- two GPUs: (\w+) -->", PAGE)
+    assert sorted(marks) == sorted(script.PARTS)
+
+
+@pytest.mark.parametrize(
+    ("figure", "other"),
+    [("| 481.3 |", "| 471.3 |"), ("| 1378.2 |", "| 1368.2 |"), ("| 49,453 |", "| 59,453 |")],
+)
+def test_a_figure_changed_by_hand_is_found(script: ModuleType, figure: str, other: str) -> None:
+    forged = PAGE.replace(figure, other)
+    assert forged != PAGE
+    assert script.page(forged) == PAGE
+
+
+def test_long_sequences_are_as_far_from_context_parallelism_as_said(script: ModuleType) -> None:
+    apart = {}
+    for length, name in script.LENGTHS.items():
+        call = rows(script, name)
+        apart[length] = 100 * (call[STEP]["step_ms"] / call["CP=2, p2p"]["step_ms"] - 1)
+    assert f"helix is {-apart[8192]:.1f} % ahead of context parallelism at length 8192" in WORDS
+    assert abs(apart[32768]) < 0.15
+    assert "level at 32,768" in WORDS
+    assert f"and {apart[131072]:.1f} % behind at 131,072" in WORDS
+
+
+def test_layers_that_keep_are_as_fast_as_said(script: ModuleType) -> None:
+    first, again = (rows(script, name) for name in script.KEPT)
+
+    def less(call: Rows, arm: str, key: str = "step_ms") -> float:
+        return 100 * (1 - call[f"{arm}, sums in bf16"][key] / call["M-FSDP"][key])
+
+    four = f"{HELIX}, gathered once, 4 layers"
+    assert -0.5 < less(again, four, "memory_mib") < 0.5
+    assert f"helix takes {less(again, four):.1f} % less time than it (four layers" in WORDS
+    plain = sorted(less(call, HELIX) for call in (first, again))
+    assert f"less memory {plain[0]:.1f} to {plain[1]:.1f} % less" in WORDS
+    eight = f"{HELIX}, gathered once, 8 layers"
+    assert f"with {-less(first, eight, 'memory_mib'):.0f} % more memory" in WORDS
+    assert f"memory {less(first, eight):.1f} % less" in WORDS
+
+
+def test_forward_passes_are_as_far_from_rivals_as_said(script: ModuleType) -> None:
+    longer = []
+    for model in ("source", "qwen"):
+        call = rows(script, f"{model} forward, beside rivals", "two_h200_matrix")
+        longer.append(100 * (call[HELIX]["step_ms"] / call["DP=2"]["step_ms"] - 1))
+        assert round(call[HELIX]["memory_gb"] / call["DP=2"]["memory_gb"], 1) == 0.7
+        if "TP=2" in call:
+            less = 100 * (1 - call[HELIX]["step_ms"] / call["TP=2"]["step_ms"])
+            assert f"and {less:.0f} % less than TP=2" in WORDS
+    assert "helix takes {:.0f} and {:.0f} % longer".format(*longer) in WORDS
+
+
+def test_the_dense_model_is_as_much_faster_as_said(script: ModuleType) -> None:
+    call = rows(script, "dense, rows of 8192", "two_h200_matrix")
+    faster = [
+        call[f"{arm}, core attention spec"]["step_ms"]
+        / call[f"{arm}, core attention auto"]["step_ms"]
+        for arm in ("TP=2", HELIX)
+    ]
+    said = "8192 is {:.3f} times as fast under TP=2 and {:.3f} times under helix".format(*faster)
+    assert said in WORDS
+
+
+def test_figures_of_a_row_agree(script: ModuleType) -> None:
+    for cell in script.stored("two_h200_matrix")["cells"]:
+        tokens = cell["batch"]["sequences"] * cell["batch"]["sequence_length"]
+        for row in cell["rows"]:
+            assert row["tokens_per_s"] == pytest.approx(tokens / row["step_ms"] * 1e3, rel=1e-3)
+            assert row["mfu"] == pytest.approx(row["tflops"] / 989, abs=1e-3)
