@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_helix import pretrain_gpt
+from tests.covering import fast
 from tests.distributed import Curve, pretrain, run_distributed, tiny_gpt, train
 from tests.gap_case import by_gaps
 from tests.packed_case import LENGTHS, dataset
@@ -41,7 +42,9 @@ def trained(argv: list[str]) -> Curve:
     return curve
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", fast(["recomputed", "activations", "packed, recomputed in a pipeline"], CASES)
+)
 def test_training_gap_by_gap_is_as_stock(name: str, corpus_prefix: Path, tmp_path: Path) -> None:
     cut, model, exchange = CASES[name]
     m, n = map(int, cut.split("x"))

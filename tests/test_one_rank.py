@@ -19,6 +19,7 @@ from megatron_helix.experiment import config, torchrun
 from megatron_helix.machine import hardware
 from megatron_helix.options import arguments
 from megatron_helix.run_config.batch import BatchConfig
+from tests.covering import THOROUGH
 from tests.script_module import ROOT, script_module
 
 EXPERIMENT = "configs/experiments/two_gpus_rivals.yaml"
@@ -175,6 +176,7 @@ def test_a_layout_of_which_a_rank_failed_has_no_row() -> None:
     assert run.Row.of([one]) == run.Row(1.0, 1.0)
 
 
+@THOROUGH
 def test_the_second_rank_trains_alone_on_rows_of_its_own(tmp_path) -> None:
     """Data parallelism has it read every other row, tensor parallelism all."""
     chosen = config.load(ROOT / PACKED)

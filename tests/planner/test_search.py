@@ -4,9 +4,11 @@ import pytest
 
 from megatron_helix.planner import accuracy, search, verdict
 from megatron_helix.run_config.batch import BatchConfig
+from tests.covering import THOROUGH
 from tests.planner.planner_case import DENSE, MOE, NARROW, SIXTEEN, SMALL, multiplied
 
 
+@THOROUGH
 def test_a_thousand_gpus_have_so_many_layouts_of_the_widest_model() -> None:
     """Experts multiply them; a prediction takes below a millisecond of one core."""
     batch = BatchConfig(sequences=4096, sequence_length=2048)
