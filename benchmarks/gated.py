@@ -3,9 +3,11 @@
     torchrun ... -m gated GATE FLAGS ...
 
 is ``megatron_helix.pretrain_gpt FLAGS ...`` that waits, with nothing on a GPU yet, until the file
-GATE exists. :mod:`matrix_turns` opens it.
+GATE exists. :mod:`matrix_turns` opens it. A rank that is not through some minutes later hangs: it
+says where in its log, and ends, so that the turns after it are not lost.
 """
 
+import faulthandler
 import sys
 import time
 from pathlib import Path
@@ -14,13 +16,16 @@ from megatron_helix import pretrain_gpt
 
 POLL_S = 0.05
 PATIENCE_S = 1200.0
+TURN_S = 240.0
 
 
 def main() -> None:
     """Run one rank."""
     flags = pretrain_gpt.prepare_rank(sys.argv[2:])
     wait(Path(sys.argv[1]))
+    faulthandler.dump_traceback_later(TURN_S, exit=True)
     pretrain_gpt.train(flags)
+    faulthandler.cancel_dump_traceback_later()
 
 
 def wait(gate: Path) -> None:

@@ -1,5 +1,7 @@
 """``benchmarks/gpu_matrix.py`` and ``benchmarks/fp16_band.py``: all but the runs themselves."""
 
+import subprocess
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -15,6 +17,16 @@ from tests.script_module import ROOT, script_module
 PACKED = "configs/experiments/two_gpus_packed.yaml"
 LONG = "configs/experiments/two_gpus_long.yaml"
 QWEN = "configs/experiments/two_gpus_qwen.yaml"
+HANGS = """
+import sys, time
+sys.path.insert(0, "benchmarks")
+import gated
+def hangs(flags):
+    time.sleep(50)
+gated.TURN_S, gated.pretrain_gpt.prepare_rank, gated.pretrain_gpt.train = 0.2, list, hangs
+sys.argv = ["gated", "/"]  # a gate that is open
+gated.main()
+"""
 
 
 @pytest.fixture
@@ -34,7 +46,7 @@ def lines(matrix: ModuleType, *words: str) -> dict[str, list[str]]:
     """Flags by phase and layout."""
     ended = dry_run(matrix, *words)
     assert ended.exit_code == 0, ended.output
-    found = (line.split(": ", 1) for line in ended.output.splitlines())
+    found = (line.split(": ", 1) for line in ended.stdout.splitlines())
     return {" ".join(what.split()[::2]): flags.split() for what, flags in found}
 
 
@@ -84,11 +96,21 @@ def test_packed_rows_are_rehearsed_without_documents(benchmark: Any) -> None:
 def test_a_file_is_run_as_it_is(benchmark: Any) -> None:
     words = ["--experiment", QWEN, "--only", "dp2,megatron_fsdp,helix_2x1_weights"]
     found = lines(benchmark("gpu_matrix"), *words)
-    layouts = ("dp2", "megatron_fsdp", "helix_2x1_weights")
-    assert list(found) == [f"{phase} {name}" for phase in ("prefill", "train") for name in layouts]
+    runs = [f"{phase} {name}" for phase in ("prefill", "train") for name in words[-1].split(",")]
+    runs.remove("prefill megatron_fsdp")  # which does not come back
+    assert list(found) == runs
     for flags in found.values():
         assert value(flags, "--padded-vocab-size") == "152064"
         assert "--bf16" in flags
+
+
+def test_a_rank_that_hangs_says_where_and_ends() -> None:
+    """Within its turn, so that the turns behind it still come."""
+    ended = subprocess.run(
+        [sys.executable, "-c", HANGS], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert ended.returncode == 1
+    assert "in hangs" in ended.stderr
 
 
 def test_every_layout_with_every_core_attention(benchmark: Any) -> None:
