@@ -1,9 +1,12 @@
-"""Every layout that fits in memory, ranked."""
+"""Every layout that fits in memory, ranked.
+
+One that would fit if it kept the gathered weights of fewer layers is tried with as many as fit.
+"""
 
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pydantic import ValidationError
 
@@ -71,8 +74,9 @@ def search(
     require_length(model, batch)
     for here in deployments(model, machine, batch, phase, precision, gradient_flags):
         predicted = predict(here, machine)
-        fits = predicted.memory.total <= machine.memory.rate
-        (fit if fits else too_large).append(predicted)
+        if not _fits_in(machine, predicted):
+            predicted = _with_fewer_kept(here, machine) or predicted
+        (fit if _fits_in(machine, predicted) else too_large).append(predicted)
     if not fit and not too_large:
         raise UserError(
             f"no layout of {model.name} runs on {machine.devices} devices with"
@@ -87,6 +91,26 @@ def search(
             f" {nearest.memory.total / 1e9:.0f} GB; use more devices, or a smaller --batch"
         )
     return Found(ranked=sorted(fit, key=_key(rank_by)), too_large=len(too_large))
+
+
+def _fits_in(machine: Hardware, one: Prediction) -> bool:
+    return one.memory.total <= machine.memory.rate
+
+
+def _with_fewer_kept(here: Deployment, machine: Hardware) -> Prediction | None:
+    """A layout too large, with the gathered weights of as many layers kept as there is room for."""
+    found = None
+    some, all_ = 0, here.kept_layers
+    while all_ - some > 1:
+        layers = (some + all_) // 2
+        keys = {**here.layout.model_dump(), "gather_layers": layers}
+        layout = LayoutConfig(**{**keys, "name": name(keys)})
+        one = predict(replace(here, layout=layout), machine)
+        if _fits_in(machine, one):
+            some, found = layers, one
+        else:
+            all_ = layers
+    return found
 
 
 def _key(rank_by: str) -> Callable[[Prediction], tuple[float, float]]:

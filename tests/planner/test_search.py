@@ -3,9 +3,20 @@
 import pytest
 
 from megatron_helix.planner import accuracy, search, verdict
+from megatron_helix.planner.deployment import Deployment
+from megatron_helix.planner.time import predict
 from megatron_helix.run_config.batch import BatchConfig
+from megatron_helix.run_config.layout import LayoutConfig
 from tests.covering import THOROUGH
-from tests.planner.planner_case import DENSE, MOE, NARROW, SIXTEEN, SMALL, multiplied
+from tests.planner.planner_case import (
+    DENSE,
+    MACHINES,
+    MOE,
+    NARROW,
+    SIXTEEN,
+    SMALL,
+    multiplied,
+)
 
 
 @THOROUGH
@@ -101,3 +112,29 @@ def test_where_stock_cannot_share_the_features_helix_is_searched() -> None:
     }
     assert (None, 1, 16) in layouts
     assert (16, None, None) not in layouts
+
+
+@pytest.mark.parametrize("gather", ["once", "step"])
+def test_where_not_all_layers_can_keep_their_weights_as_many_do_as_fit(gather: str) -> None:
+    machine = MACHINES["h200_2"]
+    model = DENSE.model_copy(update={"num_layers": 12})
+
+    def needs(keys: dict) -> float:
+        layout = LayoutConfig(name="one", **keys)
+        here = Deployment(model, layout, SMALL, machine.devices, "train", "fp16", machine)
+        return predict(here.check(), machine).memory.total
+
+    cut = {"m": 2, "n": 1, "exchange": "weights", "micro_batch": 64}
+    keys = {**cut, "gather": gather}
+    room = (needs({**keys, "gather_layers": 5}) + needs({**keys, "gather_layers": 6})) / 2
+    machine = multiplied(machine, "memory", factor=room / machine.memory.rate)
+    found = search.search(model, machine, SMALL, precision="fp16").ranked
+    kept = [
+        one.deployment.layout.gather_layers
+        for one in found
+        if cut.items() <= one.deployment.layout.model_dump().items()
+        and one.deployment.layout.gather == gather
+    ]
+    assert kept == [5]
+    assert all(one.memory.total <= room for one in found)
+    assert any(one.deployment.layout.name == f"helix_2x1_weights_{gather}5_mb64" for one in found)
