@@ -10,8 +10,7 @@ NCCL takes the ranks for those of two hosts (``NCCL_HOSTID``). The sets, their m
 * ``packed``: packed rows in bf16, documents and conversations; the distance to single precision is
   at most 1.5 times the larger one of stock's on two ranks and on one;
 * ``sequence``: the same of rows of one document under the sequence split, gap by gap;
-* ``graphs``: under CUDA graphs losses and norms are those without, to the last bit;
-* ``copies``: weights gathered by copy engines give those of NCCL, to the last bit.
+* ``graphs``: under CUDA graphs losses and norms are those without, to the last bit.
 
 Needs a GPU and TransformerEngine; docs/exactness.md has what one H200 gave. ``--device cpu``
 rehearses ``packed`` and ``sequence`` over gloo.

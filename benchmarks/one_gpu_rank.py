@@ -49,7 +49,7 @@ def train(argv: Sequence[str], lines: Path) -> None:
     Args:
         argv: completed flags.
         lines: file that gets a JSON line a step: ``loss``, ``norm`` (None without one),
-            ``skipped``, and how the step was made (:func:`ways`).
+            ``skipped``, and whether attention was gap by gap (``by_gaps``).
     """
     from megatron_helix import pretrain_gpt
     from megatron_helix.upstream import patches
@@ -60,7 +60,7 @@ def train(argv: Sequence[str], lines: Path) -> None:
         said = {"loss": float(losses["lm loss"]), "norm": None if norm is None else float(norm)}
         if os.environ["RANK"] == "0":
             with lines.open("a") as file:
-                row = {**said, "skipped": bool(skipped), **ways(args[2])}
+                row = {**said, "skipped": bool(skipped), "by_gaps": attends_by_gaps(args[2])}
                 file.write(json.dumps(row) + "\n")
         return result
 
@@ -68,14 +68,10 @@ def train(argv: Sequence[str], lines: Path) -> None:
     pretrain_gpt.train(argv)
 
 
-def ways(model: Sequence[Any]) -> dict[str, Any]:
-    """Whether attention was gap by gap (``by_gaps``), and how many weights are ``lent``."""
-    modules = [module for chunk in model for module in chunk.modules()]
-    lends = [module.forms.lying.peers for module in modules if hasattr(module, "forms")]
-    return {
-        "by_gaps": any(getattr(module, "by_gaps", False) for module in modules),
-        "lent": sum(peers is not None for peers in lends),
-    }
+def attends_by_gaps(model: Sequence[Any]) -> bool:
+    """Whether attention of the last forward pass was gap by gap."""
+    modules = (module for chunk in model for module in chunk.modules())
+    return any(getattr(module, "by_gaps", False) for module in modules)
 
 
 if __name__ == "__main__":

@@ -38,8 +38,6 @@ SIZES: dict[str, dict[str, Any]] = {
     "cpu": {"hidden_size": 64, "ffn_hidden_size": 128, "kv_channels": 16, "qk_layernorm": True},
     "cuda": {"hidden_size": 512, "ffn_hidden_size": 1024, "kv_channels": 128, "qk_layernorm": True},
 }
-COPIED = {"num_layers": 4, "num_attention_heads": 8, "num_query_groups": 4, "add_qkv_bias": True}
-COPIED |= {"hidden_size": 1024, "ffn_hidden_size": 2816, "kv_channels": 128}
 RECIPES = {
     "tensorwise": (),
     "delayed": ("--fp8-amax-history-len", "16", "--fp8-amax-compute-algo", "max"),
@@ -85,7 +83,6 @@ class Set:
         data: what they read.
         length: tokens of a row.
         steps: of a run.
-        size: keys of the model that are not those of every set.
         micro_batch: rows of a micro-batch.
         sequences: rows of a step.
         learning_rate: constant.
@@ -98,7 +95,6 @@ class Set:
         *,
         length: int,
         steps: int,
-        size: dict[str, Any] | None = None,
         micro_batch: int = 4,
         sequences: int = 4,
         learning_rate: float = 1e-3,
@@ -107,7 +103,7 @@ class Set:
         self.weights = bench.out / "weights"
         self.experiment = ExperimentConfig(
             name="one_gpu_parity",
-            models=[ModelConfig(name="dense", **{**MODEL, **(size or SIZES[bench.device])})],
+            models=[ModelConfig(name="dense", **MODEL, **SIZES[bench.device])],
             layouts=[self._layout("stock", STOCK)],
             world_size=2,
             batch=BatchConfig(sequences=sequences, sequence_length=bench.length(length)),
@@ -212,23 +208,14 @@ def graphs(bench: Bench) -> Iterator[Training]:
             yield of_set.training(f"{exchange}-{graph}", cut, *flags, graph)
 
 
-def copies(bench: Bench) -> Iterator[Training]:
-    """Weights gathered by NCCL, and by copy engines twice."""
-    of_set = Set(bench, _text(bench), length=512, steps=14, sequences=8, size=COPIED)
-    yield of_set.first()
-    for name, by in {"nccl": "nccl", "copies": "copies", "again": "copies"}.items():
-        yield of_set.training(name, HELIX["weights"], "--helix-gather-by", by)
-
-
 SETS: dict[str, Callable[[Bench], Iterator[Training]]] = {
     "fp8": fp8,
     "packed": packed,
     "sequence": sequence,
     "graphs": graphs,
-    "copies": copies,
 }
-ON_GPUS = ("fp8", "graphs", "copies")
-DETERMINISTIC = ("graphs", "copies")  # sets that compare bits
+ON_GPUS = ("fp8", "graphs")
+DETERMINISTIC = ("graphs",)  # sets that compare bits
 
 
 def trainings(name: str, bench: Bench) -> list[Training]:

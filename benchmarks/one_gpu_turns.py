@@ -31,8 +31,6 @@ SOCKETS = {
     **dict.fromkeys(("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"), "lo"),
     **dict.fromkeys(("NCCL_NVLS_ENABLE", "NCCL_MNNVL_ENABLE", "NCCL_RAS_ENABLE"), "0"),
     **{"NCCL_NET": "Socket", "NCCL_NET_PLUGIN": "none", "NCCL_GRAPH_REGISTER": "0"},
-    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
-    "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1",
     "TORCHDYNAMO_DISABLE": "1",  # compiling takes a process longer than its steps
 }
 
@@ -46,7 +44,6 @@ class Curve:
         norms: of every step's gradient; none of skipped ones.
         skipped: steps without an update.
         by_gaps: whether every step attended gap by gap.
-        lent: weights that were gathered by copies at the end.
         failed: why it is not whole; empty.
     """
 
@@ -54,7 +51,6 @@ class Curve:
     norms: tuple[float, ...] = ()
     skipped: int = 0
     by_gaps: bool = False
-    lent: int = 0
     failed: str = ""
 
 
@@ -133,7 +129,6 @@ def read(lines: Path, steps: int, failed: str = "") -> Curve:
         norms=tuple(step["norm"] for step in said if step["norm"] is not None),
         skipped=sum(step["skipped"] for step in said),
         by_gaps=bool(said) and all(step["by_gaps"] for step in said),
-        lent=said[-1]["lent"] if said else 0,
         failed=failed,
     )
 

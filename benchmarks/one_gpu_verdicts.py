@@ -123,21 +123,10 @@ def _graphs(_device: Device) -> Iterator[Comparison]:
             yield Comparison({"layout": exchange, "graphs": graph}, names, _equality)
 
 
-def _copies(_device: Device) -> Iterator[Comparison]:
-    for name in ("copies", "again"):
-        yield Comparison({"run": name}, ("nccl", name), _lent)
-
-
 def _equality(one: Curve, other: Curve) -> Row:
     """Equal losses and gradient norms, to the last bit."""
     equal = (one.losses, one.norms) == (other.losses, other.norms)
     return {"good": equal, "equal": equal, "steps": len(other.losses)}
-
-
-def _lent(nccl: Curve, copies: Curve) -> Row:
-    """The same, where weights were lent and by NCCL were not."""
-    said, lends = _equality(nccl, copies), copies.lent > 0 == nccl.lent
-    return {**said, "lent": copies.lent, "good": said["good"] and lends}
 
 
 COMPARISONS: dict[str, Callable[[Device], Iterator[Comparison]]] = {
@@ -145,5 +134,4 @@ COMPARISONS: dict[str, Callable[[Device], Iterator[Comparison]]] = {
     "packed": _packed,
     "sequence": _sequence,
     "graphs": _graphs,
-    "copies": _copies,
 }

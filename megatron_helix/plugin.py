@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
@@ -19,8 +20,7 @@ from megatron_helix.layers.layer_spec import (
     with_padded_features,
     with_sequence_parallel_norms,
 )
-from megatron_helix.layers.lending import Model, at_the_end_of_steps, may_lend
-from megatron_helix.layers.linear import link
+from megatron_helix.layers.linear import finish_step, link
 from megatron_helix.options import arguments, core_attention, machine, parsed
 from megatron_helix.options.uneven import uneven
 from megatron_helix.partition.layout import HelixLayout
@@ -106,7 +106,7 @@ def enable(
         linked = partial(link, forward_early=early, sums_later=later)
         model_config.pre_wrap_hooks += [vocabulary.extend, linked]
         transformer.finalize_model_grads_func = _finalize_model_grads(
-            args, transformer.finalize_model_grads_func or finalize_model_grads
+            transformer.finalize_model_grads_func or finalize_model_grads
         )
     return model_config
 
@@ -143,19 +143,11 @@ def _refuse_early(make: Any, helix: Any, model_config: GPTModelConfig) -> None:
     helix(spec)
 
 
-def _finalize_model_grads(
-    args: argparse.Namespace, finalize_model_grads: Callable[..., Any]
-) -> Callable[..., None]:
+def _finalize_model_grads(finalize_model_grads: Callable[..., Any]) -> Callable[..., None]:
     """Megatron's own, or the user's, after what helix has to do at the end of a step."""
 
-    def say(line: str) -> None:
-        if args.rank == 0:
-            print(line, flush=True)
-
-    finish = at_the_end_of_steps(lends=may_lend(args), say=say)
-
-    def finalize(model: Model, *of_megatron: Any, **named: Any) -> None:
-        finish(model)
+    def finalize(model: list[torch.nn.Module], *of_megatron: Any, **named: Any) -> None:
+        finish_step(model)
         finalize_model_grads(model, *of_megatron, **named)
 
     return finalize

@@ -110,7 +110,7 @@ def names(script: ModuleType, name: str) -> Sequence[str]:
     return [each for row in verdicts.COMPARISONS[name]("cuda") for each in row.names]
 
 
-@pytest.mark.parametrize("name", ["fp8", "sequence", "graphs", "copies"])
+@pytest.mark.parametrize("name", ["fp8", "sequence", "graphs"])
 def test_what_is_compared_is_trained_by_flags_that_exist(
     script: ModuleType, name: str, corpus_prefix: Path, tmp_path: Path
 ) -> None:
@@ -143,14 +143,6 @@ def test_graphs_are_held_to_the_last_bit(script: ModuleType, what: str) -> None:
     assert judged(script, "graphs", weights_none=changed) == [True, True, True, False]
 
 
-def test_copies_are_held_to_the_last_bit_and_to_copies(script: ModuleType) -> None:
-    lent = {"copies": {"lent": 16}, "again": {"lent": 16}}
-    assert judged(script, "copies", **lent) == [True, True]
-    assert judged(script, "copies", copies={"lent": 16}) == [True, False]  # by NCCL, too
-    lent["again"] |= {"losses": (4.0, 3.0000000000000004)}
-    assert judged(script, "copies", **lent) == [True, False]
-
-
 def test_on_a_gpu_a_sequence_split_is_gap_by_gap(script: ModuleType) -> None:
     stock = {"rows_fp32": {"losses": (4.1, 3.1), "norms": (1.1, 2.1)}}
     assert judged(script, "sequence", **stock) == [True, True, True]
@@ -163,7 +155,7 @@ def test_on_a_gpu_a_sequence_split_is_gap_by_gap(script: ModuleType) -> None:
 
 def test_a_run_that_fails_misses_the_bar_and_says_why(script: ModuleType, tmp_path: Path) -> None:
     lines = tmp_path / "steps.jsonl"
-    step = {"loss": 4.0, "norm": 1.0, "skipped": False, "by_gaps": False, "lent": 0}
+    step = {"loss": 4.0, "norm": 1.0, "skipped": False, "by_gaps": False}
     lines.write_text(json.dumps(step) + "\n")
     whole = script.Curve(losses=(4.0, 3.0))
     turns = script_module("benchmarks/one_gpu_turns.py")
@@ -171,15 +163,17 @@ def test_a_run_that_fails_misses_the_bar_and_says_why(script: ModuleType, tmp_pa
         assert turns.read(lines, steps).failed == failed
     lines.write_text(json.dumps({**step, "loss": float("nan")}) + "\n")
     assert turns.read(lines, 1).failed == "a loss is no number"
-    runs = {"nccl": replace(whole, failed="a rank failed"), "copies": whole, "again": whole}
-    rows = [*script.rows("copies", runs, "cuda")]
-    assert rows[0] == {"run": "copies", "good": False, "failed": "nccl: a rank failed"}
+    runs = {**dict.fromkeys(names(script, "graphs"), whole)}
+    runs["weights-none"] = replace(whole, failed="a rank failed")
+    *others, last = script.rows("graphs", runs, "cuda")
+    assert all(row["good"] for row in others)
+    assert (last["good"], last["failed"]) == (False, "weights-none: a rank failed")
 
 
 @pytest.mark.parametrize(
     ("name", "device", "said"),
     [
-        ("paked", "cpu", "SET: must be one of fp8, packed, sequence, graphs, copies, got paked"),
+        ("paked", "cpu", "SET: must be one of fp8, packed, sequence, graphs, got paked"),
         ("graphs", "cpu", "--device: graphs must have a GPU, got cpu"),
         ("packed", "cuda", "--device: cuda must have a GPU, and torch sees none"),
     ],

@@ -40,7 +40,6 @@ def main() -> None:
     flags = pretrain_gpt.prepare_rank(sys.argv[1:])
     own_words()
     own_data()
-    own_memory()
     own_log()
     gate = os.environ.get("ONE_RANK_GATE")
     while gate and not Path(gate).exists():
@@ -127,27 +126,6 @@ def own_data() -> None:
 
     gpt_data.parallel_state = gpt_training.parallel_state = EveryRankReads()
     GPTDataset._build_document_sample_shuffle_indices = made_here
-
-
-def own_memory() -> None:
-    """What a rank reads of its peers' memory it reads of its own, at the rate of that."""
-    import torch
-
-    from megatron_helix.kernels import symmetric_memory
-    from megatron_helix.layers import lending
-
-    class OwnMemory:
-        def __init__(self, group: Any) -> None:
-            self.group = group
-
-        def place(self, elements: int, dtype: Any, device: Any) -> tuple[Any, list[Any]]:
-            own = torch.empty(elements, dtype=dtype, device=device)
-            return own, [own] * self.group.size()
-
-        def barrier(self) -> None: ...
-
-    symmetric_memory.within_reach = lambda group: group.size() > 1
-    lending.SymmetricMemory = OwnMemory
 
 
 def own_log() -> None:

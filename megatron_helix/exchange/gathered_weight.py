@@ -9,7 +9,7 @@ use in a step to the step's end. :mod:`megatron_helix.exchange.step_sums` keeps 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,9 +19,7 @@ from megatron_helix.exchange import gemm, main_grad
 from megatron_helix.exchange import shards as order
 from megatron_helix.exchange.shards import Shards
 from megatron_helix.exchange.step_sums import StepSums
-from megatron_helix.kernels.collectives import UnderWay, start_exchanges, start_gathers
-from megatron_helix.kernels.copies import turned
-from megatron_helix.kernels.peer_memory import PeerMemory
+from megatron_helix.kernels.collectives import UnderWay, Works, start_exchanges, start_gathers
 
 
 class GatheredWeight:
@@ -40,15 +38,12 @@ class GatheredWeight:
     Attributes:
         keeps: whether what is gathered is kept until :meth:`forget`.
         sums: where gradients are kept for a step, if they are: then none of them goes home.
-        peers: where the dim group's ranks read each other's shards, if they do: then a gather is
-            copies, which are not a collective.
     """
 
     keeps = False
     sums: StepSums | None = None
-    peers: PeerMemory | None = None
     _kept: torch.Tensor | None = None
-    _coming: "_Gathering | None" = None
+    _coming: UnderWay | None = None
     _leaves: Callable[[], None] | None = None
     _sums_up: Callable[[], None] | None = None
 
@@ -156,41 +151,17 @@ class GatheredWeight:
     def _exchange(self, parts: Sequence[torch.Tensor]) -> Sequence[UnderWay]:
         return start_exchanges(parts, self.home, early=self.early)
 
-    def _start(self) -> "_Gathering":
-        copied = self.peers is not None and self.peers.has(self.shard)
-        # A copy takes shards as they lie; what wants them turned turns them when they are there.
-        shards = replace(self.shards, as_they_lie=True) if copied else self.shards
-        runs = shards.runs(self._sent())
+    def _start(self) -> UnderWay:
+        """The shards under way, run by run: ``[apart, m, ...]`` once waited for."""
+        runs = self.shards.runs(self._sent())
         m, first = self.dim.size(), runs[0]
         whole = first.new_empty(len(runs), m, *first.shape)
         into = [place.flatten(0, 1) for place in whole]
-        if copied:
-            assert self.peers is not None
-            works = self.peers.start_gathers(self.shard, runs, into)
-            return _Gathering(whole, works, turns=self.shards.turns)
-        return _Gathering(whole, start_gathers(runs, self.dim, early=self.early, into=into))
+        return UnderWay(whole, Works(start_gathers(runs, self.dim, early=self.early, into=into)))
 
     def _sent(self) -> torch.Tensor:
         """What of the shard is gathered, in its shape."""
         return self.shard.detach()
-
-
-@dataclass(frozen=True)
-class _Gathering:
-    """Shards under way, run by run: ``[apart, m, ...]`` once all are there.
-
-    Attributes:
-        turns: whether the shards are to be transposed then.
-    """
-
-    whole: torch.Tensor
-    works: Sequence[UnderWay]
-    turns: bool = False
-
-    def wait(self) -> torch.Tensor:
-        for work in self.works:
-            work.wait()
-        return turned(self.whole[0]).unsqueeze(0) if self.turns else self.whole
 
 
 @dataclass(frozen=True, kw_only=True)

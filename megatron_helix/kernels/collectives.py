@@ -269,17 +269,18 @@ def start_sends(x: torch.Tensor, group: dist.ProcessGroup, *, early: bool) -> Un
         for move, chunks in ((dist.isend, x), (dist.irecv, y))
         for rank, chunk in zip(others, chunks, strict=True)
     ]
-    begun = UnderWay(y, _Works(dist.batch_isend_irecv(moves)) if moves else None)
+    begun = UnderWay(y, Works(dist.batch_isend_irecv(moves)) if moves else None)
     return begun if early else UnderWay(begun.wait(), None)
 
 
 @dataclass
-class _Works:
-    """What waits for all of some works."""
+class Works:
+    """Some works as one."""
 
     works: Sequence[Any]
 
     def wait(self) -> None:
+        """Wait for all of them."""
         for work in self.works:
             work.wait()
 

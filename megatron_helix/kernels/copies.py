@@ -19,8 +19,10 @@ def contiguous(x: torch.Tensor) -> torch.Tensor:
     """``x.contiguous()``, copied by words of 16 bytes where its innermost runs have whole ones."""
     if x.is_contiguous():
         return x
-    if x.dim() == 2 and x.t().is_contiguous():
-        return turned(x.t())
+    if x.device.type == "cuda" and x.dim() == 2 and x.t().is_contiguous():
+        from megatron_helix.kernels import transposition  # Triton, where there is a GPU
+
+        return transposition.transposed(x.t())
     if not _has_whole_words(x):
         return x.contiguous()
     return x.view(WORD).contiguous().view(x.dtype)
@@ -116,15 +118,6 @@ def _part(whole: torch.Tensor, lengths: Sequence[int], dim: int) -> torch.Tensor
         part.narrow(dim, 0, length).copy_(piece)
         part.narrow(dim, length, longest - length).zero_()
     return parts
-
-
-def turned(x: torch.Tensor) -> torch.Tensor:
-    """``[..., rows, columns] -> [..., columns, rows]``, contiguous both."""
-    if x.device.type != "cuda":
-        return x.mT.contiguous()
-    from megatron_helix.kernels import transposition  # Triton, where there is a GPU
-
-    return transposition.transposed(x)
 
 
 def on_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -16,18 +16,14 @@ def _transpose(x, y, rows, columns, TILE: tl.constexpr):
     row = (tl.program_id(0) * TILE + tl.arange(0, TILE)).to(tl.int64)
     column = (tl.program_id(1) * TILE + tl.arange(0, TILE)).to(tl.int64)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
-    matrix = tl.program_id(2).to(tl.int64) * rows * columns
-    x += matrix
-    y += matrix
     tile = tl.load(x + row[:, None] * columns + column[None, :], mask=inside)
     tl.store(y + column[:, None] * rows + row[None, :], tl.trans(tile), mask=tl.trans(inside))
 
 
 def transposed(x: torch.Tensor) -> torch.Tensor:
-    """``[..., rows, columns] -> [..., columns, rows]``, contiguous both."""
-    *outer, rows, columns = x.shape
-    y = x.new_empty(*outer, columns, rows)
-    matrices = x.numel() // (rows * columns)
-    grid = (triton.cdiv(rows, TILE), triton.cdiv(columns, TILE), matrices)
+    """``[rows, columns] -> [columns, rows]``, contiguous both."""
+    rows, columns = x.shape
+    y = x.new_empty(columns, rows)
+    grid = (triton.cdiv(rows, TILE), triton.cdiv(columns, TILE))
     _transpose[grid](x, y, rows, columns, TILE=TILE)  # pyright: ignore[reportIndexIssue]
     return y

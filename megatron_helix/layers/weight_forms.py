@@ -17,7 +17,6 @@ from megatron_helix.exchange.float8_scales import Scales
 from megatron_helix.exchange.gathered_weight import GatheredWeight
 from megatron_helix.exchange.shards import Shards
 from megatron_helix.exchange.step_sums import StepSums
-from megatron_helix.kernels.peer_memory import PeerMemory
 
 Pair = tuple[GatheredWeight, GatheredWeight]
 
@@ -72,15 +71,6 @@ class WeightForms:
         forward.keeps = backward.keeps = self.keeps
         forward.sums = backward.sums = self.sums if self.keeps_gradients else None
         return forward, backward
-
-    @property
-    def plain(self) -> bool:
-        """Whether what is gathered in every pass is the parameter as it is: not FP8, not kept."""
-        return self.forward in (self.turned, self.lying) and not self.keeps
-
-    def lend(self, peers: PeerMemory) -> None:
-        """Gather the parameter as it is from where the dim group's ranks read it."""
-        self.turned.peers = self.lying.peers = peers
 
     def for_engine(self, quantizer: Any) -> Pair:
         """What TransformerEngine's GEMMs read, by its quantizer for the weight; None for none."""

@@ -29,7 +29,6 @@ from megatron_helix.options.features.check import needs_order
 from megatron_helix.options.features.works import IN_ORDER
 from megatron_helix.options.flags import (
     DEVICES,
-    GATHER_BY,
     PHASES,
     FlagParser,
     add_helix_arguments,
@@ -119,7 +118,6 @@ def complete(argv: Sequence[str], world_size: int) -> list[str]:
     """
     args = _read(argv)
     strategy.require_known(choice(args))
-    require_one_of("--helix-gather-by", args.helix_gather_by, GATHER_BY)
     require_one_of("--helix-phase", args.helix_phase, PHASES)
     if args.helix_phase != PHASES[0] and not args.helix_metrics:
         raise UserError(

@@ -11,7 +11,6 @@ from megatron_helix.run_config import core_attention
 
 DEVICES = ("auto", "cpu", "cuda")
 PHASES = ("train", "prefill")
-GATHER_BY = ("nccl", "copies")
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -100,14 +99,6 @@ def add_helix_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         " every pipeline stage, or of every model chunk of a virtual one; the others gather in"
         " every micro-batch, and so does multi-token prediction. All of them by default, and"
         " where there are fewer. Each layer less needs less memory and takes more time.",
-    )
-    group.add_argument(
-        "--helix-gather-by",
-        default=GATHER_BY[0],
-        metavar="NAME",
-        help=f"What moves weights that are gathered in every micro-batch: {', '.join(GATHER_BY)}."
-        " copies lets copy engines read them where the GPUs of a dim group reach each other's"
-        " memory and there is no distributed optimizer; not timed on two GPUs yet.",
     )
     group.add_argument(
         "--helix-core-attention",

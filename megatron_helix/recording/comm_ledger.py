@@ -30,13 +30,12 @@ it is waiting (see :mod:`megatron_helix.experiment.metrics`). No clocks are comp
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_helix.kernels.peer_memory import PeerMemory
 from megatron_helix.recording.clocks import Call, HostClock, StreamClock
 
 Entries = dict[tuple[str, str], "Traffic"]
@@ -176,13 +175,9 @@ def install(ledger: CommLedger) -> Callable[[], None]:
             wrapped = _counted(method, *_METHODS[name], ledger)
         setattr(dist.ProcessGroup, name, wrapped)
 
-    copies = PeerMemory.start_gathers
-    PeerMemory.start_gathers = _counted_copies(copies, ledger)
-
     def uninstall() -> None:
         for name, original in originals.items():
             setattr(dist.ProcessGroup, name, original)
-        PeerMemory.start_gathers = copies
 
     return uninstall
 
@@ -223,29 +218,6 @@ def _parts(args: Sequence[Any]) -> list[int]:
 def _without(rank: int, parts: list[int], whole: int) -> int:
     """What is left of ``whole`` without the part that is for ``rank``; exact."""
     return whole - whole * parts[rank] // (sum(parts) or 1)
-
-
-def _counted_copies(original: Any, ledger: CommLedger) -> Any:
-    """A gather without a collective: a call as NCCL's would be, with the bytes that others copy."""
-
-    def start_gathers(peers: PeerMemory, parameter: Any, runs: Any, into: Any) -> Any:
-        group = peers.group
-        calls = []
-        for run in runs:
-            call = ledger.open(group.group_desc or "WORLD", "all_gather", group.group_name)
-            elements, nbytes = _numel(run)
-            others = group.size() - 1
-            call.elements, call.sent_bytes = others * elements, others * nbytes
-            calls.append(call)
-        start = ledger.clock.start()
-        works = original(peers, parameter, runs, into)
-        ledger.clock.stop(start, calls)
-        return [
-            replace(begun, work=begun.work and _TimedWork(begun.work, [call], ledger.clock))
-            for begun, call in zip(works, calls, strict=True)
-        ]
-
-    return start_gathers
 
 
 def _timed_together(original: Any, ledger: CommLedger, begun: dict[str, int]) -> Any:

@@ -160,10 +160,6 @@ REFUSALS = {
         (*cut(2, 2), "--helix-gather", "never"),
         r"^--helix-gather: must be one of microbatch, once, step, got 'never'$",
     ),
-    "unknown carrier of weights": (
-        (*cut(2, 2), "--helix-gather-by", "gloo"),
-        r"^--helix-gather-by: must be one of nccl, copies, got 'gloo'$",
-    ),
     "unknown core attention": (
         ("--helix-core-attention", "flash"),
         r"^--helix-core-attention: must be one of spec, prefix, flex, .*, got 'flash'$",
