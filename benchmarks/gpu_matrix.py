@@ -3,7 +3,7 @@
     python benchmarks/gpu_matrix.py --gpus 2 --out runs/gpu
     python benchmarks/gpu_matrix.py --gpus 4 --device cpu --shape tiny --steps 3 --out runs/tried
     python benchmarks/gpu_matrix.py --experiment configs/experiments/two_gpus_qwen.yaml \
-        --parts prefill --only dp2,torch_fsdp2,helix_2x1_weights --out runs/qwen
+        --parts prefill --only dp2,megatron_fsdp,helix_2x1_weights --out runs/qwen
 
 Its parts are *parity* (``matrix_parity.py``), *train* and *prefill* (``matrix_timing.py``) and
 *decode* (``matrix_decode.py``): stock layouts, their rivals and helix in turns, the layer shape of
@@ -124,9 +124,6 @@ def main(
     def cell(part: str, model: ModelConfig) -> ExperimentConfig:
         arms = asked.arms(gpus, model, sizes, device, part)
         arms = [arm for arm in arms if arm.trains_in(precision)]
-        for arm in (one for one in arms if not one.runs_in(part)):
-            typer.echo(f"{arm.name}: left out of {part}, which does not come back", err=True)
-        arms = [arm for arm in arms if arm.runs_in(part)]
         named = matrix_asked.with_cores(
             matrix_asked.named(arms, only.split(",") if only else []),
             cores.split(",") if cores else [],

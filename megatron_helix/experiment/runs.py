@@ -199,11 +199,6 @@ def layout_flags(experiment: ExperimentConfig, run: Run) -> list[str]:
             layout that Megatron does not train the model in.
     """
     run.layout.require_model(run.model, run.precision)
-    if not run.layout.runs_in(run.phase):
-        raise UserError(
-            f"fsdp: {run.phase} does not come back under {run.layout.fsdp}, got both; leave one of"
-            " the two out, or use torch_fsdp2"
-        )
     fp16 = experiment.verification.fp16
     scale = fp16.loss_scale if fp16 else 65536.0
     precision = {

@@ -2,7 +2,7 @@
 
 Its ``DotProductAttention`` keeps that to itself. The functions behind it are those that its own
 context parallelism calls in the same way. Written against 2.20.2; held against stock on one H200,
-unpacked and on packed rows (docs/exactness.md), not run on two GPUs. The tests have a stand-in.
+unpacked and on packed rows (docs/exactness.md), and timed on two. The tests have a stand-in.
 """
 
 import os

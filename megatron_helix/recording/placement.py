@@ -25,6 +25,7 @@ from megatron_helix.upstream import cpu_device
 ATTENTION_WEIGHTS = ("linear_qkv", "linear_proj")
 
 
+@torch.no_grad()
 def describe(model: list[torch.nn.Module]) -> dict[str, Any]:
     """This rank, with its chunks of the model, as JSON."""
     kept = {
@@ -57,11 +58,12 @@ def describe(model: list[torch.nn.Module]) -> dict[str, Any]:
 def _whole(weight: torch.Tensor) -> torch.Tensor:
     """A weight without its shards: gathered from the ranks that have them, if there are any.
 
-    Megatron FSDP cuts its buffers where no row ends, and says where. That has not been run.
+    Megatron FSDP, which marks its parameters, cuts its buffers where no even share ends: torch
+    would take them for even, and ranks wait for each other's bytes. Not run on GPUs.
     """
     if not isinstance(weight, DTensor):
         return weight
-    if not hasattr(weight.to_local(), "__create_chunk_list__"):
+    if not getattr(weight, "__fsdp_param__", False):
         return weight.full_tensor()
     from megatron.core.distributed.fsdp.src.megatron_fsdp import uneven_dtensor
 

@@ -150,13 +150,6 @@ class LayoutConfig(Config):
         """Whether Megatron trains this layout in a precision: its torch FSDP2 scales no loss."""
         return self.fsdp != "torch_fsdp2" or precision != "fp16"
 
-    def runs_in(self, phase: str) -> bool:
-        """Whether it does: a forward pass alone under Megatron FSDP does not come back.
-
-        Seen on two H200, megatron-core 0.19.2: after 280 s it was in its first micro-batch.
-        """
-        return self.fsdp != "megatron_fsdp" or phase != "prefill"
-
     @property
     def is_helix(self) -> bool:
         """Whether attention is cut m x n."""

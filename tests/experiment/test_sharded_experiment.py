@@ -57,17 +57,7 @@ def test_torch_fsdp2_is_a_layout_of_an_experiment(tmp_path: Path) -> None:
             "tiny, layout fsdp4: cp, gtp, fsdp: are not predicted for decode",
         ),
         (
-            {
-                "layouts": [*LAYOUTS[:1], {**LAYOUTS[1], "fsdp": "megatron_fsdp"}],
-                "phases": ["prefill"],
-            },
-            "tiny, layout fsdp4: fsdp: prefill does not come back under megatron_fsdp",
-        ),
-        (
-            {
-                "layouts": [*LAYOUTS[:1], {**LAYOUTS[1], "fsdp": "megatron_fsdp"}],
-                "phases": ["train"],
-            },
+            {"layouts": [*LAYOUTS[:1], {**LAYOUTS[1], "fsdp": "megatron_fsdp"}]},
             "tiny, layout fsdp4: --use-megatron-fsdp: Megatron FSDP needs a GPU",
         ),
         (
