@@ -32,6 +32,7 @@ setup(
         "megatron-core>=0.19,<0.20",
         "torch>=2.11",
         "psutil",  # Megatron's checkpointing imports it and does not declare it
+        "einops",  # as Megatron FSDP does
         "numpy",
         "packaging",
         "pydantic>=2",

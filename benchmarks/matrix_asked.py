@@ -157,7 +157,7 @@ def _at_sizes(arms: Sequence[LayoutConfig], sizes: Sequence[int]) -> list[Layout
 
 
 def _runs_on_cpu(layout: LayoutConfig) -> bool:
-    return layout.fsdp != "megatron_fsdp" and layout.gtp == layout.cp == 1
+    return layout.gtp == layout.cp == 1
 
 
 def _small(model: ModelConfig) -> ModelConfig:

@@ -181,10 +181,11 @@ def rivals(
     if gpus == 1:
         return []
     shared = {"tp": 1, "distributed_optimizer": True}
-    kinds: dict[str, dict[str, Any]] = {"torch_fsdp2": {"tp": 1, "fsdp": "torch_fsdp2"}}
-    if device == "cuda":
-        experts = {"ep": gpus} if model.num_experts else {}
-        kinds["megatron_fsdp"] = {"tp": 1, "fsdp": "megatron_fsdp", **experts}
+    experts = {"ep": gpus} if model.num_experts else {}
+    kinds: dict[str, dict[str, Any]] = {
+        "torch_fsdp2": {"tp": 1, "fsdp": "torch_fsdp2"},
+        "megatron_fsdp": {"tp": 1, "fsdp": "megatron_fsdp", **experts},
+    }
     if device == "cuda" and not model.num_experts:
         kinds["gtp"] = {**shared, "gtp": gpus}
         for kind in ("p2p", "a2a", "all_gather") if model.kv_channels <= FUSED_CHANNELS else ():

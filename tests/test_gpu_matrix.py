@@ -143,7 +143,8 @@ def test_a_mistake_is_one_line(benchmark: Any, words: list[str], said: str) -> N
 def test_a_file_is_rehearsed_on_a_cpu(benchmark: Any) -> None:
     words = ["--experiment", QWEN, "--device", "cpu", "--parts", "prefill"]
     found = lines(benchmark("gpu_matrix"), *words)
-    names = {"tp2", "dp2", "torch_fsdp2", "helix_2x1_weights", "helix_2x1_once", "helix_2x1_step"}
+    names = {"tp2", "dp2", "megatron_fsdp", "torch_fsdp2"}
+    names |= {"helix_2x1_weights", "helix_2x1_once", "helix_2x1_step"}
     assert {name.removeprefix("prefill ") for name in found} == names
     flags = found["prefill helix_2x1_weights"]
     assert (value(flags, "--hidden-size"), value(flags, "--num-query-groups")) == ("64", "2")

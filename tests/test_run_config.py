@@ -96,14 +96,16 @@ def test_what_cannot_be_meant_is_refused(keys: dict[str, Any], said: str) -> Non
         layout(**keys)
 
 
-def test_torch_fsdp2_takes_untied_models_in_fp32_and_bf16() -> None:
+def test_fsdp_takes_fp32_and_bf16_and_torchs_untied_models() -> None:
     sharded = layout(fsdp="torch_fsdp2")
     sharded.require_model(UNTIED, "bf16")
     with pytest.raises(ValueError, match=r"^fsdp: torch_fsdp2 needs untie_embeddings.*got false"):
         sharded.require_model(MODEL, "bf16")
     with pytest.raises(ValueError, match=r"^fsdp: torch_fsdp2 trains in fp32 or bf16.*got fp16"):
         sharded.require_model(UNTIED, "fp16")
-    layout(fsdp="megatron_fsdp").require_model(MODEL, "fp16")
+    layout(fsdp="megatron_fsdp").require_model(MODEL, "bf16")
+    with pytest.raises(ValueError, match=r"^fsdp: megatron_fsdp trains in fp32 or bf16.*got fp16"):
+        layout(fsdp="megatron_fsdp").require_model(MODEL, "fp16")
     layout(gtp=2).require_model(MODEL, "bf16")
     for biased in ("add_qkv_bias", "add_bias_linear"):
         with pytest.raises(ValueError, match=r"^gtp: must be 1 for a model whose QKV has a bias"):

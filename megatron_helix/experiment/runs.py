@@ -171,7 +171,7 @@ def deployment(experiment: ExperimentConfig, run: Run) -> Deployment:
     )
 
 
-def _settled(experiment: ExperimentConfig, run: Run) -> LayoutConfig:
+def settled(experiment: ExperimentConfig, run: Run) -> LayoutConfig:
     """The layout with what ``auto`` takes said: what runs is then what is predicted, anywhere."""
     if (run.layout.m or 1) == 1 or run.phase == "decode":
         return run.layout
@@ -208,7 +208,7 @@ def layout_flags(experiment: ExperimentConfig, run: Run) -> list[str]:
     }
     own = [
         *model_flags(experiment, run.model),
-        *_settled(experiment, run).flags(run.model),
+        *settled(experiment, run).flags(run.model),
         *precision[run.precision],
         *("--global-batch-size", str(experiment.batch.sequences)),
         *("--train-iters", str(steps(experiment, run))),

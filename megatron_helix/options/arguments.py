@@ -71,6 +71,8 @@ _CPU_FLAGS = (
     ("--no-bias-dropout-fusion",),
     ("--no-rope-fusion",),
 )
+# And for Megatron FSDP: gloo does not multiply as it sums, by which NCCL averages gradients.
+_CPU_FSDP_FLAGS = (("--no-gradient-reduce-div-fusion",),)
 
 
 def wants_helix(args: argparse.Namespace) -> bool:
@@ -217,7 +219,8 @@ def layout(
 
 
 def _cpu_flags(argv: Sequence[str]) -> list[str]:
-    return [word for flag in _CPU_FLAGS if not _given(flag[0], argv) for word in flag]
+    sharded = _CPU_FSDP_FLAGS if _given("--use-megatron-fsdp", argv) else ()
+    return [word for flag in (*_CPU_FLAGS, *sharded) if not _given(flag[0], argv) for word in flag]
 
 
 def _logger_flags(argv: Sequence[str]) -> list[str]:

@@ -152,11 +152,6 @@ def require_rival(args: argparse.Namespace, on_cpu: bool) -> None:
             f" {shards} and --helix-device cpu; leave it away, or use --use-torch-fsdp2, which runs"
             " on CPUs"
         )
-    if args.use_megatron_fsdp:
-        raise UserError(
-            "--use-megatron-fsdp: Megatron FSDP needs a GPU, got --helix-device cpu; use"
-            " --use-torch-fsdp2, which runs on CPUs"
-        )
     if args.context_parallel_size > 1 and not args.spec:
         raise UserError(
             "--context-parallel-size: needs TransformerEngine's attention and a GPU, got"

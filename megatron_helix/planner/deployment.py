@@ -206,9 +206,10 @@ class Deployment:
     def experts_apart(self) -> bool:
         """Whether experts have an optimizer and data-parallel ranks of their own.
 
-        Megatron keeps them with the dense weights where they are cut as those are.
+        Megatron keeps them with the dense weights where they are cut as those are; its FSDP never.
         """
-        return bool(self.model.num_experts) and (self.layout.ep > 1 or self.layout.etp != self.tp)
+        cut = self.layout.ep > 1 or self.layout.etp != self.tp
+        return bool(self.model.num_experts) and (cut or self.layout.fsdp == "megatron_fsdp")
 
     @property
     def weight_shards(self) -> tuple[int, int]:

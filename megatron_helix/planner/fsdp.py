@@ -17,15 +17,19 @@ padding             rows of every tensor, to a multiple of p    none to speak of
 
 Sources: ``torch/distributed/fsdp/_fully_shard`` (torch 2.13, ``reshard_after_forward``) as
 ``megatron/core/distributed/torch_fully_sharded_data_parallel.py`` calls it, and
-``megatron/core/distributed/fsdp`` (megatron-core 0.19, strategy ``optim_grads_params``). The first
-is held against the ledger on CPU ranks. The second has not been counted; 98 all-gathers a step of
-12 layers and four micro-batches, measured, are its 4 x 12 x 2 and two outside the layers.
+``megatron/core/distributed/fsdp`` (megatron-core 0.19, strategy ``optim_grads_params``). Both are
+held against the ledger on CPU ranks; 98 all-gathers a step of 12 layers and four micro-batches,
+measured on two GPUs, are Megatron FSDP's 4 x 12 x 2 and two outside the layers.
 """
 
+import math
+
 from megatron_helix.planner import parameters
-from megatron_helix.planner.book import Book
+from megatron_helix.planner.book import Book, share
 from megatron_helix.planner.deployment import Deployment
 from megatron_helix.planner.parameters import Shapes
+
+AHEAD = 500_000_000  # elements that Megatron FSDP gathers ahead, and a layer at least
 
 
 def weights(book: Book, first: bool, last: bool) -> None:
@@ -36,6 +40,31 @@ def weights(book: Book, first: bool, last: bool) -> None:
         _unit(book, axis, shapes, here.layers)
     for shapes in (before, after):
         _unit(book, "dp", shapes, 1, stays=here.layout.fsdp == "megatron_fsdp")
+    if here.layout.fsdp == "megatron_fsdp" and here.phase != "train" and last:
+        again = min(here.layers, _ahead(here))
+        for axis, shapes in zip(("dp", "expert_dp"), layer_units(here), strict=True):
+            _once(book, axis, shapes, again)
+
+
+def _once(book: Book, axis: str, shapes: Shapes, units: int) -> None:
+    """Units that a step gathers once, whatever its micro-batches."""
+    ranks, _ = book.groups[axis]
+    if shapes:
+        one = shard_size(book.here, shapes, ranks) * book.here.element_bytes
+        when = "step" if book.here.phase == "train" else "forward"
+        sent = units * round(one * share("all_gather", ranks))
+        book.sent("weights", axis, "all_gather", when, sent, units, "weights")
+
+
+def _ahead(here: Deployment) -> int:
+    """Layers that Megatron FSDP gathers ahead of what follows the last one: the first ones again.
+
+    A backward pass finds them there; a forward pass alone, the next one, and after the last
+    micro-batch nobody.
+    """
+    dense, experts = layer_units(here)
+    layer = sum(rows * columns for rows, columns in dense + experts)
+    return math.ceil(max(AHEAD, layer) / layer)
 
 
 def layer_units(here: Deployment) -> tuple[Shapes, Shapes]:
@@ -51,7 +80,7 @@ def _unit(book: Book, axis: str, shapes: Shapes, units: int, *, stays: bool = Fa
     ranks, _ = book.groups[axis]
     shard = shard_size(book.here, shapes, ranks)
     if stays:
-        book.call("weights", axis, "all_gather", "step", shard, units, beside="weights")
+        _once(book, axis, shapes, units)
     else:
         book.call("weights", axis, "all_gather", "forward", shard, units, beside="weights")
         book.call("weights", axis, "all_gather", "backward", shard, units, beside="weights")
@@ -63,7 +92,21 @@ def shard_size(here: Deployment, shapes: Shapes, ranks: int) -> float:
     """Elements of a rank's shard of a unit, with its padding."""
     if here.layout.fsdp == "torch_fsdp2":
         return sum(-(-rows // ranks) * columns for rows, columns in shapes)
-    return sum(rows * columns for rows, columns in shapes) / ranks
+    chunk = _chunk(shapes)
+    return -(-sum(rows * columns for rows, columns in shapes) // (ranks * chunk)) * chunk
+
+
+def _chunk(shapes: Shapes) -> int:
+    """What a shard of Megatron FSDP's is a multiple of: whole rows of every tensor, if it can be.
+
+    Tensors with long rows first; one that is shorter than a chunk may be cut anywhere.
+    """
+    chunk = 1
+    for rows, columns in sorted(shapes, key=lambda shape: shape[1], reverse=True):
+        whole = chunk % columns == 0 and rows * columns % chunk == 0
+        if not whole and rows * columns >= chunk:
+            chunk = math.lcm(chunk, columns)
+    return chunk
 
 
 def gathered_bytes(here: Deployment, stage: int) -> float:

@@ -7,8 +7,16 @@ from megatron_helix.planner import fsdp, parameters
 from megatron_helix.planner.book import FP32, INT32, Book
 
 
-def gradients(book: Book, first: bool, last: bool, *, leads: bool) -> None:
-    """Gradients over replicas, over T where a rank saw 1/T of the tokens, of tied weights."""
+def gradients(book: Book, first: bool, last: bool, *, leads: bool, trails: bool) -> None:
+    """Gradients over replicas, over T where a rank saw 1/T of the tokens, of tied weights.
+
+    Args:
+        book: of the rank.
+        first: whether its stage is the first one.
+        last: whether it is the last one.
+        leads: whether the rank is of the first data-parallel replica.
+        trails: of the last one; Megatron FSDP has short tensors at the end of a unit.
+    """
     here, layout = book.here, book.here.layout
     tensors = parameters.dense_tensors(here, first, last)
     experts = parameters.expert_tensors(here)
@@ -31,7 +39,8 @@ def gradients(book: Book, first: bool, last: bool, *, leads: bool) -> None:
     if here.sequence_parallel:
         unsplit = parameters.sequence_parallel(here, last)
         size, width = sum(rows * columns for rows, columns in unsplit), here.gradient_bytes
-        book.call("gradients of norms", "tp", "all_reduce", "step", size, size=width)
+        if layout.fsdp != "megatron_fsdp" or trails:
+            book.call("gradients of norms", "tp", "all_reduce", "step", size, size=width)
         if layout.fsdp == "torch_fsdp2" and leads:  # cut into shards again, one by one
             for shape, count in Counter(unsplit).items():
                 shard = fsdp.shard_size(here, [shape], here.replicas)

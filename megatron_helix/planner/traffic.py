@@ -79,7 +79,9 @@ def transfers(here: Deployment, stage: int, rank: int | None = None) -> list[Tra
     first, last = stage == 0, stage == here.stages - 1
     place = None if rank is None else rank % here.tp
     source = not place
-    leads = rank is None or rank % (here.world_size // here.stages) < here.tp
+    of_stage = here.world_size // here.stages
+    leads = rank is None or rank % of_stage < here.tp
+    trails = rank is None or rank % of_stage >= of_stage - here.tp
     _layers(book, first, last, place)
     if here.layout.gtp > 1:
         _weight_shards(book)
@@ -98,7 +100,7 @@ def transfers(here: Deployment, stage: int, rank: int | None = None) -> list[Tra
     if here.in_loop and source:
         _data(book, first, last)
     if here.phase == "train":
-        gradients(book, first, last, leads=leads)
+        gradients(book, first, last, leads=leads, trails=trails)
         numbers(book, last)
     return book.entries
 

@@ -127,6 +127,11 @@ class LayoutConfig(Config):
                 f"gtp: must be 1 for a model whose QKV has a bias, got {self.gtp}: Megatron (0.19)"
                 " gives that a gradient of the wrong shape; leave gtp away"
             )
+        if not self.trains_in(precision):
+            raise UserError(
+                f"fsdp: {self.fsdp} trains in fp32 or bf16 in Megatron, got {precision}; use one of"
+                " these, or distributed_optimizer"
+            )
         if self.fsdp != "torch_fsdp2":
             return
         if not model.untie_embeddings_and_output_weights:
@@ -140,15 +145,14 @@ class LayoutConfig(Config):
                 f"etp: must be tp ({self.tp}) with fsdp: torch_fsdp2, since Megatron (0.19) shards"
                 f" experts over the same ranks, got {self.etp}; set etp to {self.tp}"
             )
-        if not self.trains_in(precision):
-            raise UserError(
-                f"fsdp: torch_fsdp2 trains in fp32 or bf16 in Megatron, got {precision}; use one of"
-                " these, or megatron_fsdp"
-            )
 
     def trains_in(self, precision: str) -> bool:
-        """Whether Megatron trains this layout in a precision: its torch FSDP2 scales no loss."""
-        return self.fsdp != "torch_fsdp2" or precision != "fp16"
+        """Whether Megatron trains this layout in a precision.
+
+        Its torch FSDP2 scales no loss. Its own FSDP fails as it scales gradients back (0.19.2):
+        a rank that has no part of a short tensor has no gradient of it.
+        """
+        return self.fsdp is None or precision != "fp16"
 
     @property
     def is_helix(self) -> bool:

@@ -3,6 +3,7 @@
 The deployment verification holds it against what the ranks found themselves to be.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from megatron_helix.experiment import decode, runs
@@ -53,10 +54,11 @@ def predicted_bytes(experiment: ExperimentConfig, run: Run, rank: int) -> dict[A
     if run.phase == "train":
         return step_bytes(here, rank)
     stage = rank // (experiment.world_size // run.layout.pp)
+    alone = replace(here, layout=runs.settled(experiment, run), phase="forward").check()
+    losses = [moved for moved in transfers(here, stage, rank) if moved.what.startswith("loss")]
     sums: dict[Any, float] = {}
-    for moved in transfers(here, stage, rank):
-        is_loss = moved.axis == "dp" and moved.what.startswith("loss")
-        if moved.sent_bytes and (moved.when == "forward" or is_loss):
+    for moved in transfers(alone, stage, rank) + [one for one in losses if one.axis == "dp"]:
+        if moved.sent_bytes:
             key = AXES[moved.axis], moved.kind
             sums[key] = sums.get(key, 0.0) + moved.sent_bytes
     return sums

@@ -32,12 +32,14 @@ SHARDED = {
 # Torch's, of the embedding: nothing in Megatron changes in place what it returns.
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
 @THOROUGH
-def test_torch_fsdp2_is_a_layout_of_an_experiment(tmp_path: Path) -> None:
-    values = workflow.run(experiment(**SHARDED), tmp_path, Console(quiet=True))
+def test_fsdp_is_a_layout_of_an_experiment(tmp_path: Path) -> None:
+    megatrons = {"name": "mfsdp4", "tp": 1, "fsdp": "megatron_fsdp", "micro_batch": 1}
+    asked = {**SHARDED, "layouts": [*LAYOUTS, megatrons]}
+    values = workflow.run(experiment(**asked), tmp_path, Console(quiet=True))
     checks = values["deployment_verification"]
     assert [check for check in checks if check["passed"] is False] == []
     said = {check["run"]: check for check in checks if check["check"] == "fp16"}
-    assert said["tiny-fsdp4"]["passed"] is None
+    assert said["tiny-fsdp4"]["passed"] is said["tiny-mfsdp4"]["passed"] is None
     assert said["tiny-dp4"]["passed"]
 
 
@@ -55,10 +57,6 @@ def test_torch_fsdp2_is_a_layout_of_an_experiment(tmp_path: Path) -> None:
         (
             {"phases": ["decode"]},
             "tiny, layout fsdp4: cp, gtp, fsdp: are not predicted for decode",
-        ),
-        (
-            {"layouts": [*LAYOUTS[:1], {**LAYOUTS[1], "fsdp": "megatron_fsdp"}]},
-            "tiny, layout fsdp4: --use-megatron-fsdp: Megatron FSDP needs a GPU",
         ),
         (
             {"layouts": [*LAYOUTS[:1], {**LAYOUTS[1], "tp": 2}]},

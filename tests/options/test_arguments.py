@@ -68,10 +68,6 @@ REFUSALS = {
         ("--tensor-parallel-num-weight-shards", "2", "--disable-bias-linear"),
         r"^--tensor-parallel-num-weight-shards: GTP needs TransformerEngine and a GPU, got 2",
     ),
-    "Megatron FSDP on a CPU": (
-        ("--use-megatron-fsdp",),
-        r"^--use-megatron-fsdp: Megatron FSDP needs a GPU, got --helix-device cpu; use",
-    ),
     "context parallelism on a CPU": (
         ("--context-parallel-size", "2"),
         r"^--context-parallel-size: needs TransformerEngine's attention and a GPU, got 2",

@@ -26,6 +26,7 @@ QWEN = ModelConfig(
 )
 BATCH = BatchConfig(sequences=16, sequence_length=4096)
 KINDS = ("megatron_fsdp", "torch_fsdp2")
+PADDING = 1e-3  # of Megatron FSDP's units, at most; to the byte in test_traffic.py
 
 
 def sharded(fsdp: str | None, ranks: int = 2, micro_batch: int = 2, **more: int) -> Deployment:
@@ -55,8 +56,11 @@ def test_what_a_micro_batch_moves_is_the_model_three_times(fsdp: str) -> None:
         if moved.what in ("weights", "gradients"):
             sent[moved.kind] += moved.sent_bytes  # type: ignore[assignment]
     times = here.microbatches
-    assert sent["all_gather"] == (2 * times * (whole - stays) + stays) / 2
-    assert sent["reduce_scatter"] == times * whole / 2
+    most = 1 + (PADDING if fsdp == "megatron_fsdp" else 0)
+    gathered = (2 * times * (whole - stays) + stays) / 2
+    assert gathered <= sent["all_gather"] <= most * gathered
+    scattered = times * whole / 2
+    assert scattered <= sent["reduce_scatter"] <= most * scattered
 
 
 @pytest.mark.parametrize("fsdp", KINDS)
@@ -97,7 +101,8 @@ def test_megatron_fsdp_adds_up_and_sends_in_what_it_is_told(
     # At the highest point, in the passes: two layers, what stays, and a layer's gradients.
     assert need.gathered_weights == 2 * (2 * layer + ends) + sent * layer
     scattered = (t for t in traffic.transfers(here, 0) if t.kind == "reduce_scatter")
-    assert sum(t.sent_bytes for t in scattered) == here.microbatches * sent * whole / 2
+    bytes_ = here.microbatches * sent * whole / 2
+    assert bytes_ <= sum(t.sent_bytes for t in scattered) <= (1 + PADDING) * bytes_
     copied = (2 + sent) * whole + (sent + 2 * summed) * shard
     assert update.accumulation_bytes(here, 0) == copied
 

@@ -1,4 +1,4 @@
-"""Torch FSDP2 on CPU ranks: the training that stock data parallelism is, from any checkpoint."""
+"""FSDP, torch's and Megatron's, on CPU ranks: the training that stock data parallelism is."""
 
 from pathlib import Path
 
@@ -9,6 +9,9 @@ from tests.distributed import Curve, pretrain, tiny_gpt
 
 LOSS_TOLERANCE, GRAD_NORM_TOLERANCE = 1e-5, 1e-4  # see tests/test_parity.py
 FSDP2 = ("--use-torch-fsdp2", "--ckpt-format", "torch_dist")
+MEGATRON = ("--use-megatron-fsdp", "--data-parallel-sharding-strategy", "optim_grads_params")
+MEGATRON += ("--ckpt-format", "fsdp_dtensor", "--use-distributed-optimizer")
+MEGATRON += ("--overlap-grad-reduce", "--overlap-param-gather")
 UNTIED = "--untie-embeddings-and-output-weights"
 MOE = ("--num-experts", "4", "--moe-router-topk", "2", "--disable-bias-linear", "--swiglu")
 MOE += ("--moe-router-load-balancing-type", "none")
@@ -34,10 +37,12 @@ def same(found: Curve, wanted: Curve) -> None:
 @pytest.mark.parametrize("case", fast(["dense, several micro-batches", "moe"], CASES))
 def test_it_trains_as_data_parallelism_does(corpus_prefix: Path, case: str) -> None:
     ranks, flags = CASES[case]
-    stock, sharded = (
-        pretrain(tiny_gpt(corpus_prefix, UNTIED, *flags, *more), ranks) for more in ((), FSDP2)
+    stock, *sharded = (
+        pretrain(tiny_gpt(corpus_prefix, UNTIED, *flags, *more), ranks)
+        for more in ((), FSDP2, MEGATRON)
     )
-    same(sharded, stock)
+    for kind in sharded:
+        same(kind, stock)
 
 
 @THOROUGH
