@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_helix.planner import memory, parameters, traffic, update
+from megatron_helix.planner import fsdp, memory, parameters, traffic, update
 from megatron_helix.planner.deployment import Deployment
 from megatron_helix.run_config.batch import BatchConfig
 from megatron_helix.run_config.gradients import GradientFlags
@@ -123,3 +123,10 @@ def test_context_parallelism_moves_keys_and_values_or_heads(
             sent[moved.when] += moved.sent_bytes  # type: ignore[assignment]
     unit = here.tokens * QWEN.kv_channels * here.element_bytes * here.layers * here.microbatches
     assert sent == {"forward": forward * unit, "backward": backward * unit}
+
+
+def test_a_shard_of_megatron_fsdp_has_whole_rows_of_every_tensor() -> None:
+    """Of 6 x 4 and 4 x 6 chunks are of 12; a bias of 5 may be cut anywhere."""
+    here = sharded("megatron_fsdp")
+    assert fsdp.shard_size(here, [(6, 4), (4, 6)], 2) == 24
+    assert fsdp.shard_size(here, [(6, 4), (4, 6), (5, 1)], 2) == 36

@@ -1,5 +1,7 @@
 """What a rank says of its weights: of one that Megatron FSDP cut, the whole."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -24,7 +26,7 @@ def gathered() -> torch.Tensor:
     spec = {"shape": WHOLE.shape, "stride": WHOLE.stride(), "run_check": False}
     sharded = DTensor.from_local(WHOLE[begin:end].clone(), mesh, [Shard(0)], **spec)
     update_uneven_dtensor_chunk_metadata(sharded)
-    parameter = torch.nn.Parameter(sharded)
+    parameter: Any = torch.nn.Parameter(sharded)
     parameter.__fsdp_param__ = True
     return placement._whole(parameter).detach()
 
