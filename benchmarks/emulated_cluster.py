@@ -42,6 +42,7 @@ LAYOUTS = [
     LayoutConfig(name="tp4_dp4", tp=4, micro_batch=4, distributed_optimizer=True),
     LayoutConfig(name="tp2_dp8", tp=2, micro_batch=2, distributed_optimizer=True),
     LayoutConfig(name="fsdp16", tp=1, fsdp="torch_fsdp2", micro_batch=1),
+    LayoutConfig(name="megatron_fsdp16", tp=1, fsdp="megatron_fsdp", micro_batch=1),
     LayoutConfig(name="helix_4x4_activations", m=4, n=4, exchange="activations", micro_batch=8),
     LayoutConfig(name="helix_4x4_weights", m=4, n=4, exchange="weights", micro_batch=8),
     LayoutConfig(name="helix_8x2_weights", m=8, n=2, exchange="weights", micro_batch=8),

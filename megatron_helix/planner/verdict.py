@@ -82,6 +82,9 @@ def _one_axis(found: Found, second: Prediction, rank_by: str) -> str:
 
 
 def _loss(best: Prediction, other: Prediction, rank_by: str) -> str:
+    key = accuracy.RANKINGS[rank_by].figure
+    if accuracy.figures(best)[key] == accuracy.figures(other)[key]:
+        return "nothing"
     return {
         "tps": f"{1 - other.tokens_per_s / best.tokens_per_s:.1%} of the TPS",
         "tpot": f"{other.tpot_ms - best.tpot_ms:.3f} ms of TPOT",

@@ -42,7 +42,7 @@ def test_a_plan_compares_them() -> None:
     words += ["--hardware", "configs/hardware/h200_2.yaml"]
     asked = ("tp=1,fsdp=megatron_fsdp,micro_batch=8", "tp1_gtp2_mb8", "tp1_pp2_mb2")
     document: dict[str, Any] = json.loads(
-        said(*words, *(w for a in asked for w in ("--layout", a)))
+        said(*words, "--precision", "bf16", *(w for a in asked for w in ("--layout", a)))
     )
     names = [row["layout"] for row in document["layouts"]]
     assert names == ["tp1_megatron_fsdp_mb8", "tp1_gtp2_mb8", "tp1_pp2_mb2"]
