@@ -65,6 +65,7 @@ def test_tokens_are_dropped_as_stock_drops_them(
     assert stock.grad_norms != pytest.approx(everything.grad_norms, rel=GRAD_NORM_TOLERANCE)
 
 
+@THOROUGH
 def test_sinkhorn_balances_the_tokens_of_a_rank(corpus_prefix: Path, tmp_path: Path) -> None:
     sinkhorn = (*MOE, BALANCING, "sinkhorn", "--moe-router-topk", "1")
     assert_first_step_is_stocks(corpus_prefix, tmp_path, *sinkhorn)

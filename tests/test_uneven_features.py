@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_helix import pretrain_gpt
 from megatron_helix.upstream import patches
-from tests.covering import fast
+from tests.covering import THOROUGH, fast
 from tests.distributed import Curve, pretrain, run_distributed, tiny_gpt
 
 LOSS_TOLERANCE, GRAD_NORM_TOLERANCE = 1e-5, 1e-4  # see tests/test_parity.py
@@ -129,10 +129,9 @@ def _paddings(model: Any, optimizer: Any, ranks: int) -> Iterator[tuple[str, tor
                     yield f"{name}: {kind}", padding
 
 
-@pytest.mark.parametrize("precision", fast(["fp16"], ["fp32", "fp16"]))
-@pytest.mark.parametrize(
-    "model", fast([()], [(), (*EXPERTS, "--swiglu")]), ids=["dense", "experts"]
-)
+@THOROUGH  # in the fast suite attention has as many: tests/exchange/test_padding.py
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("model", [(), (*EXPERTS, "--swiglu")], ids=["dense", "experts"])
 def test_padding_is_zero_after_fifty_steps(
     corpus_prefix: Path, precision: str, model: tuple[str, ...]
 ) -> None:

@@ -98,7 +98,7 @@ def _relative(actual: Tensors, expected: Tensors) -> Errors:
     ("dtype", "m", "n", "ddp"),
     [
         (torch.bfloat16, 2, 2, DDP[torch.bfloat16]),  # fp16: tests/test_features.py
-        (torch.bfloat16, 2, 2, IN_BF16),
+        pytest.param(torch.bfloat16, 2, 2, IN_BF16, marks=THOROUGH),
         (torch.bfloat16, 2, 1, IN_BF16),
         *(
             pytest.param(dtype, m, 8 // m, ddp, marks=THOROUGH)

@@ -40,7 +40,7 @@ def _run(corpus: Path, folder: Path, *flags: str) -> RunMetrics:
         pytest.param(FULL, 1 + 2 * 1, 7 + 2 * (3 + 4), id="full-recompute"),
         pytest.param(MLP, 1 + 2 * 1, 7 + 2 * (1 + 4), id="mlp-recompute", marks=THOROUGH),
         pytest.param(STEP, 1, 7, id="step", marks=THOROUGH),
-        pytest.param(ONE, 1, 3 + MICRO_BATCHES * 8, id="step-of-one-layer"),
+        pytest.param(ONE, 1, 3 + MICRO_BATCHES * 8, id="step-of-one-layer", marks=THOROUGH),
         pytest.param(
             *((*ONE, *FULL), 1 + MICRO_BATCHES, 3 + MICRO_BATCHES * (4 + 3 + 4)),
             id="step-of-one-layer-full-recompute",
