@@ -174,8 +174,8 @@ def measured() -> list[tuple[str, str, str]]:
             f"16 emulated hosts of {hosts['rate_mbit']} Mbit/s, one machine",
             f"`weights` {first['tp8_pp2'] / weights:.1f} times as fast as the best TP=8, PP=2 and"
             f" {sharded['fsdp16'] / sharded['helix_8x2_weights']:.1f} times as FSDP over all 16,"
-            f" torch's or Megatron's; TP=2, DP=8 {weights / first['tp2_dp8']:.1f} times as fast again, with eight"
-            " times the weights a rank",
+            f" torch's or Megatron's; TP=2, DP=8 {weights / first['tp2_dp8']:.1f} times as fast"
+            " again, with eight times the weights a rank",
         ),
         (
             "time on GPUs",
