@@ -75,6 +75,7 @@ def test_layouts_differ_in_core_attention_only_where_they_say_so(
     [
         ({"m": 2, "n": 1, "fsdp": "torch_fsdp2"}, "fsdp, gtp: share out the weights that m and n"),
         ({"m": 2, "n": 1, "gtp": 2}, "fsdp, gtp: share out the weights that m and n"),
+        ({"fsdp": "megatron_fsdp", "pp": 2}, "pp: must be 1 with fsdp: megatron_fsdp, .* got 2"),
         ({"fsdp": "megatron_fsdp", "gtp": 2}, "gtp: must be 1 with fsdp, got 2"),
         ({"fsdp": "megatron_fsdp", "distributed_optimizer": True}, "distributed_optimizer: fsdp"),
         ({"fsdp": "torch_fsdp2", "overlap_dp": True}, "overlap_dp: fsdp does so by itself"),

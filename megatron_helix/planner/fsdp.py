@@ -9,7 +9,7 @@ in the precision of the weights, in bf16 as well, unless Megatron FSDP is told a
 ==================  ==========================================  ===================================
 of                  torch FSDP2                                 Megatron FSDP
 ==================  ==========================================  ===================================
-units               embedding, each layer, the rest             each layer
+units               embedding, each layer, the rest             each layer, buckets of the rest
 outside the layers  as a layer                                  gathered once a step, and kept until
                                                                 the optimizer has changed it
 padding             rows of every tensor, to a multiple of p    none to speak of
@@ -30,6 +30,7 @@ from megatron_helix.planner.deployment import Deployment
 from megatron_helix.planner.parameters import Shapes
 
 AHEAD = 500_000_000  # elements that Megatron FSDP gathers ahead, and a layer at least
+BUCKET = 40_000_000  # elements that close a bucket outside the layers
 
 
 def weights(book: Book, first: bool, last: bool) -> None:
@@ -38,12 +39,23 @@ def weights(book: Book, first: bool, last: bool) -> None:
     before, after = parameters.end_shapes(here, first, last)
     for axis, shapes in zip(("dp", "expert_dp"), layer_units(here), strict=True):
         _unit(book, axis, shapes, here.layers)
-    for shapes in (before, after):
-        _unit(book, "dp", shapes, 1, stays=here.layout.fsdp == "megatron_fsdp")
-    if here.layout.fsdp == "megatron_fsdp" and here.phase != "train" and last:
+    megatrons = here.layout.fsdp == "megatron_fsdp"
+    for shapes in _buckets(here, before + after) if megatrons else (before, after):
+        _unit(book, "dp", shapes, 1, stays=megatrons)
+    if megatrons and here.phase != "train":
         again = min(here.layers, _ahead(here))
         for axis, shapes in zip(("dp", "expert_dp"), layer_units(here), strict=True):
             _once(book, axis, shapes, again)
+
+
+def _buckets(here: Deployment, shapes: Shapes) -> list[Shapes]:
+    """What Megatron FSDP has together of what lies outside the layers, in its order."""
+    buckets: list[Shapes] = [[]]
+    for shape in shapes:
+        buckets[-1].append(shape)
+        if sum(rows * columns for rows, columns in buckets[-1]) >= max(BUCKET, 1e6 * here.replicas):
+            buckets.append([])
+    return buckets
 
 
 def _once(book: Book, axis: str, shapes: Shapes, units: int) -> None:

@@ -109,11 +109,11 @@ class LayoutConfig(Config):
         for key in ("distributed_optimizer", "overlap_dp"):
             if getattr(self, key):
                 raise UserError(f"{key}: fsdp does so by itself, got both; leave {key} away")
-        for key in ("pp", "ep") if self.fsdp == "torch_fsdp2" else ():
+        for key in ("pp", "ep") if self.fsdp == "torch_fsdp2" else ("pp",):
             if (value := getattr(self, key)) > 1:
                 raise UserError(
-                    f"{key}: must be 1 with fsdp: torch_fsdp2, which Megatron runs without it, got"
-                    f" {value}; use 1, or megatron_fsdp"
+                    f"{key}: must be 1 with fsdp: {self.fsdp}, which Megatron (0.19) runs without"
+                    f" it, got {value}; use 1"
                 )
 
     def require_model(self, model: ModelConfig, precision: str) -> None:

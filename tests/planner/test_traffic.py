@@ -118,6 +118,8 @@ SHARDED = [
     ("untied", 4, MEGATRON_FSDP, "bf16"),
     ("untied", 4, {**MEGATRON_FSDP, "tp": 2}, "fp32"),
     ("untied moe", 2, MEGATRON_FSDP, "fp32"),
+    ("biased", 3, MEGATRON_FSDP, "bf16"),  # embedding, head and the last norm share a bucket
+    ("learned", 2, MEGATRON_FSDP, "fp32"),
     ("modern", 4, {**MEGATRON_FSDP, "tp": 2}, "fp32"),
     ("untied moe", 2, FSDP2, "fp32"),
     ("untied moe", 4, {**FSDP2, "tp": 2, "etp": 2}, "fp32"),
