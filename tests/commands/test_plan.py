@@ -37,11 +37,3 @@ def test_a_small_model_needs_more_than_no_memory(how: str) -> None:
     said = planned("tiny_dense", "--devices", "4", "--batch", "16", "--seq", "64", how, "tp4_mb1")
     assert re.search(r"0\.00\d*[1-9]", said)
     assert not re.search(r" 0\.0 ", said)
-
-
-def test_what_a_small_model_loses_in_memory_is_said() -> None:
-    """By the two sentences below the table, in digits that count."""
-    size = ("--devices", "4", "--batch", "16", "--seq", "64", "--rank-by", "memory")
-    said = " ".join(planned("tiny_dense", *size).split())
-    assert "GB a device" in said
-    assert " 0.0 GB" not in said

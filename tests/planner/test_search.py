@@ -1,12 +1,17 @@
 """The search through layouts: all that can run, ranked, and why the first is the first."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from megatron_helix.planner import accuracy, search, verdict
 from megatron_helix.planner.deployment import Deployment
 from megatron_helix.planner.time import predict
 from megatron_helix.run_config.batch import BatchConfig
+from megatron_helix.run_config.files import read_config
 from megatron_helix.run_config.layout import LayoutConfig
+from megatron_helix.run_config.model import ModelConfig
 from tests.covering import THOROUGH
 from tests.planner.planner_case import (
     DENSE,
@@ -83,6 +88,19 @@ def test_what_needs_as_much_loses_nothing() -> None:
     best, second = found.cuts()[:2]
     assert best.memory.total == second.memory.total
     assert "loses nothing" in verdict.explain(found, "memory")
+
+
+def test_what_a_small_model_loses_in_memory_is_said_in_digits_that_count() -> None:
+    model = read_config(ModelConfig, Path("configs/models/tiny_dense.yaml"))
+    machine, batch = SIXTEEN.scaled(4), BatchConfig(sequences=16, sequence_length=64)
+    ranked = [
+        predict(
+            Deployment(model, LayoutConfig(name=f"tp{tp}", tp=tp, micro_batch=1), batch, 4), machine
+        )
+        for tp in (4, 2)
+    ]
+    words = verdict.explain(search.Found(ranked=ranked, too_large=0), "memory")
+    assert re.search(r"loses 0\.00\d*[1-9]\d* GB a device", words), words
 
 
 def test_decode_is_said_to_be_predicted_too_fast() -> None:
