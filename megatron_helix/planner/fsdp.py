@@ -12,7 +12,7 @@ of                  torch FSDP2                                 Megatron FSDP
 units               embedding, each layer, the rest             each layer, buckets of the rest
 outside the layers  as a layer                                  gathered once a step, and kept until
                                                                 the optimizer has changed it
-padding             rows of every tensor, to a multiple of p    none to speak of
+padding             rows of every tensor, to a multiple of p    a unit, to p times whole rows of all
 ==================  ==========================================  ===================================
 
 Sources: ``torch/distributed/fsdp/_fully_shard`` (torch 2.13, ``reshard_after_forward``) as
