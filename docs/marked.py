@@ -23,6 +23,25 @@ def table(heads: str, rows: list[list[str]]) -> list[str]:
     return [*("| " + " | ".join(line) + " |" for line in ([*words, *figures], rule, *rows)), ""]
 
 
+BY_CORE = "spec: ms, tokens/s, GB, MFU, auto: ms, tokens/s, GB, MFU, times as fast, of the memory"
+
+
+def by_core(spec: Mapping[str, Any], auto: Mapping[str, Any]) -> list[str]:
+    """The figures of :data:`BY_CORE`, of a run with either core attention."""
+    figures = [
+        figure
+        for row in (spec, auto)
+        for figure in (
+            f"{row['step_ms']:.1f}",
+            f"{row['tokens_per_s']:,}",
+            f"{row['memory_gb']:.1f}",
+            f"{row['mfu']:.1%}",
+        )
+    ]
+    faster = f"{spec['step_ms'] / auto['step_ms']:.3f}"
+    return [*figures, faster, f"{auto['memory_gb'] / spec['memory_gb']:.2f}"]
+
+
 def filled(text: str, mark: str, parts: Mapping[str, Callable[[], list[str]]]) -> str:
     """A page, made anew between its ``<!-- MARK: PART -->`` and ``<!-- MARK end -->``."""
 

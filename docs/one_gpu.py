@@ -8,7 +8,7 @@ its figures stand in a table of their own.
 from collections.abc import Callable
 from typing import Any
 
-from marked import ROOT, filled, stored, table
+from marked import BY_CORE, ROOT, by_core, filled, stored, table
 
 PAGES = [ROOT / "docs" / name for name in ("performance.md", "exactness.md")]
 Row = dict[str, Any]
@@ -47,22 +47,9 @@ def dense() -> list[str]:
     rows = []
     calls = stored("one_h200_dense")["rows"]
     for spec, auto in zip(calls[::2], calls[1::2], strict=True):
-        figures = [
-            figure
-            for row in (spec, auto)
-            for figure in (
-                f"{row['step_ms']:.1f}",
-                f"{row['tokens_per_s']:,}",
-                f"{row['memory_gb']:.1f}",
-                f"{row['mfu']:.1%}",
-            )
-        ]
         shape = f"{spec['phase']}, {spec['sequences']} x {spec['length']}"
-        faster = f"{spec['step_ms'] / auto['step_ms']:.3f}"
-        size = f"{auto['memory_gb'] / spec['memory_gb']:.2f}"
-        rows.append([shape, str(spec["micro_batch"]), *figures, faster, size])
-    heads = "phase and batch | micro-batch, spec: ms, tokens/s, GB, MFU"
-    heads += ", auto: ms, tokens/s, GB, MFU, times as fast, of the memory"
+        rows.append([shape, str(spec["micro_batch"]), *by_core(spec, auto)])
+    heads = f"phase and batch | micro-batch, {BY_CORE}"
     return table(heads, rows)
 
 

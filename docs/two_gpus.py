@@ -7,7 +7,7 @@ kept.
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from marked import ROOT, filled, stored, table
+from marked import BY_CORE, ROOT, by_core, filled, stored, table
 
 PAGE = ROOT / "docs" / "performance.md"
 LENGTHS = {
@@ -99,21 +99,8 @@ def cores() -> list[str]:
     ):
         call = cell(name, "two_h200_matrix")
         for spec, auto in zip(call[::2], call[1::2], strict=True):
-            figures = [
-                figure
-                for row in (spec, auto)
-                for figure in (
-                    f"{row['step_ms']:.1f}",
-                    f"{row['tokens_per_s']:,}",
-                    f"{row['memory_gb']:.1f}",
-                    f"{row['mfu']:.1%}",
-                )
-            ]
-            faster = f"{spec['step_ms'] / auto['step_ms']:.3f}"
-            size = f"{auto['memory_gb'] / spec['memory_gb']:.2f}"
-            rows.append([said, spec["arm"].split(",")[0], *figures, faster, size])
-    heads = "phase and batch, layout | spec: ms, tokens/s, GB, MFU"
-    heads += ", auto: ms, tokens/s, GB, MFU, times as fast, of the memory"
+            rows.append([said, spec["arm"].split(",")[0], *by_core(spec, auto)])
+    heads = f"phase and batch, layout | {BY_CORE}"
     return table(heads, rows)
 
 
