@@ -20,6 +20,7 @@ import sys
 import time
 from contextlib import ExitStack
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -74,7 +75,7 @@ def main(
     )
     cpu_device.enable()
     patches.quieten()
-    import megatron.core.transformer.attention  # noqa: F401  # slow: forked ranks inherit it
+    import_module("megatron.core.transformer.attention")  # slow: forked ranks inherit it
 
     torch.set_num_threads(1)  # a forked rank cannot use its parent's thread pool
     out.mkdir(parents=True, exist_ok=True)

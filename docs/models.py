@@ -8,23 +8,17 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from megatron_helix.basics.errors import UserError
+from megatron_helix.machine import hardware
+from megatron_helix.planner import accuracy, parameters
+from megatron_helix.planner.deployment import Deployment
+from megatron_helix.planner.memory import cache_bytes_of_token
+from megatron_helix.planner.search import Found, search
+from megatron_helix.run_config.batch import BatchConfig
+from megatron_helix.run_config.files import read_config
+from megatron_helix.run_config.layout import LayoutConfig
+from megatron_helix.run_config.model import ModelConfig
 from megatron_helix.upstream import cpu_device
-
-cpu_device.enable()  # before Megatron is imported
-
-from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
-from megatron.core.utils import divide  # noqa: E402
-
-from megatron_helix.basics.errors import UserError  # noqa: E402
-from megatron_helix.machine import hardware  # noqa: E402
-from megatron_helix.planner import accuracy, parameters  # noqa: E402
-from megatron_helix.planner.deployment import Deployment  # noqa: E402
-from megatron_helix.planner.memory import cache_bytes_of_token  # noqa: E402
-from megatron_helix.planner.search import Found, search  # noqa: E402
-from megatron_helix.run_config.batch import BatchConfig  # noqa: E402
-from megatron_helix.run_config.files import read_config  # noqa: E402
-from megatron_helix.run_config.layout import LayoutConfig  # noqa: E402
-from megatron_helix.run_config.model import ModelConfig  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "models.md"
@@ -43,6 +37,10 @@ SEQUENCES = {"train": 256, "decode": 64}
 
 def stock_takes(model: ModelConfig, degree: int) -> bool:
     """Whether Megatron makes the model's config at this degree, and can cut its MLP."""
+    cpu_device.enable()  # before Megatron is imported
+    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.utils import divide
+
     try:
         TransformerConfig(
             num_layers=model.num_layers,

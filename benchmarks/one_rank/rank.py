@@ -16,6 +16,7 @@ import socket
 import sys
 import time
 from datetime import timedelta
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -55,8 +56,8 @@ def alone(port: int, backend: str) -> None:
         distributed_c10d,
     )
 
-    if backend == "fake":  # which registers itself
-        from torch.testing._internal.distributed import fake_pg  # noqa: F401
+    if backend == "fake":
+        import_module("torch.testing._internal.distributed.fake_pg")  # which registers itself
 
     begin = distributed.init_process_group
     ranks = int(os.environ["WORLD_SIZE"])
