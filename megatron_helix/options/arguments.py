@@ -135,7 +135,11 @@ def complete(argv: Sequence[str], world_size: int) -> list[str]:
     require_norms(args, on_cpu)
     if not wants_helix(args) or args.helix_m == 1:  # else the table of features refuses them
         require_rival(args, on_cpu)
-    own = [*(_cpu_flags(argv) if on_cpu else ()), *_logger_flags(argv), *_mask_flags(args, argv)]
+    own = [
+        *(_cpu_flags(args, argv) if on_cpu else ()),
+        *_logger_flags(argv),
+        *_mask_flags(args, argv),
+    ]
     return [*argv, *own, *_eval_flags(argv), *implied]
 
 
@@ -218,8 +222,8 @@ def layout(
     )
 
 
-def _cpu_flags(argv: Sequence[str]) -> list[str]:
-    sharded = _CPU_FSDP_FLAGS if _given("--use-megatron-fsdp", argv) else ()
+def _cpu_flags(args: argparse.Namespace, argv: Sequence[str]) -> list[str]:
+    sharded = _CPU_FSDP_FLAGS if args.use_megatron_fsdp else ()
     return [word for flag in (*_CPU_FLAGS, *sharded) if not _given(flag[0], argv) for word in flag]
 
 

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -103,8 +104,9 @@ def _with_fewer_kept(here: Deployment, machine: Hardware) -> Prediction | None:
     some, all_ = 0, here.kept_layers
     while all_ - some > 1:
         layers = (some + all_) // 2
-        keys = {**here.layout.model_dump(), "gather_layers": layers}
-        layout = LayoutConfig(**{**keys, "name": name(keys)})
+        keys: dict[str, Any] = {"gather_layers": layers}
+        keys["name"] = name({**here.layout.model_dump(), **keys})
+        layout = here.layout.model_copy(update=keys)
         one = predict(replace(here, layout=layout), machine)
         if _fits_in(machine, one):
             some, found = layers, one
