@@ -42,6 +42,16 @@ make_venv() {
     fi
 }
 
+# uv takes a quarter of pip's time, but reads none of pip's settings: an index of one's own is pip's.
+install() {
+    local pip=(.venv/bin/python -m pip)
+    if ! "${pip[@]}" config list | grep -q '\.index-url=' && "${pip[@]}" install --quiet uv; then
+        .venv/bin/uv pip install --quiet --python .venv/bin/python "$@" && return
+        echo "environment: uv could not, asking pip"
+    fi
+    "${pip[@]}" install --quiet "$@"
+}
+
 if command -v flock >/dev/null; then # two calls at once: the second waits for the first
     exec 9>.venv.lock
     flock 9
@@ -60,5 +70,5 @@ mkdir -p .venv
 echo unfinished >"$stamp"
 [[ -x .venv/bin/python ]] || make_venv
 echo "environment: installing into .venv (the first time some minutes and 5 GB, most of it torch)"
-.venv/bin/python -m pip install --quiet --constraint "$constraints" --editable ".${extra:+[$extra]}"
+install --constraint "$constraints" --editable ".${extra:+[$extra]}"
 echo "$wanted $extra" >"$stamp"

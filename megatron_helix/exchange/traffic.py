@@ -229,9 +229,9 @@ def block_ends(
     if plan.split == "batch":
         chunk = sequence * batch * shape.hidden // layout.size
         return Counter({("dim", "all_to_all"): 2 * (layout.m - 1) * chunk // layout.m})
-    ranks = [rank]
-    if rank is None:  # without documents, all head groups deal their chunks alike
-        ranks = range(layout.size if plan.documents else layout.m)
+    # Without documents all head groups deal their chunks alike.
+    every = range(layout.size if plan.documents else layout.m)
+    ranks = every if rank is None else [rank]
     sent = sequence // layout.size - min(kept(plan, layout, one, sequence) for one in ranks)
     return Counter({("dim", "all_to_all"): 2 * sent * batch * shape.hidden})
 
