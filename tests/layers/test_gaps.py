@@ -12,6 +12,7 @@ from megatron_helix.exchange import traffic
 from megatron_helix.exchange.traffic import BlockShape
 from tests import attention_case
 from tests.attention_case import Cut, Model, Result, Weights, stream_part
+from tests.covering import fast
 from tests.distributed import run_distributed
 from tests.exchange import test_traffic
 from tests.gap_case import by_gaps
@@ -37,6 +38,9 @@ CUTS = [
         (2, 2, "activations", {"sequence_parallel": True}),
     )
 ]
+
+PACKED = [cut for cut in packed.CUTS if cut.m > 1]
+SOON = [cut for cut in PACKED if str(cut) not in ("2x2-weights", "4x1-activations")]
 
 
 def parts(cut: Cut, weights: dict[str, Weights]) -> dict[str, Result]:
@@ -93,7 +97,7 @@ def packed_results_of(cut: packed.Cut) -> list[dict[str, dict[str, packed.Tensor
 
 
 @pytest.mark.parametrize("documents", packed.ROWS)
-@pytest.mark.parametrize("cut", [cut for cut in packed.CUTS if cut.m > 1], ids=str)
+@pytest.mark.parametrize("cut", fast(SOON, PACKED), ids=str)
 def test_documents_that_are_attended_to_gap_by_gap_are_whole(
     cut: packed.Cut, documents: str
 ) -> None:
