@@ -137,7 +137,7 @@ class Laboratory:
         except CallFailed as failed:
             if apart:  # the second steps part, and there is no going on that would tell more
                 return _compared(case, stock, helix, apart, margins)
-            if case.stock_tp < case.tp and self._stock_fails_too(case, saves, failed, bool(helix)):
+            if self._stock_fails_too(case, saves, failed, bool(helix)):
                 return _failed(case, DISCARDED, failed)
             return _failed(case, HUNG if failed.failure.kind == NO_ANSWER else CRASHED, failed)
         return _compared(case, stock, helix, differences, margins)
@@ -172,16 +172,19 @@ class Laboratory:
         return turned
 
     def _stock_fails_too(self, case: Case, saves: Path, failed: CallFailed, saved: bool) -> bool:
-        """Whether it is Megatron that cannot, at helix's tensor-parallel size.
+        """Whether it is Megatron that cannot: at helix's tensor-parallel size, or go on at all.
 
         Args:
-            case: that helix failed in; stock has been run at a smaller size.
+            case: that helix failed in; stock has trained it, perhaps at a smaller size.
             saves: folder for checkpoints.
             failed: how helix failed.
             saved: whether it trained, so that it was going on that failed.
         """
-        # What stock takes at that size.
-        twin = replace(case, heads=case.tp, groups=0, ffn=8 * case.tp)
+        twin = case
+        if case.stock_tp < case.tp:  # what stock takes at that size
+            twin = replace(case, heads=case.tp, groups=0, ffn=8 * case.tp)
+        elif not saved:
+            return False
         first, then = {
             "stock": (case.tp, case.stock_tp),
             "helix": (case.stock_tp, case.tp),

@@ -215,6 +215,9 @@ def test_shrinking_keeps_what_it_takes_to_fail() -> None:
     assert len(asked) == len(set(asked)) == 10
 
 
+NO_STEP = trial.DISCARDED, "KeyError: 'step'"
+
+
 @pytest.fixture(scope="module")
 def laboratory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Laboratory]:
     with Laboratory(tmp_path_factory.mktemp("fuzz") / "laboratory", 8, 180.0) as here:
@@ -228,6 +231,8 @@ def laboratory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Laboratory]
         ("heads=3 m=2 n=2", trial.REFUSED, "--helix-n: must be a positive divisor"),
         ("; --hybrid-layer-pattern M", trial.CRASHED, "is refused under --helix-m > 1"),
         ("; --bf16 --fp16", trial.DISCARDED, "AssertionError"),
+        # Stock's own checkpoint, of a stage with experts behind one without: stock cannot go on.
+        ("pp=2 experts=2 biasless sp deep=helix; --num-layers 2 --moe-layer-freq [0,1]", *NO_STEP),
         ("; --no-such-flag", trial.REFUSED, "must be a flag of Megatron's or helix's"),
         ("heads=3 m=2; --num-query-groups 2 --group-query-attention", trial.REFUSED, "divisor"),
     ],
