@@ -46,7 +46,7 @@ make_venv() {
 install() {
     local pip=(.venv/bin/python -m pip)
     if ! "${pip[@]}" config list | grep -q '\.index-url=' && "${pip[@]}" install --quiet uv; then
-        .venv/bin/uv pip install --quiet --python .venv/bin/python "$@" && return
+        .venv/bin/uv pip install --quiet --compile-bytecode --python .venv/bin/python "$@" && return
         echo "environment: uv could not, asking pip"
     fi
     "${pip[@]}" install --quiet "$@"
