@@ -42,9 +42,7 @@ def trained(argv: list[str]) -> Curve:
     return curve
 
 
-@pytest.mark.parametrize(
-    "name", fast(["recomputed", "activations", "packed, recomputed in a pipeline"], CASES)
-)
+@pytest.mark.parametrize("name", fast(["recomputed", "packed, recomputed in a pipeline"], CASES))
 def test_training_gap_by_gap_is_as_stock(name: str, corpus_prefix: Path, tmp_path: Path) -> None:
     cut, model, exchange = CASES[name]
     m, n = map(int, cut.split("x"))

@@ -102,6 +102,36 @@ def test_the_environment_is_made_of_a_word_that_is_known(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
+    ("uv", "settings", "asked"),
+    [
+        ("exit 0", "", ["pip install --quiet uv", "uv pip install"]),
+        ("exit 1", "", ["pip install --quiet uv", "uv pip install", "pip install"]),
+        ("exit 0", "global.index-url='https://here'", ["pip install"]),
+    ],
+    ids=["uv", "pip, where uv cannot", "pip, which has an index of its own"],
+)
+def test_the_environment_is_installed_by(
+    tmp_path: Path, uv: str, settings: str, asked: list[str]
+) -> None:
+    shutil.copytree(SCRIPTS, tmp_path / "scripts")
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    shutil.copytree(ROOT / "requirements", tmp_path / "requirements")
+    tools, calls = tmp_path / ".venv" / "bin", tmp_path / "calls"
+    tools.mkdir(parents=True)
+    python = f"""[[ "$1 $2" == "-m pip" ]] || exec {sys.executable} "$@"
+        [[ $3 != install ]] || echo "${{@:2}}" >> {calls}
+        [[ $3 != config ]] || echo "{settings}" """
+    for name, does in (("python", python), ("uv", f'echo "uv $*" >> {calls}; {uv}')):
+        (tools / name).write_text(f"#!/usr/bin/env bash\n{does}\n")
+        (tools / name).chmod(0o755)
+    made = call(tmp_path / "scripts" / "env.sh", "dev")
+    assert made.returncode == 0, made.stderr
+    lines = calls.read_text().splitlines()
+    assert all(line.startswith(begin) for line, begin in zip(lines, asked, strict=True))
+    assert lines[-1].endswith("--constraint requirements/cpu.txt --editable .[dev]")
+
+
+@pytest.mark.parametrize(
     ("words", "said"),
     [
         (["--ouT", "runs/own"], "must be called with --out DIR or without a word, got --ouT; corr"),

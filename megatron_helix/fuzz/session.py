@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from multiprocessing import get_context
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from megatron_helix.fuzz.state import Snapshot, forget_models
 from megatron_helix.launching import fork_ranks
@@ -202,10 +204,12 @@ def _serve(ends: list[Connection]) -> None:
     while True:
         job = pipe.recv_bytes()
         # Not after the call before: its answer said that no rank waits for this one any more.
+        groups = list(distributed_c10d._world.pg_map)
         if dist.is_initialized():
             dist.destroy_process_group()
         state.restore()
         forget_models()
+        _let_go(groups)
         sys.stdout.flush()
         sys.stderr.flush()
         os.ftruncate(sys.stdout.fileno(), os.lseek(sys.stdout.fileno(), 0, os.SEEK_SET))
@@ -229,6 +233,13 @@ def _serve(ends: list[Connection]) -> None:
             functions = tuple(frame.name for frame in frames)
             answer = Failure(type(error).__name__, str(error), trace, functions)
         pipe.send_bytes(pickle.dumps(answer))
+
+
+def _let_go(groups: list[dist.ProcessGroup]) -> None:
+    """Of all at once: each waits for gloo's thread to look up, a hundredth of a second a socket."""
+    with ThreadPoolExecutor(max(1, len(groups))) as pool:
+        for _ in range(len(groups)):
+            pool.submit(groups.pop)
 
 
 def _keep_to_a_core(rank: int) -> None:
