@@ -101,11 +101,15 @@ def test_the_environment_is_made_of_a_word_that_is_known(tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["scripts"]
 
 
+# Compiled as pip does: a package's own warnings come with it, not at the first import.
+GET_UV, BY_UV = "pip install --quiet uv", "uv pip install --quiet --compile-bytecode"
+
+
 @pytest.mark.parametrize(
     ("uv", "settings", "asked"),
     [
-        ("exit 0", "", ["pip install --quiet uv", "uv pip install"]),
-        ("exit 1", "", ["pip install --quiet uv", "uv pip install", "pip install"]),
+        ("exit 0", "", [GET_UV, BY_UV]),
+        ("exit 1", "", [GET_UV, BY_UV, "pip install"]),
         ("exit 0", "global.index-url='https://here'", ["pip install"]),
     ],
     ids=["uv", "pip, where uv cannot", "pip, which has an index of its own"],

@@ -4,11 +4,19 @@ import random
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from megatron_helix import corpus, pretrain_gpt
 from megatron_helix.upstream import patches
+
+# What Megatron or a run imports only when it first needs it.
+LATER = (
+    "megatron.core.dist_checkpointing.gpt_checkpoint_interop",
+    "megatron.core.tokenizers.text.models",
+    "megatron_helix.recording.record",
+)
 
 
 @dataclass(frozen=True)
@@ -67,11 +75,9 @@ def ready(folder: Path) -> list[str]:
     pretrain_gpt.prepare(["--helix-device", "cpu"], 1)
     patches.use_compiled_dataset_helpers()
     import torch
-    from megatron.core.dist_checkpointing import gpt_checkpoint_interop  # noqa: F401
-    from megatron.core.tokenizers.text import models  # noqa: F401
 
-    from megatron_helix.recording import record  # noqa: F401
-
+    for name in LATER:
+        import_module(name)
     torch.set_num_threads(1)  # a forked rank cannot use its parent's thread pool
     corpus.build([texts], folder / "corpus")
     return ["--data-path", str(folder / "corpus")]
