@@ -58,7 +58,8 @@ def main(
     """Train, compare, print a table."""
     console = Console(width=120)
     data = runs.corpus_dataset(out, console)
-    bench = Bench(out=out, gpus=1, device=device, data=data, flags=(), ends=time.monotonic() + 1e9)
+    ends = time.monotonic() + 1e9
+    bench = Bench(out=out, gpus=1, device=device, data=data, flags=(), profile=False, ends=ends)
     found: dict[str, metrics.RunMetrics] = {}
     for turn, outcome in one_by_one(bench, _turns(out, device, core, steps), lambda _: True):
         name = turn.run.layout.name

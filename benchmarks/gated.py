@@ -4,10 +4,12 @@
 
 is ``megatron_helix.pretrain_gpt FLAGS ...`` that waits, with nothing on a GPU yet, until the file
 GATE exists. :mod:`matrix_turns` opens it. A rank that is not through some minutes later hangs: it
-says where in its log, and ends, so that the turns after it are not lost.
+says where in its log, and ends, so that the turns after it are not lost. One that is through ends
+at once: taking a process apart that had a GPU takes seconds, in which the next turn would wait.
 """
 
 import faulthandler
+import os
 import sys
 import time
 from pathlib import Path
@@ -26,6 +28,9 @@ def main() -> None:
     faulthandler.dump_traceback_later(TURN_S, exit=True)
     pretrain_gpt.train(flags)
     faulthandler.cancel_dump_traceback_later()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def wait(gate: Path) -> None:

@@ -84,6 +84,7 @@ def main(
     peak_tflops: Annotated[float | None, typer.Option(help="Of one GPU, for MFU.")] = None,
     limit: Annotated[float, typer.Option(help="Seconds after which no turn begins.")] = 1e9,
     flags: Annotated[str, typer.Option(help="More flags for every run.")] = "",
+    profile: Annotated[bool, typer.Option(help="The last step of a layout's last turn.")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print flags of turns only.")] = False,
 ) -> None:
     """Run what is asked for; exit code 1 when a layout leaves the first one's losses."""
@@ -145,6 +146,7 @@ def main(
         device=device,
         data=runs.corpus_dataset(out, console),
         flags=tuple(flags.split()),
+        profile=profile,
         ends=time.monotonic() + limit,
     )
     found: dict[str, Any] = {

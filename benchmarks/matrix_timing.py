@@ -36,7 +36,7 @@ def timing(
             experiment=experiment,
             run=_run(experiment, layout),
             folder=_folder(bench, experiment, number) / layout.name,
-            more=("--helix-profile",) if number == rounds - 1 else (),
+            more=("--helix-profile",) if bench.profile and number == rounds - 1 else (),
         )
         for number in range(rounds)
         for layout in experiment.layouts

@@ -39,6 +39,7 @@ class Bench:
         device: that they run on; on ``cpu`` they rehearse.
         data: prefix of the dataset.
         flags: more of Megatron's, for every run.
+        profile: whether the last step of each layout's last turn is watched by torch's profiler.
         ends: the moment (``time.monotonic``) after which no turn begins.
     """
 
@@ -47,6 +48,7 @@ class Bench:
     device: Device
     data: Path
     flags: tuple[str, ...]
+    profile: bool
     ends: float
 
     def is_over(self) -> bool:
