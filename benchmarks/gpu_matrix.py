@@ -46,7 +46,7 @@ from megatron_helix.experiment.config import (
 )
 from megatron_helix.experiment.execution import commit
 from megatron_helix.machine.hardware import Hardware
-from megatron_helix.run_config.files import read_config
+from megatron_helix.run_config.files import read_config, validated
 from megatron_helix.run_config.model import ModelConfig
 from megatron_helix.run_config.precision import Precision
 
@@ -132,7 +132,8 @@ def main(
         decodes = part == "decode"
         request = DecodeConfig(sequences=prompts, prompt_length=128, output_length=32)
         words = {"name": part, "phases": [part], "decode": request if decodes else None}
-        return ExperimentConfig(models=[model], layouts=named, **common, **words)
+        document = {"models": [model], "layouts": named, **common, **words}
+        return validated(ExperimentConfig, document, experiment or Path(shape))
 
     if dry_run:
         for part in (one for one in order if one != "parity"):

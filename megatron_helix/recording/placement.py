@@ -4,7 +4,8 @@ Nothing here is taken from a layout file. A rank says its device, its place in e
 the shape of every parameter, and a fingerprint of each attention weight it holds, by which
 :mod:`megatron_helix.verification.verify` finds out which part of the model's weight that is. Of a
 weight that FSDP shards the shape is that of the rank's shard, and the fingerprint that of the
-whole, which is gathered for it: the shards of a data-parallel group together are the tile.
+whole, which is gathered for it: the shards of a data-parallel group together are the tile. Megatron
+FSDP shows the optimizer's weights in their place; what is said is said of those it computes with.
 """
 
 import hashlib
@@ -29,7 +30,7 @@ ATTENTION_WEIGHTS = ("linear_qkv", "linear_proj")
 def describe(model: list[torch.nn.Module]) -> dict[str, Any]:
     """This rank, with its chunks of the model, as JSON."""
     kept = {
-        f"{chunk}.{name}": to_local_if_dtensor(parameter)
+        f"{chunk}.{name}": (to_local_if_dtensor(parameter).shape, _computed_in(parameter))
         for chunk, part in enumerate(model)
         for name, parameter in part.named_parameters()
     }
@@ -38,28 +39,32 @@ def describe(model: list[torch.nn.Module]) -> dict[str, Any]:
         "device": _device(),
         "groups": _groups(),
         "parameters": {
-            name: [list(parameter.shape), str(parameter.dtype).removeprefix("torch.")]
-            for name, parameter in kept.items()
+            name: [list(shape), str(dtype).removeprefix("torch.")]
+            for name, (shape, dtype) in kept.items()
         },
-        "weight_bytes": sum(one.numel() * one.element_size() for one in kept.values()),
+        "weight_bytes": sum(shape.numel() * dtype.itemsize for shape, dtype in kept.values()),
         "attention": [
             {
                 "layer": layer,
                 "weight": name,
                 "shape": list(weight.shape),
-                "dtype": str(weight.dtype).removeprefix("torch."),
-                "sha256": sha256(_whole(weight)),
+                "dtype": str(_computed_in(weight)).removeprefix("torch."),
+                "sha256": sha256(_whole(weight).to(_computed_in(weight))),
             }
             for layer, name, weight in _attention_weights(model)
         ],
     }
 
 
+def _computed_in(parameter: torch.Tensor) -> torch.dtype:
+    return getattr(parameter, "orig_param", parameter).dtype
+
+
 def _whole(weight: torch.Tensor) -> torch.Tensor:
     """A weight without its shards: gathered from the ranks that have them, if there are any.
 
     Megatron FSDP, which marks its parameters, cuts its buffers where no even share ends: torch
-    would take them for even, and ranks wait for each other's bytes. Not run on GPUs.
+    would take them for even, and ranks wait for each other's bytes.
     """
     if not isinstance(weight, DTensor):
         return weight

@@ -10,6 +10,7 @@ from megatron_helix import workflow
 from megatron_helix.experiment import runs
 from megatron_helix.planner.traffic import transfers
 from megatron_helix.report import deployment_graph
+from megatron_helix.verification import verify
 from tests.covering import THOROUGH
 from tests.experiment_case import DOCUMENT, experiment
 
@@ -137,3 +138,29 @@ def test_the_baseline_saves_in_the_format_that_all_read() -> None:
     first = {**LAYOUTS[1], "fsdp": "megatron_fsdp"}
     with pytest.raises(ValueError, match="layouts: the first one makes the weights that all start"):
         experiment(**{**SHARDED, "layouts": [first, LAYOUTS[0]]})
+
+
+def test_weights_are_those_computed_with_not_the_optimizers(tmp_path: Path) -> None:
+    """Megatron FSDP shows the latter, in fp32, as its parameters."""
+    asked = {
+        **SHARDED,
+        "models": [TINY],
+        "world_size": 2,
+        "layouts": [
+            {"name": "dp2", "tp": 1, "distributed_optimizer": True, "micro_batch": 1},
+            {"name": "mfsdp2", "tp": 1, "fsdp": "megatron_fsdp", "micro_batch": 1},
+        ],
+        "phases": ["train"],
+        "precision": "bf16",
+        "hardware": None,
+        "verification": {"fp16": None},
+        "tolerance": {"loss": 5e-3, "grad_norm": 5e-2},
+    }
+    values = workflow.run(experiment(**asked), tmp_path, Console(quiet=True))
+    mapped = [one for one in values["deployment_verification"] if one["check"] == "mapping"]
+    assert [one["passed"] for one in mapped] == [True, True], mapped
+    whole, shards = (
+        [rank["weight_bytes"] for rank in verify.placements(tmp_path / "runs" / name / "metrics")]
+        for name in ("tiny-dp2", "tiny-mfsdp2")
+    )
+    assert sum(shards) == whole[0] == whole[1]

@@ -136,3 +136,23 @@ def test_files_of_ranks_are_read_in_the_order_of_their_numbers(tmp_path: Path) -
     assert [rank["rank"] for rank in verify.placements(tmp_path)] == ranks
     assert measure.read(tmp_path).kv_bytes == ranks
     assert metrics.steps_done(tmp_path) == 0
+
+
+@pytest.mark.parametrize("precision", [None, "float32"])
+def test_products_that_are_told_their_precision_are_counted(precision: str | None) -> None:
+    """As the sums of ``--helix-gather step`` are on a GPU; a CPU has no such products."""
+    import torch
+
+    from megatron_helix.recording.record import _FlopCounter
+
+    dtype = [] if precision is None else [getattr(torch, precision)]
+    overload = "default" if precision is None else "dtype"
+    half = {"device": "meta", "dtype": torch.bfloat16}
+    into = torch.empty(4, 6, device="meta", dtype=dtype[0] if dtype else torch.bfloat16)
+    with _FlopCounter() as counter:
+        a, b = torch.empty(4, 8, **half), torch.empty(8, 6, **half)
+        getattr(torch.ops.aten.addmm, overload)(into, a, b, *dtype)
+        assert counter.get_total_flops() == 2 * 4 * 8 * 6
+        a, b = torch.empty(3, 4, 8, **half), torch.empty(3, 8, 6, **half)
+        getattr(torch.ops.aten.bmm, overload)(a, b, *dtype)
+    assert counter.get_total_flops() == 2 * 4 * 8 * 6 + 2 * 3 * 4 * 8 * 6
