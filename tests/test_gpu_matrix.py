@@ -131,7 +131,10 @@ def test_every_layout_with_every_core_attention(benchmark: Any) -> None:
         (["--gpus", "2", "--shape", "x"], "--shape: must be one of .*, got 'x'"),
         (["--experiment", QWEN, "--parts", "decode"], "--parts: must be some of prefill,train"),
         (["--experiment", QWEN, "--only", "cp2"], "--only: must be of dp2, .*tp2, got cp2"),
-        (["--experiment", QWEN, "--only", "megatron_fsdp"], "layouts: the first one makes .* begin"),
+        (
+            ["--experiment", QWEN, "--only", "megatron_fsdp"],
+            "layouts: the first one makes .* begin",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(benchmark: Any, words: list[str], said: str) -> None:

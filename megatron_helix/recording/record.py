@@ -136,8 +136,9 @@ def _without_dtype(formula: Callable[..., int]) -> Callable[..., int]:
     def counted(*given: Any, **named: Any) -> int:
         return formula(*(one for one in given if not isinstance(one, torch.dtype)), **named)
 
-    counted._get_raw = True  # ty: ignore: torch's own formula asks tensors for their shapes
-    return counted
+    raw: Any = counted
+    raw._get_raw = True  # torch's own formula asks tensors for their shapes
+    return raw
 
 
 class _OneModule(AbstractContextManager):
