@@ -103,6 +103,11 @@ def _row(
         "exposed_of_profiled": (
             sum(profile["ledger_s"] for profile in profiles) / seconds if seconds else None
         ),
+        "profiled": {  # milliseconds of the same step; mean of ranks
+            f"{key}_ms": statistics.mean(profile[f"{key}_s"] for profile in profiles) * 1e3
+            for key in ("ledger", "exposed", "hidden")
+            if profiles
+        },
         "last_loss": turns[0].losses[-1],
     }
     if predicted := prediction.of_run(experiment, _run(experiment, layout)):

@@ -77,7 +77,12 @@ class Row:
 
 def two_gpus() -> Iterator[Row]:
     """The rows that the bars are for."""
-    for file in ("two_h200_rivals", "two_h200_matrix", "two_gpus"):
+    yield from _cells("two_h200_rivals", "two_h200_matrix", "two_gpus")
+
+
+def _cells(*files: str) -> Iterator[Row]:
+    """Every row of results that say its model, layout and batch."""
+    for file in files:
         results = json.loads((RESULTS / f"{file}.json").read_text())
         for cell in results["cells"]:
             common = {**results, **cell}
@@ -109,7 +114,8 @@ def two_gpus() -> Iterator[Row]:
 
 
 def four_gpus() -> Iterator[Row]:
-    """What ``gpu_matrix.py`` wrote on four GPUs, with experts evenly loaded."""
+    """Beside rivals, and what ``gpu_matrix.py`` wrote before, with experts evenly loaded."""
+    yield from _cells("four_h200_rivals")
     results = json.loads((RESULTS / "four_h200.json").read_text())
     machine, batch = _machine("h200_4"), BatchConfig(sequences=32, sequence_length=2048)
     for cell in ("prefill-dense", "train-dense", "prefill-moe", "train-moe"):

@@ -15,12 +15,13 @@ HELIX = "helix 2x1 weights"
 LONG = f"{HELIX}, sequence split"
 # The latest call of each.
 SEED, QWEN = "seed, core attention auto by default", "qwen, a step's own sums in main_grad"
+FOUR, FEW = "four_h200_rivals", "helix 4x1 weights, a step"
 Row = dict[str, Any]
 
 
-def cell(name: str, file: str = "two_h200_rivals") -> dict[str, Row]:
+def cell(name: str, file: str = "two_h200_rivals", kind: str = "cells") -> dict[str, Row]:
     """A call of a file, by arm."""
-    (found,) = (one for one in stored(file)["cells"] if one["name"] == name)
+    (found,) = (one for one in stored(file)[kind] if one["name"] == name)
     return arms(found["rows"])
 
 
@@ -60,7 +61,7 @@ def choices() -> list[tuple[str, str, str]]:
     again, long, split = cell("seed, again"), cell("long"), cell("long, gap by gap")
     packed = cell("documents", "two_h200_packed")
     kept, four = (
-        cell("qwen, some layers' weights kept, again"),
+        cell("qwen, some layers' weights kept, third call"),
         f"{HELIX}, gathered once, 4 layers, sums in bf16",
     )
     short = cell("long, rows of 8192")
@@ -81,6 +82,7 @@ def choices() -> list[tuple[str, str, str]]:
     turns = arms(stored("two_h200_turns")["rows"])
     of_update = than(turns["helix 2x1"]["update_s"], turns["TP=2"]["update_s"])
     of_turn = than(turns["helix 2x1"]["turn_s"], turns["TP=2"]["turn_s"])
+    few = cell("qwen, two query groups", FOUR, "referee")
     groups = {row["variant"]: row for row in stored("few_query_groups")["rows"]}
     shape = stored("few_query_groups")["shape"]
 
@@ -135,8 +137,9 @@ def choices() -> list[tuple[str, str, str]]:
         ),
         (
             "heads: the degree divides neither heads nor query groups",
-            "**helix**: stock refuses, or replicates query groups",
-            f"{shape['heads']} heads, {shape['groups']} groups on {shape['m'] * shape['n']} ranks:"
+            "**helix**: stock refuses, or gathers QKV over the whole group",
+            f"two query groups on four H200: {time(few[FEW], few['TP=4'])} than TP=4 at"
+            f" {memory(few[FEW], few['TP=4'])} the memory; {shape['heads']} heads, {shape['groups']} groups on {shape['m'] * shape['n']} ranks:"
             f" the exchange of `activations` sends {fewer('activations-batch')} times fewer bytes"
             f" than stock's gathered QKV, {fewer('activations-sequence')} with the sequence split;"
             f" the whole layer {fewer('activations-batch', 'sent_bytes')} times fewer (counted)",
@@ -182,7 +185,9 @@ def measured() -> list[tuple[str, str, str]]:
             "four H200",
             "the source's models, experts evenly loaded: helix 4 x 1 `weights` is"
             f" {between(baselines)} times as fast as {pp} and {between(tps)} times as TP=4, its"
-            f" TPOT {between(lost)} times the former's ([figures](docs/performance.md#measured))",
+            f" TPOT {between(lost)} times the former's ([figures](docs/performance.md#measured));"
+            f" beside the fastest rival in bf16, by its best way, {rivals()}"
+            " ([table](docs/performance.md#four-gpus-beside-rivals))",
         ),
         (
             "",
@@ -226,6 +231,21 @@ def four_gpus() -> tuple[list[float], list[float], list[float]]:
         tps.append(tp["step_ms"] / helix["step_ms"])
         lost.append(helix["tpot_ms"] / base["tpot_ms"])
     return baselines, tps, lost
+
+
+def rivals() -> str:
+    """Of each model on four GPUs: helix's best beside the fastest rival, and that rival's name."""
+    said = []
+    for one in stored(FOUR)["cells"]:
+        rows = one["rows"]
+        rival, helix = (
+            min((row for row in rows if ("m" in row["layout"]) is own), key=lambda r: r["step_ms"])
+            for own in (False, True)
+        )
+        memory = f"{helix['memory_gb'] / rival['memory_gb']:.2f}"
+        change = than(helix["step_ms"], rival["step_ms"])
+        said.append(f"{one['name']} {change} than {rival['arm']} at {memory} the memory")
+    return "; ".join(said)
 
 
 def two_gpus() -> list[float]:

@@ -54,31 +54,43 @@ def test_long_sequences_are_as_far_from_context_parallelism_as_said(script: Modu
 
 
 def test_layers_that_keep_are_as_fast_as_said(script: ModuleType) -> None:
-    first, again = (rows(script, name) for name in script.KEPT)
+    first, again, third = (rows(script, name) for name in script.KEPT)
 
     def less(call: Rows, arm: str, key: str = "step_ms") -> float:
         return 100 * (1 - call[f"{arm}, sums in bf16"][key] / call["M-FSDP"][key])
 
     four = f"{HELIX}, gathered once, 4 layers"
-    assert -0.5 < less(again, four, "memory_mib") < 0.5
-    assert f"helix takes {less(again, four):.1f} % less time than it (four layers" in WORDS
+    assert all(-0.5 < less(call, four, "memory_mib") < 0.5 for call in (again, third))
+    gains = "{:.1f} to {:.1f}".format(*(less(call, four) for call in (again, third)))
+    assert f"helix takes {gains} % less time than it (four layers" in WORDS
     plain = sorted(less(call, HELIX) for call in (first, again))
     assert f"less memory {plain[0]:.1f} to {plain[1]:.1f} % less" in WORDS
     eight = f"{HELIX}, gathered once, 8 layers"
-    assert f"with {-less(first, eight, 'memory_mib'):.0f} % more memory" in WORDS
+    step = f"{HELIX}, a step, 4 layers"
+    more = [-less(call, arm, "memory_mib") for call, arm in ((third, step), (first, eight))]
+    assert "with {:.0f} to {:.0f} % more memory".format(*more) in WORDS
+    assert f"{less(first, eight):.1f}" == f"{less(third, step):.1f}"
     assert f"memory {less(first, eight):.1f} % less" in WORDS
+    small = f"{HELIX}, a step, micro-batches of 2"
+    assert f"with {less(third, small, 'memory_mib'):.0f} % less memory" in WORDS
+    assert f"less memory {less(third, small):.1f} % less (`step`" in WORDS
 
 
 def test_forward_passes_are_as_far_from_rivals_as_said(script: ModuleType) -> None:
-    longer = []
+    longer, sharded = [], []
     for model in ("source", "qwen"):
         call = rows(script, f"{model} forward, beside rivals", "two_h200_matrix")
         longer.append(100 * (call[HELIX]["step_ms"] / call["DP=2"]["step_ms"] - 1))
         assert round(call[HELIX]["memory_gb"] / call["DP=2"]["memory_gb"], 1) == 0.7
+        fsdp = call["M-FSDP"]
+        sharded.append(f"{100 * (1 - fsdp['step_ms'] / call[HELIX]['step_ms']):.1f}")
+        sharded.append(f"{fsdp['memory_gb'] / call[HELIX]['memory_gb']:.2f}")
         if "TP=2" in call:
             less = 100 * (1 - call[HELIX]["step_ms"] / call["TP=2"]["step_ms"])
             assert f"and {less:.0f} % less than TP=2" in WORDS
     assert "helix takes {:.0f} and {:.0f} % longer".format(*longer) in WORDS
+    said = "Megatron-FSDP takes {} and {} % less than helix for {} and {} times its memory"
+    assert said.format(*sharded[::2], *sharded[1::2]) in WORDS
 
 
 def test_the_dense_model_is_as_much_faster_as_said(script: ModuleType) -> None:

@@ -5,14 +5,22 @@ alike. On the CPU the wall clock says so. On a GPU calls return at once, so even
 that computes stand around the call and around the wait: what passes between them is the *exposed*
 time, and communication that computation hides counts nothing. Calls that NCCL starts as one (a
 pipeline's sends and receives) have one wait, which they share equally.
+
+What shards weights (Megatron FSDP, torch FSDP2, GTP) starts its collectives from streams of its
+own, which wait for them while another one computes; there the time is what the computing stream
+waits for an event behind them. Sends and receives from another stream count as if it computed:
+context parallelism's ring computes on two streams in turns.
 """
 
 import time
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from megatron_helix.recording.kinds import POINT_TO_POINT
 
 
 @dataclass(slots=True)
@@ -54,29 +62,98 @@ class HostClock:
     def settle(self) -> None:
         """Every time is known already."""
 
+    def watch(self) -> Callable[[], None]:
+        """Nothing more to see."""
+        return lambda: None
+
 
 @dataclass
 class StreamClock:
-    """Time that the current stream of the GPU is held up: exposed communication."""
+    """Time that the computing stream of a GPU is held up: exposed communication.
 
+    Attributes:
+        cuda: torch's module, or what stands in for a GPU.
+        computing: the stream, the current one where this is made.
+        pending: events around what held it up, and the calls that did.
+    """
+
+    cuda: Any = torch.cuda
+    computing: Any = None
     pending: list[tuple[Any, Any, Sequence[Call]]] = field(default_factory=list)
+    _beside: dict[Any, list[Call]] = field(default_factory=lambda: defaultdict(list))
+    _unseen: dict[int, Call] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.computing = self.computing or self.cuda.current_stream()
 
     def start(self) -> Any:
         """A moment in the stream's order of work."""
-        event = torch.cuda.Event(enable_timing=True)
+        event = self.cuda.Event(enable_timing=True)
         event.record()
         return event
 
     def stop(self, start: Any, calls: Sequence[Call]) -> None:
-        """Remember what lies between ``start`` and now; known once the GPU has come here."""
+        """Remember what lies between ``start`` and now; known once the GPU has come here.
+
+        From another stream than the computing one, remember only that ``calls`` were started.
+        """
+        stream = self.cuda.current_stream()
+        if stream == self.computing or all(call.kind in POINT_TO_POINT for call in calls):
+            self._held_up(start, calls)
+            return
+        self._beside[stream] += [call for call in calls if id(call) not in self._unseen]
+        self._unseen |= {id(call): call for call in calls}
+
+    def _held_up(self, start: Any, calls: Sequence[Call]) -> None:
         self.pending.append((start, self.start(), calls))
+        for call in calls:
+            self._unseen.pop(id(call), None)
+
+    def _started(self, calls: Sequence[Call]) -> list[Call]:
+        """Those that the computing stream has not waited for."""
+        return [call for call in calls if id(call) in self._unseen]
 
     def settle(self) -> None:
         """Wait for the GPU and add up."""
-        torch.cuda.synchronize()
+        self.cuda.synchronize()
         for start, end, calls in self.pending:
             _share_out(start.elapsed_time(end) / 1e3, calls)
         self.pending.clear()
+        self._beside.clear()
+        self._unseen.clear()
+
+    def watch(self) -> Callable[[], None]:
+        """See which stream waits for which, from now on.
+
+        Returns:
+            A function that ends it.
+        """
+        event_type = self.cuda.Event
+        record, wait = event_type.record, event_type.wait
+
+        def recorded(event: Any, stream: Any = None) -> None:
+            record(event, stream)
+            event.helix_behind = self._started(
+                self._beside.get(stream or self.cuda.current_stream(), ())
+            )
+
+        def waited(event: Any, stream: Any = None) -> None:
+            stream = stream or self.cuda.current_stream()
+            calls = self._started(getattr(event, "helix_behind", ()))
+            if calls and stream == self.computing:
+                start = self.start()
+                wait(event, stream)
+                self._held_up(start, calls)
+                return
+            self._beside[stream] += calls  # what waits for that one, waits for them
+            wait(event, stream)
+
+        event_type.record, event_type.wait = recorded, waited
+
+        def unwatch() -> None:
+            event_type.record, event_type.wait = record, wait
+
+        return unwatch
 
 
 def _share_out(seconds: float, calls: Sequence[Call]) -> None:

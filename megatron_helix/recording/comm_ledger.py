@@ -174,8 +174,10 @@ def install(ledger: CommLedger) -> Callable[[], None]:
         else:
             wrapped = _counted(method, *_METHODS[name], ledger)
         setattr(dist.ProcessGroup, name, wrapped)
+    unwatch = ledger.clock.watch()
 
     def uninstall() -> None:
+        unwatch()
         for name, original in originals.items():
             setattr(dist.ProcessGroup, name, original)
 

@@ -1,0 +1,70 @@
+"""Writes the performance page's tables of four GPUs beside rivals: ``python docs/four_gpus.py``.
+
+From ``benchmarks/results``; a test compares. What stands outside the marks is written by hand and
+kept. Predictions are those that stood before the call.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from marked import ROOT, filled, stored, table
+
+PAGE = ROOT / "docs" / "performance.md"
+FILE = "four_h200_rivals"
+Row = dict[str, Any]
+
+
+def cell(name: str, kind: str = "cells") -> list[Row]:
+    """The rows of a call."""
+    (found,) = (one for one in stored(FILE)[kind] if one["name"] == name)
+    return found["rows"]
+
+
+def is_helix(row: Row) -> bool:
+    """Whether a row is of this package's partition."""
+    return "m" in row["layout"]
+
+
+def fastest(rows: list[Row]) -> Row:
+    """The rival that needs the least time."""
+    return min((row for row in rows if not is_helix(row)), key=lambda row: row["step_ms"])
+
+
+def beside(name: str) -> list[str]:
+    """Every layout of a call, beside the fastest rival and beside its prediction."""
+    call = cell(name)
+    rival = fastest(call)
+    rows = []
+    for row in call:
+        error = row["predicted"]["step_ms"] / row["step_ms"] - 1
+        rows.append(
+            [
+                row["arm"],
+                str(row["layout"]["micro_batch"]),
+                f"{row['step_ms']:.1f}",
+                f"{row['step_ms'] / rival['step_ms']:.3f}",
+                f"{row['tokens_per_s']:,}",
+                f"{row['memory_gb']:.1f}",
+                f"{row['memory_gb'] / rival['memory_gb']:.2f}",
+                f"{row['tpot_ms']:.4f}" if "tpot_ms" in row else "",
+                f"{row['sent_mb']:,.0f}",
+                f"{row['predicted']['step_ms']:.1f}",
+                f"{error:+.1%}",
+            ]
+        )
+    heads = "micro-batch, ms, of the fastest rival's, tokens/s, GB, of its, TPOT ms, MB sent"
+    return table(f"layout | {heads}, predicted ms, error", rows)
+
+
+PARTS: dict[str, Callable[[], list[str]]] = {
+    name: lambda name=name: beside(name) for name in ("dense", "moe", "qwen", "long")
+}
+
+
+def page(text: str) -> str:
+    """The page with these tables made anew."""
+    return filled(text, "four GPUs", PARTS)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(PAGE.read_text()))
