@@ -9,11 +9,13 @@ NCCL takes the ranks for those of two hosts (``NCCL_HOSTID``). The sets, their m
   is at most 1.5 times that of stock in FP8, and no step is skipped;
 * ``packed``: packed rows in bf16, documents and conversations; the distance to single precision is
   at most 1.5 times the larger one of stock's on two ranks and on one;
-* ``sequence``: the same of rows of one document under the sequence split, gap by gap;
+* ``batch``: the same of rows of one document under the batch split, by every way to gather weights;
+* ``sequence``: the same under the sequence split, gap by gap;
 * ``graphs``: under CUDA graphs losses and norms are those without, to the last bit.
 
-Needs a GPU and TransformerEngine; docs/exactness.md has what one H200 gave. ``--device cpu``
-rehearses ``packed`` and ``sequence`` over gloo.
+Runs of these three are recorded, their last steps profiled, as those of an experiment are. Needs a
+GPU and TransformerEngine; docs/exactness.md has what one H200 gave. ``--device cpu`` rehearses the
+three over gloo. ``batch`` has not run on a GPU.
 """
 
 import json

@@ -1,9 +1,10 @@
 """The sets of ``one_gpu_parity.py``: which trainings, from which weights."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,10 @@ HELIX: dict[str, Cut] = {
     exchange: {"m": 2, "n": 1, "exchange": exchange} for exchange in ("activations", "weights")
 }
 KEPT: dict[str, Cut] = {"step": {**HELIX["weights"], "gather": "step"}}  # for a step
+PARTLY: dict[str, Cut] = {  # or some of it
+    "once": {**HELIX["weights"], "gather": "once"},
+    "layer": {**KEPT["step"], "gather_layers": 1},
+}
 MODEL = {"num_layers": 2, "num_attention_heads": 4, "num_query_groups": 2, "swiglu": True}
 MODEL |= {"normalization": "RMSNorm", "untie_embeddings_and_output_weights": True}
 SIZES: dict[str, dict[str, Any]] = {
@@ -116,6 +121,12 @@ class Set:
     def _layout(self, name: str, cut: Cut) -> LayoutConfig:
         return LayoutConfig(name=name, micro_batch=self.micro_batch, **cut)
 
+    def recorded(self, name: str, cut: Cut, *more: str, fp32: bool = False) -> Training:
+        """A run as an experiment has it: recorded, with its last step profiled."""
+        folder = str(self.bench.out / name / "metrics")
+        record = ("--helix-metrics", folder, "--helix-profile")
+        return self.training(name, cut, *more, *record, fp32=fp32)
+
     def training(
         self, name: str, cut: Cut, *more: str, fp32: bool = False, saves: bool = False
     ) -> Training:
@@ -179,6 +190,13 @@ def packed(bench: Bench) -> Iterator[Training]:
         yield from _beside_stock(of_set, kind, *flags)
 
 
+def batch(bench: Bench) -> Iterator[Training]:
+    """Rows of one document under the batch split, by every way to gather weights."""
+    of_set = Set(bench, _text(bench), length=256, steps=5, micro_batch=2, sequences=8)
+    yield of_set.first()
+    yield from _beside_stock(of_set, "rows", more=PARTLY, split="batch")
+
+
 def sequence(bench: Bench) -> Iterator[Training]:
     """Rows of one document under the sequence split."""
     of_set = Set(bench, _text(bench), length=1024, steps=5, micro_batch=1)
@@ -187,14 +205,18 @@ def sequence(bench: Bench) -> Iterator[Training]:
 
 
 def _beside_stock(
-    of_set: Set, kind: str, *flags: str, split: str | None = None
+    of_set: Set,
+    kind: str,
+    *flags: str,
+    more: Mapping[str, Cut] = MappingProxyType({}),
+    split: str | None = None,
 ) -> Iterator[Training]:
     """Stock on two ranks and helix; stock on one, and once more in single precision."""
-    yield of_set.training(f"{kind}-tp2", STOCK, *flags)
-    for name, cut in {**HELIX, **KEPT}.items():
-        yield of_set.training(f"{kind}-{name}", {**cut, "split": split}, *flags)
-    yield of_set.training(f"{kind}-tp1", {"tp": 1}, *flags)
-    yield of_set.training(f"{kind}-fp32", {"tp": 1}, *flags, fp32=True)
+    yield of_set.recorded(f"{kind}-tp2", STOCK, *flags)
+    for name, cut in {**HELIX, **KEPT, **more}.items():
+        yield of_set.recorded(f"{kind}-{name}", {**cut, "split": split}, *flags)
+    yield of_set.recorded(f"{kind}-tp1", {"tp": 1}, *flags)
+    yield of_set.recorded(f"{kind}-fp32", {"tp": 1}, *flags, fp32=True)
 
 
 def graphs(bench: Bench) -> Iterator[Training]:
@@ -211,6 +233,7 @@ def graphs(bench: Bench) -> Iterator[Training]:
 SETS: dict[str, Callable[[Bench], Iterator[Training]]] = {
     "fp8": fp8,
     "packed": packed,
+    "batch": batch,
     "sequence": sequence,
     "graphs": graphs,
 }

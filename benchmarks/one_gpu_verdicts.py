@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from matrix_turns import Device
-from one_gpu_sets import GRAPHS, HELIX, KEPT, KINDS, RECIPES
+from one_gpu_sets import GRAPHS, HELIX, KEPT, KINDS, PARTLY, RECIPES
 from one_gpu_turns import Curve
 
 from megatron_helix.experiment.results import largest_difference
@@ -77,12 +77,16 @@ def _packed(_device: Device) -> Iterator[Comparison]:
         yield from _beside_stock(kind, _nearness)
 
 
+def _batch(_device: Device) -> Iterator[Comparison]:
+    yield from _beside_stock("rows", _nearness, *PARTLY)
+
+
 def _sequence(device: Device) -> Iterator[Comparison]:
     yield from _beside_stock("rows", _by_gaps if device == "cuda" else _nearness)
 
 
-def _beside_stock(kind: str, judge: Callable[..., Row]) -> Iterator[Comparison]:
-    for name in (*HELIX, *KEPT):
+def _beside_stock(kind: str, judge: Callable[..., Row], *more: str) -> Iterator[Comparison]:
+    for name in (*HELIX, *KEPT, *more):
         names = (f"{kind}-{name}", *(f"{kind}-{one}" for one in ("tp2", "tp1", "fp32")))
         yield Comparison({"rows": kind, "layout": name}, names, judge)
 
@@ -132,6 +136,7 @@ def _equality(one: Curve, other: Curve) -> Row:
 COMPARISONS: dict[str, Callable[[Device], Iterator[Comparison]]] = {
     "fp8": _fp8,
     "packed": _packed,
+    "batch": _batch,
     "sequence": _sequence,
     "graphs": _graphs,
 }

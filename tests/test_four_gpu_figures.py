@@ -1,4 +1,4 @@
-"""What the performance page has of four GPUs beside rivals is stored, and its words say the same."""
+"""What the performance page has of four GPUs is stored, and its words say the same."""
 
 import re
 from pathlib import Path

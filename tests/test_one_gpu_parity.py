@@ -93,6 +93,23 @@ def test_packed_rows_keep_the_bar(script: ModuleType, tmp_path: Path) -> None:
     assert [row["rows"] for row in said["rows"]] == ["documents"] * 3 + ["sft"] * 3
 
 
+@THOROUGH
+def test_a_batch_split_keeps_the_bar(
+    script: ModuleType, corpus_prefix: Path, tmp_path: Path
+) -> None:
+    give_text(tmp_path / "batch", corpus_prefix)
+    code, said = called(script, "batch", tmp_path)
+    assert code == 0
+    layouts = [row["layout"] for row in said["rows"]]
+    assert layouts == ["activations", "weights", "step", "once", "layer"]
+    recorded = tmp_path / "batch" / "rows-step" / "metrics" / "rank00.jsonl"
+    lines = [json.loads(line) for line in recorded.read_text().splitlines()]
+    assert [("flops" in line, "profile" in line) for line in lines] == [
+        (True, False),
+        (False, True),
+    ]
+
+
 def judged(script: ModuleType, name: str, **given: Any) -> list[bool]:
     """Whether rows are good, where every run has one curve but for those ``given``."""
     usual = script.Curve(losses=(4.0, 3.0), norms=(1.0, 2.0), by_gaps=True)
@@ -110,7 +127,7 @@ def names(script: ModuleType, name: str) -> Sequence[str]:
     return [each for row in verdicts.COMPARISONS[name]("cuda") for each in row.names]
 
 
-@pytest.mark.parametrize("name", ["fp8", "sequence", "graphs"])
+@pytest.mark.parametrize("name", ["fp8", "batch", "sequence", "graphs"])
 def test_what_is_compared_is_trained_by_flags_that_exist(
     script: ModuleType, name: str, corpus_prefix: Path, tmp_path: Path
 ) -> None:
@@ -173,7 +190,7 @@ def test_a_run_that_fails_misses_the_bar_and_says_why(script: ModuleType, tmp_pa
 @pytest.mark.parametrize(
     ("name", "device", "said"),
     [
-        ("paked", "cpu", "SET: must be one of fp8, packed, sequence, graphs, got paked"),
+        ("paked", "cpu", "SET: must be one of fp8, packed, batch, sequence, graphs, got paked"),
         ("graphs", "cpu", "--device: graphs must have a GPU, got cpu"),
         ("packed", "cuda", "--device: cuda must have a GPU, and torch sees none"),
     ],
