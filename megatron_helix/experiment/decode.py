@@ -20,7 +20,8 @@ from megatron_helix.experiment import routed, runs
 from megatron_helix.experiment.config import DecodeConfig, ExperimentConfig, VerificationConfig
 from megatron_helix.experiment.runs import Run
 from megatron_helix.launching.launchers import Program
-from megatron_helix.planner.deployment import Deployment, padded_rows
+from megatron_helix.planner.deployment import Deployment
+from megatron_helix.planner.sizes import padded_rows
 from megatron_helix.planner.traffic import step_bytes
 from megatron_helix.run_config.batch import BatchConfig
 

@@ -13,7 +13,7 @@ from megatron_helix import corpus
 from megatron_helix.basics.errors import UserError
 from megatron_helix.experiment.config import ExperimentConfig
 from megatron_helix.options.flags import FlagParser
-from megatron_helix.planner.deployment import VOCAB_MULTIPLE, padded_rows
+from megatron_helix.planner.sizes import VOCAB_MULTIPLE, padded_rows
 
 FLAG = "--padded-vocab-size"
 _OF_TOKENS = {"--tokenizer-type", "--tokenizer-model", "--vocab-size"}

@@ -18,7 +18,7 @@ def parallel(book: Book) -> None:
     here, layout, model = book.here, book.here.layout, book.here.model
     kind, layers = layout.cp_comm_type or "p2p", here.layers
     channels = here.tokens * model.kv_channels / here.tp
-    both = 2 * model.query_groups * channels
+    both = 2 * here.groups * channels
     if kind == "p2p":
         hops = (layout.cp - 1) * layers
         book.call("keys and values", "cp", "send", "forward", both, hops, beside="keys")

@@ -105,7 +105,7 @@ def _by_gaps(here: Deployment, fused_channels: int) -> bool:
 def _summed(here: Deployment, core: str) -> float:
     """Bytes of keys' and values' gradients on a rank, as its pieces' are added up."""
     model = here.model
-    keys = 2 * here.tokens * model.query_groups / here.cut.n * model.kv_channels
+    keys = 2 * here.tokens * here.groups / here.cut.n * model.kv_channels
     return keys * summed_bytes(here.cut, _length(here), core, here.element_bytes)
 
 
@@ -171,9 +171,7 @@ def _in_pieces(here: Deployment, flops: float) -> Core:
     pieces = query_pieces.cut(runs, keys, Sight(left=None, right=0))
     rows = sum(length for _, length in runs)
     share = query_pieces.computed(pieces) / (rows * keys)
-    heads, groups = (
-        count / here.cut.n for count in (model.num_attention_heads, model.query_groups)
-    )
+    heads, groups = (count / here.cut.n for count in (model.num_attention_heads, here.groups))
     given = (rows * heads + 2 * keys * groups) * model.kv_channels
     train = here.phase == "train"
     keep = train and heads * query_pieces.computed(pieces) <= parts.KEPT * given

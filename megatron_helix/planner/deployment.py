@@ -18,10 +18,11 @@ from megatron_helix.exchange.strategy import (
     packed_plan,
     resolve,
 )
-from megatron_helix.exchange.traffic import BlockShape
+from megatron_helix.exchange.traffic import BlockShape, packed
 from megatron_helix.machine.hardware import Hardware
 from megatron_helix.partition.features import padded, require_features
 from megatron_helix.partition.layout import HelixLayout, require_divides
+from megatron_helix.planner.sizes import layout_of, padded_rows
 from megatron_helix.run_config.batch import BatchConfig
 from megatron_helix.run_config.gradients import GradientFlags
 from megatron_helix.run_config.layout import LayoutConfig
@@ -31,7 +32,6 @@ from megatron_helix.run_config.precision import ELEMENT_BYTES, Precision
 # A forward pass of the training loop, loss included, is what experiments call prefill: layouts
 # compare by it. The planner's prefill and decode serve.
 PHASES = ("train", "forward", "prefill", "decode")
-VOCAB_MULTIPLE = 16  # as experiments set --make-vocab-size-divisible-by
 
 
 def require_phase(phase: str) -> None:
@@ -147,7 +147,9 @@ class Deployment:
             self.cut  # noqa: B018  # checks m and n
         else:
             require_divides("tp", self.tp, "num_attention_heads", heads)
-            require_divides("tp", self.tp, "num_query_groups", groups)
+            remedy = "choose a divisor or a multiple"
+            if self.tp % groups:
+                require_divides("tp", self.tp, "num_query_groups", groups, remedy=remedy)
         if not model.num_experts:
             self._require_features("tp", self.tp)
         if self.phase != "decode":
@@ -311,8 +313,33 @@ class Deployment:
 
     @cached_property
     def cut(self) -> HelixLayout:
-        """The m x n partition; 1 x T for a stock layout."""
-        return layout_of(self.model, self.layout.m or 1, self.layout.n or self.tp)
+        """The m x n partition; 1 x T for a stock layout, whose ranks have a query group each."""
+        m, n = self.layout.m or 1, self.layout.n or self.tp
+        return layout_of(self.model, m, n, groups=self.tp if self.gathers_qkv else 0)
+
+    @property
+    def gathers_qkv(self) -> bool:
+        """Whether stock has more tensor-parallel ranks than query groups.
+
+        It gathers QKV over all of them then, and each takes the group that its heads belong to.
+        """
+        return not self.layout.is_helix and self.tp > self.model.query_groups
+
+    @property
+    def groups(self) -> int:
+        """Query groups that all ranks of a tensor-parallel group attend with."""
+        return self.cut.num_query_groups
+
+    @cached_property
+    def packed(self) -> int:
+        """Rows of QKV's weight and columns of the output projection's, of all ranks together."""
+        repeated = 2 * (self.groups - self.model.query_groups)
+        return packed(self.cut) - repeated * self.cut.padded_channels
+
+    @property
+    def qkv_rows(self) -> int:
+        """The former alone."""
+        return self.packed - self.model.num_attention_heads * self.cut.padded_channels
 
     @cached_property
     def plan(self) -> Plan:
@@ -371,26 +398,3 @@ class Deployment:
             return first + last
         # Word ids and labels come in order; learned positions are added to whole sequences.
         return int(first and self.model.position_embedding_type == "learned_absolute")
-
-
-def padded_rows(vocabulary: int, ranks: int) -> int:
-    """Rows of an embedding for so many tokens that ``ranks`` share, as Megatron pads them."""
-    unit = VOCAB_MULTIPLE * ranks
-    return -(-vocabulary // unit) * unit
-
-
-def layout_of(model: ModelConfig, m: int, n: int) -> HelixLayout:
-    """The m x n partition of a model.
-
-    Raises:
-        UserError: when it cannot be cut so.
-    """
-    return HelixLayout(
-        m=m,
-        n=n,
-        num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.query_groups,
-        kv_channels=model.kv_channels,
-        rotary_dim=model.rotary_dim,
-        rotary_interleaved=model.rotary_interleaved,
-    )

@@ -12,7 +12,7 @@ that one writes and the next reads goes through memory twice.
 
 from dataclasses import dataclass
 
-from megatron_helix.exchange.traffic import packed, put_in_order
+from megatron_helix.exchange.traffic import put_in_order
 from megatron_helix.planner import core_attention
 from megatron_helix.planner.deployment import Deployment
 from megatron_helix.run_config.model import ModelConfig
@@ -67,7 +67,7 @@ def forward(here: Deployment, stage: int, *, fused_channels: int) -> list[Work]:
     experts = model.num_experts
     # Weights are read once; under `weights` a rank multiplies with those of its whole head group.
     gathered = here.cut.m if here.plan.exchange == "weights" else here.layout.gtp
-    projections = packed(here.cut) * D
+    projections = here.packed * D
     if here.plan.exchange == "weights":  # gathered, they are without padding
         projections /= 1 + here.cut.waste
     parts = [
@@ -76,7 +76,7 @@ def forward(here: Deployment, stage: int, *, fused_channels: int) -> list[Work]:
             flops=layers * 2 * N * projections / T,
             memory_bytes=layers
             * element_bytes
-            * (projections * gathered + N * (packed(here.cut) + 2 * D))
+            * (projections * gathered + N * (here.packed + 2 * D))
             / T,
         )
     ]
@@ -124,12 +124,15 @@ def _streamed(here: Deployment, rows: float) -> Work:
     model, T = here.model, here.tp
     tokens = here.tokens / T
     D, d, F = model.hidden_size, model.kv_channels, here.features
-    H, K = model.num_attention_heads, model.query_groups
+    H, K = model.num_attention_heads, here.groups
     forward = 10 * tokens * D + rows * (3 if model.gated else 2) * F
     backward = 12 * tokens * D + rows * (5 if model.gated else 3) * F
     rotated = 2 * tokens * (H + K) * d if model.rotary_dim else 0.0
     forward += rotated + 2 * tokens * H * d
     backward += rotated + 2 * tokens * (H + 2 * K) * d
+    if here.gathers_qkv:  # put side by side, and apart again
+        forward += 2 * here.tokens * here.qkv_rows
+        backward += 2 * here.tokens * here.qkv_rows
     if model.num_experts:  # permuted for the dispatch, sorted by expert, and both undone
         forward += 8 * rows * D
         backward += 16 * rows * D
@@ -160,7 +163,7 @@ def _attention(here: Deployment, fused_channels: int) -> list[Work]:
     core = core_attention.of_layer(here, fused_channels=fused_channels)
     channels = model.num_attention_heads * model.kv_channels
     keys = here.batch.sequence_length * here.layout.micro_batch
-    cache = 2 * model.query_groups * model.kv_channels * keys * core.keys_read
+    cache = 2 * here.groups * model.kv_channels * keys * core.keys_read
     moved = here.layers * here.element_bytes * (4 * here.tokens * channels + cache) / T
     # What each run of tokens attends to is laid out for it, then read.
     runs = 2 * core_attention.laid_out(here, fused_channels=fused_channels)

@@ -7,7 +7,6 @@ Korthikanti et al., "Reducing activation recomputation in large transformer mode
 
 from dataclasses import dataclass, fields, replace
 
-from megatron_helix.exchange.traffic import packed
 from megatron_helix.planner import core_attention, fsdp, parameters
 from megatron_helix.planner.deployment import Deployment
 
@@ -89,10 +88,12 @@ def _kept(here: Deployment, stage: int, fused_channels: int) -> float:
     if model.num_experts:
         rows = here.tokens / here.stream_ranks * model.moe_router_topk
     # QKV, context, and the softmax of the scores where they go through memory.
-    attention = N * packed(here.cut) * width
+    attention = N * here.packed * width
+    if here.gathers_qkv:  # queries, keys and values are views of what all ranks have
+        attention += (here.tokens - N) * here.qkv_rows * width
     attention += core_attention.of_layer(here, fused_channels=fused_channels).kept_bytes
     # The keys and values that each run of tokens of packed rows attends to.
-    of_token = 2 * model.query_groups * model.kv_channels / here.cut.n
+    of_token = 2 * here.groups * model.kv_channels / here.cut.n
     copies = core_attention.laid_out(here, fused_channels=fused_channels)
     attention += copies * of_token * here.tokens * width
     # Features before and after activation; what is routed in and out.
@@ -120,11 +121,8 @@ def _cache(here: Deployment) -> float:
 
 def cache_bytes_of_token(here: Deployment) -> float:
     """Of one token on a rank, in all layers of its stage: 1/T, but under stock a group at least."""
-    model = here.model
-    groups = model.query_groups / here.tp
-    if not here.layout.is_helix:
-        groups = max(groups, 1.0)
-    return here.element_bytes * 2 * groups * model.kv_channels * here.layers
+    groups = here.groups / here.tp
+    return here.element_bytes * 2 * groups * here.model.kv_channels * here.layers
 
 
 def _gathered(here: Deployment, stage: int, train: bool) -> float:
@@ -140,7 +138,7 @@ def _gathered(here: Deployment, stage: int, train: bool) -> float:
     if all_kept and here.plan.keeps_gradients:
         return kept
     model, mlp = here.model, 0 if here.model.num_experts else here.features
-    widest = max(packed(here.cut), (2 if model.gated else 1) * mlp)
+    widest = max(here.packed, (2 if model.gated else 1) * mlp)
     shared = widest * model.hidden_size / here.tp * here.cut.m
     # In training its gradient beside it; under `weights` the parts that go out and that come in.
     gradients = (2 if here.plan.exchange == "weights" else 1) if train else 0

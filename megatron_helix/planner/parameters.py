@@ -15,7 +15,8 @@ Shapes = list[tuple[int, int]]
 
 def layer_matrices(here: Deployment) -> int:
     """Elements of one layer's attention and dense MLP on a tensor-parallel rank."""
-    return here.block.weights(here.cut) // here.tp
+    repeated = packed(here.cut) - here.packed
+    return (here.block.weights(here.cut) - repeated * here.model.hidden_size) // here.tp
 
 
 def dense_tensors(here: Deployment, first: bool, last: bool) -> list[int]:
@@ -46,7 +47,7 @@ def layer_shapes(here: Deployment) -> Shapes:
     model, T, gtp = here.model, here.tp, here.layout.gtp
     D, F = model.hidden_size, here.features
     channels = model.num_attention_heads * here.cut.padded_channels
-    shapes = [((packed(here.cut) - channels) // T // gtp, D), (D // gtp, channels // T)]
+    shapes = [((here.packed - channels) // T // gtp, D), (D // gtp, channels // T)]
     shapes += [(size, 1) for size in column_biases(here)]
     shapes += _unsplit(model)
     if model.softmax_type == "learnable":

@@ -17,10 +17,10 @@ from megatron_helix.machine.hardware import Hardware
 from megatron_helix.planner import accuracy
 from megatron_helix.planner.deployment import (
     Deployment,
-    layout_of,
     require_length,
     require_phase,
 )
+from megatron_helix.planner.sizes import layout_of
 from megatron_helix.planner.time import Prediction, predict, require_kernels
 from megatron_helix.run_config.batch import BatchConfig
 from megatron_helix.run_config.gradients import GradientFlags
@@ -170,6 +170,8 @@ def _cuts(model: ModelConfig, devices: int, phase: str) -> Iterator[dict]:
             yield {"tp": tp}
             if model.ffn_hidden_size % tp:  # where it is shared by tp, stock refuses
                 yield {"m": 1, "n": tp}
+        elif model.num_attention_heads % tp == tp % model.query_groups == 0:
+            yield {"tp": tp}  # groups repeated
         for n in _divisors(math.gcd(tp, heads)):
             m = tp // n
             if m == 1 or not _fits(model, m, n):

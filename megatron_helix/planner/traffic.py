@@ -9,6 +9,8 @@ Per micro-batch, with N tokens, T tensor-parallel ranks, ``c = N D / T``, V voca
 
 * decoder layers: :mod:`megatron_helix.exchange.traffic`; stock is its ``activations`` without a dim
   axis. In decode, without sequence parallelism, two all-reduces of ``N D`` instead.
+* packed QKV of stock with more ranks than query groups (X rows of weight): fwd all_gather, bwd
+  reduce_scatter of ``N X / T`` over T.
 * biases of what is cut by rows, under ``weights``: B of a layer, fwd all_gather and bwd all_to_all
   of ``(m-1) B / T`` over dim, in every micro-batch. Learnable softmax offsets: bwd all_gather of
   ``(m-1) H / n``.
@@ -83,6 +85,10 @@ def transfers(here: Deployment, stage: int, rank: int | None = None) -> list[Tra
     leads = rank is None or rank % of_stage < here.tp
     trails = rank is None or rank % of_stage >= of_stage - here.tp
     _layers(book, first, last, place)
+    if here.gathers_qkv:
+        for when, kind in (("forward", "all_gather"), ("backward", "reduce_scatter")):
+            own = here.tokens * here.qkv_rows / here.tp
+            book.call("QKV of all ranks", "tp", kind, when, own, here.layers)
     if here.layout.gtp > 1:
         _weight_shards(book)
     if here.layout.fsdp:

@@ -10,7 +10,8 @@ import pytest
 from megatron_helix import corpus
 from megatron_helix.experiment import config
 from megatron_helix.planner.book import share
-from megatron_helix.planner.deployment import VOCAB_MULTIPLE, Deployment
+from megatron_helix.planner.deployment import Deployment
+from megatron_helix.planner.sizes import VOCAB_MULTIPLE
 from megatron_helix.planner.traffic import AXES, step_bytes
 from megatron_helix.run_config.batch import BatchConfig
 from megatron_helix.run_config.gradients import GradientFlags
@@ -66,6 +67,7 @@ WEIGHTS = {**CUT, "exchange": "weights", "split": "batch"}
 WIDE = {**WEIGHTS, "micro_batch": 8}
 CASES = [
     ("dense", 4, {"tp": 4, "micro_batch": 4}),
+    ("gqa", 4, {"tp": 4, "micro_batch": 4}),  # of two groups: QKV is gathered
     ("learned", 4, {"tp": 2, "pp": 2, "micro_batch": 4}),
     ("dense", 4, {"tp": 2, "micro_batch": 4}),
     ("dense", 8, {"tp": 2, "pp": 2, "micro_batch": 4, "distributed_optimizer": True}),

@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 from megatron_helix.cli import app
 from megatron_helix.machine import hardware
 from megatron_helix.planner import parameters, search
-from megatron_helix.planner.deployment import Deployment, layout_of
+from megatron_helix.planner.deployment import Deployment
+from megatron_helix.planner.sizes import layout_of
 from megatron_helix.run_config.batch import BatchConfig
 from megatron_helix.run_config.files import read_config
 from megatron_helix.run_config.layout import LayoutConfig
