@@ -139,7 +139,8 @@ def choices() -> list[tuple[str, str, str]]:
             "heads: the degree divides neither heads nor query groups",
             "**helix**: stock refuses, or gathers QKV over the whole group",
             f"two query groups on four H200: {time(few[FEW], few['TP=4'])} than TP=4 at"
-            f" {memory(few[FEW], few['TP=4'])} the memory; {shape['heads']} heads, {shape['groups']} groups on {shape['m'] * shape['n']} ranks:"
+            f" {memory(few[FEW], few['TP=4'])} the memory; {shape['heads']} heads,"
+            f" {shape['groups']} groups on {shape['m'] * shape['n']} ranks:"
             f" the exchange of `activations` sends {fewer('activations-batch')} times fewer bytes"
             f" than stock's gathered QKV, {fewer('activations-sequence')} with the sequence split;"
             f" the whole layer {fewer('activations-batch', 'sent_bytes')} times fewer (counted)",

@@ -15,9 +15,7 @@ LENGTHS = {
     32768: "long, gap by gap",
     131072: "long, rows of 131,072, two layers",
 }
-KEPT = tuple(
-    f"qwen, some layers' weights kept{which}" for which in ("", ", again", ", third call")
-)
+KEPT = tuple(f"qwen, some layers' weights kept{which}" for which in ("", ", again", ", third call"))
 Row = dict[str, Any]
 
 
