@@ -1,5 +1,6 @@
 """What the performance page has of four GPUs is stored, and its words say the same."""
 
+import math
 import re
 from pathlib import Path
 from types import ModuleType
@@ -99,3 +100,25 @@ def test_few_query_groups_are_as_fast_as_said(script: ModuleType) -> None:
     said = f"TP=4 takes {tp['step_ms']} ms, helix 4 x 1 with `step` {helix['step_ms']}"
     assert f"{said}, {ratio:.2f} times that, with twice the memory" in WORDS
     assert helix["memory_mib"] / tp["memory_mib"] == pytest.approx(2, rel=0.02)
+
+
+def test_predictions_are_as_near_as_said(script: ModuleType) -> None:
+    benchmark = script_module("benchmarks/predictions.py")
+    models = ("dense", "moe", "qwen", "long")
+    found = [row for row in benchmark.four_gpus() if row.cell.split(",")[0] in models]
+    assert len(found) == sum(len(one["rows"]) for one in script.stored(script.FILE)["cells"])
+
+    def most(key: str, *of: str) -> int:
+        errors = [row.errors()[key] for row in found if row.cell.split(",")[0] in of]
+        return math.ceil(100 * max(map(abs, errors)))
+
+    memory = [most("memory_gb", *of) for of in (("dense", "qwen"), ("moe",), ("long",))]
+    said = "TPS within {} %, memory within {} %, of the MoE {} and of one long sequence {} %"
+    assert said.format(most("tokens_per_s", *models), *memory) in WORDS
+    apart = [
+        abs(row.predicted["tpot_ms"] - row.measured["tpot_ms"])
+        for row in found
+        if "tpot_ms" in row.measured
+    ]
+    assert "and TPOT within 0.02 ms" in WORDS
+    assert 0.015 < max(apart) < 0.02
