@@ -82,7 +82,6 @@ def _row(
     step_ms = statistics.median(turn.step_ms for turn in turns)
     used = execution.utilisation(experiment, _run(experiment, layout), step_ms)
     profiles = [rank["profile"] for rank in turns[-1].per_rank if rank["profile"]]
-    seconds = sum(profile["profiler_s"] for profile in profiles)
     row = {
         "layout": layout.name,
         "micro_batch": layout.micro_batch,
@@ -100,12 +99,9 @@ def _row(
         "tflops_per_gpu": used["tflops_per_device"],
         "mfu": used["mfu"],
         "memory_gb": max(rank["peak_memory_bytes"] or 0 for rank in turns[0].per_rank) / 1e9,
-        "exposed_of_profiled": (
-            sum(profile["ledger_s"] for profile in profiles) / seconds if seconds else None
-        ),
         "profiled": {  # milliseconds of the same step; mean of ranks
             f"{key}_ms": statistics.mean(profile[f"{key}_s"] for profile in profiles) * 1e3
-            for key in ("ledger", "exposed", "hidden")
+            for key in ("ledger", "profiler", "exposed", "hidden")
             if profiles
         },
         "last_loss": turns[0].losses[-1],

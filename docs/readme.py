@@ -234,6 +234,14 @@ def four_gpus() -> tuple[list[float], list[float], list[float]]:
     return baselines, tps, lost
 
 
+SAID = {
+    "dense": "the dense model",
+    "moe": "the MoE",
+    "qwen": "Qwen2.5-7B's shape",
+    "long": "one long sequence",
+}
+
+
 def rivals() -> str:
     """Of each model on four GPUs: helix's best beside the fastest rival, and that rival's name."""
     said = []
@@ -245,7 +253,8 @@ def rivals() -> str:
         )
         memory = f"{helix['memory_gb'] / rival['memory_gb']:.2f}"
         change = than(helix["step_ms"], rival["step_ms"])
-        said.append(f"{one['name']} {change} than {rival['arm']} at {memory} the memory")
+        name = rival["arm"].replace(", core attention auto", " with helix's core attention")
+        said.append(f"{SAID[one['name']]} {change} than {name} at {memory} times its memory")
     return "; ".join(said)
 
 

@@ -338,7 +338,7 @@ class Deployment:
 
     @property
     def qkv_rows(self) -> int:
-        """The former alone."""
+        """Rows of QKV's weight alone."""
         return self.packed - self.model.num_attention_heads * self.cut.padded_channels
 
     @cached_property

@@ -47,7 +47,7 @@ def layer_shapes(here: Deployment) -> Shapes:
     model, T, gtp = here.model, here.tp, here.layout.gtp
     D, F = model.hidden_size, here.features
     channels = model.num_attention_heads * here.cut.padded_channels
-    shapes = [((here.packed - channels) // T // gtp, D), (D // gtp, channels // T)]
+    shapes = [(here.qkv_rows // T // gtp, D), (D // gtp, channels // T)]
     shapes += [(size, 1) for size in column_biases(here)]
     shapes += _unsplit(model)
     if model.softmax_type == "learnable":

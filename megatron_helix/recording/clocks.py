@@ -14,7 +14,7 @@ context parallelism's ring computes on two streams in turns.
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,9 +23,9 @@ import torch
 from megatron_helix.recording.kinds import POINT_TO_POINT
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Call:
-    """One collective, as this rank saw it.
+    """One collective, as this rank saw it; each is itself alone.
 
     Attributes:
         axis: the process group's description.
@@ -55,7 +55,7 @@ class HostClock:
         """A moment."""
         return time.perf_counter()
 
-    def stop(self, start: float, calls: Sequence[Call]) -> None:
+    def stop(self, start: float, calls: Collection[Call]) -> None:
         """Add the time since ``start`` to the calls, in equal shares."""
         _share_out(time.perf_counter() - start, calls)
 
@@ -79,9 +79,9 @@ class StreamClock:
 
     cuda: Any = torch.cuda
     computing: Any = None
-    pending: list[tuple[Any, Any, Sequence[Call]]] = field(default_factory=list)
-    _beside: dict[Any, list[Call]] = field(default_factory=lambda: defaultdict(list))
-    _unseen: dict[int, Call] = field(default_factory=dict)
+    pending: list[tuple[Any, Any, Collection[Call]]] = field(default_factory=list)
+    _beside: dict[Any, set[Call]] = field(default_factory=lambda: defaultdict(set))  # by stream
+    _under_way: set[Call] = field(default_factory=set)  # not yet waited for by the computing one
 
     def __post_init__(self) -> None:
         self.computing = self.computing or self.cuda.current_stream()
@@ -92,7 +92,7 @@ class StreamClock:
         event.record()
         return event
 
-    def stop(self, start: Any, calls: Sequence[Call]) -> None:
+    def stop(self, start: Any, calls: Collection[Call]) -> None:
         """Remember what lies between ``start`` and now; known once the GPU has come here.
 
         From another stream than the computing one, remember only that ``calls`` were started.
@@ -101,17 +101,12 @@ class StreamClock:
         if stream == self.computing or all(call.kind in POINT_TO_POINT for call in calls):
             self._held_up(start, calls)
             return
-        self._beside[stream] += [call for call in calls if id(call) not in self._unseen]
-        self._unseen |= {id(call): call for call in calls}
+        self._beside[stream].update(calls)
+        self._under_way.update(calls)
 
-    def _held_up(self, start: Any, calls: Sequence[Call]) -> None:
+    def _held_up(self, start: Any, calls: Collection[Call]) -> None:
         self.pending.append((start, self.start(), calls))
-        for call in calls:
-            self._unseen.pop(id(call), None)
-
-    def _started(self, calls: Sequence[Call]) -> list[Call]:
-        """Those that the computing stream has not waited for."""
-        return [call for call in calls if id(call) in self._unseen]
+        self._under_way.difference_update(calls)
 
     def settle(self) -> None:
         """Wait for the GPU and add up."""
@@ -120,7 +115,7 @@ class StreamClock:
             _share_out(start.elapsed_time(end) / 1e3, calls)
         self.pending.clear()
         self._beside.clear()
-        self._unseen.clear()
+        self._under_way.clear()
 
     def watch(self) -> Callable[[], None]:
         """See which stream waits for which, from now on.
@@ -133,19 +128,17 @@ class StreamClock:
 
         def recorded(event: Any, stream: Any = None) -> None:
             record(event, stream)
-            event.helix_behind = self._started(
-                self._beside.get(stream or self.cuda.current_stream(), ())
-            )
+            event.helix_behind = self._beside[stream or self.cuda.current_stream()].copy()
 
         def waited(event: Any, stream: Any = None) -> None:
             stream = stream or self.cuda.current_stream()
-            calls = self._started(getattr(event, "helix_behind", ()))
+            calls = getattr(event, "helix_behind", set()) & self._under_way
             if calls and stream == self.computing:
                 start = self.start()
                 wait(event, stream)
                 self._held_up(start, calls)
                 return
-            self._beside[stream] += calls  # what waits for that one, waits for them
+            self._beside[stream] |= calls  # what waits for that one, waits for them
             wait(event, stream)
 
         event_type.record, event_type.wait = recorded, waited
@@ -156,6 +149,6 @@ class StreamClock:
         return unwatch
 
 
-def _share_out(seconds: float, calls: Sequence[Call]) -> None:
+def _share_out(seconds: float, calls: Collection[Call]) -> None:
     for call in calls:
         call.time_s += seconds / len(calls)

@@ -21,6 +21,8 @@ SIXTEEN = MACHINES["h100_2x8_ib"]
 
 # The dense model with heads that fused attention takes, and context parallelism with it.
 NARROW = DENSE.model_copy(update={"name": "narrow", "num_attention_heads": 64, "kv_channels": 128})
+# The same with fewer query groups than most degrees: stock ranks hold groups in common.
+FEW = NARROW.model_copy(update={"name": "few", "num_query_groups": 2})
 
 
 @cache

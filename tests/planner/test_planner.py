@@ -22,9 +22,18 @@ from megatron_helix.run_config.gradients import GradientFlags
 from megatron_helix.run_config.layout import LayoutConfig
 from megatron_helix.run_config.model import ModelConfig
 from megatron_helix.run_config.precision import Precision
-from tests.planner.planner_case import DENSE, MACHINES, MOE, NARROW, SIXTEEN, SMALL, multiplied
+from tests.planner.planner_case import (
+    DENSE,
+    FEW,
+    MACHINES,
+    MOE,
+    NARROW,
+    SIXTEEN,
+    SMALL,
+    multiplied,
+)
 
-MODELS = {model.name: model for model in (DENSE, MOE, NARROW)}
+MODELS = {model.name: model for model in (DENSE, MOE, NARROW, FEW)}
 PHASES = ("train", "prefill", "decode")
 
 
@@ -236,6 +245,20 @@ def test_a_name_of_the_table_is_the_layout_again(here: Deployment) -> None:
 def test_a_layout_that_cannot_run_is_refused(layout: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Deployment(DENSE, LayoutConfig(name="bad", **layout), SMALL, 16).check()
+
+
+def test_stock_ranks_beyond_the_query_groups_share_them() -> None:
+    """Against two ranks, a group each: half the weights each, and as large a cache of a token."""
+    two, four = (
+        Deployment(FEW, LayoutConfig(name="stock", tp=tp, micro_batch=4), SMALL, 16).check()
+        for tp in (2, 4)
+    )
+    assert parameters.layer_matrices(two) == 2 * parameters.layer_matrices(four)
+    assert memory.cache_bytes_of_token(two) == memory.cache_bytes_of_token(four)
+    assert any(one.layout.tp == 4 and one.layout.pp == 1 for one in candidates(FEW.name, "decode"))
+    three = FEW.model_copy(update={"num_attention_heads": 48})
+    with pytest.raises(ValueError, match=r"num_query_groups \(2\), got 3; choose a .* multiple"):
+        Deployment(three, LayoutConfig(name="stock", tp=3, micro_batch=4), SMALL, 3).check()
 
 
 def test_padded_features_count_as_those_that_are_stored() -> None:

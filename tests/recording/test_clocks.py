@@ -148,6 +148,19 @@ def test_a_stream_that_waits_for_one_passes_it_on(rank: Rank) -> None:
     assert rank.exposed_ms(call) == pytest.approx(4)
 
 
+def test_streams_that_wait_for_each_other_pass_a_call_on_once(rank: Rank) -> None:
+    """Else what they know of would double with every turn."""
+    sides = Stream(), Stream()
+    with rank.gpu.stream(sides[0]):
+        call = rank.collective(5)
+    for turn in range(64):
+        with rank.gpu.stream(sides[1 - turn % 2]):
+            rank.wait_for(sides[turn % 2])
+    assert len(rank.gpu.event(sides[0]).helix_behind) == 1
+    rank.wait_for(sides[0])
+    assert rank.exposed_ms(call) == pytest.approx(5)
+
+
 def test_a_call_is_waited_for_once(rank: Rank) -> None:
     """Of the call itself, and again of an event behind what follows it."""
     side = Stream()
