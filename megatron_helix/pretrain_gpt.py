@@ -211,7 +211,6 @@ def turn_on(args: argparse.Namespace, model_config: Any) -> Any:
                 sequence=args.seq_length,
                 phase=args.helix_phase,
                 profile=args.helix_profile,
-                count_flops=args.helix_core_attention != "flex",
             )
         )
     if args.helix_sample_interval:

@@ -73,7 +73,8 @@ class StreamClock:
 
     Attributes:
         cuda: torch's module, or what stands in for a GPU.
-        computing: the stream, the current one where this is made.
+        computing: the stream, the current one as a step begins; none before the first, for a rank
+            that is made has no GPU of its own yet.
         pending: events around what held it up, and the calls that did.
     """
 
@@ -82,9 +83,6 @@ class StreamClock:
     pending: list[tuple[Any, Any, Collection[Call]]] = field(default_factory=list)
     _beside: dict[Any, set[Call]] = field(default_factory=lambda: defaultdict(set))  # by stream
     _under_way: set[Call] = field(default_factory=set)  # not yet waited for by the computing one
-
-    def __post_init__(self) -> None:
-        self.computing = self.computing or self.cuda.current_stream()
 
     def start(self) -> Any:
         """A moment in the stream's order of work."""
@@ -98,7 +96,8 @@ class StreamClock:
         From another stream than the computing one, remember only that ``calls`` were started.
         """
         stream = self.cuda.current_stream()
-        if stream == self.computing or all(call.kind in POINT_TO_POINT for call in calls):
+        computes = self.computing is None or stream == self.computing
+        if computes or all(call.kind in POINT_TO_POINT for call in calls):
             self._held_up(start, calls)
             return
         self._beside[stream].update(calls)
@@ -109,8 +108,9 @@ class StreamClock:
         self._under_way.difference_update(calls)
 
     def settle(self) -> None:
-        """Wait for the GPU and add up."""
+        """Wait for the GPU and add up; the stream that is current now computes from here on."""
         self.cuda.synchronize()
+        self.computing = self.cuda.current_stream()
         for start, end, calls in self.pending:
             _share_out(start.elapsed_time(end) / 1e3, calls)
         self.pending.clear()

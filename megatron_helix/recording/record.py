@@ -6,8 +6,9 @@ that dies keeps what it measured; a restart writes on behind it
 (:mod:`megatron_helix.recording.rank_files`). Beside them ``rank00.json`` says what the rank holds
 and where (:mod:`megatron_helix.recording.placement`). :func:`metrics.read` puts the ranks together.
 
-The first step, which no time is taken from, counts FLOPs, those of torch's operators: GEMMs of
-TransformerEngine are not among them. With ``profile`` the last one runs under torch's profiler
+On CPUs the first step, which no time is taken from, counts FLOPs. Not on a GPU: whatever Megatron
+compiles (SwiGLU, say) would stay uncompiled for the whole run, and GEMMs of TransformerEngine would
+not be among them. With ``profile`` the last step runs under torch's profiler
 (:mod:`megatron_helix.recording.profile`).
 """
 
@@ -23,7 +24,7 @@ from typing import Any, Literal
 import torch
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size
 from megatron.training import get_args
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_helix.basics import files
 from megatron_helix.recording import placement, profile, rank_files
@@ -46,8 +47,6 @@ class Recording:
         sequence: tokens of a sequence.
         phase: ``prefill`` runs the forward pass alone where the loop trains.
         profile: whether the last step runs under a profiler.
-        count_flops: whether the first step counts FLOPs. Torch cannot compile FlexAttention while a
-            counter watches.
     """
 
     folder: Path
@@ -56,7 +55,6 @@ class Recording:
     sequence: int
     phase: Phase = "train"
     profile: bool = False
-    count_flops: bool = True
 
 
 def record(recording: Recording) -> None:
@@ -78,7 +76,7 @@ def record(recording: Recording) -> None:
         model, optimizer = args[2], args[3]
         described = placement.describe(model) if first else {}
         key_values = placement.KeyValueBytes(model) if first else None
-        flops = _FlopCounter() if first and recording.count_flops else None
+        flops = flop_counter(on_gpu) if first else None
         profiled = recording.profile and iteration + 1 == get_args().train_iters
         profiler = profile.profiler(on_gpu) if profiled else None
         ledger.take()  # what happened between steps is not part of one
@@ -115,30 +113,26 @@ def record(recording: Recording) -> None:
     patches.observe_train_step(observed)
 
 
+def flop_counter(on_gpu: bool) -> FlopCounterMode | None:
+    """What counts a step's FLOPs; nothing on a GPU.
+
+    Torch runs uncompiled, there and ever after, what is first called while a counter watches
+    (torch._dynamo.convert_frame, 2.13): SwiGLU and its gradient made a step of Qwen2.5-7B's layers
+    take a tenth longer.
+    """
+    return None if on_gpu else _FlopCounter()
+
+
 class _FlopCounter(FlopCounterMode):
     """Torch's counter without its counts per module, whose hooks fail under full recompute.
 
     Under it a layer runs with gradients on and inputs that have none; the tracker of modules wants
-    the gradient function of every input (torch.utils.module_tracker, 2.11 and 2.13). Of products
-    that are told the result's dtype too torch counts ``mm`` alone (2.11 to 2.13).
+    the gradient function of every input (torch.utils.module_tracker, 2.11 and 2.13).
     """
 
     def __init__(self) -> None:
-        products = {one: _without_dtype(flop_registry[one]) for one in _PRODUCTS}
-        super().__init__(display=False, custom_mapping=products)
+        super().__init__(display=False)
         self.mod_tracker: Any = _OneModule()
-
-
-_PRODUCTS = (torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
-
-
-def _without_dtype(formula: Callable[..., int]) -> Callable[..., int]:
-    def counted(*given: Any, **named: Any) -> int:
-        return formula(*(one for one in given if not isinstance(one, torch.dtype)), **named)
-
-    raw: Any = counted
-    raw._get_raw = True  # torch's own formula asks tensors for their shapes
-    return raw
 
 
 class _OneModule(AbstractContextManager):

@@ -70,6 +70,9 @@ class Rank:
         self.gpu = Gpu()
         self.clock = StreamClock(cuda=self.gpu)
         self.unwatch = self.clock.watch()
+        self.gpu.current = Stream()  # of the rank's own GPU: it takes it now
+        self.collective(0)  # as it meets the others
+        self.clock.settle()  # a step begins
 
     def collective(self, ms: float, kind: str = "reduce_scatter") -> Call:
         """Started from the current stream, which waits for it."""
@@ -100,6 +103,11 @@ def rank() -> Iterator[Rank]:
 def test_the_computing_stream_is_held_up(rank: Rank) -> None:
     call = rank.collective(5)
     assert rank.exposed_ms(call) == pytest.approx(5)
+
+
+def test_no_gpu_is_asked_for_before_the_rank_has_its_own() -> None:
+    """Else every rank's clock would follow the first GPU, and take memory there."""
+    StreamClock(cuda=None)
 
 
 @pytest.mark.parametrize(("computed", "exposed"), [(3, 2), (8, 0)])

@@ -5,7 +5,7 @@ import multiprocessing as mp
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -139,15 +139,27 @@ def test_files_of_ranks_are_read_in_the_order_of_their_numbers(tmp_path: Path) -
     assert metrics.steps_done(tmp_path) == 0
 
 
-@pytest.mark.parametrize("dtype", [(), (torch.float32,)], ids=["not told", "told"])
-def test_products_that_are_told_their_precision_are_counted(dtype: tuple[Any, ...]) -> None:
-    """As the sums of ``--helix-gather step`` are on a GPU; a CPU has no such products."""
-    from megatron_helix.recording.record import _FlopCounter
+def test_on_a_gpu_nothing_keeps_a_step_from_being_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is first called under a counter of torch's stays uncompiled, and slow."""
+    from megatron_helix.recording.record import flop_counter
 
-    overload = "dtype" if dtype else "default"
-    a = torch.empty(3, 4, 8, device="meta", dtype=torch.bfloat16)
-    b, into = a.new_empty(3, 8, 6), torch.empty(4, 6, device="meta", dtype=(*dtype, a.dtype)[0])
-    with _FlopCounter() as counter:
-        getattr(torch.ops.aten.addmm, overload)(into, a[0], b[0], *dtype)
-        getattr(torch.ops.aten.bmm, overload)(a, b, *dtype)
-    assert counter.get_total_flops() == (1 + 3) * 2 * 4 * 8 * 6
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)  # as ranks on CPUs have it
+    monkeypatch.setattr(torch._dynamo.config, "disable", False)
+    compiled = []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    def called_under(counter: AbstractContextManager | None) -> bool:
+        compiled.clear()
+        function = torch.compile(lambda x: x.sin() * x, backend=backend)
+        with counter or nullcontext():
+            function(torch.ones(3))
+        function(torch.ones(3))
+        return bool(compiled)
+
+    assert called_under(flop_counter(on_gpu=True))
+    assert not called_under(flop_counter(on_gpu=False))

@@ -133,6 +133,20 @@ def test_the_ledgers_time_must_be_the_profilers(ledger_s: float, passes: bool) -
     assert "1.000 s by the profiler in the same step and 7.000 s hidden" in found["detail"]
 
 
+def test_a_rank_that_times_nothing_is_found_among_others() -> None:
+    """As all but the first did whose clock took the first GPU's stream for their own."""
+    hidden = {"hidden_s": 0.0}
+    sound = {"profile": {"ledger_s": 1.5, "exposed_s": 1.0, **hidden}}
+    silent = {"profile": {"ledger_s": 0.1, "exposed_s": 0.5, **hidden}}
+    assert verify.times("x", [sound] * 4, 2.0)["passed"] is True
+    found = verify.times("x", [sound, sound, silent, sound], 2.0)
+    assert found["passed"] is False
+    said = "rank 2: 0.100 s by the ledger, 0.500 s by the profiler (band of one rank 1/4 to 4)"
+    assert said in found["detail"]
+    brief = {"profile": {"ledger_s": 0.0, "exposed_s": 0.0005, **hidden}}
+    assert verify.times("x", [sound, brief], 2.0)["passed"] is True
+
+
 def test_a_run_without_a_profile_fails() -> None:
     assert verify.times("x", [{"profile": None}] * 2, 2.0)["passed"] is False
 
