@@ -67,8 +67,7 @@ class DistributedShard(torch.Tensor):
         whole = self._backward.whole()
         if self._ahead.behind is not None:
             self._ahead.behind.send()
-        if self._ahead.backward is not None:
-            self._ahead.backward.start()
+        self._ahead.begin_backward()
         return self._to_hand(whole)
 
     def finalize_group_grads(self, wgrads: torch.Tensor) -> torch.Tensor | None:

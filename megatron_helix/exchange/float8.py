@@ -147,10 +147,10 @@ class Float8Weight(GatheredWeight):
         super().__init__(shard, shards, source.dim, home)
         self.source = source
 
-    def start(self) -> None:
+    @property
+    def may_start(self) -> bool:
         """As for the parent, once it is known how to quantize."""
-        if self.source.quantizer is not None:
-            super().start()
+        return self.source.quantizer is not None and super().may_start
 
     def whole(self) -> torch.Tensor:
         """The head group's weight, by rows or, where shards travel turned, transposed."""

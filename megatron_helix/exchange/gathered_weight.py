@@ -59,14 +59,18 @@ class GatheredWeight:
 
     def start(self) -> None:
         """Begin the gather that the next :meth:`whole` waits for."""
-        if self.early and self._coming is None and self._kept is None:
-            self._coming = self._start()
+        start_together([self])
+
+    @property
+    def may_start(self) -> bool:
+        """Whether a gather can be begun: on a GPU, with none under way and nothing kept."""
+        return self.early and self._coming is None and self._kept is None
 
     def whole(self) -> torch.Tensor:
         """The head group's weight, ``[F/n, D]`` or ``[D, F/n]``; one all-gather over dim."""
         if self._kept is not None:
             return self._kept.detach()
-        coming, self._coming = self._coming or self._start(), None
+        coming, self._coming = self._coming or _gathers([self])[0], None
         whole = self.shards.join(coming.wait(), self.dim.size())
         if self.keeps:
             self._kept = whole.detach()
@@ -151,17 +155,32 @@ class GatheredWeight:
     def _exchange(self, parts: Sequence[torch.Tensor]) -> Sequence[UnderWay]:
         return start_exchanges(parts, self.home, early=self.early)
 
-    def _start(self) -> UnderWay:
-        """The shards under way, run by run: ``[apart, m, ...]`` once waited for."""
-        runs = self.shards.runs(self._sent())
-        m, first = self.dim.size(), runs[0]
-        whole = first.new_empty(len(runs), m, *first.shape)
-        into = [place.flatten(0, 1) for place in whole]
-        return UnderWay(whole, Works(start_gathers(runs, self.dim, early=self.early, into=into)))
-
     def _sent(self) -> torch.Tensor:
         """What of the shard is gathered, in its shape."""
         return self.shard.detach()
+
+
+def start_together(weights: Sequence[GatheredWeight]) -> None:
+    """Begin the gathers of weights of one dim group, on a GPU in one kernel.
+
+    Ranks meet once for all of them: NCCL's kernel for one weight alone lasts two to four times as
+    long as its transfer, for ranks come to it one after the other.
+    """
+    waiting = [weight for weight in weights if weight.may_start]
+    for weight, coming in zip(waiting, _gathers(waiting), strict=True):
+        weight._coming = coming
+
+
+def _gathers(weights: Sequence[GatheredWeight]) -> list[UnderWay]:
+    """The shards of each under way, run by run: ``[apart, m, ...]`` once waited for."""
+    if not weights:
+        return []
+    runs = [weight.shards.runs(weight._sent()) for weight in weights]
+    dim, early = weights[0].dim, weights[0].early
+    wholes = [each[0].new_empty(len(each), dim.size(), *each[0].shape) for each in runs]
+    into = [place.flatten(0, 1) for whole in wholes for place in whole]
+    works = iter(start_gathers([run for each in runs for run in each], dim, early=early, into=into))
+    return [UnderWay(whole, Works([next(works) for _ in whole])) for whole in wholes]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,8 +190,8 @@ class Ahead:
     Every rank of a dim group must come to the same answer: a gather begun is a collective.
 
     Attributes:
-        forward: used next in the forward pass, to begin gathering for.
-        bias: of that one.
+        forward: used next in the forward pass, to begin gathering for, together.
+        bias: of the next one.
         beyond: used after that one, whose GEMM is too short to hide the gather: to begin behind
             this one's.
         backward: used next in the backward pass, the same.
@@ -180,18 +199,22 @@ class Ahead:
         sums_later: whether a gradient may be added up after autograd has handed on a stand-in.
     """
 
-    forward: GatheredWeight | None = None
+    forward: Sequence[GatheredWeight] = ()
     bias: GatheredWeight | None = None
     beyond: GatheredWeight | None = None
-    backward: GatheredWeight | None = None
+    backward: Sequence[GatheredWeight] = ()
     behind: GatheredWeight | None = None
     sums_later: bool = False
 
     def begin_forward(self) -> None:
-        """Begin to gather what the next linear of a forward pass needs."""
-        for weight in (self.forward, self.bias):
-            if weight is not None:
-                weight.start()
+        """Begin to gather what the next linears of a forward pass need."""
+        start_together(self.forward)
+        if self.bias is not None:
+            self.bias.start()
+
+    def begin_backward(self) -> None:
+        """The same of a backward pass."""
+        start_together(self.backward)
 
 
 class _Whole(torch.autograd.Function):

@@ -72,14 +72,14 @@ class _ColumnLinear(torch.autograd.Function):
         _send(ctx.ahead.behind)
         if ctx.head.size() == 1:
             ctx.weight.start()
-            _start(ctx.ahead.backward)
+            ctx.ahead.begin_backward()
             shard_gradient = _begun(ctx, grad, UnderWay(x, None))
             ctx.weight.send()
             grad_x = gemm.input_gradient(grad, ctx.weight.whole())
             _settle(ctx.ahead.behind)
             return grad_x, shard_gradient(), None, None, None
         whole = ctx.weight.whole()
-        _start(ctx.ahead.backward)
+        ctx.ahead.begin_backward()
         trained = ctx.needs_input_grad[1]
         gathering = start_gather(x, ctx.head, early=early) if trained else UnderWay(x, None)
         grad_x = gemm.input_gradient(grad, whole)
@@ -122,7 +122,7 @@ class _RowLinear(torch.autograd.Function):
         _send(ctx.ahead.behind)
         # One gather in front of this GEMM, the exchange in front of the other.
         ctx.weight.start()
-        _start(ctx.ahead.backward)
+        ctx.ahead.begin_backward()
         shard_gradient = _begun(ctx, grad, UnderWay(x, None))
         grad_x = gemm.input_gradient(grad, ctx.weight.whole())
         ctx.weight.send()

@@ -11,7 +11,7 @@ of :mod:`megatron_helix.exchange.weights`, else Megatron's own, with the ``activ
 behind the QKV projection and before the output projection.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from typing import Any
 
@@ -153,13 +153,13 @@ class HelixLinear(torch.nn.Module):
         All linears of a block share a plan but for ``gather``: a kept weight is not begun again.
         """
         following, preceding = self.neighbours.of_this_pass()
-        beyond = following and self.neighbours.beyond
+        beyond = self.neighbours.beyond if following else None
         behind = self.neighbours.following
         return Ahead(
-            forward=following and following.forms.forward,
-            bias=following and following.gathered_bias,
+            forward=_gathered_together([linear.forms.forward for linear in following]),
+            bias=following[0].gathered_bias if following else None,
             beyond=beyond and beyond.forms.forward,
-            backward=preceding and preceding.forms.backward,
+            backward=_gathered_together([linear.forms.backward for linear in preceding]),
             behind=behind and behind.forms.backward,
             sums_later=self.neighbours.sums_later,
         )
@@ -359,3 +359,13 @@ def helix_linear(name: str, linear: type) -> type:
     """The spec's class for submodule ``name`` (``linear_qkv`` and so on), with helix shards."""
     engine = (EngineLinear,) if takes_gathered_weights(linear) else ()
     return type(f"Helix{linear.__name__}", (_ENDS[name], *engine, linear), {})
+
+
+def _gathered_together(forms: Sequence[GatheredWeight | None]) -> list[GatheredWeight]:
+    """All of them where they are gathered as they are, else the nearest alone.
+
+    Of FP8 each has a scale to wait for; a linear that was not used yet has no form.
+    """
+    if any(type(one) is not GatheredWeight for one in forms):
+        forms = forms[:1]
+    return [one for one in forms if one is not None]

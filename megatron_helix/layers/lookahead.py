@@ -7,6 +7,9 @@ of the backward pass, so nothing is begun across the border of a layer there. Wh
 gathers parameters during the forward pass (``--overlap-param-gather``), a shard is up to date only
 once its own linear is called, and nothing is begun in that pass at all.
 
+What follows the border of a layer is gathered with the rest of that layer, as long as nothing is in
+FP8: ranks meet once a layer and pass.
+
 Tested on gloo ranks that are told to begin early; over NCCL it ran on two and on four GPUs.
 """
 
@@ -29,8 +32,7 @@ class Neighbours:
         following: the linear after; None for the block's last.
         beyond: the linear after ``following`` where that multiplies too little to hide a gather: of
             the QKV projection that of a dense MLP, past the output projection.
-        first: whether it is its layer's first.
-        last: whether it is its layer's last.
+        layer: all linears of its layer, in the order of their use.
         recompute: whether linears are run again in the backward pass.
         forward_early: whether shards are up to date before the forward pass reaches them.
         sums_later: whether gradients may be added up later than autograd is told.
@@ -41,20 +43,30 @@ class Neighbours:
     preceding: Any = None
     following: Any = None
     beyond: Any = None
-    first: bool = True
-    last: bool = True
+    layer: tuple[Any, ...] = ()
     recompute: bool = False
     forward_early: bool = True
     sums_later: bool = False
     scales: Scales | None = None
 
-    def of_this_pass(self) -> tuple[Any, Any]:
-        """(used next if this is the forward pass, used next in the backward pass), or None."""
+    def of_this_pass(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """(Used next if this is the forward pass, used next in the backward pass).
+
+        Nothing where that is not certain; across the border of a layer all that the layer uses,
+        its nearest first.
+        """
         # What torch's own checkpointing asks: a forward inside a backward pass is a recompute.
         recomputing = torch._C._current_graph_task_id() != -1
-        known = not self.last if recomputing else self.forward_early
-        following = self.following if known else None
-        return following, None if self.recompute and self.first else self.preceding
+        known = self.following in self.layer if recomputing else self.forward_early
+        following = self._with_its_layer(self.following) if known else ()
+        known = self.preceding in self.layer or not self.recompute
+        return following, self._with_its_layer(self.preceding) if known else ()
+
+    def _with_its_layer(self, neighbour: Any) -> tuple[Any, ...]:
+        if neighbour is None:
+            return ()
+        others = () if neighbour in self.layer else neighbour.neighbours.layer
+        return (neighbour, *(one for one in others if one is not neighbour))
 
 
 def link(
@@ -90,6 +102,7 @@ def link(
 def _link_block(block: TransformerBlock, ends: tuple[type, ...], known: dict[str, Any]) -> None:
     layers = [_in_order_of_use(layer, ends) for layer in block.layers]
     chain = [linear for layer in layers for linear in layer]
+    its_layer = {linear: tuple(layer) for layer in layers for linear in layer}
     recompute = _runs_linears_again(block.config)
     third = {layer[0]: layer[2] for layer in layers if len(layer) == len(ends)}
     for place, linear in enumerate(chain):
@@ -97,8 +110,7 @@ def _link_block(block: TransformerBlock, ends: tuple[type, ...], known: dict[str
             preceding=chain[place - 1] if place else None,
             following=chain[place + 1] if place + 1 < len(chain) else None,
             beyond=third.get(linear),
-            first=any(linear is layer[0] for layer in layers if layer),
-            last=any(linear is layer[-1] for layer in layers if layer),
+            layer=its_layer[linear],
             recompute=recompute,
             **known,
         )

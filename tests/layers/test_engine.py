@@ -1,6 +1,6 @@
 """Weights gathered inside linears of TransformerEngine's, against the torch path, on gloo ranks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_helix.exchange import shards, step_sums
+from megatron_helix.exchange import gathered_weight, shards, step_sums
 from megatron_helix.exchange.gathered_weight import GatheredWeight
 from megatron_helix.exchange.plan import Plan
 from megatron_helix.exchange.step_sums import StepSums
@@ -93,8 +93,7 @@ class Chain:
                 preceding=chain[place - 1] if place else None,
                 following=chain[place + 1] if place + 1 < len(chain) else None,
                 beyond=None if place else chain[2],
-                first=not place,
-                last=place + 1 == len(chain),
+                layer=tuple(chain),
                 **known,
             )
 
@@ -230,9 +229,8 @@ def test_tiles_with_padding_are_multiplied_without_it() -> None:
 def uses() -> tuple[list[str], float]:
     """What a step of the chain does with its weights, in order, where gathers begin early."""
     early, shards.runs_beside_compute = shards.runs_beside_compute, lambda _: True
-    methods = {
-        name: getattr(GatheredWeight, name) for name in ("_start", "whole", "send", "settle")
-    }
+    methods = {name: getattr(GatheredWeight, name) for name in ("whole", "send", "settle")}
+    gathers = gathered_weight._gathers
     log: list[str] = []
     try:
         chain = Chain(2, 1, engine_class, torch.float64)
@@ -247,10 +245,15 @@ def uses() -> tuple[list[str], float]:
 
             return call
 
+        def gathered(weights: Sequence[GatheredWeight]) -> Any:
+            known = (names[id(one.shard)] for one in weights if id(one.shard) in names)
+            log.extend(f"gather {name}" for name in known)
+            return gathers(weights)
+
         always: Any = lambda _: True  # noqa: E731
         leaving: Any = lambda weight: weight._leaves is not None  # noqa: E731
         pending = lambda weight: weight._sums_up is not None or leaving(weight)  # noqa: E731
-        GatheredWeight._start = noted("gather", methods["_start"], always)
+        gathered_weight._gathers = gathered
         GatheredWeight.whole = noted("use", methods["whole"], always)
         GatheredWeight.send = noted("send", methods["send"], leaving)
         GatheredWeight.settle = noted("add", methods["settle"], pending)
@@ -264,7 +267,7 @@ def uses() -> tuple[list[str], float]:
         oracle.link()
         return log[:half], _farthest(found, oracle.step(PLAIN))
     finally:
-        shards.runs_beside_compute = early
+        shards.runs_beside_compute, gathered_weight._gathers = early, gathers
         for name, method in methods.items():
             setattr(GatheredWeight, name, method)
 

@@ -1,11 +1,12 @@
 """Gathers begun beside compute: as on a GPU, on CPU ranks that are told to begin early too."""
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from megatron_helix.exchange import shards
+from megatron_helix.exchange import gathered_weight, shards
 from megatron_helix.exchange.gathered_weight import GatheredWeight
 from megatron_helix.experiment.metrics import RunMetrics
 from tests.covering import THOROUGH
@@ -32,22 +33,27 @@ def _run(corpus: Path, folder: Path, *flags: str) -> RunMetrics:
 
 
 # Two layers of four linears. Late is what starts a forward pass, and under recompute what follows a
-# border; what starts a backward pass is begun in front of another GEMM of its own linear.
+# border; what starts a backward pass is begun in front of another GEMM of its own linear. Across a
+# border all four are begun at once: three gathers fewer, as NCCL counts them.
 @pytest.mark.parametrize(
-    ("flags", "late", "early"),
+    ("flags", "late", "early", "fewer"),
     [
-        pytest.param((), 1, 7 + 8, id="plain"),
-        pytest.param(FULL, 1 + 2 * 1, 7 + 2 * (3 + 4), id="full-recompute"),
-        pytest.param(MLP, 1 + 2 * 1, 7 + 2 * (1 + 4), id="mlp-recompute", marks=THOROUGH),
-        pytest.param(STEP, 1, 7, id="step", marks=THOROUGH),
-        pytest.param(ONE, 1, 3 + MICRO_BATCHES * 8, id="step-of-one-layer", marks=THOROUGH),
+        pytest.param((), 1, 7 + 8, 3 + 3, id="plain"),
+        pytest.param(FULL, 1 + 2 * 1, 7 + 2 * (3 + 4), 3, id="full-recompute"),
+        pytest.param(MLP, 1 + 2 * 1, 7 + 2 * (1 + 4), 3, id="mlp-recompute", marks=THOROUGH),
+        pytest.param(STEP, 1, 7, 3, id="step", marks=THOROUGH),
         pytest.param(
-            *((*ONE, *FULL), 1 + MICRO_BATCHES, 3 + MICRO_BATCHES * (4 + 3 + 4)),
+            *(ONE, 1, 3 + MICRO_BATCHES * 8, MICRO_BATCHES * 3),
+            id="step-of-one-layer",
+            marks=THOROUGH,
+        ),
+        pytest.param(
+            *((*ONE, *FULL), 1 + MICRO_BATCHES, 3 + MICRO_BATCHES * (4 + 3 + 4), MICRO_BATCHES * 3),
             id="step-of-one-layer-full-recompute",
             marks=THOROUGH,
         ),
         # Megatron brings the shards up to date as the forward pass reaches them.
-        pytest.param(OVERLAP, 8, 8, id="overlapped-parameter-gather", marks=THOROUGH),
+        pytest.param(OVERLAP, 8, 8, 3, id="overlapped-parameter-gather", marks=THOROUGH),
     ],
 )
 def test_an_early_gather_is_the_next_one_and_moves_nothing_more(
@@ -57,9 +63,10 @@ def test_an_early_gather_is_the_next_one_and_moves_nothing_more(
     flags: tuple[str, ...],
     late: int,
     early: int,
+    fewer: int,
 ) -> None:
     synchronous = _run(corpus_prefix, tmp_path / "synchronous", *flags)
-    start, uses = GatheredWeight._start, tmp_path / "uses"
+    start, uses = gathered_weight._gathers, tmp_path / "uses"
 
     def note(weight: GatheredWeight, word: str) -> None:
         if weight.shard.dim() > 1:  # a bias is gathered when it is added
@@ -71,23 +78,27 @@ def test_an_early_gather_is_the_next_one_and_moves_nothing_more(
             note(weight, "early" if weight._coming else "late")
         return original(weight)
 
-    def begun(weight: GatheredWeight) -> object:
-        note(weight, "begun")
-        return start(weight)
+    def begun(weights: Sequence[GatheredWeight]) -> object:
+        for place, weight in enumerate(weights):
+            note(weight, "with another" if place else "begun")
+        return start(weights)
 
     original = GatheredWeight.whole
     monkeypatch.setattr(shards, "runs_beside_compute", lambda _shard: True)
     monkeypatch.setattr(GatheredWeight, "whole", whole)
-    monkeypatch.setattr(GatheredWeight, "_start", begun)
+    monkeypatch.setattr(gathered_weight, "_gathers", begun)
     ahead = _run(corpus_prefix, tmp_path / "ahead", *flags)
 
     assert ahead.losses == synchronous.losses
     assert ahead.grad_norms == synchronous.grad_norms
     assert ahead.sent_bytes == synchronous.sent_bytes
     passes = 4 * (1 if flags[:2] == STEP else MICRO_BATCHES)  # ranks, and what each does alike
-    counts = Counter(uses.read_text().split())
-    assert counts == {
-        "late": passes * late,
-        "early": passes * early,
-        "begun": passes * (late + early),
-    }
+    counts = Counter(uses.read_text().splitlines())
+    assert +counts == +Counter(
+        {
+            "late": passes * late,
+            "early": passes * early,
+            "begun": passes * (late + early - fewer),
+            "with another": passes * fewer,
+        }
+    )
