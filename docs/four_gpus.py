@@ -56,9 +56,29 @@ def beside(name: str) -> list[str]:
     return table(f"layout | {heads}, predicted ms, error", rows)
 
 
+def log() -> list[str]:
+    """What Megatron's own log said of two models, beside the fastest rival in one precision."""
+    rows = []
+    for name, model in (("dense", "source's dense"), ("qwen", "Qwen, twelve layers")):
+        call = cell(name, "referee")
+        for row in call:
+            same = [one for one in call if ("FP8" in one["arm"]) == ("FP8" in row["arm"])]
+            rival = fastest(same)
+            rows.append(
+                [
+                    f"{model}: {row['arm']}",
+                    f"{row['step_ms']:.1f}",
+                    f"{row['step_ms'] / rival['step_ms']:.3f}",
+                    f"{row['memory_mib'] / 1000:.1f}",
+                    f"{row['memory_mib'] / rival['memory_mib']:.2f}",
+                ]
+            )
+    return table("layout | ms, of the fastest rival's, thousand MiB, of its", rows)
+
+
 PARTS: dict[str, Callable[[], list[str]]] = {
-    name: lambda name=name: beside(name) for name in ("dense", "moe", "qwen", "long")
-}
+    name: lambda name=name: beside(name) for name in ("dense", "forward", "moe", "qwen", "long")
+} | {"log": log}
 
 
 def page(text: str) -> str:
