@@ -15,7 +15,7 @@ NCCL takes the ranks for those of two hosts (``NCCL_HOSTID``). The sets, their m
 
 Runs of these three are recorded, their last steps profiled, as those of an experiment are. Needs a
 GPU and TransformerEngine; docs/exactness.md has what one H200 gave. ``--device cpu`` rehearses the
-three over gloo. ``batch`` has not run on a GPU.
+three over gloo.
 """
 
 import json

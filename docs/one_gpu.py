@@ -57,14 +57,14 @@ def near() -> list[str]:
     """Rows in bf16: how far from stock on two ranks, and from single precision."""
     results = stored("one_h200_exactness")
     rows = []
-    for row in (*results["packed"], *results["sequence"]):
-        kind = f"`{row['flag']}`" if "flag" in row else "one document a row"
+    kinds = {"packed": "", "batch": "several a micro-batch", "sequence": "one document a row"}
+    for kind, row in ((kinds[name], row) for name in kinds for row in results[name]):
         names = ("to_tp2", "tp1_to_tp2", "to_fp32", "ratio")
         names += ("norms_to_tp2", "norms_tp1_to_tp2", "norms_ratio")
         figures = [
             f"{row[name]:.2f}" if name.endswith("ratio") else _power(row[name]) for name in names
         ]
-        rows.append([kind, f"`{row['layout']}`", *figures])
+        rows.append([kind or f"`{row['flag']}`", f"`{row['layout']}`", *figures])
     heads = "rows, helix 2 x 1 | losses to TP=2's, TP=1's to TP=2's, to single precision"
     heads += ", of stock's, norms to TP=2's, TP=1's to TP=2's, of stock's"
     return table(heads, rows)

@@ -144,7 +144,7 @@ def test_ranks_are_as_near_to_stock_as_said(script: ModuleType) -> None:
     results = script.stored("one_h200_exactness")
     rows = [*results["packed"], *results["sequence"]]
     assert len(rows) == 7
-    for row in rows:
+    for row in (*rows, *results["batch"]):
         for kind in ("", "norms_"):
             stock = max(row[f"{kind}tp2_to_fp32"], row[f"{kind}tp1_to_fp32"])
             assert row[f"{kind}ratio"] == pytest.approx(row[f"{kind}to_fp32"] / stock, rel=1e-3)
@@ -156,6 +156,14 @@ def test_ranks_are_as_near_to_stock_as_said(script: ModuleType) -> None:
         "losses are at most 1.5e-4 of themselves from TP=2's",
         f"at most {farthest:.2f} times as far from single precision's",
         f"are {norms[0]:.2f} to {norms[-1]:.2f} times as far",
+        "losses are {:.2f} to {:.2f} times as far from single precision's as stock's, gradient"
+        " norms {:.2f} to {:.2f} times".format(
+            *(
+                end(row[key] for row in results["batch"])
+                for key in ("ratio", "norms_ratio")
+                for end in (min, max)
+            )
+        ),
     ):
         assert said in words
 
