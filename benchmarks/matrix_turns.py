@@ -27,8 +27,8 @@ WAITING = 3  # turns whose ranks import while one runs; a core a rank
 LAUNCHER = LauncherConfig(kind="torchrun")
 LOCAL = ("--transformer-impl", "local", "--no-persist-layer-norm", "--no-masked-softmax-fusion")
 LOCAL += ("--no-rope-fusion",)
-# As in the rivals' tables: the check waits for the GPU at every bucket of gradients, for 1.3 to 1.5 %
-# of a step of Qwen2.5-7B's layers.
+# As in the rivals' tables: the check waits for the GPU at every bucket of gradients, which took 1.3
+# to 1.5 % of a step of Qwen2.5-7B's layers.
 TIMED = ("--no-check-for-nan-in-loss-and-grad",)
 
 
