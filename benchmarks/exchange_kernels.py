@@ -232,8 +232,8 @@ class Bench:
                 y = x
                 for place, weight in enumerate(weights):
                     ahead = Ahead(
-                        forward=weights[place + 1] if place + 1 < CHAIN else None,
-                        backward=weights[place - 1] if place else None,
+                        forward=weights[place + 1 : place + 2],
+                        backward=weights[max(place - 1, 0) : place],
                     )
                     linear = row_linear if place % 2 else column_linear
                     y = linear(y, weight, self.groups.head, ahead if early else Ahead())
