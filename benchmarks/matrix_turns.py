@@ -27,9 +27,6 @@ WAITING = 3  # turns whose ranks import while one runs; a core a rank
 LAUNCHER = LauncherConfig(kind="torchrun")
 LOCAL = ("--transformer-impl", "local", "--no-persist-layer-norm", "--no-masked-softmax-fusion")
 LOCAL += ("--no-rope-fusion",)
-# As in the rivals' tables: the check waits for the GPU at every bucket of gradients, which took 1.3
-# to 1.5 % of a step of Qwen2.5-7B's layers.
-TIMED = ("--no-check-for-nan-in-loss-and-grad",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +83,6 @@ class Turn:
                 *runs.layout_flags(self.experiment, self.run),
                 *("--data-path", str(bench.data), "--split", "100,0,0"),
                 *("--helix-metrics", str(self.folder), "--helix-phase", self.run.phase),
-                *TIMED,
                 *bench.flags,
                 *self.more,
             ]

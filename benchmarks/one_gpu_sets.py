@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -208,12 +207,12 @@ def _beside_stock(
     of_set: Set,
     kind: str,
     *flags: str,
-    more: Mapping[str, Cut] = MappingProxyType({}),
+    more: Mapping[str, Cut] | None = None,
     split: str | None = None,
 ) -> Iterator[Training]:
     """Stock on two ranks and helix; stock on one, and once more in single precision."""
     yield of_set.recorded(f"{kind}-tp2", STOCK, *flags)
-    for name, cut in {**HELIX, **KEPT, **more}.items():
+    for name, cut in {**HELIX, **KEPT, **(more or {})}.items():
         yield of_set.recorded(f"{kind}-{name}", {**cut, "split": split}, *flags)
     yield of_set.recorded(f"{kind}-tp1", {"tp": 1}, *flags)
     yield of_set.recorded(f"{kind}-fp32", {"tp": 1}, *flags, fp32=True)

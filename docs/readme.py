@@ -15,7 +15,7 @@ HELIX = "helix 2x1 weights"
 LONG = f"{HELIX}, sequence split"
 # The latest call of each.
 SEED, QWEN = "seed, core attention auto by default", "qwen, a step's own sums in main_grad"
-FOUR, FEW = "four_h200_rivals", "helix 4x1 weights, a step"
+FOUR, OF_FOUR = "four_h200_rivals", "helix 4x1 weights"
 Row = dict[str, Any]
 
 
@@ -83,6 +83,7 @@ def choices() -> list[tuple[str, str, str]]:
     of_update = than(turns["helix 2x1"]["update_s"], turns["TP=2"]["update_s"])
     of_turn = than(turns["helix 2x1"]["turn_s"], turns["TP=2"]["turn_s"])
     few = cell("qwen, two query groups", FOUR, "referee")
+    of_few = few[f"{OF_FOUR}, a step"]
     groups = {row["variant"]: row for row in stored("few_query_groups")["rows"]}
     shape = stored("few_query_groups")["shape"]
 
@@ -138,8 +139,8 @@ def choices() -> list[tuple[str, str, str]]:
         (
             "heads: the degree divides neither heads nor query groups",
             "**helix**: stock refuses, or gathers QKV over the whole group",
-            f"two query groups on four H200: {time(few[FEW], few['TP=4'])} than TP=4 at"
-            f" {memory(few[FEW], few['TP=4'])} the memory; {shape['heads']} heads,"
+            f"two query groups on four H200: {time(of_few, few['TP=4'])} than TP=4 at"
+            f" {memory(of_few, few['TP=4'])} the memory; {shape['heads']} heads,"
             f" {shape['groups']} groups on {shape['m'] * shape['n']} ranks:"
             f" the exchange of `activations` sends {fewer('activations-batch')} times fewer bytes"
             f" than stock's gathered QKV, {fewer('activations-sequence')} with the sequence split;"
@@ -187,7 +188,8 @@ def measured() -> list[tuple[str, str, str]]:
             "the source's models, experts evenly loaded: helix 4 x 1 `weights` is"
             f" {between(baselines)} times as fast as {pp} and {between(tps)} times as TP=4, its"
             f" TPOT {between(lost)} times the former's ([figures](docs/performance.md#measured));"
-            f" beside the fastest rival in bf16, by its best way, {rivals()}"
+            " beside the fastest rival in bf16, by its best way and with Megatron's core attention,"
+            f" {rivals()}"
             " ([table](docs/performance.md#four-gpus-beside-rivals))",
         ),
         (
@@ -259,7 +261,7 @@ def rivals() -> str:
         size = f"{helix['memory_gb'] / rival['memory_gb']:.2f}"
         said.append(f"{SAID[one['name']]} {change} at {size} times its memory")
     own = cell("dense", FOUR, "referee")
-    helix, fsdp = own[HELIX.replace("2x1", "4x1")], own["M-FSDP, core attention auto"]
+    helix, fsdp = own[OF_FOUR], own["M-FSDP, core attention auto"]
     return (
         "; ".join(said) + "; with helix's own core attention on both the dense model is"
         f" {time(helix, fsdp)} than M-FSDP at {memory(helix, fsdp)} its memory"

@@ -2,30 +2,22 @@
 
 import math
 import re
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import yaml
 
+from tests.performance_page import PAGE, ROOT, WORDS, rows
 from tests.script_module import script_module
 
-ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs" / "performance.md").read_text()
-WORDS = " ".join(PAGE.split())
 HELIX = "helix 4x1 weights"
-Rows = dict[str, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
     """What writes them."""
     return script_module("docs/four_gpus.py")
-
-
-def rows(script: ModuleType, *of: str) -> Rows:
-    return {row["arm"]: row for row in script.cell(*of)}
 
 
 def more(one: dict[str, Any], other: dict[str, Any], key: str = "step_ms") -> float:
@@ -89,9 +81,8 @@ def test_rivals_are_compared_at_one_core_attention(script: ModuleType) -> None:
     """Where the page says whose is whose."""
     for name in ("dense", "forward", "moe", "qwen", "long"):
         for arm, row in rows(script, name).items():
-            assert row["layout"].get("core_attention", "spec") == arm.partition(" attention ")[
-                2
-            ] or ("attention" not in arm and "core_attention" not in row["layout"])
+            _, _, core = arm.partition(", core attention ")
+            assert row["layout"].get("core_attention", "") == core, arm
     for row in rows(script, "dense", "referee").values():
         assert row["layout"]["core_attention"] == "auto"
 

@@ -68,6 +68,7 @@ def test_long_at_other_lengths(benchmark: Any, length: int, sequences: int, laye
         assert value(flags, "--global-batch-size") == str(sequences)
         assert value(flags, "--num-layers") == str(layers)
         assert value(flags, "--micro-batch-size") == "1"
+        assert "--no-check-for-nan-in-loss-and-grad" in flags
     assert value(found["train helix_2x1_mb1"], "--helix-split") == "sequence"
 
 

@@ -1,29 +1,21 @@
 """What the performance page has of two GPUs in one call is stored, and its words say the same."""
 
 import re
-from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 
+from tests.performance_page import PAGE, WORDS, Rows, rows
 from tests.script_module import script_module
 
-PAGE = (Path(__file__).parents[1] / "docs" / "performance.md").read_text()
-WORDS = " ".join(PAGE.split())
 HELIX = "helix 2x1 weights"
 STEP = f"{HELIX}, sequence split, a step"
-Rows = dict[str, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
     """What writes them."""
     return script_module("docs/two_gpus.py")
-
-
-def rows(script: ModuleType, *of: str) -> Rows:
-    return {row["arm"]: row for row in script.cell(*of)}
 
 
 def test_the_tables_are_current(script: ModuleType) -> None:

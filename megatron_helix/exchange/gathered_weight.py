@@ -212,6 +212,11 @@ class Ahead:
         if self.bias is not None:
             self.bias.start()
 
+    def begin_beyond(self) -> None:
+        """Begin what its own predecessor cannot hide."""
+        if self.beyond is not None:
+            self.beyond.start()
+
     def begin_backward(self) -> None:
         """The same of a backward pass."""
         start_together(self.backward)

@@ -62,7 +62,7 @@ class _ColumnLinear(torch.autograd.Function):
         x, whole = gather(x, head), weight.whole()
         ahead.begin_forward()
         y = gemm.output(x, whole)
-        _start(ahead.beyond)
+        ahead.begin_beyond()
         return y
 
     @staticmethod
@@ -128,11 +128,6 @@ class _RowLinear(torch.autograd.Function):
         ctx.weight.send()
         _settle(ctx.ahead.behind)
         return grad_x, shard_gradient(), None, None, None
-
-
-def _start(weight: GatheredWeight | None) -> None:
-    if weight is not None:
-        weight.start()
 
 
 def _send(weight: GatheredWeight | None) -> None:

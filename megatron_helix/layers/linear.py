@@ -180,8 +180,7 @@ class HelixLinear(torch.nn.Module):
 
         y = engine.multiply(x, lend, self.helix_groups.head, factors)
         factors.shard.release()
-        if ahead.beyond is not None:
-            ahead.beyond.start()
+        ahead.begin_beyond()
         return y
 
     @cached_property
