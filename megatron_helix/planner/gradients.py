@@ -45,6 +45,11 @@ def gradients(book: Book, first: bool, last: bool, *, leads: bool, trails: bool)
             for shape, count in Counter(unsplit).items():
                 shard = fsdp.shard_size(here, [shape], here.replicas)
                 book.call("gradients of norms", "dp", "scatter", "step", shard, count, width)
+    if layout.gtp > 1:
+        whole = parameters.whole_beside_shards(here, first, last)
+        book.call(
+            "gradients of norms", "gtp", "all_reduce", "step", whole, size=here.gradient_bytes
+        )
     if here.stages > 1 and (first or last) and not untied:
         table = here.vocabulary * here.model.hidden_size / here.tp
         what, width = "gradient of the tied embedding", here.gradient_bytes
@@ -79,7 +84,8 @@ def numbers(book: Book, last: bool) -> None:
     here = book.here
     what = "loss, gradient norm"
     if last:
-        book.call(what, "dp", "all_reduce", "step", 2, size=FP32)
+        shared = "dp_gtp" if here.layout.gtp > 1 else "dp"
+        book.call(what, shared, "all_reduce", "step", 2, size=FP32)
     scaled = here.precision == "fp16"  # each optimizer asks its ranks for overflows
     apart = here.experts_apart
     if here.layout.fsdp == "torch_fsdp2":  # the norm of a rank's shards

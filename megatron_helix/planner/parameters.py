@@ -30,16 +30,20 @@ def dense_shapes(here: Deployment, first: bool, last: bool) -> Shapes:
     return before + layer_shapes(here) * here.layers + after
 
 
+def table(here: Deployment) -> tuple[int, int]:
+    """Shape of a rank's part of the embedding or of the head."""
+    return here.vocabulary // here.tp // here.layout.gtp, here.model.hidden_size
+
+
 def end_shapes(here: Deployment, first: bool, last: bool) -> tuple[Shapes, Shapes]:
     """Shapes of what comes before and after the layers."""
     model, D = here.model, here.model.hidden_size
-    table = (here.vocabulary // here.tp // here.layout.gtp, D)
     untied = model.untie_embeddings_and_output_weights
-    before = [table] if first or (last and not untied) else []
+    before = [table(here)] if first or (last and not untied) else []
     if first and model.position_embedding_type == "learned_absolute":
         before.append((model.max_position_embeddings or here.batch.sequence_length, D))
     after = _norm(model, D) if last else []
-    return before, after + ([table] if last and untied else [])
+    return before, after + ([table(here)] if last and untied else [])
 
 
 def layer_shapes(here: Deployment) -> Shapes:
@@ -94,6 +98,15 @@ def sequence_parallel(here: Deployment, last: bool) -> Shapes:
     experts = (model.num_experts or 0) // here.layout.ep if model.add_bias_linear else 0
     layer = _unsplit(model) + [(D, 1)] * experts
     return layer * here.layers + (_norm(model, D) if last else [])
+
+
+def whole_beside_shards(here: Deployment, first: bool, last: bool) -> int:
+    """Elements of what gtp leaves whole on every rank: norms and biases, positions, offsets."""
+    untied = here.model.untie_embeddings_and_output_weights
+    rows, columns = table(here)
+    tables = (first + last if untied else first or last) * rows * columns
+    layers = layer_matrices(here) / here.layout.gtp * here.layers
+    return round(sum(dense_tensors(here, first, last)) - tables - layers)
 
 
 def held(here: Deployment, stage: int) -> tuple[int, int]:

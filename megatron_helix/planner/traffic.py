@@ -26,6 +26,9 @@ Per micro-batch, with N tokens, T tensor-parallel ranks, ``c = N D / T``, V voca
   exactly in a sum over the ranks.
 * context parallelism: keys and values by p2p, a2a or all_gather:
   :mod:`megatron_helix.planner.context`.
+* GTP (Megatron's ``generalized_tensor_parallelism``): of every matrix, embedding and head its
+  all_gather for each pass that multiplies by it and the reduce_scatter of its gradient, in every
+  micro-batch; an all_reduce of the gradients of what it leaves whole.
 * FSDP: :mod:`megatron_helix.planner.fsdp`.
 * pipeline: c to the next stage, and its gradient back; in decode the whole stream, and the new
   tokens from the last stage to the first.
@@ -37,6 +40,7 @@ embedding between first and last stage, and single numbers: the gradient norm, t
 fp16 whether a gradient overflowed.
 """
 
+import math
 from collections import Counter
 
 from megatron_helix.exchange import traffic
@@ -90,7 +94,7 @@ def transfers(here: Deployment, stage: int, rank: int | None = None) -> list[Tra
             own = here.tokens * here.qkv_rows / here.tp
             book.call("QKV of all ranks", "tp", kind, when, own, here.layers)
     if here.layout.gtp > 1:
-        _weight_shards(book)
+        _weight_shards(book, first, last)
     if here.layout.fsdp:
         fsdp.weights(book, first, last)
     if here.model.num_experts:
@@ -174,15 +178,25 @@ def _linears(book: Book, plan: Plan, layers: int) -> None:
         book.sent("weights", "dim", "send", "step", summed, number, beside="gradients")
 
 
-def _weight_shards(book: Book) -> None:
-    """Weights cut over gtp as well: gathered for each pass, and their gradients scattered."""
+def _weight_shards(book: Book, first: bool, last: bool) -> None:
+    """Weights cut over gtp as well: gathered for each pass, and their gradients scattered.
+
+    So are embedding and head; the embedding's backward pass has no use for its weight.
+    """
     here = book.here
     matrices = 2 * here.block.sublayers
-    one = parameters.layer_matrices(here) / here.layout.gtp / matrices
-    number = matrices * here.layers
-    for when in ("forward", "backward"):
-        book.call("weights", "gtp", "all_gather", when, one, number, beside="weights")
-    book.call("weights", "gtp", "reduce_scatter", "backward", one, number, beside="gradients")
+    layer = parameters.layer_matrices(here) / here.layout.gtp / matrices
+    layers = matrices * here.layers
+    table = math.prod(parameters.table(here))
+    gathers = [("forward", layer, layers), ("backward", layer, layers)]
+    gathers += [("forward", table, first + last), ("backward", table, int(last))]
+    for when, one, number in gathers:
+        if number:
+            book.call("weights", "gtp", "all_gather", when, one, number, beside="weights")
+    for one, number in ((layer, layers), (table, first + last)):
+        if number:
+            when, beside = "backward", "gradients"
+            book.call("weights", "gtp", "reduce_scatter", when, one, number, beside=beside)
 
 
 def _decode_layers(book: Book) -> None:

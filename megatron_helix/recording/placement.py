@@ -3,9 +3,9 @@
 Nothing here is taken from a layout file. A rank says its device, its place in every process group,
 the shape of every parameter, and a fingerprint of each attention weight it holds, by which
 :mod:`megatron_helix.verification.verify` finds out which part of the model's weight that is. Of a
-weight that FSDP shards the shape is that of the rank's shard, and the fingerprint that of the
-whole, which is gathered for it: the shards of a data-parallel group together are the tile. Megatron
-FSDP shows the optimizer's weights in their place; what is said is said of those it computes with.
+weight that FSDP or GTP shards the shape is that of the rank's shard, and the fingerprint that of
+the whole, which is gathered for it: the shards of a group together are the tile. Megatron FSDP
+shows the optimizer's weights in their place; what is said is said of those it computes with.
 """
 
 import hashlib
@@ -64,8 +64,11 @@ def _whole(weight: torch.Tensor) -> torch.Tensor:
     """A weight without its shards: gathered from the ranks that have them, if there are any.
 
     Megatron FSDP, which marks its parameters, cuts its buffers where no even share ends: torch
-    would take them for even, and ranks wait for each other's bytes.
+    would take them for even, and ranks wait for each other's bytes. GTP's shards are rows, the last
+    of them padded.
     """
+    if getattr(weight, "is_gtp_weight_remat", False):
+        return _rows_of_all(weight)
     if not isinstance(weight, DTensor):
         return weight
     if not getattr(weight, "__fsdp_param__", False):
@@ -73,6 +76,14 @@ def _whole(weight: torch.Tensor) -> torch.Tensor:
     from megatron.core.distributed.fsdp.src.megatron_fsdp import uneven_dtensor
 
     return uneven_dtensor.uneven_dtensor_to_full_tensor(weight)
+
+
+def _rows_of_all(weight: Any) -> torch.Tensor:
+    """Of a shard of Megatron's generalized tensor parallelism: the whole, without padding."""
+    ranks = dist.get_world_size(weight.group)
+    whole = weight.new_empty(ranks * weight.size(0), weight.size(1))
+    dist.all_gather_into_tensor(whole, weight.detach().contiguous(), group=weight.group)
+    return whole[: whole.size(0) - weight.pad_length]
 
 
 def sha256(weight: torch.Tensor) -> str:

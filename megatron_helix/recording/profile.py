@@ -36,15 +36,16 @@ def times(events: Iterable[Any], calls: Sequence[Call]) -> dict[str, float]:
 
     Returns:
         ``profiler_s``, the sum of all collectives; ``exposed_s`` and ``hidden_s``, the time in
-        which any runs, without and with other work; ``ledger_s``.
+        which any runs, without and with other work; ``ledger_s``; on a GPU ``computed_s``, the time
+        in which its kernels but collectives run.
     """
     events = list(events)
     kernels = [event for event in events if _on_gpu(event) and not event.is_user_annotation()]
     nccl = [kernel for kernel in kernels if kernel.name().startswith("nccl")]
+    others = [_span(kernel) for kernel in kernels if not kernel.name().startswith("nccl")]
     if nccl:
-        others = [kernel for kernel in kernels if not kernel.name().startswith("nccl")]
         total = sum(kernel.duration_ns() for kernel in nccl)
-        exposed, hidden = overlap([*map(_span, nccl)], [*map(_span, others)])
+        exposed, hidden = overlap([*map(_span, nccl)], others)
         held_up = sum(call.time_s for call in calls)
     else:
         gloo = [
@@ -61,6 +62,7 @@ def times(events: Iterable[Any], calls: Sequence[Call]) -> dict[str, float]:
         "exposed_s": exposed / 1e9,
         "hidden_s": hidden / 1e9,
         "ledger_s": held_up,
+        **({"computed_s": overlap(others, [])[0] / 1e9} if kernels else {}),
     }
 
 

@@ -251,13 +251,14 @@ def load(
     """Largest over mean of what a rank holds and does. Limits hold for helix layouts.
 
     ``flops`` are those of the first step by the formula; the detail says which part was counted,
-    on CPUs. On a GPU none are.
+    on CPUs. On a GPU none are, and busy is the GPU itself: a process that is late with its kernels
+    would else look as if it had more to compute.
     """
     loads = {
         "parameters": [parameters(rank) for rank in live],
         "KV bytes": [rank["key_value_bytes"] for rank in live],
         "FLOPs": [rank["flops"] for rank in per_rank],
-        "busy time": [rank["busy_s"] for rank in per_rank],
+        "busy time": [_busy_s(rank) for rank in per_rank],
     }
     limits = {
         "parameters": asked.balance,
@@ -282,6 +283,10 @@ def load(
     if not run.layout.is_helix:
         found |= {"passed": None, "detail": detail + "; no demand on a baseline"}
     return found
+
+
+def _busy_s(rank: dict[str, Any]) -> float:
+    return (rank["profile"] or {}).get("computed_s", rank["busy_s"])
 
 
 def parameters(rank: dict[str, Any]) -> int:

@@ -1,4 +1,4 @@
-"""What a rank says of its weights: of one that Megatron FSDP cut, the whole."""
+"""What a rank says of its weights: of one that Megatron FSDP or GTP cut, the whole."""
 
 from typing import Any
 
@@ -33,4 +33,20 @@ def gathered() -> torch.Tensor:
 
 def test_a_weight_cut_unevenly_is_gathered_whole() -> None:
     for found in run_distributed(gathered, 3):
+        assert torch.equal(found, WHOLE)
+
+
+def shards_gathered() -> torch.Tensor:
+    """The weight as GTP shards it, whose parameters need a GPU: rows, the last ones padded."""
+    from megatron_helix.recording import placement
+
+    padded = torch.cat([WHOLE, torch.full((2, 3), torch.nan)])
+    parameter: Any = torch.nn.Parameter(padded.chunk(3)[dist.get_rank()].clone())
+    parameter.is_gtp_weight_remat, parameter.group = True, dist.group.WORLD
+    parameter.pad_length = 2
+    return placement._whole(parameter).detach()
+
+
+def test_shards_of_gtp_are_gathered_whole() -> None:
+    for found in run_distributed(shards_gathered, 3):
         assert torch.equal(found, WHOLE)

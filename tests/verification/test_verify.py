@@ -176,6 +176,26 @@ def test_an_unbalanced_layout_fails(finished: tuple[Path, Values], what: str) ->
     assert found["detail"].startswith(f"{what}: max/mean")
 
 
+def test_a_gpu_is_busy_with_kernels_and_not_with_waiting_for_its_process(
+    finished: tuple[Path, Values],
+) -> None:
+    out, values = finished
+    run = runs.compared(experiment())[1]
+    live = verify.placements(runs.folder(out, run) / "metrics")
+    asked = experiment().verification
+
+    def found(late_s: float, **computed: float) -> Any:
+        ranks = of(values, "execution_monitoring")["per_rank"]
+        for rank in ranks:
+            rank["busy_s"], rank["profile"] = 0.03, {"computed_s": 0.02}
+        ranks[0]["busy_s"] += late_s
+        ranks[1]["profile"] |= computed
+        return verify.load(run, live, ranks, asked, 1.0)
+
+    assert found(late_s=0.1)["ratios"]["busy time"] == 1.0
+    assert found(late_s=0.0, computed_s=0.2)["detail"].startswith("busy time: max/mean 3.07")
+
+
 def test_flops_that_no_rank_or_only_some_have_counted(finished: tuple[Path, Values]) -> None:
     out, values = finished
     run = runs.compared(experiment())[1]

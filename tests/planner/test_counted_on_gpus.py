@@ -1,0 +1,40 @@
+"""Bytes that the ledger counted on GPUs, of layouts of which some run nowhere else, as predicted.
+
+Context parallelism, Megatron FSDP and GTP need a GPU; what :mod:`megatron_helix.planner` says of
+them is held against a run of ``configs/experiments/four_gpus_exact.yaml``.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_helix.experiment import config, runs
+from megatron_helix.verification import expectation
+
+EXPERIMENT = config.load(Path("configs/experiments/four_gpus_exact.yaml"))
+COUNTED = {
+    row["layout"]: row
+    for row in json.loads(Path("benchmarks/results/four_h200_exact.json").read_text())["layouts"]
+}
+
+
+def test_every_layout_of_the_experiment_was_run() -> None:
+    assert [*COUNTED] == [layout.name for layout in EXPERIMENT.layouts]
+
+
+@pytest.mark.parametrize("run", runs.compared(EXPERIMENT), ids=lambda run: run.layout.name)
+def test_ranks_sent_what_was_predicted(run: runs.Run) -> None:
+    ranks = range(EXPERIMENT.world_size)
+    predicted: dict[str, float] = {}
+    for rank in ranks:
+        for key, sent in expectation.predicted_bytes(EXPERIMENT, run, rank).items():
+            predicted["/".join(key)] = predicted.get("/".join(key), 0.0) + sent / len(ranks)
+    assert predicted == COUNTED[run.layout.name]["sent_bytes"]
+
+
+def test_losses_are_the_first_layouts() -> None:
+    first, *others = (row["losses"] for row in COUNTED.values())
+    assert EXPERIMENT.tolerance.loss is not None
+    for losses in others:
+        assert losses == pytest.approx(first, rel=EXPERIMENT.tolerance.loss)
