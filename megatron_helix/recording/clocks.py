@@ -71,6 +71,10 @@ class HostClock:
 class StreamClock:
     """Time that the computing stream of a GPU is held up: exposed communication.
 
+    Torch looks into the process's environment when asked for the current stream of no named device,
+    so it is told which, and asked once for each moment: a process that starts small kernels would
+    take half as long again.
+
     Attributes:
         cuda: torch's module, or what stands in for a GPU.
         computing: the stream, the current one as a step begins; none before the first, for a rank
@@ -81,13 +85,20 @@ class StreamClock:
     cuda: Any = torch.cuda
     computing: Any = None
     pending: list[tuple[Any, Any, Collection[Call]]] = field(default_factory=list)
+    _record: Callable[..., None] | None = None  # an event, unseen by the watch
     _beside: dict[Any, set[Call]] = field(default_factory=lambda: defaultdict(set))  # by stream
     _under_way: set[Call] = field(default_factory=set)  # not yet waited for by the computing one
 
     def start(self) -> Any:
         """A moment in the stream's order of work."""
+        return self._moment(self._current())
+
+    def _current(self) -> Any:
+        return self.cuda.current_stream(self.computing and self.computing.device_index)
+
+    def _moment(self, stream: Any) -> Any:
         event = self.cuda.Event(enable_timing=True)
-        event.record()
+        (self._record or self.cuda.Event.record)(event, stream)
         return event
 
     def stop(self, start: Any, calls: Collection[Call]) -> None:
@@ -95,16 +106,16 @@ class StreamClock:
 
         From another stream than the computing one, remember only that ``calls`` were started.
         """
-        stream = self.cuda.current_stream()
+        stream = self._current()
         computes = self.computing is None or stream == self.computing
         if computes or all(call.kind in POINT_TO_POINT for call in calls):
-            self._held_up(start, calls)
+            self._held_up(start, stream, calls)
             return
         self._beside[stream].update(calls)
         self._under_way.update(calls)
 
-    def _held_up(self, start: Any, calls: Collection[Call]) -> None:
-        self.pending.append((start, self.start(), calls))
+    def _held_up(self, start: Any, stream: Any, calls: Collection[Call]) -> None:
+        self.pending.append((start, self._moment(stream), calls))
         self._under_way.difference_update(calls)
 
     def settle(self) -> None:
@@ -125,18 +136,20 @@ class StreamClock:
         """
         event_type = self.cuda.Event
         record, wait = event_type.record, event_type.wait
+        self._record = record
 
         def recorded(event: Any, stream: Any = None) -> None:
+            stream = stream or self._current()
             record(event, stream)
-            event.helix_behind = self._beside[stream or self.cuda.current_stream()].copy()
+            event.helix_behind = self._beside[stream].copy()
 
         def waited(event: Any, stream: Any = None) -> None:
-            stream = stream or self.cuda.current_stream()
+            stream = stream or self._current()
             calls = getattr(event, "helix_behind", set()) & self._under_way
             if calls and stream == self.computing:
-                start = self.start()
+                start = self._moment(stream)
                 wait(event, stream)
-                self._held_up(start, calls)
+                self._held_up(start, stream, calls)
                 return
             self._beside[stream] |= calls  # what waits for that one, waits for them
             wait(event, stream)
@@ -144,7 +157,7 @@ class StreamClock:
         event_type.record, event_type.wait = recorded, waited
 
         def unwatch() -> None:
-            event_type.record, event_type.wait = record, wait
+            event_type.record, event_type.wait, self._record = record, wait, None
 
         return unwatch
 

@@ -12,6 +12,8 @@ from megatron_helix.recording.clocks import Call, StreamClock
 class Stream:
     """Work in order; so far, in milliseconds."""
 
+    device_index = 3
+
     def __init__(self) -> None:
         self.at = 0.0
 
@@ -40,9 +42,11 @@ class Gpu:
 
     def __init__(self) -> None:
         self.current = Stream()
+        self.asked: list[int | None] = []
         self.Event = type("Event", (Event,), {"cuda": self})
 
-    def current_stream(self) -> Stream:
+    def current_stream(self, device: int | None = None) -> Stream:
+        self.asked.append(device)
         return self.current
 
     def synchronize(self) -> None:
@@ -103,6 +107,13 @@ def rank() -> Iterator[Rank]:
 def test_the_computing_stream_is_held_up(rank: Rank) -> None:
     call = rank.collective(5)
     assert rank.exposed_ms(call) == pytest.approx(5)
+
+
+def test_a_call_asks_for_the_stream_of_its_gpu_as_it_starts_and_as_it_ends(rank: Rank) -> None:
+    """More often, or of no named GPU, and the ledger would slow what it measures."""
+    rank.gpu.asked.clear()
+    rank.clock.stop(rank.clock.start(), [Call("dp", "all_gather", "dp", 0)])
+    assert rank.gpu.asked == [Stream.device_index] * 2
 
 
 def test_no_gpu_is_asked_for_before_the_rank_has_its_own() -> None:
