@@ -184,12 +184,16 @@ def measured() -> list[tuple[str, str, str]]:
         ),
         (
             "time on GPUs",
-            "four H200",
+            "four H200, fp16",
             "the source's models, experts evenly loaded: helix 4 x 1 `weights` is"
             f" {between(baselines)} times as fast as {pp} and {between(tps)} times as TP=4, its"
-            f" TPOT {between(lost)} times the former's ([figures](docs/performance.md#measured));"
-            " beside the fastest rival in bf16, by its best way and with Megatron's core attention,"
-            f" {rivals()}"
+            f" TPOT {between(lost)} times the former's ([figures](docs/performance.md#measured))",
+        ),
+        (
+            "",
+            "four H200, bf16",
+            "helix 4 x 1 `weights`, by its best way, beside the fastest rival; with Megatron's core"
+            f" attention {rivals()}"
             " ([table](docs/performance.md#four-gpus-beside-rivals))",
         ),
         (
@@ -241,6 +245,7 @@ SAID = {
     "forward": "its forward pass alone",
     "moe": "the MoE",
     "qwen": "Qwen2.5-7B's shape",
+    "qwen_forward": "its forward pass alone",
     "long": "one long sequence",
 }
 
@@ -248,24 +253,31 @@ SAID = {
 def rivals() -> str:
     """Of each model on four GPUs: helix's best beside the fastest rival, and that rival's name.
 
-    All with the layer spec's core attention.
+    First all with the layer spec's core attention, then all with helix's own, where that was tried.
     """
-    said = []
-    for one in stored(FOUR)["cells"]:
-        rows = [row for row in one["rows"] if "core_attention" not in row["layout"]]
-        rival, helix = (
-            min((row for row in rows if ("m" in row["layout"]) is own), key=lambda r: r["step_ms"])
-            for own in (False, True)
+    specs, own = (
+        "; ".join(
+            _beside(SAID[one["name"]], rows)
+            for one in stored(FOUR)["cells"]
+            if (rows := [row for row in one["rows"] if _core(row) == core])
         )
-        change = f"{time(helix, rival)} than {rival['arm']}"
-        size = f"{helix['memory_gb'] / rival['memory_gb']:.2f}"
-        said.append(f"{SAID[one['name']]} {change} at {size} times its memory")
-    own = cell("dense", FOUR, "referee")
-    helix, fsdp = own[OF_FOUR], own["M-FSDP, core attention auto"]
-    return (
-        "; ".join(said) + "; with helix's own core attention on both the dense model is"
-        f" {time(helix, fsdp)} than M-FSDP at {memory(helix, fsdp)} its memory"
+        for core in (None, "auto")
     )
+    return f"{specs}; with helix's own core attention on both {own}"
+
+
+def _core(row: Row) -> str | None:
+    return row["layout"].get("core_attention")
+
+
+def _beside(what: str, rows: list[Row]) -> str:
+    rival, helix = (
+        min((row for row in rows if ("m" in row["layout"]) is own), key=lambda r: r["step_ms"])
+        for own in (False, True)
+    )
+    size = f"{helix['memory_gb'] / rival['memory_gb']:.2f}"
+    name = rival["arm"].partition(",")[0]
+    return f"{what} {time(helix, rival)} than {name} at {size} times its memory"
 
 
 def two_gpus() -> list[float]:

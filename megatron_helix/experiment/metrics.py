@@ -48,6 +48,8 @@ class RunMetrics:
             steps.
         hidden_ms: communication beside which a rank computed, mean over ranks, in the profiled
             step; None without one.
+        computed_ms: a GPU's kernels but collectives, mean over ranks, in the profiled step; None
+            without one.
         peak_memory_bytes: most that a rank has held: of a GPU's allocator, or resident of the
             process, which counts what forked ranks share.
         weight_bytes: of the weights that the rank with most of them holds.
@@ -70,6 +72,7 @@ class RunMetrics:
     tpot_slowest_rank_ms: float
     breakdown_ms: dict[str, float]
     hidden_ms: float | None
+    computed_ms: float | None
     peak_memory_bytes: int
     weight_bytes: int
     sent_bytes: dict[str, float]
@@ -113,7 +116,7 @@ def read(folder: Path) -> RunMetrics:
     per_batch_ms = 1e3 * batch / tokens
     tpot = [statistics.mean(_communication(step)) * per_batch_ms for step in counted]
     slowest = max(map(statistics.median, zip(*map(_communication, counted), strict=True)))
-    hidden = [line["profile"]["hidden_s"] for lines in ranks for line in lines if "profile" in line]
+    profiles = [line["profile"] for lines in ranks for line in lines if "profile" in line]
     return RunMetrics(
         losses=[_said(step, "loss") for step in steps],
         grad_norms=[_said(step, "grad_norm") for step in steps],
@@ -125,7 +128,8 @@ def read(folder: Path) -> RunMetrics:
         tpot_p99_ms=p99(tpot),
         tpot_slowest_rank_ms=slowest * per_batch_ms,
         breakdown_ms=_breakdown(counted),
-        hidden_ms=statistics.mean(hidden) * 1e3 if hidden else None,
+        hidden_ms=_mean_ms(profiles, "hidden_s"),
+        computed_ms=_mean_ms(profiles, "computed_s"),
         peak_memory_bytes=max(lines[-1].get("peak_memory_bytes", 0) for lines in ranks),
         weight_bytes=max(
             (json.loads(f.read_text())["weight_bytes"] for f in files.of_ranks(folder, ".json")),
@@ -136,6 +140,11 @@ def read(folder: Path) -> RunMetrics:
         skipped_steps=sum(any(line["skipped"] for line in step) for step in steps),
         per_rank=[_rank(lines, line) for lines, line in zip(ranks, counted[-1], strict=True)],
     )
+
+
+def _mean_ms(profiles: list[dict[str, float]], key: str) -> float | None:
+    found = [profile[key] for profile in profiles if key in profile]
+    return statistics.mean(found) * 1e3 if found else None
 
 
 def _steps(file: Path) -> list[Line]:

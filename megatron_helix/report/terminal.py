@@ -187,7 +187,8 @@ def _predicted(results: list[Result]) -> Table:
     """Predicted beside measured, and how far the prediction is off."""
     made = Table(
         title=f"Predicted for {results[0]['predicted']['hardware']}, and measured",
-        caption="Error: of the prediction, relative to the measurement.",
+        caption="Error: of the prediction, relative to the measurement."
+        + prediction.of_late_hosts(results),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
     )

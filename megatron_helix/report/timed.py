@@ -67,7 +67,8 @@ def _source_table(experiment: ExperimentConfig, results: Sequence[Result]) -> Pa
         rows.append(row)
     note = "In brackets: against the first layout."
     if machine:
-        note = f"Predicted for {machine.name}. {note}"
+        late = prediction.of_late_hosts(results)
+        note = f"Predicted for {machine.name}.{late} {note}"
     if claims:
         of = "; ".join(sorted({claim.of for claim in experiment.claims}))
         note = f"Claimed figures are those of {of}. {note}"

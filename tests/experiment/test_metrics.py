@@ -53,7 +53,7 @@ def test_memory_is_that_of_the_rank_with_most(tmp_path: Path) -> None:
     ranks = [[line(peak_memory_bytes=1), line(peak_memory_bytes=size)] for size in (7, 5)]
     found = metrics.read(write(tmp_path, *ranks))
     assert found.peak_memory_bytes == 7
-    assert found.hidden_ms is None
+    assert found.hidden_ms is found.computed_ms is None
 
 
 def test_traffic_is_that_of_a_step_as_a_mean_over_ranks(tmp_path: Path) -> None:
@@ -116,12 +116,12 @@ def test_a_99th_percentile_needs_twenty_steps(tmp_path: Path, steps: int, known:
 
 
 def test_a_profiled_step_counts_in_no_time(tmp_path: Path) -> None:
-    profile = {"ledger_s": 1.0, "profiler_s": 1.0, "hidden_s": 0.5}
+    profile = {"ledger_s": 1.0, "profiler_s": 1.0, "hidden_s": 0.5, "computed_s": 1.5}
     steps = [line(step_s=9.0), line(step_s=2.0), line(step_s=7.0, profile=profile)]
     found = metrics.read(write(tmp_path, steps))
     assert found.step_ms == 2000.0
     assert found.per_rank[0]["profile"] == profile
-    assert found.hidden_ms == 500.0
+    assert (found.hidden_ms, found.computed_ms) == (500.0, 1500.0)
 
 
 @pytest.mark.parametrize(
