@@ -12,7 +12,10 @@ from megatron_helix.experiment.metrics import PARTS
 from megatron_helix.experiment.results import AXES_SHOWN, by_axis, decoded, significant, trained
 from megatron_helix.report import load_map, outlook
 
-_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#999999", "#f0e442")
+_COLOURS = (  # of Okabe and Ito, and a grey
+    *("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#999999", "#f0e442"),
+    "#000000",
+)
 _WIDTH = 8.0
 _DPI = 130
 _HATCHES = ("", "///", "...", "xx")  # where there is no colour in print
@@ -180,7 +183,7 @@ def _sent(results: list[dict[str, Any]]) -> Figure:
     axes.margins(x=0.12)
     axes.set_xlabel("MB, mean over ranks")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=len(AXES_SHOWN), frameon=False, fontsize=9)
+    figure.legend(loc="outside upper center", ncols=5, frameon=False, fontsize=9)
     return figure
 
 

@@ -6,10 +6,11 @@ them is held against a run of ``configs/experiments/four_gpus_exact.yaml``.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from megatron_helix.experiment import config, runs
+from megatron_helix.experiment import config, results, runs
 from megatron_helix.verification import expectation
 
 EXPERIMENT = config.load(Path("configs/experiments/four_gpus_exact.yaml"))
@@ -31,6 +32,12 @@ def test_ranks_sent_what_was_predicted(run: runs.Run) -> None:
         for key, sent in expectation.predicted_bytes(EXPERIMENT, run, rank).items():
             predicted["/".join(key)] = predicted.get("/".join(key), 0.0) + sent / len(ranks)
     assert predicted == COUNTED[run.layout.name]["sent_bytes"]
+
+
+@pytest.mark.parametrize("row", COUNTED.values(), ids=COUNTED.keys())
+def test_what_moves_weights_and_tokens_is_shown_by_its_name(row: dict[str, Any]) -> None:
+    sent = results.by_axis(row)
+    assert sent.get("other", 0.0) < 1e-3 * sum(sent.values())
 
 
 def test_losses_are_the_first_layouts() -> None:
