@@ -32,7 +32,7 @@ from megatron_helix.basics import errors
 from megatron_helix.basics.errors import UserError
 from megatron_helix.experiment import config, runs, torchrun
 from megatron_helix.experiment.config import ExperimentConfig
-from megatron_helix.machine.hardware import Link
+from megatron_helix.machine.quantities import Link
 from megatron_helix.options import environment
 from megatron_helix.recording import kernels
 

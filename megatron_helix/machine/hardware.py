@@ -8,7 +8,6 @@ property of what moves (:data:`BESIDE`): the part that is hidden, and what compu
 """
 
 import math
-from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -16,99 +15,15 @@ from pydantic import Field, PositiveInt, ValidationInfo, field_validator
 
 from megatron_helix.basics.errors import UserError
 from megatron_helix.kernels.core_times import CoreTime
+from megatron_helix.machine.quantities import Host, Link, Quantity, require_unit
 from megatron_helix.run_config.files import Config, read_config
 from megatron_helix.run_config.precision import ELEMENT_BYTES, Precision
-
-_SI = {
-    "TFLOP/s": 1e12,
-    "GFLOP/s": 1e9,
-    "TB/s": 1e12,
-    "GB/s": 1e9,
-    "GB": 1e9,
-    "GiB": 2.0**30,
-    "us": 1e-6,
-}
-_UNITS = {
-    "gemm": ("TFLOP/s", "GFLOP/s"),
-    "memory": ("GB", "GiB"),
-    "memory_bandwidth": ("TB/s", "GB/s"),
-    "fused_attention": ("TFLOP/s", "GFLOP/s"),
-    "bandwidth": ("GB/s",),
-    "latency": ("us",),
-    "arrival": ("us",),
-    "gap": ("us",),
-}
 
 # Weights gathered for a GEMM beside one before it; gradients of weights on their way to who keeps
 # them; a column linear's input and its gradient in the backward pass; gradients and weights of
 # data-parallel replicas; keys and values in a ring, beside attention.
 Beside = Literal["weights", "gradients", "tokens", "replicas", "keys"]
 BESIDE = get_args(Beside)
-
-
-class Quantity(Config):
-    """A constant of a machine.
-
-    Attributes:
-        value: in ``unit``.
-        unit: of ``value``.
-        source: datasheet, measurement or assumption.
-        achieved: the fraction of it that programs get.
-        achieved_source: where that is from.
-    """
-
-    value: float = Field(gt=0)
-    unit: str
-    source: str = Field(min_length=1)
-    achieved: float = Field(default=1.0, gt=0, le=1)
-    achieved_source: str = ""
-
-    @cached_property
-    def peak(self) -> float:
-        """In units of one: FLOP/s, bytes/s, bytes, s."""
-        return self.value * _SI[self.unit]
-
-    @cached_property
-    def rate(self) -> float:
-        """What programs get of :attr:`peak`."""
-        return self.peak * self.achieved
-
-
-def _require_unit(name: str, quantity: Quantity) -> Quantity:
-    if quantity.unit not in _UNITS[name]:
-        raise UserError(f"unit must be one of {', '.join(_UNITS[name])}, got {quantity.unit!r}")
-    return quantity
-
-
-class Pace(Config):
-    """Of a collective over links.
-
-    Attributes:
-        bandwidth: of one device, in one direction.
-        latency: of one hop of a collective.
-    """
-
-    bandwidth: Quantity
-    latency: Quantity
-
-    @field_validator("bandwidth", "latency")
-    @classmethod
-    def _units(cls, quantity: Quantity, info: ValidationInfo) -> Quantity:
-        return _require_unit(str(info.field_name), quantity)
-
-
-class Link(Pace):
-    """One level of links.
-
-    Attributes:
-        kinds: of collectives whose pace was measured apart.
-    """
-
-    kinds: dict[str, Pace] = Field(default_factory=dict)
-
-    def of(self, kind: str) -> Pace:
-        """The pace of a kind of collective."""
-        return self.kinds.get(kind, self)
 
 
 class Overlap(Config):
@@ -164,6 +79,8 @@ class Hardware(Config):
             get in the mean: norms, activations, softmax, optimizer.
         streaming_source: where that is from.
         gap: between two kernels of a rank.
+        host: of its process: no step is shorter than that takes to start its kernels; None where
+            nobody measured it, and on CPUs, which compute themselves.
         arrival: how much later the last rank comes to a collective than the others; whatever is
             begun early does not wait for it.
         beside: by what moves (:data:`BESIDE`) how collectives get on with the computation beside
@@ -186,6 +103,7 @@ class Hardware(Config):
     streaming: float = Field(default=1.0, gt=0, le=1)
     streaming_source: str = ""
     gap: Quantity | None = None
+    host: Host | None = None
     arrival: Quantity | None = None
     beside: dict[Beside, Overlap] = Field(default_factory=dict)
     core_attention: tuple[CoreTime, ...] = ()
@@ -195,7 +113,7 @@ class Hardware(Config):
     @field_validator("gemm", "memory", "memory_bandwidth", "fused_attention", "gap", "arrival")
     @classmethod
     def _units(cls, quantity: Quantity | None, info: ValidationInfo) -> Quantity | None:
-        return quantity and _require_unit(str(info.field_name), quantity)
+        return quantity and require_unit(str(info.field_name), quantity)
 
     @field_validator("inter_node")
     @classmethod

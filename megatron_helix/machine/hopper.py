@@ -2,7 +2,8 @@
 
 import os
 
-from megatron_helix.machine.hardware import Hardware, Link, Overlap, Quantity
+from megatron_helix.machine.hardware import Hardware, Overlap
+from megatron_helix.machine.quantities import Link, Quantity
 
 CARDS = ("H100", "H200", "H800", "GH200")
 _PROFILED = "kernels of two H200 by torch's profiler (benchmarks/results/two_h200_rivals.json)"

@@ -13,7 +13,8 @@ several nodes, among all. With the alpha-beta model of
 give latency and bandwidth of each level of links, by kind and the medians over the kinds. GEMMs
 multiply random numbers, and many in a row on a GPU: constants, or one product alone, draw less
 power and run at a higher clock than a model does. Core attentions are timed as layers have them
-(:mod:`megatron_helix.planner.core_timing`), and on GPUs collectives beside GEMMs. Not measured are
+(:mod:`megatron_helix.planner.core_timing`), and on GPUs collectives beside GEMMs and how long a
+process takes to start a layer (:mod:`megatron_helix.planner.host_timing`). Not measured are
 ``streaming``, ``gap``, ``arrival`` and ``fused_attention``, which are of whole steps.
 """
 
@@ -141,7 +142,7 @@ def measure(device: str, per_node: int) -> Measured:
         "element_bytes": source.element_size(),
         "links": links,
         "beside": beside,
-        "core_attention": _core_attention(device),
+        **_of_modules(device),
     }
 
 
@@ -186,14 +187,19 @@ def _beside(group: dist.ProcessGroup, a: torch.Tensor, x: torch.Tensor) -> dict[
     return found
 
 
-def _core_attention(device: str) -> list[dict[str, Any]]:
-    """Times of core attentions, for ``--helix-core-attention auto``."""
-    from megatron_helix.planner import core_timing  # slow: it imports Megatron
+def _of_modules(device: str) -> Measured:
+    """Times of core attentions, for ``--helix-core-attention auto``; of processes beside GPUs."""
+    from megatron_helix.planner import core_timing, host_timing  # slow: they import Megatron
 
     if device == "cpu":
         cpu_device.enable()
     with core_timing.alone():
-        return [each.model_dump() for each in core_timing.measure(device)]
+        times = [each.model_dump() for each in core_timing.measure(device)]
+        found: Measured = {"core_attention": times}
+        if device == "cuda":
+            host = host_timing.measure(device)
+            found["host"] = {each: _slowest([taken], device) for each, taken in host.items()}
+    return found
 
 
 def _links(
@@ -306,6 +312,8 @@ def write(measured: Measured, out: Path) -> None:
         "core_attention": measured["core_attention"],
         "note": note,
     }
+    if host := measured.get("host"):
+        document["host"] = {each: quantity(taken, "us", 1e-6) for each, taken in host.items()}
     files.write(out, yaml.safe_dump(document, sort_keys=False, width=100))
 
 

@@ -6,6 +6,8 @@
 * A collective takes ``alpha`` a hop and ``bytes / beta``, and the wait for the rank that comes
   last. Of one that is begun early a part is hidden, and slows the computation beside it: both by
   what moves, :meth:`megatron_helix.machine.hardware.Hardware.held`.
+* Where a process takes longer to start a micro-batch's kernels than the GPU for all of that, the
+  GPU waits for it.
 * M micro-batches on p stages take ``(M + p - 1)`` times the slowest stage (1F1B: Narayanan et al.
   2021, section 2.2); forward alone fills and drains the same way.
 * A micro-batch's gradients are added up in memory, and once a step come their collectives and the
@@ -249,6 +251,13 @@ def _stage(here: Deployment, stage: int, machine: Hardware) -> _Stage:
         hidden, slowed = hidden * fits, slowed * fits
         terms.append(Term(what="hidden behind computation", bound="hidden", seconds=-hidden))
         terms.append(Term(what="computation slowed by it", bound="compute", seconds=slowed))
+    compute_s += slowed
+    if machine.host:
+        starts = {"forward": machine.host.forward.rate, "backward": machine.host.backward.rate}
+        started_s = here.layers * sum(starts[each] * passes[each] for each in passes)
+        if (late_s := started_s - compute_s - exchanged + hidden) > 0:
+            terms.append(Term(what="processes start kernels", bound="launch", seconds=late_s))
+            compute_s += late_s
     update_s = 0.0
     if train:
         updated = update.optimizer_bytes(here, stage)
@@ -262,7 +271,7 @@ def _stage(here: Deployment, stage: int, machine: Hardware) -> _Stage:
     )
     return _Stage(
         terms=terms,
-        compute_s=compute_s + slowed,
+        compute_s=compute_s,
         exposed_s=exchanged - hidden,
         once_s=once_s,
         update_s=update_s,
