@@ -47,9 +47,8 @@ def gradients(book: Book, first: bool, last: bool, *, leads: bool, trails: bool)
                 book.call("gradients of norms", "dp", "scatter", "step", shard, count, width)
     if layout.gtp > 1:
         whole = parameters.whole_beside_shards(here, first, last)
-        book.call(
-            "gradients of norms", "gtp", "all_reduce", "step", whole, size=here.gradient_bytes
-        )
+        what, width = "gradients of norms", here.gradient_bytes
+        book.call(what, "gtp", "all_reduce", "step", whole, size=width)
     if here.stages > 1 and (first or last) and not untied:
         table = here.vocabulary * here.model.hidden_size / here.tp
         what, width = "gradient of the tied embedding", here.gradient_bytes
