@@ -8,6 +8,7 @@ time. FSDP gathers a layer at once, drawn at its first operator; what Megatron F
 step, outside the layers, is not drawn.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -219,6 +220,16 @@ def _shards(here: Deployment, of: str, axis: str, shapes: Shapes) -> dict[str, A
     return {"tile": f"the weights of {of}", "tile_bytes": sent, "tile_axis": axis}
 
 
+def _of_end(here: Deployment, of: str, shapes: Shapes) -> dict[str, Any]:
+    """What is gathered of the embedding or the head: all of FSDP2's unit there, GTP's table."""
+    if here.layout.fsdp == "torch_fsdp2":  # which has no stages
+        return _shards(here, of, "dp", shapes)
+    if here.layout.gtp == 1:
+        return {}
+    sent = (here.layout.gtp - 1) * math.prod(parameters.table(here)) * here.element_bytes
+    return {"tile": f"the weights of {of}", "tile_bytes": sent, "tile_axis": "gtp"}
+
+
 def _token_order(here: Deployment, rank: int, element: int) -> tuple[Step, str]:
     """The conversion of the stream at either end of the block, by ``rank`` of T."""
     size = {"sequence": here.sequence, "batch": here.layout.micro_batch}
@@ -238,15 +249,14 @@ def _chain(
     steps = layer_steps(here, element)
     order = _token_order(here, place["tensor_rank"], element)
     before, after = parameters.end_shapes(here, True, True)
-    ends = here.layout.fsdp == "torch_fsdp2"  # which has no stages
-    shards = _shards(here, "the embedding", "dp", before) if ends else {}
-    named = [(Step("received" if place["stage"] else "embedding", **shards), "")]
+    table = {} if place["stage"] else _of_end(here, "the embedding", before)
+    named = [(Step("received" if place["stage"] else "embedding", **table), "")]
     named += [order] * here.converts(first=not first, last=False)
     named += [(step, f", layer {layer}") for layer in layers for step in steps]
     last = layers[-1] == here.model.num_layers - 1
     named += [order] * here.converts(first=False, last=last)
-    if ends and last:
-        named += [(Step("LM head", **_shards(here, "the LM head", "dp", after)), "")]
+    if last and (head := _of_end(here, "the LM head", after)):
+        named += [(Step("LM head", **head), "")]
     tile = f", tile {place['head_group']},{place['segment']}" if "segment" in place else ""
     column = first * len(steps) + 2 * place["stage"]
     chain = []
