@@ -27,6 +27,7 @@ def test_what_is_measured_can_be_planned_with(tmp_path: Path) -> None:
     machine = hardware.load(tmp_path / "made" / "here.yaml")
     assert (machine.devices, machine.devices_per_node, machine.element_bytes) == (2, 2, 4)
     assert "helix calibrate" in machine.gemm.source
+    assert machine.host is None  # a CPU computes itself
     assert [time.core for time in machine.core_attention] == ["spec", "prefix"]
     model = read_config(ModelConfig, Path("configs/models/tiny_dense.yaml"))
     layout = LayoutConfig(name="tp2", tp=2, micro_batch=1)
