@@ -27,27 +27,34 @@ def is_helix(row: Row) -> bool:
     return "m" in row["layout"]
 
 
+def of_one_call(rows: list[Row]) -> list[Row]:
+    """Those of the table's own call: times of different calls are not compared."""
+    return [row for row in rows if "call" not in row]
+
+
 def fastest(rows: list[Row]) -> Row:
     """The rival that needs the least time."""
     return min((row for row in rows if not is_helix(row)), key=lambda row: row["step_ms"])
 
 
 def beside(name: str) -> list[str]:
-    """Every layout of a call, beside the fastest rival and beside its prediction."""
-    call = cell(name)
-    rival = fastest(call)
+    """Every layout, beside its prediction and, of one call, beside the fastest rival."""
+    every = cell(name)
+    own = of_one_call(every)
+    rival = fastest(own)
     rows = []
-    for row in call:
+    for row in every:
         error = row["predicted"]["step_ms"] / row["step_ms"] - 1
+        known = row in own
         rows.append(
             [
-                row["arm"] + (", earlier call" if "call" in row else ""),
+                row["arm"] + ("" if known else ", earlier call"),
                 str(row["layout"]["micro_batch"]),
                 f"{row['step_ms']:.1f}",
-                f"{row['step_ms'] / rival['step_ms']:.3f}",
+                f"{row['step_ms'] / rival['step_ms']:.3f}" if known else "",
                 f"{row['tokens_per_s']:,}",
                 f"{row['memory_gb']:.1f}",
-                f"{row['memory_gb'] / rival['memory_gb']:.2f}",
+                f"{row['memory_gb'] / rival['memory_gb']:.2f}" if known else "",
                 f"{row['tpot_ms']:.4f}" if "tpot_ms" in row else "",
                 f"{row['sent_mb']:,.0f}",
                 f"{row['predicted']['step_ms']:.1f}",

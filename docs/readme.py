@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from four_gpus import of_one_call
 from marked import ROOT, stored
 
 README = ROOT / "README.md"
@@ -259,7 +260,7 @@ def rivals() -> str:
         "; ".join(
             _beside(SAID[one["name"]], rows)
             for one in stored(FOUR)["cells"]
-            if (rows := [row for row in one["rows"] if _core(row) == core])
+            if (rows := [row for row in of_one_call(one["rows"]) if _core(row) == core])
         )
         for core in (None, "auto")
     )

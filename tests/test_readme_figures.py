@@ -1,6 +1,7 @@
 """Figures of README.md, and those that docs/performance.md has by hand, are the stored ones."""
 
 import ast
+import copy
 import re
 from pathlib import Path
 from types import ModuleType
@@ -37,6 +38,25 @@ def test_another_result_is_another_figure(
     shown = script.memory
     monkeypatch.setattr(script, "memory", lambda one, other: shown(other, one))
     assert script.page(README) != README
+
+
+def test_an_earlier_call_is_not_compared_with_a_later_one(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However fast its rows are."""
+    stored, said = script.stored, script.rivals()
+    found = copy.deepcopy(stored(script.FOUR))  # it is read once for all
+    earlier = [row for one in found["cells"] for row in one["rows"] if "call" in row]
+    assert earlier
+    for row in earlier:
+        row["step_ms"] = 1.0
+    monkeypatch.setattr(
+        script, "stored", lambda file: found if file == script.FOUR else stored(file)
+    )
+    assert script.rivals() == said
+    for row in earlier:
+        del row["call"]
+    assert script.rivals() != said
 
 
 def test_no_figure_is_typed_into_the_script() -> None:
