@@ -15,7 +15,7 @@ from pydantic import Field, PositiveInt, ValidationInfo, field_validator
 
 from megatron_helix.basics.errors import UserError
 from megatron_helix.kernels.core_times import CoreTime
-from megatron_helix.machine.quantities import Host, Link, Quantity, require_unit
+from megatron_helix.machine.quantities import Capacity, Compute, Duration, Host, Link, MemoryRate
 from megatron_helix.run_config.files import Config, read_config
 from megatron_helix.run_config.precision import ELEMENT_BYTES, Precision
 
@@ -93,27 +93,22 @@ class Hardware(Config):
     name: str
     devices: PositiveInt
     devices_per_node: PositiveInt
-    gemm: Quantity
-    memory: Quantity
-    memory_bandwidth: Quantity
+    gemm: Compute
+    memory: Capacity
+    memory_bandwidth: MemoryRate
     intra_node: Link
     inter_node: Link | None = Field(default=None, validate_default=True)
     fused_attention_max_channels: PositiveInt = 256
-    fused_attention: Quantity | None = None
+    fused_attention: Compute | None = None
     streaming: float = Field(default=1.0, gt=0, le=1)
     streaming_source: str = ""
-    gap: Quantity | None = None
+    gap: Duration | None = None
     host: Host | None = None
-    arrival: Quantity | None = None
+    arrival: Duration | None = None
     beside: dict[Beside, Overlap] = Field(default_factory=dict)
     core_attention: tuple[CoreTime, ...] = ()
     element_bytes: PositiveInt = 2
     note: str = ""
-
-    @field_validator("gemm", "memory", "memory_bandwidth", "fused_attention", "gap", "arrival")
-    @classmethod
-    def _units(cls, quantity: Quantity | None, info: ValidationInfo) -> Quantity | None:
-        return quantity and require_unit(str(info.field_name), quantity)
 
     @field_validator("inter_node")
     @classmethod

@@ -1,8 +1,9 @@
 """Constants of a machine, each with its unit and its source."""
 
 from functools import cached_property
+from typing import Annotated
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field
 
 from megatron_helix.basics.errors import UserError
 from megatron_helix.run_config.files import Config
@@ -15,18 +16,6 @@ _SI = {
     "GB": 1e9,
     "GiB": 2.0**30,
     "us": 1e-6,
-}
-_UNITS = {
-    "gemm": ("TFLOP/s", "GFLOP/s"),
-    "memory": ("GB", "GiB"),
-    "memory_bandwidth": ("TB/s", "GB/s"),
-    "fused_attention": ("TFLOP/s", "GFLOP/s"),
-    "bandwidth": ("GB/s",),
-    "latency": ("us",),
-    "arrival": ("us",),
-    "gap": ("us",),
-    "forward": ("us",),
-    "backward": ("us",),
 }
 
 
@@ -58,15 +47,20 @@ class Quantity(Config):
         return self.peak * self.achieved
 
 
-def require_unit(name: str, quantity: Quantity) -> Quantity:
-    """``quantity``, whose unit is one of those that the field ``name`` may have.
+def _measured_in(*units: str) -> AfterValidator:
+    def check(quantity: Quantity) -> Quantity:
+        if quantity.unit not in units:
+            raise UserError(f"unit must be one of {', '.join(units)}, got {quantity.unit!r}")
+        return quantity
 
-    Raises:
-        UserError: for another one.
-    """
-    if quantity.unit not in _UNITS[name]:
-        raise UserError(f"unit must be one of {', '.join(_UNITS[name])}, got {quantity.unit!r}")
-    return quantity
+    return AfterValidator(check)
+
+
+Compute = Annotated[Quantity, _measured_in("TFLOP/s", "GFLOP/s")]
+Capacity = Annotated[Quantity, _measured_in("GB", "GiB")]
+MemoryRate = Annotated[Quantity, _measured_in("TB/s", "GB/s")]
+LinkRate = Annotated[Quantity, _measured_in("GB/s")]
+Duration = Annotated[Quantity, _measured_in("us")]
 
 
 class Pace(Config):
@@ -77,13 +71,8 @@ class Pace(Config):
         latency: of one hop of a collective.
     """
 
-    bandwidth: Quantity
-    latency: Quantity
-
-    @field_validator("bandwidth", "latency")
-    @classmethod
-    def _units(cls, quantity: Quantity, info: ValidationInfo) -> Quantity:
-        return require_unit(str(info.field_name), quantity)
+    bandwidth: LinkRate
+    latency: Duration
 
 
 class Link(Pace):
@@ -108,10 +97,5 @@ class Host(Config):
         backward: in a backward pass.
     """
 
-    forward: Quantity
-    backward: Quantity
-
-    @field_validator("forward", "backward")
-    @classmethod
-    def _units(cls, quantity: Quantity, info: ValidationInfo) -> Quantity:
-        return require_unit(str(info.field_name), quantity)
+    forward: Duration
+    backward: Duration
