@@ -133,7 +133,7 @@ def test_a_second_ctrl_c_waits_no_longer(tmp_path: Path) -> None:
     assert not any(is_alive(pid) for pid in pids(tmp_path))
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("how", fast([signal.SIGKILL], [signal.SIGTERM, signal.SIGKILL]))
 def test_ranks_do_not_outlive_a_launcher_that_is_ended(tmp_path: Path, how: signal.Signals) -> None:
     script = f"""
 import os, pathlib, time

@@ -33,6 +33,7 @@ def test_a_thousand_gpus_have_so_many_layouts_of_the_widest_model() -> None:
     assert 5000 < found < 13_000
 
 
+@THOROUGH
 def test_a_thousand_gpus_are_searched_in_full() -> None:
     machine = SIXTEEN.scaled(1024)
     batch = BatchConfig(sequences=4096, sequence_length=2048)
