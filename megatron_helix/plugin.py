@@ -20,7 +20,8 @@ from megatron_helix.layers.layer_spec import (
     with_padded_features,
     with_sequence_parallel_norms,
 )
-from megatron_helix.layers.linear import finish_step, link
+from megatron_helix.layers.linear import link
+from megatron_helix.layers.weight_forms import finish_step
 from megatron_helix.options import arguments, core_attention, machine, parsed
 from megatron_helix.options.uneven import uneven
 from megatron_helix.partition.layout import HelixLayout

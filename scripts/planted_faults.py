@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
-import yaml
 from rich.console import Console
 from rich.table import Table
+
+from megatron_helix.run_config.files import loaded
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_S = 120
@@ -74,7 +75,7 @@ class Outcome:
 def load(words: list[str]) -> list[Fault]:
     """The faults whose names contain one of ``words``; all without any."""
     text = (ROOT / "scripts" / "planted_faults.yaml").read_text(encoding="utf-8")
-    faults = [Fault(**{**entry, "tests": tuple(entry["tests"])}) for entry in yaml.safe_load(text)]
+    faults = [Fault(**{**entry, "tests": tuple(entry["tests"])}) for entry in loaded(text)]
     names = [fault.name for fault in faults]
     twice = {name for name in names if names.count(name) > 1}
     unknown = [word for word in words if not any(word in name for name in names)]

@@ -18,8 +18,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_helix.exchange.plan import Plan
 from megatron_helix.exchange.strategy import Choice
 from megatron_helix.layers import vocabulary
-from megatron_helix.layers.linear import finish_step
 from megatron_helix.layers.transformer_layer import HelixLayer
+from megatron_helix.layers.weight_forms import finish_step
 from megatron_helix.partition.layout import HelixLayout
 from tests import block_case
 from tests.block_case import Block

@@ -61,7 +61,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", fast(["stages"], CASES))
+@pytest.mark.parametrize("name", fast(["stages", "several tokens predicted"], CASES))
 def test_the_first_layers_of_a_chunk_keep_what_they_gather(
     corpus_prefix: Path, tmp_path: Path, name: str
 ) -> None:

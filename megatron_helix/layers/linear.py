@@ -206,14 +206,6 @@ class HelixLinear(torch.nn.Module):
         return (y, bias) if _skips_bias(self) else (y + bias, None)
 
 
-def finish_step(model: list[torch.nn.Module]) -> None:
-    """Bring home the gradients of weights that were gathered for a step; forget what was kept."""
-    for chunk in model:
-        for module in chunk.modules():
-            if isinstance(module, HelixLinear):
-                module.forms.finish_step()
-
-
 def _skips_bias(linear: Any) -> bool:
     """Whether the bias is returned instead of added (Megatron's and TransformerEngine's names)."""
     return bool(getattr(linear, "skip_bias_add", False) or getattr(linear, "te_return_bias", False))

@@ -1,12 +1,13 @@
 """Embedding and LM head beside a decoder block that keeps its own token order.
 
-Stock, both span all T ranks: the embedding reduce-scatters the stream, the head gathers it. With a
-sequence split they stay stock and are given word ids and labels in the order of the block; the
-losses are put back in order, and nothing moves for it. Where the plan is ``weights`` with a batch
-split and the micro-batch has more tokens than a head group has vocabulary, they do as the linears
-of the block do: each rank works on its own sequences with the vocabulary of its head group, whose m
-shards are gathered. The stream then enters and leaves the block in the block's own order, without
-the conversions at its ends; what is gathered in the end are the losses.
+Stock, both span all T ranks: the embedding reduce-scatters the stream, the head gathers it. Where
+the plan is ``weights`` and the micro-batch has more tokens than a head group has vocabulary, they
+do as the linears of the block do: each rank works on its own tokens with the vocabulary of its head
+group, whose m shards are gathered, and kept for a step where those of all layers are. The stream
+then enters and leaves the block in the block's own order; what is gathered in the end are the
+losses. With fewer tokens and a sequence split they stay stock and are given word ids and labels in
+the order of the block; the losses are put back in order, and nothing moves for it. With a batch
+split the block converts the stream at its ends.
 
 Sharded einsums (V vocabulary, N tokens, D hidden)::
 
@@ -42,6 +43,7 @@ from megatron_helix.exchange.tokens import Order, in_order, out_of_order, stream
 from megatron_helix.exchange.weights import column_linear
 from megatron_helix.kernels.collectives import gather, reduce_scatter
 from megatron_helix.layers.transformer_layer import BlockEnds, HelixLayer
+from megatron_helix.layers.weight_forms import WeightForms
 from megatron_helix.partition.process_groups import HelixGroups, on_head_axis
 
 _FORWARD = inspect.signature(GPTModel.forward)
@@ -61,25 +63,42 @@ class _Vocabulary:
 
     def moves(self, sequence: int, batch: int) -> bool:
         """Whether micro-batches of this shape keep the block's order beyond its ends."""
-        if not self._plan(sequence, batch).has_own_order:
-            return False
-        fewer_bytes = sequence * batch > self.size // self.groups.head.size()
-        return fewer_bytes or self.deals(sequence, batch)
+        plan = self.plan(sequence, batch)
+        return plan.has_own_order and (plan.split == "sequence" or self.gathers(sequence, batch))
+
+    def gathers(self, sequence: int, batch: int) -> bool:
+        """Whether a rank embeds and predicts its own tokens: that sends fewer bytes."""
+        return sequence * batch > self.size // self.groups.head.size()
+
+    def mine(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Of ``[b, s]`` what my head-axis group works on: ``[b/m, s]``, or dealt ``[b, s/m]``."""
+        m, n, segment = self.groups.dim.size(), self.groups.head.size(), self.groups.segment
+        if order := self.order(tokens):
+            dealt = in_order(tokens, order, dim=1).view(tokens.size(0), n, m, -1)
+            return dealt[:, :, segment].flatten(1)
+        return tokens.chunk(m)[segment]
+
+    def every(self, losses: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Losses of what is :meth:`mine` -> of all ``[b, s]`` labels, all-gathered over dim."""
+        losses = _AllLosses.apply(losses, self.groups.dim)
+        if order := self.order(labels):
+            b, n, m = labels.size(0), self.groups.head.size(), self.groups.dim.size()
+            dealt = losses.view(m, b, n, -1).permute(1, 2, 0, 3)
+            return out_of_order(dealt.reshape(b, -1), order, dim=1)
+        return losses
 
     def order(self, tokens: torch.Tensor) -> Order | None:
         """Of ``[b, s]`` tokens into the dealt stream; None with a batch split."""
         batch, sequence = tokens.shape
-        if not self.deals(sequence, batch):
+        plan = self.plan(sequence, batch)
+        if plan.split != "sequence":
             return None
-        documents = self._plan(sequence, batch).documents
-        return stream_order(self.layer.helix_layout, sequence, tokens.device, documents)
+        return stream_order(self.layer.helix_layout, sequence, tokens.device, plan.documents)
 
-    def deals(self, sequence: int, batch: int) -> bool:
-        """Whether micro-batches of this shape are split by sequence."""
-        return self._plan(sequence, batch).split == "sequence"
-
-    def _plan(self, sequence: int, batch: int) -> Plan:
-        return self.layer.plan_for(sequence, batch, self.packed)
+    def plan(self, sequence: int, batch: int) -> Plan:
+        """Of micro-batches of this shape: with ``--helix-gather-layers`` as the last layers'."""
+        plan = self.layer.plan_for(sequence, batch, self.packed)
+        return self.layer.helix_choice.of_layer(plan, None)
 
 
 def extend(model: list[Any]) -> list[Any]:
@@ -170,65 +189,83 @@ class _Model(torch.nn.Module):
         """Labels ``[b, s]``, logits of all or of my sequences -> losses ``[b, s]``."""
         if not self.helix_vocabulary.ends.stays:
             return super().compute_language_model_loss(labels, logits)  # type: ignore[misc]
-        groups = self.helix_vocabulary.groups
-        if order := self.helix_vocabulary.order(labels):
+        vocabulary = self.helix_vocabulary
+        order = vocabulary.order(labels)
+        if order and not vocabulary.gathers(*labels.shape[::-1]):
             dealt = in_order(labels, order, dim=1)
             losses = super().compute_language_model_loss(dealt, logits)  # type: ignore[misc]
             return out_of_order(losses, order, dim=1)
-        on_head: Any = copy.copy(self)  # stock cross entropy, over the ranks of my sequences
-        on_head.tp_group = groups.head
-        on_head.pg_collection = on_head_axis(self.pg_collection, groups)
-        mine = labels.chunk(groups.dim.size())[groups.segment]
+        on_head: Any = copy.copy(self)  # stock cross entropy, over the ranks of my tokens
+        on_head.tp_group = vocabulary.groups.head
+        on_head.pg_collection = on_head_axis(self.pg_collection, vocabulary.groups)
+        mine = vocabulary.mine(labels)
         losses = super(_Model, on_head).compute_language_model_loss(mine, logits)  # type: ignore[misc]
-        return _AllLosses.apply(losses, groups.dim)
+        return vocabulary.every(losses, labels)
 
 
-class _Embedding(torch.nn.Module):
+class _Table(torch.nn.Module):
+    """Mixin of both ends: the vocabulary of a head group, from the shards of a dim group."""
+
+    helix_vocabulary: _Vocabulary
+    forms: WeightForms | None = None
+
+    def table(self, shard: torch.nn.Parameter, sequence: int, batch: int) -> GatheredWeight:
+        """``[V/n, D]``, for micro-batches of this shape."""
+        vocabulary = self.helix_vocabulary
+        if self.forms is None or self.forms.shard is not shard:
+            groups = vocabulary.groups.dim, vocabulary.groups.home
+            self.forms = WeightForms(shard, Shards(axis=0), *groups, engine=False)
+        plan = vocabulary.plan(sequence, batch)
+        self.forms.keeps = plan.keeps_weights and self.training
+        self.forms.keeps_gradients = plan.keeps_gradients and self.training
+        return self.forms.used(self.forms.turned, self.forms.turned)[0]
+
+
+class _Embedding(_Table):
     """Mixin before ``VocabParallelEmbedding``."""
 
     deterministic_mode: bool
-    helix_vocabulary: _Vocabulary
     weight: torch.nn.Parameter
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """``[b, s] -> [s/T, b, D]``; with a batch split it is memory of ``[s/n, b/m, D]``."""
-        if not self.helix_vocabulary.ends.entered:
+        vocabulary, groups = self.helix_vocabulary, self.helix_vocabulary.groups
+        if not vocabulary.ends.entered:
             return super().forward(tokens)
-        if order := self.helix_vocabulary.order(tokens):
+        b, s = tokens.shape
+        order = vocabulary.order(tokens)
+        if order and not vocabulary.gathers(s, b):
             return super().forward(in_order(tokens, order, dim=1))
-        groups = self.helix_vocabulary.groups
-        m = groups.dim.size()
-        table = whole(GatheredWeight(self.weight, Shards(axis=0), groups.dim))  # [V/n, D]
-        mine = tokens.chunk(m)[groups.segment] - groups.head_group * table.size(0)
+        table = whole(self.table(self.weight, s, b))
+        mine = vocabulary.mine(tokens) - groups.head_group * table.size(0)
         outside = (mine < 0) | (mine >= table.size(0))
         inside = mine.masked_fill(outside, 0)
         # As stock: the gradient of F.embedding is summed in no order of its own on a GPU.
         rows = table[inside] if self.deterministic_mode else F.embedding(inside, table)
         rows = rows.masked_fill(outside[..., None], 0.0).transpose(0, 1)  # [s, b/m, D]
         stream = reduce_scatter(rows, groups.head)  # [s/n, b/m, D]
-        return stream.view(tokens.size(1) // groups.tp.size(), tokens.size(0), -1)
+        return stream.view(s // groups.tp.size(), b, -1)
 
 
-class _Head(torch.nn.Module):
+class _Head(_Table):
     """Mixin before the ``ColumnParallelLinear`` of the LM head."""
 
-    helix_vocabulary: _Vocabulary
     weight: torch.nn.Parameter | None
 
     def forward(
         self, stream: torch.Tensor, weight: torch.Tensor | None = None, **kwargs: Any
     ) -> Any:
-        """``[s/T, b, D]``, in the block's order -> ``[s, b/m, V/n]``; stock otherwise."""
-        if not self.helix_vocabulary.ends.stays:
-            return super().forward(stream, weight=weight, **kwargs)
-        groups = self.helix_vocabulary.groups
+        """``[s/T, b, D]``, in the block's order -> ``[s, b/m, V/n]`` or ``[s/m, b, V/n]``."""
+        vocabulary, groups = self.helix_vocabulary, self.helix_vocabulary.groups
         rows, b, width = stream.shape
-        if self.helix_vocabulary.deals(rows * groups.tp.size(), b):
+        shape = rows * groups.tp.size(), b
+        if not vocabulary.ends.stays or not vocabulary.gathers(*shape):
             return super().forward(stream, weight=weight, **kwargs)
-        m = groups.dim.size()
+        if vocabulary.plan(*shape).split == "batch":
+            m = groups.dim.size()
+            stream = stream.view(rows * m, b // m, width)
         shard: Any = self.weight if weight is None else weight
-        table = GatheredWeight(shard, Shards(axis=0), groups.dim)
-        return column_linear(stream.view(rows * m, b // m, width), table, groups.head), None
+        return column_linear(stream, self.table(shard, *shape), groups.head), None
 
 
 class _AllLosses(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""The forms in which a linear of a decoder block gathers its weight."""
+"""The forms in which a linear gathers its weight, and the embedding its table."""
 
 from dataclasses import replace
 from functools import cache
@@ -120,6 +120,14 @@ class WeightForms:
         for form in self._blocks:
             form.adopt(quantizer)
         return self._blocks
+
+
+def finish_step(model: list[torch.nn.Module]) -> None:
+    """Bring home the gradients of weights that were gathered for a step; forget what was kept."""
+    for chunk in model:
+        for module in chunk.modules():
+            if isinstance(forms := getattr(module, "forms", None), WeightForms):
+                forms.finish_step()
 
 
 @cache

@@ -379,11 +379,29 @@ class Deployment:
         return bool(self.batch.documents) and self.plan.split == "sequence"
 
     @cached_property
+    def table_plan(self) -> Plan | None:
+        """How head and embedding gather shards, as `layers.vocabulary` has it; None: not at all."""
+        if not self.plan.has_own_order or not self.in_loop:
+            return None
+        if self.tokens <= self.vocabulary // self.cut.n:
+            return None
+        if self.layout.gather_layers is None:
+            return self.plan
+        return replace(self.plan, gather="microbatch")
+
+    @property
     def embeds_in_block_order(self) -> bool:
-        """Whether embedding and head work on 1/m of the tokens, as `layers.vocabulary` has it."""
-        if self.plan.exchange != "weights" or self.plan.split != "batch" or not self.in_loop:
-            return False
-        return self.tokens > self.vocabulary // self.cut.n
+        """Whether the embedding gathers: learned positions are added to whole sequences."""
+        return self.table_plan is not None and not self._learns_positions
+
+    @property
+    def _learns_positions(self) -> bool:
+        return self.model.position_embedding_type == "learned_absolute"
+
+    def gathered_tables(self, stage: int) -> int:
+        """Of the ends of the model that a stage has, how many gather their shards."""
+        head = stage == self.stages - 1 and self.table_plan is not None
+        return head + (stage == 0 and self.embeds_in_block_order)
 
     def converts(self, *, first: bool, last: bool) -> int:
         """How often a micro-batch's stream changes its order on a stage, at the block's ends.
@@ -392,9 +410,9 @@ class Deployment:
             first: whether the stage has the embedding.
             last: whether it has the head.
         """
-        if not self.plan.has_own_order or self.embeds_in_block_order:
+        if not self.plan.has_own_order:
             return 0
         if self.plan.split == "batch" or not self.in_loop:
-            return first + last
-        # Word ids and labels come in order; learned positions are added to whole sequences.
-        return int(first and self.model.position_embedding_type == "learned_absolute")
+            head = self.table_plan is not None
+            return (first and not self.embeds_in_block_order) + (last and not head)
+        return int(first and self._learns_positions)  # word ids and labels come in order

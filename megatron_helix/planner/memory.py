@@ -5,6 +5,7 @@ Korthikanti et al., "Reducing activation recomputation in large transformer mode
 4, for the tensors a layer keeps, here without dropout and with each counted in its own width.
 """
 
+import math
 from dataclasses import dataclass, fields, replace
 
 from megatron_helix.planner import core_attention, fsdp, parameters
@@ -60,7 +61,7 @@ def of_rank(here: Deployment, stage: int, *, fused_channels: int) -> Memory:
         gathered_weights=_gathered(here, stage, train),
     )
     if train and here.plan.keeps_gradients:
-        passes = _through_a_step(here, passes)
+        passes = _through_a_step(here, stage, passes)
     narrow = here.gradient_bytes < WIDENED_BYTES
     widened = states * WIDENED_BYTES if train and narrow else 0.0
     freed = {"activations": 0.0, "gathered_weights": 0.0}
@@ -68,16 +69,23 @@ def of_rank(here: Deployment, stage: int, *, fused_channels: int) -> Memory:
     return max(passes, end, key=lambda memory: memory.total)
 
 
-def _through_a_step(here: Deployment, passes: Memory) -> Memory:
+def _through_a_step(here: Deployment, stage: int, passes: Memory) -> Memory:
     """With the sums of a step's gradients of others' shards, which grow as activations go.
 
     The second micro-batch finds them all.
     """
-    others = parameters.layer_matrices(here) * (here.cut.m - 1)
-    sums = others * here.kept_layers * here.gradient_bytes
+    kept = parameters.layer_matrices(here) * here.kept_layers + _kept_tables(here, stage)
+    sums = kept * (here.cut.m - 1) * here.gradient_bytes
     kept = passes.activations if here.microbatches == 1 else 0.0
     gathered = passes.gathered_weights + max(0.0, sums - kept)
     return replace(passes, gathered_weights=gathered)
+
+
+def _kept_tables(here: Deployment, stage: int) -> float:
+    """Parameters of a rank in embedding and head, where these are gathered for a step."""
+    if here.table_plan is None or not here.table_plan.keeps_weights:
+        return 0.0
+    return here.gathered_tables(stage) * math.prod(parameters.table(here))
 
 
 def _kept(here: Deployment, stage: int, fused_channels: int) -> float:
@@ -133,7 +141,8 @@ def _gathered(here: Deployment, stage: int, train: bool) -> float:
     if shards == 1:
         return 0.0
     layer = parameters.layer_matrices(here) / here.layout.gtp * shards
-    kept = layer * here.kept_layers * here.element_bytes
+    kept = layer * here.kept_layers + _kept_tables(here, stage) * shards
+    kept *= here.element_bytes
     all_kept = here.kept_layers == here.layers
     if all_kept and here.plan.keeps_gradients:
         return kept

@@ -243,10 +243,8 @@ def _embedding(book: Book) -> None:
     here = book.here
     D = here.model.hidden_size
     chunk = here.tokens * D / here.tp
-    if here.embeds_in_block_order:
-        table = here.vocabulary * D / here.tp
-        book.call("embedding", "dim", "all_gather", "forward", table)
-        book.call("embedding", "dim", "all_to_all", "backward", table * here.cut.m)
+    if here.table_plan is not None and here.embeds_in_block_order:
+        _table(book, "embedding", here.table_plan, "forward")
         book.call("embedding", "head", "reduce_scatter", "forward", chunk)
         book.call("embedding", "head", "all_gather", "backward", chunk)
     elif here.sequence_parallel and here.model.position_embedding_type != "learned_absolute":
@@ -262,7 +260,7 @@ def _head(book: Book) -> None:
     here = book.here
     D = here.model.hidden_size
     chunk = here.tokens * D / here.tp
-    axis = "head" if here.embeds_in_block_order else "tp"
+    axis = "tp" if here.table_plan is None else "head"
     if not here.in_loop:
         last = here.layout.micro_batch  # logits of one token a sequence
         if here.sequence_parallel:
@@ -274,14 +272,24 @@ def _head(book: Book) -> None:
         book.call("LM head", axis, "all_gather", "backward", chunk)
         book.call("LM head", axis, "reduce_scatter", "backward", chunk)
     losses = here.tokens
-    if here.embeds_in_block_order:
-        table = here.vocabulary * D / here.tp
-        book.call("LM head", "dim", "all_gather", "forward", table)
-        book.call("LM head", "dim", "all_gather", "backward", table)
-        book.call("LM head", "dim", "all_to_all", "backward", table * here.cut.m)
+    if here.table_plan is not None:
+        _table(book, "LM head", here.table_plan, "forward", "backward")
         losses //= here.cut.m
         book.call("losses", "dim", "all_gather", "forward", losses, size=FP32)
     book.call("cross entropy", axis, "all_reduce", "forward", losses, 3, FP32)
+
+
+def _table(book: Book, what: str, plan: Plan, *passes: str) -> None:
+    """The vocabulary of a head group: gathered by the its passes, its gradient sent home."""
+    here = book.here
+    table, others = here.vocabulary * here.model.hidden_size / here.tp, here.cut.m - 1
+    for when in ("step",) if plan.keeps_weights else passes:
+        book.call(what, "dim", "all_gather", when, table)
+    if plan.keeps_gradients:
+        summed = others * table * here.gradient_bytes
+        book.sent(what, "dim", "send", "step", summed, others, beside="gradients")
+    else:
+        book.call(what, "dim", "all_to_all", "backward", table * here.cut.m)
 
 
 def _pipeline(book: Book, first: bool, last: bool) -> None:

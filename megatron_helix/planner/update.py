@@ -29,6 +29,8 @@ The first is of runs with ``--no-gradient-accumulation-fusion``, as experiments 
 GEMM needs apex.
 """
 
+import math
+
 from megatron_helix.planner import parameters
 from megatron_helix.planner.deployment import Deployment
 
@@ -45,8 +47,11 @@ def accumulation_bytes(here: Deployment, stage: int) -> float:
         return (reads * width + sent) * whole + (sent + sums) * shard
     added = sum(parameters.held(here, stage)) * (width + sums)
     others = here.cut.m - 1
-    for plan, layers in here.plans:
-        matrices = parameters.layer_matrices(here) * layers
+    gathered = [(plan, parameters.layer_matrices(here) * of) for plan, of in here.plans]
+    if here.table_plan is not None:
+        table = math.prod(parameters.table(here))
+        gathered.append((here.table_plan, table * here.gathered_tables(stage)))
+    for plan, matrices in gathered:
         if plan.keeps_gradients:
             added += matrices * (others * sums - width)
         elif plan.exchange == "weights":

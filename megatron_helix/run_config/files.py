@@ -46,6 +46,31 @@ def _said(error: Any) -> str:
     return f"{place}: {said}" if place else said
 
 
+class _KeysOnce(yaml.SafeLoader):
+    """YAML's own rule, which PyYAML does not keep: of two equal keys it would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As PyYAML's; a merge key (``<<``) may well bring what is given here, too."""
+        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        given: list[Any] = []
+        for key in own:
+            name = self.construct_object(key, deep=True)
+            if name in given:
+                where = f"line {key.start_mark.line + 1}"
+                raise yaml.YAMLError(f"{where}: the key {name!r} is given twice; leave one away")
+            given.append(name)
+        return super().construct_mapping(node, deep)
+
+
+def loaded(text: str) -> Any:
+    """What a YAML document holds.
+
+    Raises:
+        yaml.YAMLError: saying where it is none, and of a mapping that has a key twice.
+    """
+    return yaml.load(text, _KeysOnce)  # noqa: S506 (a safe loader)
+
+
 def read_mapping(path: Path) -> dict[str, Any]:
     """The YAML mapping in the file.
 
@@ -53,7 +78,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
         UserError: naming the file, when it cannot be read or holds something else.
     """
     try:
-        document = yaml.safe_load(path.read_text())
+        document = loaded(path.read_text())
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except (UnicodeDecodeError, yaml.YAMLError) as error:

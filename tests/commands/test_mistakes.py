@@ -88,6 +88,10 @@ MISTAKES = [
     ("run missing.yaml --out out", "missing.yaml: cannot be read: No such file"),
     ("run binary --out out", "binary: is not YAML: "),
     ("run torn.yaml --out out", "torn.yaml: is not YAML: "),
+    (
+        "run twice.yaml --out out",
+        "twice.yaml: is not YAML: line 2: the key 'layouts' is given twice; leave one away",
+    ),
     ("run small.yaml --out file", "--out: file must be a folder that can be made: File"),
     ("run small.yaml --out file/out", "--out: file/out must be a folder that can be made: Not a"),
     ("run typed.yaml --out out", "tiny, layout tp2_pp2: --helix-m: invalid int value: 'x'; corr"),
@@ -161,6 +165,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     stretched = {**DOCUMENT, "layouts": wide, "claims": [], "outlook": None}
     (tmp_path / "wide.yaml").write_text(json.dumps(stretched))
     (tmp_path / "torn.yaml").write_text(json.dumps(DOCUMENT)[:-3])
+    (tmp_path / "twice.yaml").write_text("layouts: []\nlayouts: []\n")
     (tmp_path / "binary").write_bytes(bytes(range(128, 256)))
     (tmp_path / "text").write_text("text")
     (tmp_path / "file").touch()

@@ -11,7 +11,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_helix.exchange.strategy import Choice
-from megatron_helix.layers.linear import finish_step
+from megatron_helix.layers.weight_forms import finish_step
 from tests import block_case
 from tests.block_case import Block
 from tests.covering import THOROUGH

@@ -21,7 +21,7 @@ from megatron_helix.exchange.plan import Plan
 from megatron_helix.exchange.strategy import Choice
 from megatron_helix.exchange.traffic import BlockShape
 from megatron_helix.layers.layer_spec import helixify, with_sequence_parallel_norms
-from megatron_helix.layers.linear import finish_step
+from megatron_helix.layers.weight_forms import finish_step
 from megatron_helix.partition.layout import HelixLayout
 from megatron_helix.recording.comm_ledger import CommLedger, install
 from megatron_helix.upstream import patches

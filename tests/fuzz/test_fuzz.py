@@ -184,6 +184,23 @@ def test_a_second_step_that_parts_is_taken_from_stocks_weights(
     assert said in outcome.text
 
 
+def test_what_stock_cannot_go_on_from_is_no_fault_of_helix(
+    laboratory: Laboratory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cannot_load(train: Any) -> Any:
+        def trained(*case: Any, **more: Any) -> compare.Run:
+            if "--load" in case:
+                raise CallFailed(Failure("KeyError", "'step'"))
+            return train(*case, **more)
+
+        return trained
+
+    for layout in ("train_stock", "train_helix"):
+        monkeypatch.setattr(laboratory, layout, cannot_load(getattr(laboratory, layout)))
+    outcome = laboratory.attempt(parse("deep=helix"))
+    assert (outcome.status, outcome.text) == NO_STEP
+
+
 @pytest.fixture
 def judged(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cases come out by what they have, and none runs."""

@@ -20,7 +20,7 @@ from megatron_helix.inference import saved_model
 from megatron_helix.inference.engine import Engine, cache_bytes
 from megatron_helix.inference.requests import Request
 from megatron_helix.inference.sampling import Sampling
-from megatron_helix.layers.linear import finish_step
+from megatron_helix.layers.weight_forms import finish_step
 from megatron_helix.recording.comm_ledger import CommLedger, install
 from megatron_helix.rollout import Completion, require, rollout
 from tests import distributed

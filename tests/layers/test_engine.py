@@ -16,6 +16,7 @@ from megatron_helix.exchange.plan import Plan
 from megatron_helix.exchange.step_sums import StepSums
 from megatron_helix.layers import linear
 from megatron_helix.layers.lookahead import Neighbours
+from megatron_helix.layers.weight_forms import finish_step
 from megatron_helix.partition.layout import HelixLayout
 from megatron_helix.partition.process_groups import HelixGroups, carve
 from megatron_helix.recording.comm_ledger import CommLedger, install
@@ -116,7 +117,7 @@ class Chain:
                 grads.append(self._drawn(500 + 10 * turn + place, *y.shape))
                 found[f"{name} y {turn}"], found[f"{name} x {turn}"] = y.detach(), x
             torch.autograd.backward(ys, grads)
-        linear.finish_step(list(self.linears.values()))
+        finish_step(list(self.linears.values()))
         for name, tensor in found.items():
             found[name] = tensor.grad if tensor.grad is not None else tensor
         for name, each in self.linears.items():

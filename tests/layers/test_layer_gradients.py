@@ -14,7 +14,7 @@ from megatron.core.pipeline_parallel.schedules import custom_backward
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_helix.exchange.strategy import Choice
-from megatron_helix.layers.linear import finish_step
+from megatron_helix.layers.weight_forms import finish_step
 from megatron_helix.partition.layout import HelixLayout
 from megatron_helix.partition.tiles import stored
 from megatron_helix.upstream import patches

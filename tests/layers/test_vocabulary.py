@@ -15,7 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_helix.exchange.strategy import Choice
 from megatron_helix.layers import vocabulary
-from megatron_helix.layers.linear import finish_step
+from megatron_helix.layers.weight_forms import finish_step
 from tests import block_case
 from tests.block_case import Block
 from tests.covering import covering
@@ -31,10 +31,15 @@ HEAD, TABLE, NORM = (
 
 
 def _model(
-    groups: ProcessGroupCollection, layout, tied: bool, vocab: int, split: str = "batch"
+    groups: ProcessGroupCollection,
+    layout,
+    tied: bool,
+    vocab: int,
+    split: str = "batch",
+    gather: str = "microbatch",
 ) -> GPTModel:
     torch.manual_seed(1)  # the first weights are then the same for every layout
-    choice = Choice(exchange="weights", split=split)
+    choice = Choice(exchange="weights", split=split, gather=gather)
     config, spec = block_case.describe(BLOCK, groups, layout, choice)
     model = GPTModel(
         config,
@@ -49,17 +54,20 @@ def _model(
 
 
 def _losses(model: GPTModel, vocab: int) -> torch.Tensor:
-    """Losses ``[b, s]``, after a backward pass that weighs each of them differently."""
+    """Losses ``[2, b, s]`` of a step's micro-batches, whose gradients weigh each differently."""
     draw = torch.Generator().manual_seed(1)
-    tokens, labels = (torch.randint(vocab, (B, S), generator=draw) for _ in range(2))
     positions = torch.arange(S).expand(B, S)
-    losses = model(tokens, positions, None, labels=labels)
-    losses.backward(torch.randn(B, S, generator=draw, dtype=losses.dtype))
+    every = []
+    for _ in range(2):
+        tokens, labels = (torch.randint(vocab, (B, S), generator=draw) for _ in range(2))
+        losses = model(tokens, positions, None, labels=labels)
+        losses.backward(torch.randn(B, S, generator=draw, dtype=losses.dtype))
+        every.append(losses.detach())
     finish_step([model])
-    return losses.detach()
+    return torch.stack(every)
 
 
-def compare(m: int, n: int, split: str, tied: bool, vocab: int) -> tuple[bool, dict]:
+def compare(m: int, n: int, split: str, gather: str, tied: bool, vocab: int) -> tuple[bool, dict]:
     """Whether the block's order was kept beyond its ends; (expected, actual) by what it is."""
     with model_parallel(tp=4):
         rank = dist.get_rank()
@@ -68,7 +76,7 @@ def compare(m: int, n: int, split: str, tied: bool, vocab: int) -> tuple[bool, d
         four = ProcessGroupCollection.use_mpu_process_groups()
         layout = BLOCK.layout(m, n)
         whole = _model(one, None, tied, vocab)
-        part = _model(four, layout, tied, vocab, split)
+        part = _model(four, layout, tied, vocab, split, gather)
         vocabulary.extend([part])
         results = {"losses": (_losses(whole, vocab), _losses(part, vocab))}
         for name in (TABLE, NORM) if tied else (TABLE, HEAD, NORM):
@@ -85,20 +93,24 @@ def compare(m: int, n: int, split: str, tied: bool, vocab: int) -> tuple[bool, d
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize(
-    ("m", "n", "split", "vocab", "moves"),
+    ("m", "n", "split", "gather", "vocab", "moves"),
     [
-        (2, 2, "batch", S * B, True),
-        (4, 1, "batch", S * B // 2, True),
-        (2, 2, "batch", 2 * S * B, False),  # as many tokens as a head group has: not fewer bytes
-        (4, 1, "batch", S * B, False),
-        (2, 2, "sequence", 2 * S * B, True),
-        (4, 1, "sequence", S * B, True),
+        (2, 2, "batch", "microbatch", S * B, True),
+        (4, 1, "batch", "step", S * B // 2, True),
+        # As many tokens as a head group has: not fewer bytes.
+        (2, 2, "batch", "microbatch", 2 * S * B, False),
+        (4, 1, "batch", "microbatch", S * B, False),
+        (2, 2, "sequence", "step", 2 * S * B, True),
+        (4, 1, "sequence", "microbatch", S * B, True),
+        (2, 2, "sequence", "microbatch", S * B, True),
+        (2, 2, "sequence", "step", S * B, True),
+        (4, 1, "sequence", "once", S * B // 2, True),
     ],
 )
 def test_losses_and_gradients_are_those_of_one_rank(
-    m: int, n: int, split: str, vocab: int, moves: bool, tied: bool
+    m: int, n: int, split: str, gather: str, vocab: int, moves: bool, tied: bool
 ) -> None:
-    ranks = run_distributed(compare, 4, m, n, split, tied, vocab)
+    ranks = run_distributed(compare, 4, m, n, split, gather, tied, vocab)
     for rank, (stayed, results) in enumerate(ranks):
         assert stayed == moves
         for name, (expected, actual) in results.items():

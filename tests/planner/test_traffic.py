@@ -88,6 +88,9 @@ CASES = [
     # Learned positions are added in stock's order: the stream is dealt, and each rank keeps another
     # part of it.
     ("learned", 4, {**WEIGHTS, "m": 4, "n": 1, "split": "sequence", "micro_batch": 2}),
+    ("learned", 4, {**WIDE}),
+    ("untied", 4, {**WIDE, "split": "sequence", "gather": "step"}),
+    ("untied", 8, {**WIDE, "pp": 2, "gather": "once"}),
     ("swiglu", 4, {**CUT, "m": 4, "n": 1, "exchange": "activations", "split": "batch"}),
     ("unlike", 4, {**WIDE, "m": 4, "n": 1}),
     ("modern", 8, {**WIDE, "pp": 2}),
@@ -146,9 +149,14 @@ BIASED = [
     ("biased_moe", 4, {**WEIGHTS, "ep": 4, "split": "sequence"}, "fp32"),
     ("biased_moe", 4, {**CUT, "ep": 4, "exchange": "activations"}, "fp16"),
 ]
-# Some layers of a stage keep what they gather.
+# Some layers of a stage keep what they gather, embedding and head do not.
 SOME = {**WEIGHTS, "gather": "once", "gather_layers": 1}
-SOME_SOON = ("deep", 8, {**SOME, "pp": 2, "split": "sequence", "gather": "step"}, "fp32")
+SOME_SOON = (
+    "deep",
+    8,
+    {**SOME, "pp": 2, "split": "sequence", "gather": "step", "micro_batch": 8},
+    "fp32",
+)
 SOME_KEPT = [
     SOME_SOON,
     ("deep", 4, {**SOME, "m": 4, "n": 1, "gather_layers": 4}, "bf16"),
