@@ -59,7 +59,7 @@ def choices() -> list[tuple[str, str, str]]:
     seed, qwen = cell(SEED), cell(QWEN)
     fp8 = arms(stored("two_h200_fp8")["rows"])
     once, step = (qwen[f"{HELIX}, {how}"] for how in ("gathered once", "a step"))
-    again, long, split = cell("seed, again"), cell("long"), cell("long, gap by gap")
+    again, long, split = cell("seed, again"), cell("long"), cell("long, vocabulary gathered")
     packed = cell("documents", "two_h200_packed")
     kept, four = (
         cell("qwen, some layers' weights kept, third call"),

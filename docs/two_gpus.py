@@ -12,8 +12,8 @@ from marked import BY_CORE, ROOT, by_core, filled, stored, table
 PAGE = ROOT / "docs" / "performance.md"
 LENGTHS = {
     8192: "long, rows of 8192",
-    32768: "long, gap by gap",
-    131072: "long, rows of 131,072, two layers",
+    32768: "long, vocabulary gathered",
+    131072: "long, rows of 131,072, vocabulary gathered",
 }
 KEPT = tuple(f"qwen, some layers' weights kept{which}" for which in ("", ", again", ", third call"))
 Row = dict[str, Any]

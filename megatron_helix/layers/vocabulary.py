@@ -57,7 +57,7 @@ class _Vocabulary:
 
     groups: HelixGroups
     ends: BlockEnds
-    layer: HelixLayer  # any layer: it knows the plan of a micro-batch
+    layer: HelixLayer  # the last one: it keeps what it gathers where all do
     size: int
     packed: PackedSeqParams | None = None  # the documents of this micro-batch
 
@@ -96,9 +96,8 @@ class _Vocabulary:
         return stream_order(self.layer.helix_layout, sequence, tokens.device, plan.documents)
 
     def plan(self, sequence: int, batch: int) -> Plan:
-        """Of micro-batches of this shape: with ``--helix-gather-layers`` as the last layers'."""
-        plan = self.layer.plan_for(sequence, batch, self.packed)
-        return self.layer.helix_choice.of_layer(plan, None)
+        """Of micro-batches of this shape."""
+        return self.layer.plan_for(sequence, batch, self.packed)
 
 
 def extend(model: list[Any]) -> list[Any]:
@@ -112,7 +111,7 @@ def extend(model: list[Any]) -> list[Any]:
         vocabulary = _Vocabulary(
             groups=layers[0].helix_groups,
             ends=BlockEnds(),
-            layer=layers[0],
+            layer=layers[-1],
             size=chunk.vocab_size,
         )
         for layer in layers:

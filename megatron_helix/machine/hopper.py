@@ -1,10 +1,12 @@
 """What is assumed of H100 and H200 machines where no hardware file is named."""
 
 import os
+from typing import Any
 
 from megatron_helix.machine.hardware import Hardware, Overlap
 from megatron_helix.machine.quantities import Link, Quantity
 
+OF_WHOLE_STEPS = {"fused_attention", "streaming", "streaming_source", "gap", "arrival"}
 CARDS = ("H100", "H200", "H800", "GH200")
 _PROFILED = "kernels of two H200 by torch's profiler (benchmarks/results/two_h200_rivals.json)"
 _LEDGER = "exposed collectives of steps of two and four H200 by the ledger (docs/log.md)"
@@ -53,7 +55,22 @@ def of_card(name: str, devices: int) -> Hardware | None:
         name: as CUDA has it.
         devices: ranks of the run.
     """
-    if not any(card in name for card in CARDS):
+    if not _is_hopper(name):
         return None
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", min(devices, HOPPER.devices_per_node)))
     return HOPPER.model_copy(update={"devices": devices, "devices_per_node": per_node})
+
+
+def of_whole_steps(name: str) -> dict[str, Any]:
+    """Keys of a hardware file that only whole steps show, of such a card; none of others.
+
+    Args:
+        name: as CUDA has it, or with more around it.
+    """
+    if not _is_hopper(name):
+        return {}
+    return HOPPER.model_dump(include=OF_WHOLE_STEPS, exclude_defaults=True)
+
+
+def _is_hopper(name: str) -> bool:
+    return any(card in name for card in CARDS)

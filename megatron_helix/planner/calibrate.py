@@ -15,7 +15,8 @@ multiply random numbers, and many in a row on a GPU: constants, or one product a
 power and run at a higher clock than a model does. Core attentions are timed as layers have them
 (:mod:`megatron_helix.planner.core_timing`), and on GPUs collectives beside GEMMs and how long a
 process takes to start a layer (:mod:`megatron_helix.planner.host_timing`). Not measured are
-``streaming``, ``gap``, ``arrival`` and ``fused_attention``, which are of whole steps.
+``streaming``, ``gap``, ``arrival`` and ``fused_attention``, which are of whole steps: those of two
+H200 are written for H100 and H200, with their source, and none for other cards.
 """
 
 import argparse
@@ -34,6 +35,7 @@ import yaml
 
 from megatron_helix.basics import errors, files, signals
 from megatron_helix.basics.errors import UserError
+from megatron_helix.machine import hopper
 from megatron_helix.machine.hardware import crossing, hops
 from megatron_helix.planner.book import share
 from megatron_helix.upstream import cpu_device
@@ -147,7 +149,7 @@ def measure(device: str, per_node: int) -> Measured:
 
 
 def _beside(group: dist.ProcessGroup, a: torch.Tensor, x: torch.Tensor) -> dict[str, Any]:
-    """How collectives and GEMMs beside them get on; has not been run on a GPU yet.
+    """How collectives and GEMMs beside them get on.
 
     Some collectives alone, GEMMs alone that take as long, GEMMs while the collectives run, and both
     until both are through. Keys and values in a ring are not measured: nothing of them is hidden.
@@ -309,6 +311,7 @@ def write(measured: Measured, out: Path) -> None:
         **{level: link(kinds) for level, kinds in measured["links"].items()},
         "element_bytes": measured["element_bytes"],
         "beside": {moved: {**each, "source": source} for moved, each in measured["beside"].items()},
+        **hopper.of_whole_steps(measured["name"]),
         "core_attention": measured["core_attention"],
         "note": note,
     }

@@ -385,9 +385,8 @@ class Deployment:
             return None
         if self.tokens <= self.vocabulary // self.cut.n:
             return None
-        if self.layout.gather_layers is None:
-            return self.plan
-        return replace(self.plan, gather="microbatch")
+        every = self.kept_layers == self.layers
+        return self.plan if every else replace(self.plan, gather="microbatch")
 
     @property
     def embeds_in_block_order(self) -> bool:

@@ -9,7 +9,7 @@ import torch
 from megatron_helix.commands.calibrate import calibrate as command
 from megatron_helix.launching import launchers
 from megatron_helix.launching.launcher_config import LauncherConfig
-from megatron_helix.machine import hardware
+from megatron_helix.machine import hardware, hopper
 from megatron_helix.planner import calibrate
 from megatron_helix.planner.book import share
 from megatron_helix.planner.deployment import Deployment
@@ -34,6 +34,18 @@ def test_what_is_measured_can_be_planned_with(tmp_path: Path) -> None:
     batch = BatchConfig(sequences=2, sequence_length=64)
     one = predict(Deployment(model, layout, batch, 2, precision="fp32").check(), machine)
     assert one.tokens_per_s > 0
+
+
+def test_what_only_whole_steps_show_is_of_the_card(tmp_path: Path) -> None:
+    measured, _ = run_distributed(calibrate.measure, 2, "cpu", 2)
+    cards = {"NVIDIA H200": True, "NVIDIA H100 80GB HBM3": True, "NVIDIA B200": False}
+    for card, known in cards.items():
+        calibrate.write({**measured, "name": f"2 x {card}"}, tmp_path / "here.yaml")
+        found = hardware.load(tmp_path / "here.yaml")
+        of_steps = {key: getattr(found, key) for key in hopper.OF_WHOLE_STEPS}
+        of_hopper = {key: getattr(hopper.HOPPER, key) for key in of_steps}
+        assert (of_steps == of_hopper) == known
+        assert (found.gap is not None) == known
 
 
 def _two_nodes_of_two() -> dict:

@@ -24,7 +24,11 @@ def test_every_layout_of_the_experiment_was_run() -> None:
     assert [*COUNTED] == [layout.name for layout in EXPERIMENT.layouts]
 
 
-@pytest.mark.parametrize("run", runs.compared(EXPERIMENT), ids=lambda run: run.layout.name)
+# What was counted of a version that sent otherwise is kept, and said to be so.
+CURRENT = [run for run in runs.compared(EXPERIMENT) if "older" not in COUNTED[run.layout.name]]
+
+
+@pytest.mark.parametrize("run", CURRENT, ids=lambda run: run.layout.name)
 def test_ranks_sent_what_was_predicted(run: runs.Run) -> None:
     ranks = range(EXPERIMENT.world_size)
     predicted: dict[str, float] = {}

@@ -1,9 +1,15 @@
 """Predictions beside every step that was measured on two GPUs, within the bars of the benchmark."""
 
+from pathlib import Path
+from statistics import fmean
+
 import pytest
 
 from megatron_helix.exchange.traffic import packed
+from megatron_helix.machine import hardware, hopper
+from megatron_helix.machine.hardware import Hardware
 from megatron_helix.planner import accuracy, parameters, traffic
+from megatron_helix.planner.time import predict
 from tests.planner.planner_case import benchmark
 
 BENCHMARK = benchmark()
@@ -65,6 +71,30 @@ def test_memory_as_it_was_measured_has_the_packed_qkv_beside_its_values() -> Non
     kept = (packed(here.cut) - values) * here.tokens / here.tp * here.element_bytes * here.layers
     then = row.predicted["memory_gb"] + kept / 1e9
     assert then == pytest.approx(row.measured["memory_gb"], rel=accuracy.ERROR["memory_gb"])
+
+
+def test_a_calibrated_machine_is_predicted_with_constants_of_whole_steps() -> None:
+    """Those that calibration writes without measuring them, for the same kind of card."""
+    calibrated = hardware.load(Path("benchmarks/results/two_h200_calibrated.yaml"))
+    default = Hardware.model_fields
+    bare = {key: default[key].default for key in hopper.OF_WHOLE_STEPS}
+    rows = [
+        row
+        for row in ROWS
+        if row.machine.name == "2 x H200" and {"tokens_per_s"} & row.measured.keys() - row.outside
+    ]
+    assert len(rows) > 50
+
+    def off(machine: Hardware) -> float:
+        """In the mean, relative."""
+        steps = [predict(row.here, machine).tokens_per_s for row in rows]
+        errors = [
+            step / row.measured["tokens_per_s"] - 1 for step, row in zip(steps, rows, strict=True)
+        ]
+        return fmean(map(abs, errors))
+
+    assert off(calibrated) < 0.04
+    assert off(calibrated.model_copy(update=bare)) > 0.08
 
 
 def test_every_layout_that_an_expert_would_pick_is_among_them() -> None:
