@@ -15,7 +15,7 @@ README = ROOT / "README.md"
 HELIX = "helix 2x1 weights"
 LONG = f"{HELIX}, sequence split"
 # The latest call of each.
-SEED, QWEN = "seed, core attention auto by default", "qwen, a step's own sums in main_grad"
+SEED, QWEN = (f"{model}, a layer gathered by one kernel" for model in ("seed", "qwen"))
 FOUR, OF_FOUR = "four_h200_rivals", "helix 4x1 weights"
 Row = dict[str, Any]
 
@@ -59,7 +59,8 @@ def choices() -> list[tuple[str, str, str]]:
     seed, qwen = cell(SEED), cell(QWEN)
     fp8 = arms(stored("two_h200_fp8")["rows"])
     once, step = (qwen[f"{HELIX}, {how}"] for how in ("gathered once", "a step"))
-    again, long, split = cell("seed, again"), cell("long"), cell("long, vocabulary gathered")
+    auto, faster = seed["M-FSDP, core attention auto"], seed[f"{HELIX}, gathered once"]
+    long, split = cell("long"), cell("long, vocabulary gathered")
     packed = cell("documents", "two_h200_packed")
     kept, four = (
         cell("qwen, some layers' weights kept, third call"),
@@ -67,7 +68,6 @@ def choices() -> list[tuple[str, str, str]]:
     )
     short = cell("long, rows of 8192")
     of_step = f"{HELIX}, a step"
-    prefix = time(again["TP=2, prefix"], again["TP=2"])
     pairs = [
         (rows[HELIX], rows["TP=2"]) for rows in map(cell, ("seed", "qwen", "seed, again", "long"))
     ]
@@ -105,9 +105,12 @@ def choices() -> list[tuple[str, str, str]]:
         (
             "memory: they fit when sharded, and micro-batches are large",
             "Megatron-FSDP",
-            f"{time(seed[HELIX], seed['M-FSDP'])} on the source's model, by a core attention that"
-            " stock layouts may take, too (`--helix-core-attention auto`: TP=2 was"
-            f" {prefix}); on Qwen2.5-7B's shape, gradients added up in bf16 as there,"
+            f"{time(seed[HELIX], seed['M-FSDP'])} on the source's model by its core attention, and"
+            f" {time(seed[HELIX], auto)} where Megatron-FSDP takes that, too"
+            f" (`--helix-core-attention auto`), {time(faster, auto)} at {memory(faster, auto)} the"
+            " memory with `--helix-gather once`; on Qwen2.5-7B's shape"
+            f" {time(qwen[HELIX], qwen['M-FSDP'])} at {memory(qwen[HELIX], qwen['M-FSDP'])},"
+            " gradients added up in bf16 as there"
             f" {time(kept[four], kept['M-FSDP'])} at {memory(kept[four], kept['M-FSDP'])} the"
             " memory (`--helix-gather once --helix-gather-layers 4`), in FP8"
             f" {time(fp8[HELIX], fp8['M-FSDP'])} at {memory(fp8[HELIX], fp8['M-FSDP'])}",

@@ -117,3 +117,40 @@ def test_figures_of_a_row_agree(script: ModuleType) -> None:
         for row in cell["rows"]:
             assert row["tokens_per_s"] == pytest.approx(tokens / row["step_ms"] * 1e3, rel=1e-3)
             assert row["mfu"] == pytest.approx(row["tflops"] / 989, abs=1e-3)
+
+
+def test_rivals_of_the_last_call_are_as_far_away_as_said(script: ModuleType) -> None:
+    seed, qwen = (rows(script, f"{m}, a layer gathered by one kernel") for m in ("seed", "qwen"))
+    fp8 = {row["arm"]: row for row in script.stored("two_h200_fp8")["rows"]}
+    step, once = f"{HELIX}, a step", f"{HELIX}, gathered once"
+
+    def apart(call: Rows, arm: str, rival: str) -> float:
+        """How much longer the arm takes, in %."""
+        return 100 * (call[arm]["step_ms"] / call[rival]["step_ms"] - 1)
+
+    def size(call: Rows, arm: str, rival: str) -> str:
+        return f"{call[arm]['memory_mib'] / call[rival]['memory_mib']:.2f} times"
+
+    auto = "M-FSDP, core attention auto"
+    bf16 = [qwen[arm]["step_ms"] / fp8[arm]["step_ms"] for arm in (HELIX, step)]
+    for said in (
+        f"{-apart(seed, HELIX, 'M-FSDP'):.1f} % faster than Megatron-FSDP at"
+        f" {size(seed, HELIX, 'M-FSDP')} its memory and {-apart(seed, HELIX, 'DP=2'):.1f} %"
+        f" faster than DP=2 at {size(seed, HELIX, 'DP=2')}",
+        f"helix is {apart(seed, HELIX, auto):.1f} % slower at its memory, and gathered `once`"
+        f" {-apart(seed, once, auto):.1f} % faster at {size(seed, once, auto)}",
+        f"helix takes {-apart(qwen, HELIX, 'M-FSDP'):.1f} % less time than Megatron-FSDP for 3 %"
+        f" more memory. With `step` it takes {-apart(qwen, step, 'DP=2'):.1f} % less than DP=2 at"
+        f" DP's memory, gathered `once` {apart(qwen, once, 'DP=2'):.1f} % more at"
+        f" {size(qwen, once, 'DP=2')}",
+        f"`step` takes {apart(fp8, step, 'DP=2'):.1f} % longer at {size(fp8, step, 'DP=2')} its"
+        f" memory, plain helix {apart(fp8, HELIX, 'DP=2'):.1f} % longer at"
+        f" {size(fp8, HELIX, 'DP=2')}",
+        f"Megatron-FSDP takes {apart(fp8, 'M-FSDP', HELIX):.0f} % longer than helix at"
+        f" {size(fp8, 'M-FSDP', HELIX)} its memory, {apart(fp8, 'M-FSDP', step):.0f} % longer",
+        "helix is {:.2f} times as fast as in bf16, with `step` {:.2f} times".format(*bf16),
+    ):
+        assert said in WORDS
+    assert size(seed, HELIX, auto) == "1.00 times"
+    assert size(qwen, HELIX, "M-FSDP") == "1.03 times"
+    assert size(qwen, step, "DP=2") == "1.00 times"

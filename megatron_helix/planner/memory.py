@@ -74,8 +74,8 @@ def _through_a_step(here: Deployment, stage: int, passes: Memory) -> Memory:
 
     The second micro-batch finds them all.
     """
-    kept = parameters.layer_matrices(here) * here.kept_layers + _kept_tables(here, stage)
-    sums = kept * (here.cut.m - 1) * here.gradient_bytes
+    own = parameters.layer_matrices(here) * here.kept_layers + _kept_tables(here, stage)
+    sums = own * (here.cut.m - 1) * here.gradient_bytes
     kept = passes.activations if here.microbatches == 1 else 0.0
     gathered = passes.gathered_weights + max(0.0, sums - kept)
     return replace(passes, gathered_weights=gathered)

@@ -280,7 +280,7 @@ def _head(book: Book) -> None:
 
 
 def _table(book: Book, what: str, plan: Plan, *passes: str) -> None:
-    """The vocabulary of a head group: gathered by the its passes, its gradient sent home."""
+    """The vocabulary of a head group: gathered by these passes, its gradient sent home."""
     here = book.here
     table, others = here.vocabulary * here.model.hidden_size / here.tp, here.cut.m - 1
     for when in ("step",) if plan.keeps_weights else passes:

@@ -47,6 +47,6 @@ def of_late_hosts(results: Sequence[dict[str, Any]]) -> str:
     said = f"{late[0]}" if late[0] == late[-1] else f"{late[0]} to {late[-1]}"
     return (
         f" Outside collectives GPUs ran kernels {said} % of the time, in {len(late)} of"
-        f" {len(results)} runs: to start them took longer, which is predicted only where the"
-        " hardware file says how long (host)."
+        f" {len(results)} runs: to start them took longer. Of that what a hardware file says of"
+        " layers (host) is predicted; embedding, head, data and optimizer are not."
     )

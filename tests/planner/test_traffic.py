@@ -89,6 +89,7 @@ CASES = [
     # part of it.
     ("learned", 4, {**WEIGHTS, "m": 4, "n": 1, "split": "sequence", "micro_batch": 2}),
     ("learned", 4, {**WIDE}),
+    ("learned", 4, {**WIDE, "split": "sequence", "gather": "once"}),
     ("untied", 4, {**WIDE, "split": "sequence", "gather": "step"}),
     ("untied", 8, {**WIDE, "pp": 2, "gather": "once"}),
     ("swiglu", 4, {**CUT, "m": 4, "n": 1, "exchange": "activations", "split": "batch"}),
