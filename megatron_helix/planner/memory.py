@@ -8,7 +8,7 @@ Korthikanti et al., "Reducing activation recomputation in large transformer mode
 import math
 from dataclasses import dataclass, fields, replace
 
-from megatron_helix.planner import core_attention, fsdp, parameters
+from megatron_helix.planner import core_attention, fsdp, model_ends, parameters
 from megatron_helix.planner.deployment import Deployment
 
 MOMENT_BYTES = 8  # two, in fp32
@@ -83,9 +83,10 @@ def _through_a_step(here: Deployment, stage: int, passes: Memory) -> Memory:
 
 def _kept_tables(here: Deployment, stage: int) -> float:
     """Parameters of a rank in embedding and head, where these are gathered for a step."""
-    if here.table_plan is None or not here.table_plan.keeps_weights:
+    plan = model_ends.table_plan(here)
+    if plan is None or not plan.keeps_weights:
         return 0.0
-    return here.gathered_tables(stage) * math.prod(parameters.table(here))
+    return model_ends.gathered_tables(here, stage) * math.prod(parameters.table(here))
 
 
 def _kept(here: Deployment, stage: int, fused_channels: int) -> float:

@@ -46,7 +46,7 @@ from collections import Counter
 from megatron_helix.exchange import traffic
 from megatron_helix.exchange.cost import moves
 from megatron_helix.exchange.plan import Plan
-from megatron_helix.planner import context, fsdp, parameters
+from megatron_helix.planner import context, fsdp, model_ends, parameters
 from megatron_helix.planner.book import AXES, FP32, INT32, INT64, Book, Transfer
 from megatron_helix.planner.deployment import Deployment
 from megatron_helix.planner.gradients import gradients, numbers
@@ -102,9 +102,9 @@ def transfers(here: Deployment, stage: int, rank: int | None = None) -> list[Tra
     if here.layout.cp > 1:
         context.parallel(book)
     if first:
-        _embedding(book)
+        model_ends.embedding(book)
     if last:
-        _head(book)
+        model_ends.head(book)
     if here.stages > 1:
         _pipeline(book, first, last)
     if here.in_loop and source:
@@ -138,7 +138,7 @@ def _layers(book: Book, first: bool, last: bool, place: int | None) -> None:
     size = {"sequence": here.sequence, "batch": here.layout.micro_batch}
     # Of packed rows as of one document each: what else they hold is not the plan's to know.
     ends = traffic.block_ends(plan, here.cut, here.block, **size, rank=place)["dim", "all_to_all"]
-    if ends and (times := here.converts(first=first, last=last)):
+    if ends and (times := model_ends.converts(here, first=first, last=last)):
         converted = ends // 2 * times * here.microbatches * here.element_bytes
         for when in ("forward", "backward"):
             number = times * here.microbatches
@@ -237,59 +237,6 @@ def _experts(book: Book) -> None:
         book.call(what, "etp", "reduce_scatter", back, rows_D, layers)
     book.call(what, "etp", "all_gather", "forward", rows, layers)
     book.call(what, "etp", "reduce_scatter", "backward", rows, layers)
-
-
-def _embedding(book: Book) -> None:
-    here = book.here
-    D = here.model.hidden_size
-    chunk = here.tokens * D / here.tp
-    if here.table_plan is not None and here.embeds_in_block_order:
-        _table(book, "embedding", here.table_plan, "forward")
-        book.call("embedding", "head", "reduce_scatter", "forward", chunk)
-        book.call("embedding", "head", "all_gather", "backward", chunk)
-    elif here.sequence_parallel and here.model.position_embedding_type != "learned_absolute":
-        book.call("embedding", "tp", "reduce_scatter", "forward", chunk)
-        book.call("embedding", "tp", "all_gather", "backward", chunk)
-    else:
-        book.call("embedding", "tp", "all_reduce", "forward", here.tokens * D)
-        if here.sequence_parallel:
-            book.call("embedding", "tp", "all_gather", "backward", chunk)
-
-
-def _head(book: Book) -> None:
-    here = book.here
-    D = here.model.hidden_size
-    chunk = here.tokens * D / here.tp
-    axis = "tp" if here.table_plan is None else "head"
-    if not here.in_loop:
-        last = here.layout.micro_batch  # logits of one token a sequence
-        if here.sequence_parallel:
-            book.call("LM head", "tp", "all_gather", "forward", chunk)
-        book.call("logits", "tp", "all_gather", "forward", last * here.vocabulary / here.tp)
-        return
-    if here.sequence_parallel:
-        book.call("LM head", axis, "all_gather", "forward", chunk)
-        book.call("LM head", axis, "all_gather", "backward", chunk)
-        book.call("LM head", axis, "reduce_scatter", "backward", chunk)
-    losses = here.tokens
-    if here.table_plan is not None:
-        _table(book, "LM head", here.table_plan, "forward", "backward")
-        losses //= here.cut.m
-        book.call("losses", "dim", "all_gather", "forward", losses, size=FP32)
-    book.call("cross entropy", axis, "all_reduce", "forward", losses, 3, FP32)
-
-
-def _table(book: Book, what: str, plan: Plan, *passes: str) -> None:
-    """The vocabulary of a head group: gathered by these passes, its gradient sent home."""
-    here = book.here
-    table, others = here.vocabulary * here.model.hidden_size / here.tp, here.cut.m - 1
-    for when in ("step",) if plan.keeps_weights else passes:
-        book.call(what, "dim", "all_gather", when, table)
-    if plan.keeps_gradients:
-        summed = others * table * here.gradient_bytes
-        book.sent(what, "dim", "send", "step", summed, others, beside="gradients")
-    else:
-        book.call(what, "dim", "all_to_all", "backward", table * here.cut.m)
 
 
 def _pipeline(book: Book, first: bool, last: bool) -> None:

@@ -31,7 +31,7 @@ GEMM needs apex.
 
 import math
 
-from megatron_helix.planner import parameters
+from megatron_helix.planner import model_ends, parameters
 from megatron_helix.planner.deployment import Deployment
 
 FP32 = 4
@@ -48,9 +48,9 @@ def accumulation_bytes(here: Deployment, stage: int) -> float:
     added = sum(parameters.held(here, stage)) * (width + sums)
     others = here.cut.m - 1
     gathered = [(plan, parameters.layer_matrices(here) * of) for plan, of in here.plans]
-    if here.table_plan is not None:
+    if (plan := model_ends.table_plan(here)) is not None:
         table = math.prod(parameters.table(here))
-        gathered.append((here.table_plan, table * here.gathered_tables(stage)))
+        gathered.append((plan, table * model_ends.gathered_tables(here, stage)))
     for plan, matrices in gathered:
         if plan.keeps_gradients:
             added += matrices * (others * sums - width)

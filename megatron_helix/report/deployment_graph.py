@@ -19,7 +19,7 @@ from megatron_helix.basics.errors import UserError
 from megatron_helix.exchange import traffic
 from megatron_helix.experiment.config import ExperimentConfig
 from megatron_helix.experiment.runs import Run
-from megatron_helix.planner import context, fsdp, parameters
+from megatron_helix.planner import context, fsdp, model_ends, parameters
 from megatron_helix.planner.book import Book
 from megatron_helix.planner.deployment import Deployment
 from megatron_helix.planner.parameters import Shapes
@@ -251,10 +251,10 @@ def _chain(
     before, after = parameters.end_shapes(here, True, True)
     table = {} if place["stage"] else _of_end(here, "the embedding", before)
     named = [(Step("received" if place["stage"] else "embedding", **table), "")]
-    named += [order] * here.converts(first=not first, last=False)
+    named += [order] * model_ends.converts(here, first=not first, last=False)
     named += [(step, f", layer {layer}") for layer in layers for step in steps]
     last = layers[-1] == here.model.num_layers - 1
-    named += [order] * here.converts(first=False, last=last)
+    named += [order] * model_ends.converts(here, first=False, last=last)
     if last and (head := _of_end(here, "the LM head", after)):
         named += [(Step("LM head", **head), "")]
     tile = f", tile {place['head_group']},{place['segment']}" if "segment" in place else ""

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from megatron_helix.commands.plan import _layout
 from megatron_helix.machine import hardware
 from megatron_helix.machine.hardware import Hardware
-from megatron_helix.planner import flops, memory, parameters, search, traffic
+from megatron_helix.planner import flops, memory, model_ends, parameters, search, traffic
 from megatron_helix.planner.deployment import Deployment
 from megatron_helix.planner.time import predict
 from megatron_helix.run_config.batch import BatchConfig
@@ -189,7 +189,7 @@ def test_ranks_of_a_stage_send_alike(here: Deployment) -> None:
     sent = [traffic.step_bytes(here, rank) for rank in range(stage_ranks)]
     for one in sent:
         one.pop(("TENSOR_MODEL_PARALLEL_GROUP", "broadcast"), None)
-    if here.plan.split == "sequence" and here.converts(first=True, last=True):
+    if here.plan.split == "sequence" and model_ends.converts(here, first=True, last=True):
         dealt = [one.pop(("HELIX_DIM_GROUP", "all_to_all"), 0.0) for one in sent]
         kinds = [(moved.axis, moved.kind, moved.sent_bytes) for moved in traffic.transfers(here, 0)]
         assert max(dealt) == sum(
