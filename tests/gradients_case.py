@@ -105,13 +105,16 @@ def backward(model: torch.nn.Module, seed: int, words: int) -> None:
     custom_backward((losses * weights).sum(), None)  # as Megatron's schedules call it
 
 
-def step(model: DistributedDataParallel, plans: Sequence[Plan | None], words: int) -> Tensors:
-    """The gradients of a step of one micro-batch for every plan; of stock for none."""
+def step(
+    model: DistributedDataParallel, plans: Sequence[Plan | None], words: int, number: int = 0
+) -> Tensors:
+    """The gradients of a numbered step of a micro-batch for every plan; of stock for none."""
     model.zero_grad_buffer()
-    for seed, plan in enumerate(plans):
+    last = (number + 1) * len(plans) - 1
+    for seed, plan in enumerate(plans, number * len(plans)):
         if plan is not None:
             set_plan(model, plan)
-        if seed + 1 < len(plans):
+        if seed < last:
             with model.no_sync():
                 backward(model, seed, words)
         else:
@@ -122,8 +125,9 @@ def step(model: DistributedDataParallel, plans: Sequence[Plan | None], words: in
     return {name: weight.main_grad.clone() for name, weight in trained}
 
 
-def reference(model: GPTModel, microbatches: int, words: int) -> Tensors:
+def reference(model: GPTModel, microbatches: int, words: int, number: int = 0) -> Tensors:
     """The gradients of the same step on one rank."""
-    for seed in range(microbatches):
+    model.zero_grad()
+    for seed in range(number * microbatches, (number + 1) * microbatches):
         backward(model, seed, words)
     return {name: weight.grad for name, weight in model.named_parameters()}

@@ -91,7 +91,6 @@ def _name(value: Any) -> str | None:
     return f"{value.m}x{value.n}-{value.exchange}-{value.split}{sp}{core}"
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize(("name", "layout"), covering(_cases(), of=(0,)), ids=_name)
 def test_decode_is_as_stock(stock: Stock, name: str, layout: Layout) -> None:
     """Tokens, logits at every step, the memory of the cache, and the bytes of every step."""

@@ -196,7 +196,8 @@ def by_training(model: list[Any], completions: list[Completion]) -> list[list[fl
 def in_the_middle_of_a_step(model: list[Any], expected: list[Completion]) -> None:
     """Weights that a step has gathered and keeps are not asked for, and stay."""
     (chunk,) = model
-    kept = [module.forms.turned for module in chunk.modules() if hasattr(module, "forms")]
+    forms = (getattr(module, "forms", None) for module in chunk.modules())
+    kept = [each.turned for each in forms if each is not None]
     assert kept
     assert all(weight._kept is None for weight in kept)
     inputs = torch.zeros(4, get_args().seq_length, dtype=torch.long)

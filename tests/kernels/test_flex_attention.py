@@ -17,9 +17,6 @@ from tests.core_attention_case import B, D, H, build, hidden, one_rank, tensors
 S = 12
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-
-
 @pytest.fixture
 def alone() -> Iterator[None]:
     """What stock attention asks for."""

@@ -22,9 +22,9 @@ from tests import gradients_case
 from tests.block_case import Block
 from tests.covering import THOROUGH
 from tests.distributed import model_parallel, run_distributed
-from tests.gradients_case import Model, Tensors
+from tests.gradients_case import Model
 
-MICRO_BATCHES = 2
+STEPS, MICRO_BATCHES = 3, 2  # one step's rounding alone is chance: a softmax offset has 8 numbers
 PLANS = (
     Plan(exchange="activations", split="batch"),
     Plan(exchange="activations", split="sequence"),
@@ -51,7 +51,7 @@ Errors = dict[str, float]
 def errors(
     dtype: torch.dtype, m: int, n: int, ddp: dict[str, bool]
 ) -> tuple[Errors, dict[str, Errors]]:
-    """Of stock, and of every plan: relative, by weight, over all layers and ranks."""
+    """Of stock, and of every plan: relative, by weight, over all layers, ranks and steps."""
     plain = Model(block=dataclasses.replace(BLOCK, dtype=torch.float64))
     model = Model(block=dataclasses.replace(BLOCK, dtype=dtype), ddp=ddp)
     layout, uncut = BLOCK.layout(m, n), BLOCK.layout(1, m * n)
@@ -62,7 +62,10 @@ def errors(
         whole = plain.build(one)
         weights = model.drawn(whole, dtype)
         plain.load(whole, weights, None)
-        exact = gradients_case.reference(whole, MICRO_BATCHES, model.words)
+        exact = [
+            gradients_case.reference(whole, MICRO_BATCHES, model.words, number)
+            for number in range(STEPS)
+        ]
 
         def found(plans: tuple[Plan | None, ...], cut: HelixLayout | None) -> dict[str, Errors]:
             exchange = plans[0].exchange if plans[0] else "auto"
@@ -71,11 +74,17 @@ def errors(
             wrapped = model.in_ddp(built)
             results = {}
             for plan in plans:
-                actual = gradients_case.step(wrapped, [plan] * MICRO_BATCHES, model.words)
-                sums = torch.float32 if ddp else dtype
-                assert {gradient.dtype for gradient in actual.values()} == {sums}
-                expected = {name: model.part(name, exact[name], cut or uncut) for name in actual}
-                results[str(plan)] = _relative(actual, expected)
+                pairs = []
+                for number, of_step in enumerate(exact):
+                    every = [plan] * MICRO_BATCHES
+                    actual = gradients_case.step(wrapped, every, model.words, number)
+                    sums = torch.float32 if ddp else dtype
+                    assert {gradient.dtype for gradient in actual.values()} == {sums}
+                    pairs += [
+                        (name, gradient, model.part(name, of_step[name], cut or uncut))
+                        for name, gradient in actual.items()
+                    ]
+                results[str(plan)] = _relative(pairs)
             return results
 
         (stock,) = found((None,), None).values()
@@ -84,10 +93,11 @@ def errors(
         return stock, found(others, layout) | found(scores, layout)
 
 
-def _relative(actual: Tensors, expected: Tensors) -> Errors:
+def _relative(pairs: list[tuple[str, torch.Tensor, torch.Tensor]]) -> Errors:
+    """Of named gradients and the true ones."""
     squares = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
-    for name, gradient in actual.items():
-        off, size = (gradient.double() - expected[name]).square().sum(), expected[name].square()
+    for name, gradient, expected in pairs:
+        off, size = (gradient.double() - expected).square().sum(), expected.square()
         squares[re.sub(r"layers\.\d+", "layers", name)] += torch.stack([off, size.sum()])
     for pair in squares.values():
         dist.all_reduce(pair)
