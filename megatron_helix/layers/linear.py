@@ -137,15 +137,8 @@ class HelixLinear(torch.nn.Module):
 
     def _gathered(self) -> GatheredWeight:
         """The head group's weight for a GEMM that reads it either way."""
-        turned = self._kept_forms().turned
-        return self.forms.used(turned, turned)[0]
-
-    def _kept_forms(self) -> WeightForms:
-        """The forms, told what of a step they keep."""
-        forms, plan = self.forms, self.plan
-        forms.keeps = plan.keeps_weights and self.training
-        forms.keeps_gradients = plan.keeps_gradients and self.training
-        return forms
+        self.forms.keep(self.plan, training=self.training)
+        return self.forms.either_way()
 
     def _ahead(self) -> Ahead:
         """What comes after this weight in either pass.
@@ -171,7 +164,8 @@ class HelixLinear(torch.nn.Module):
         def lend() -> tuple[torch.Tensor, torch.Tensor | None]:
             lent = bias()
             quantizer = engine.weight_quantizer()
-            forms = self._kept_forms()
+            forms = self.forms
+            forms.keep(self.plan, training=self.training)
             factors.shard = DistributedShard.of(*forms.for_engine(quantizer), ahead)
             # TransformerEngine finds a bias' gradient in the weight's GEMM, but for FP8.
             in_scales = quantizer is not None

@@ -39,7 +39,14 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron_helix.exchange.gathered_weight import GatheredWeight, whole
 from megatron_helix.exchange.plan import Plan
 from megatron_helix.exchange.shards import Shards
-from megatron_helix.exchange.tokens import Order, in_order, out_of_order, stream_order
+from megatron_helix.exchange.tokens import (
+    Order,
+    by_segment,
+    in_order,
+    in_sequence_order,
+    out_of_order,
+    stream_order,
+)
 from megatron_helix.exchange.weights import column_linear
 from megatron_helix.kernels.collectives import gather, reduce_scatter
 from megatron_helix.layers.transformer_layer import BlockEnds, HelixLayer
@@ -72,20 +79,19 @@ class _Vocabulary:
 
     def mine(self, tokens: torch.Tensor) -> torch.Tensor:
         """Of ``[b, s]`` what my head-axis group works on: ``[b/m, s]``, or dealt ``[b, s/m]``."""
-        m, n, segment = self.groups.dim.size(), self.groups.head.size(), self.groups.segment
-        if order := self.order(tokens):
-            dealt = in_order(tokens, order, dim=1).view(tokens.size(0), n, m, -1)
-            return dealt[:, :, segment].flatten(1)
-        return tokens.chunk(m)[segment]
+        plan, segment = self.plan(*tokens.shape[::-1]), self.groups.segment
+        if plan.split == "batch":
+            return tokens.chunk(self.groups.dim.size())[segment]
+        return by_segment(tokens.t(), self.layer.helix_layout, **plan.dealing)[segment].t()
 
     def every(self, losses: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Losses of what is :meth:`mine` -> of all ``[b, s]`` labels, all-gathered over dim."""
-        losses = _AllLosses.apply(losses, self.groups.dim)
-        if order := self.order(labels):
-            b, n, m = labels.size(0), self.groups.head.size(), self.groups.dim.size()
-            dealt = losses.view(m, b, n, -1).permute(1, 2, 0, 3)
-            return out_of_order(dealt.reshape(b, -1), order, dim=1)
-        return losses
+        plan = self.plan(*labels.shape[::-1])
+        if plan.split == "batch":
+            return _AllLosses.apply(losses, self.groups.dim)
+        gathered = _AllLosses.apply(losses.t().contiguous(), self.groups.dim)
+        whole = in_sequence_order(gathered, self.layer.helix_layout, **plan.dealing)
+        return whole.t().contiguous()
 
     def order(self, tokens: torch.Tensor) -> Order | None:
         """Of ``[b, s]`` tokens into the dealt stream; None with a batch split."""
@@ -211,13 +217,11 @@ class _Table(torch.nn.Module):
     def table(self, shard: torch.nn.Parameter, sequence: int, batch: int) -> GatheredWeight:
         """``[V/n, D]``, for micro-batches of this shape."""
         vocabulary = self.helix_vocabulary
-        if self.forms is None or self.forms.shard is not shard:
+        if self.forms is None:
             groups = vocabulary.groups.dim, vocabulary.groups.home
             self.forms = WeightForms(shard, Shards(axis=0), *groups, engine=False)
-        plan = vocabulary.plan(sequence, batch)
-        self.forms.keeps = plan.keeps_weights and self.training
-        self.forms.keeps_gradients = plan.keeps_gradients and self.training
-        return self.forms.used(self.forms.turned, self.forms.turned)[0]
+        self.forms.keep(vocabulary.plan(sequence, batch), training=self.training)
+        return self.forms.either_way()
 
 
 class _Embedding(_Table):

@@ -15,6 +15,7 @@ from megatron_helix.exchange.float8 import (
 )
 from megatron_helix.exchange.float8_scales import Scales
 from megatron_helix.exchange.gathered_weight import GatheredWeight
+from megatron_helix.exchange.plan import Plan
 from megatron_helix.exchange.shards import Shards
 from megatron_helix.exchange.step_sums import StepSums
 
@@ -64,6 +65,15 @@ class WeightForms:
         self._float8: Float8Shard | None = None
         self._one_scale: Pair | None = None
         self._blocks: tuple[QuantizedWhole, QuantizedWhole] | None = None
+
+    def keep(self, plan: Plan, *, training: bool) -> None:
+        """Keep of a step what a micro-batch's plan says; nothing while there is no step."""
+        self.keeps = plan.keeps_weights and training
+        self.keeps_gradients = plan.keeps_gradients and training
+
+    def either_way(self) -> GatheredWeight:
+        """For GEMMs that read it either way, in both passes."""
+        return self.used(self.turned, self.turned)[0]
 
     def used(self, forward: GatheredWeight, backward: GatheredWeight) -> Pair:
         """Note what this pass gathers: its neighbours in later passes begin with it."""

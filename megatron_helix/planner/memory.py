@@ -5,7 +5,6 @@ Korthikanti et al., "Reducing activation recomputation in large transformer mode
 4, for the tensors a layer keeps, here without dropout and with each counted in its own width.
 """
 
-import math
 from dataclasses import dataclass, fields, replace
 
 from megatron_helix.planner import core_attention, fsdp, model_ends, parameters
@@ -86,7 +85,7 @@ def _kept_tables(here: Deployment, stage: int) -> float:
     plan = model_ends.table_plan(here)
     if plan is None or not plan.keeps_weights:
         return 0.0
-    return model_ends.gathered_tables(here, stage) * math.prod(parameters.table(here))
+    return model_ends.gathered_parameters(here, stage)
 
 
 def _kept(here: Deployment, stage: int, fused_channels: int) -> float:

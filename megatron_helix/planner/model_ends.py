@@ -4,9 +4,11 @@ What is chosen is the choice of :mod:`megatron_helix.layers.vocabulary`, which h
 the elements that a rank sends.
 """
 
+import math
 from dataclasses import replace
 
 from megatron_helix.exchange.plan import Plan
+from megatron_helix.planner import parameters
 from megatron_helix.planner.book import FP32, Book
 from megatron_helix.planner.deployment import Deployment
 
@@ -21,11 +23,12 @@ def table_plan(here: Deployment) -> Plan | None:
     return here.plan if every else replace(here.plan, gather="microbatch")
 
 
-def gathered_tables(here: Deployment, stage: int) -> int:
-    """Of the ends of the model that a stage has, how many gather their shards."""
+def gathered_parameters(here: Deployment, stage: int) -> int:
+    """A rank's own in those of a stage's embedding and head that gather their shards."""
     if table_plan(here) is None:
         return 0
-    return (stage == here.stages - 1) + (stage == 0 and not _learns_positions(here))
+    ends = (stage == here.stages - 1) + (stage == 0 and not _learns_positions(here))
+    return ends * math.prod(parameters.table(here))
 
 
 def converts(here: Deployment, *, first: bool, last: bool) -> int:
@@ -91,7 +94,7 @@ def head(book: Book) -> None:
 def _table(book: Book, what: str, plan: Plan, *passes: str) -> None:
     """The vocabulary of a head group: gathered by these passes, its gradient sent home."""
     here = book.here
-    table, others = here.vocabulary * here.model.hidden_size / here.tp, here.cut.m - 1
+    table, others = math.prod(parameters.table(here)), here.cut.m - 1
     for when in ("step",) if plan.keeps_weights else passes:
         book.call(what, "dim", "all_gather", when, table)
     if plan.keeps_gradients:

@@ -29,8 +29,6 @@ The first is of runs with ``--no-gradient-accumulation-fusion``, as experiments 
 GEMM needs apex.
 """
 
-import math
-
 from megatron_helix.planner import model_ends, parameters
 from megatron_helix.planner.deployment import Deployment
 
@@ -49,8 +47,7 @@ def accumulation_bytes(here: Deployment, stage: int) -> float:
     others = here.cut.m - 1
     gathered = [(plan, parameters.layer_matrices(here) * of) for plan, of in here.plans]
     if (plan := model_ends.table_plan(here)) is not None:
-        table = math.prod(parameters.table(here))
-        gathered.append((plan, table * model_ends.gathered_tables(here, stage)))
+        gathered.append((plan, model_ends.gathered_parameters(here, stage)))
     for plan, matrices in gathered:
         if plan.keeps_gradients:
             added += matrices * (others * sums - width)
