@@ -152,7 +152,7 @@ def _beside(group: dist.ProcessGroup, a: torch.Tensor, x: torch.Tensor) -> dict[
     """How collectives and GEMMs beside them get on.
 
     Some collectives alone, GEMMs alone that take as long, GEMMs while the collectives run, and both
-    until both are through. Keys and values in a ring are not measured: nothing of them is hidden.
+    until both are through. Keys and values in a ring are not measured: as replicas, it is written.
     """
     c = torch.empty_like(a)
 
@@ -301,6 +301,9 @@ def write(measured: Measured, out: Path) -> None:
         apart = {kind: pace(each) for kind, each in kinds.items()}
         return {**pace(middle), "kinds": apart}
 
+    beside = {moved: {**each, "source": source} for moved, each in measured["beside"].items()}
+    if replicas := beside.get("replicas"):
+        beside["keys"] = {**replicas, "source": "assumption; as replicas"}
     document = {
         "name": measured["name"],
         "devices": measured["ranks"],
@@ -310,7 +313,7 @@ def write(measured: Measured, out: Path) -> None:
         "memory_bandwidth": quantity(measured["copied"], "GB/s", 1e9),
         **{level: link(kinds) for level, kinds in measured["links"].items()},
         "element_bytes": measured["element_bytes"],
-        "beside": {moved: {**each, "source": source} for moved, each in measured["beside"].items()},
+        "beside": beside,
         **hopper.of_whole_steps(measured["name"]),
         "core_attention": measured["core_attention"],
         "note": note,

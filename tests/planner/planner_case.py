@@ -3,6 +3,7 @@
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from megatron_helix.machine import hardware
 from megatron_helix.machine.hardware import Hardware
@@ -39,3 +40,12 @@ def multiplied(machine: Hardware, *path: str, factor: float) -> Hardware:
         place = place[key]
     place["value"] *= factor
     return Hardware.model_validate(document)
+
+
+# What calibration finds, of no machine.
+CALIBRATED: dict[str, Any] = {
+    **{"name": "case", "ranks": 2, "devices_per_node": 2, "element_bytes": 2},
+    **dict.fromkeys(("gemm", "memory", "copied"), 1e12),
+    **{"links": {"intra_node": {"all_gather": (1e9, 1e-6)}}, "beside": {}},
+    "core_attention": [],
+}

@@ -19,6 +19,7 @@ from megatron_helix.run_config.files import read_config
 from megatron_helix.run_config.layout import LayoutConfig
 from megatron_helix.run_config.model import ModelConfig
 from tests.distributed import run_distributed
+from tests.planner.planner_case import CALIBRATED
 
 
 def test_what_is_measured_can_be_planned_with(tmp_path: Path) -> None:
@@ -37,15 +38,23 @@ def test_what_is_measured_can_be_planned_with(tmp_path: Path) -> None:
 
 
 def test_what_only_whole_steps_show_is_of_the_card(tmp_path: Path) -> None:
-    measured, _ = run_distributed(calibrate.measure, 2, "cpu", 2)
     cards = {"NVIDIA H200": True, "NVIDIA H100 80GB HBM3": True, "NVIDIA B200": False}
     for card, known in cards.items():
-        calibrate.write({**measured, "name": f"2 x {card}"}, tmp_path / "here.yaml")
+        calibrate.write({**CALIBRATED, "name": f"2 x {card}"}, tmp_path / "here.yaml")
         found = hardware.load(tmp_path / "here.yaml")
         of_steps = {key: getattr(found, key) for key in hopper.OF_WHOLE_STEPS}
         of_hopper = {key: getattr(hopper.HOPPER, key) for key in of_steps}
         assert (of_steps == of_hopper) == known
         assert (found.gap is not None) == known
+
+
+def test_a_ring_of_keys_is_taken_to_hide_what_replicas_do(tmp_path: Path) -> None:
+    """Nobody measures it; a rival's ring would be predicted as if nothing of it were hidden."""
+    beside = {"replicas": {"hidden": 0.4, "slowed": 0.5}}
+    calibrate.write({**CALIBRATED, "beside": beside}, tmp_path / "here.yaml")
+    found = hardware.load(tmp_path / "here.yaml").beside
+    assert (found["keys"].hidden, found["keys"].slowed) == (0.4, 0.5)
+    assert found["keys"].source.startswith("assumption; as replicas")
 
 
 def _two_nodes_of_two() -> dict:

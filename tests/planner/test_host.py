@@ -15,7 +15,7 @@ from megatron_helix.planner.time import predict
 from megatron_helix.run_config.batch import BatchConfig
 from megatron_helix.run_config.layout import LayoutConfig
 from tests.distributed import run_distributed
-from tests.planner.planner_case import DENSE, MACHINES
+from tests.planner.planner_case import CALIBRATED, DENSE, MACHINES
 
 BATCH = BatchConfig(sequences=8, sequence_length=512)
 
@@ -76,13 +76,7 @@ def of_a_layer() -> dict[str, float]:
 def test_what_is_measured_of_a_process_is_written(tmp_path: Path) -> None:
     (found,) = run_distributed(of_a_layer, 1)
     assert min(found.values()) > 0
-    others: dict[str, Any] = {
-        **{"name": "case", "ranks": 2, "devices_per_node": 2, "element_bytes": 2},
-        **dict.fromkeys(("gemm", "memory", "copied"), 1e12),
-        **{"links": {"intra_node": {"all_gather": (1e9, 1e-6)}}, "beside": {}},
-        "core_attention": [],
-    }
-    calibrate.write({**others, "host": found}, tmp_path / "here.yaml")
+    calibrate.write({**CALIBRATED, "host": found}, tmp_path / "here.yaml")
     host = hardware.load(tmp_path / "here.yaml").host
     assert host is not None
     assert (host.forward.rate, host.backward.rate) == pytest.approx((*found.values(),), rel=1e-3)
